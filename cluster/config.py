@@ -1,0 +1,191 @@
+"""What an operator may set: frozen values, every limit named, unknown keys refused when loaded."""
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from cluster.errors import ConfigError
+
+_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+def parse_bytes(text: str, field: str) -> int:
+    """'64MiB' → 67108864. A bare number is bytes. Raises ConfigError naming the field."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].lower() not in _UNITS:
+        raise ConfigError(f"{field}: {text!r} is not a size such as 64MiB or 2GiB", field=field)
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """One engine on one device.
+
+    model: directory of an HF checkpoint. served_model_name: the base model's name on the API
+    (default: the directory's name). dtype auto: what the checkpoint says.
+    adapter_memory: bytes of device memory for adapter images. slots_max: how many adapters may be
+    resident; None: as many as fit the bytes, up to `directory_slots`.
+    kv_memory: bytes of device memory for keys and values; None: room for `batch_rows_max` sequences
+    of 2,048 tokens, or of the model's whole context where that is shorter.
+    step_tokens_max: prompt and decode tokens computed in one step (prefill is cut into chunks).
+    queue_max: waiting requests beyond which new ones are answered 429.
+    threads: CPU threads for compute; None: what torch takes.
+    """
+
+    model: str
+    served_model_name: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    adapter_memory: int = 64 * 2**20
+    rank_max: int = 256
+    slots_max: int | None = None
+    directory_slots: int = 256
+    kv_memory: int | None = None
+    page_tokens: int = 16
+    context_tokens_max: int | None = None
+    batch_rows_max: int = 64
+    step_tokens_max: int = 512
+    queue_max: int = 1024
+    load_retry_s: float = 1.0
+    load_retry_max_s: float = 60.0
+    loads_in_flight_max: int = 2
+    threads: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "adapter_memory",
+            "rank_max",
+            "directory_slots",
+            "page_tokens",
+            "batch_rows_max",
+            "step_tokens_max",
+            "queue_max",
+            "loads_in_flight_max",
+        ):
+            _positive(name, getattr(self, name))
+        for name in ("slots_max", "kv_memory", "context_tokens_max", "threads"):
+            if getattr(self, name) is not None:
+                _positive(name, getattr(self, name))
+
+    @property
+    def base_name(self) -> str:
+        return self.served_model_name or self.model.rstrip("/").rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class FleetConfig:
+    """The whole fleet. adapters: name → path, registered when the fleet starts.
+
+    adapter_roots: directories under which the API may name adapter paths; none: the API may not.
+    redis_url: None starts an embedded Redis with its data under `directory`.
+    api_keys: when there are any, a request must carry one as `Authorization: Bearer`.
+    lease_s: how long a replica that went silent stays in the fleet's view.
+    drain_s: how long a stopping replica may go on with what it runs.
+    """
+
+    engine: EngineConfig
+    name: str = "default"
+    replicas: int = 1
+    host: str = "127.0.0.1"
+    port: int = 8000
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    adapter_roots: tuple[str, ...] = ()
+    redis_url: str | None = None
+    directory: str = ".fleet"
+    api_keys: tuple[str, ...] = ()
+    lease_s: float = 3.0
+    report_s: float = 0.2
+    drain_s: float = 1.0
+    acknowledge_s: float = 5.0
+    gpus_per_replica: float = 1.0
+    cpus_per_replica: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("replicas", "lease_s", "report_s", "acknowledge_s"):
+            _positive(name, getattr(self, name))
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port: {self.port} is not between 0 and 65535", field="port")
+        if self.report_s * 2 > self.lease_s:
+            raise ConfigError(
+                f"report_s: {self.report_s} leaves no second try within lease_s {self.lease_s}",
+                field="report_s",
+            )
+
+
+def _positive(name: str, value: float) -> None:
+    if value <= 0:
+        raise ConfigError(f"{name}: {value} must be more than 0", field=name)
+
+
+Config = TypeVar("Config")
+
+
+def load(kind: type[Config], data: Mapping[str, Any], where: str = "") -> Config:
+    """A frozen dataclass from parsed YAML or JSON.
+
+    Sizes may be written '64MiB' where the field's name ends in `_memory`. Unknown keys and wrong
+    types raise ConfigError naming the key.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where or 'configuration'}: {data!r} is not a mapping", field=where)
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        path = f"{where}.{key}" if where else str(key)
+        if key not in fields:
+            known = ", ".join(sorted(fields))
+            raise ConfigError(f"{path}: unknown key (known: {known})", field=path)
+        if key.endswith("_memory") and isinstance(value, str):
+            value = parse_bytes(value, path)
+        values[key] = _check(hints[key], value, path)
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in values
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        path = f"{where}.{missing[0]}" if where else missing[0]
+        raise ConfigError(f"{path}: required", field=path)
+    return kind(**values)
+
+
+def dump(config: object) -> dict[str, Any]:
+    """The inverse of `load`: plain values that JSON and YAML can hold."""
+    return dataclasses.asdict(config)  # type: ignore[call-overload, no-any-return]
+
+
+def _check(hint: Any, value: Any, path: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        (hint,) = (a for a in args if a is not type(None))
+        return _check(hint, value, path)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{path}: {value!r} is not one of {', '.join(args)}", field=path)
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{path}: {value!r} is not a list", field=path)
+        return tuple(_check(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path}: {value!r} is not a mapping", field=path)
+        return {str(k): _check(args[1], v, f"{path}.{k}") for k, v in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return load(hint, value, path)  # type: ignore[arg-type]
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{path}: {value!r} is not of type {hint.__name__}", field=path)
+    return value

@@ -1,0 +1,70 @@
+"""Ids and values that every room speaks."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Tier(StrEnum):
+    """Where a version is on one replica."""
+
+    DEVICE = "device"
+    LOADING = "loading"
+    HOST = "host"
+    DISK = "disk"
+    ABSENT = "absent"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One immutable content of an adapter.
+
+    digest: SHA-256 (hex) over the canonical adapter config and the tensors file.
+    uri: where the files are, as the operator named them (a path or a URL).
+    rank: the largest rank of any of its projections.
+    parameters: weights in its image; times the size of the dtype it is the image's bytes.
+    """
+
+    name: str
+    digest: str
+    uri: str
+    rank: int
+    parameters: int
+    pinned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """What one replica says of one version.
+
+    bytes: what the image takes in that tier. since_s: Unix time. reason: why it failed.
+    """
+
+    digest: str
+    tier: Tier
+    bytes: int
+    since_s: float
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """How busy one replica is.
+
+    queued_tokens: prompt tokens not yet computed, of all requests waiting or running.
+    remaining_tokens: upper bound of the tokens that running and waiting requests may still generate.
+    step_s: smoothed duration of one step. copy_bytes_per_s: smoothed rate of adapter loads.
+    steps: steps run since start, so that a reader can tell a stuck engine from an idle one.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    queued_tokens: int = 0
+    remaining_tokens: int = 0
+    step_s: float = 0.0
+    copy_bytes_per_s: float = 0.0
+    free_bytes: int = 0
+    capacity_bytes: int = 0
+    free_pages: int = 0
+    capacity_pages: int = 0
+    steps: int = 0

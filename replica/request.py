@@ -1,0 +1,145 @@
+"""One request's life.
+
+            ┌────────────── preempted ─────────────┐
+            v                                      │
+  ──> WAITING ── admitted ──> RUNNING ── finish ──>│ FINISHED
+         │                       │
+         ├── cancel ─────────────┴─────────> CANCELLED
+         └── fail, refuse ───────┴─────────> FAILED
+
+WAITING: has no pages, or waits for its adapter. RUNNING: holds pages and a row of the batch.
+The three at the right are final: a request reaches exactly one of them, once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum
+
+from cluster.errors import FleetError
+
+
+class Phase(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+TRANSITIONS: dict[Phase, frozenset[Phase]] = {
+    Phase.WAITING: frozenset({Phase.RUNNING, Phase.CANCELLED, Phase.FAILED}),
+    Phase.RUNNING: frozenset({Phase.WAITING, Phase.FINISHED, Phase.CANCELLED, Phase.FAILED}),
+    Phase.FINISHED: frozenset(),
+    Phase.CANCELLED: frozenset(),
+    Phase.FAILED: frozenset(),
+}
+
+
+class Finish(StrEnum):
+    """Why a request ended well, in OpenAI's words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen. Ranges are checked where the request enters (`server.py`).
+
+    temperature: 0 is greedy. top_k: 0 is off. seed: None lets the engine draw one.
+    stop_tokens: ids that end the request besides the model's own end-of-sequence ids.
+    ignore_eos: the model's end-of-sequence ids do not end it.
+    min_tokens: no end-of-sequence or stop token before this many were generated.
+    logprobs: how many alternatives to report a token; None reports nothing, 0 only the chosen one.
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop_tokens: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NewRequest:
+    """What enters the engine. digest: the adapter's version, None for the base model."""
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    digest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms. token: the chosen one. top: (token, logprob), best first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one step gave one request. The last delta of a request has `finish` or `error`.
+
+    logprobs: one a token when the request asked for them, else empty.
+    cached_tokens: prompt tokens whose KV was found in the prefix cache.
+    """
+
+    request_id: str
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish: Finish | None = None
+    error: FleetError | None = None
+    cached_tokens: int = 0
+
+    @property
+    def last(self) -> bool:
+        return self.finish is not None or self.error is not None
+
+
+@dataclass(slots=True)
+class Request:
+    """A request inside the engine; only the scheduler changes it.
+
+    computed: tokens of prompt + output whose keys and values lie in `pages`.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    digest: str | None
+    arrived_s: float
+    phase: Phase = Phase.WAITING
+    output: list[int] = field(default_factory=list)
+    computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    preemptions: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Length of prompt + output."""
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def remaining(self) -> int:
+        """Upper bound of the tokens still to be generated."""
+        return self.sampling.max_tokens - len(self.output)
+
+    def slice(self, start: int, end: int) -> Sequence[int]:
+        """Tokens [start, end) of prompt + output."""
+        split = len(self.prompt)
+        if end <= split:
+            return self.prompt[start:end]
+        if start >= split:
+            return self.output[start - split : end - split]
+        return [*self.prompt[start:], *self.output[: end - split]]
+
+    def become(self, phase: Phase) -> None:
+        assert phase in TRANSITIONS[self.phase], f"{self.id}: {self.phase} cannot become {phase}"
+        self.phase = phase
