@@ -52,7 +52,7 @@ class LoadReport:
     """How busy one replica is.
 
     queued_tokens: prompt tokens not yet computed, of all requests waiting or running.
-    remaining_tokens: upper bound of the tokens that running and waiting requests may still generate.
+    remaining_tokens: upper bound of what running and waiting requests may still generate.
     step_s: smoothed duration of one step. copy_bytes_per_s: smoothed rate of adapter loads.
     steps: steps run since start, so that a reader can tell a stuck engine from an idle one.
     """
