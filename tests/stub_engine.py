@@ -1,0 +1,181 @@
+"""An engine without a model: it replays a script of tokens at a set pace, for HTTP tests and benches."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
+
+from cluster.errors import FleetError, ModelNotFound, QueueFull, ShuttingDown
+from cluster.values import LoadReport, Residency, Tier, Version
+from replica.request import Delta, Finish, NewRequest, TokenLogprobs
+
+
+@dataclass(slots=True)
+class Row:
+    """One request in flight. sent: how many tokens of the script it was given."""
+
+    request: NewRequest
+    script: Sequence[int]
+    deltas: asyncio.Queue[Delta]
+    sent: int = 0
+
+
+class StubEngine:
+    """Implements `replica.front.Engine`.
+
+    Every `step_s` each running request gets `tokens_per_step` tokens: its rate is their quotient,
+    the engine's is that times the requests running (64 requests, step_s=0.0064: 10,000 tokens/s).
+    The first tokens come `first_token_s` after the request. A request's tokens are `script`, over
+    and over, or what `scripts` holds for its digest (None: the base model).
+
+    For tests: `seen` has every request, `running` those in flight, `ended` how each one left
+    ("finished", "failed", "cancelled"). While `hold` is set, no token is given. With `fail`, each
+    request fails after `fail_after` tokens.
+    """
+
+    def __init__(
+        self,
+        *,
+        step_s: float = 0.0,
+        tokens_per_step: int = 1,
+        first_token_s: float = 0.0,
+        script: Sequence[int] = tuple(range(5, 37)),
+        scripts: dict[str | None, Sequence[int]] | None = None,
+        eos: frozenset[int] = frozenset(),
+        queue_max: int = 4096,
+    ) -> None:
+        self.step_s = step_s
+        self.tokens_per_step = tokens_per_step
+        self.first_token_s = first_token_s
+        self.script = script
+        self.scripts = scripts or {}
+        self.eos = eos
+        self.queue_max = queue_max
+        self.seen: list[NewRequest] = []
+        self.running: dict[str, NewRequest] = {}
+        self.ended: dict[str, str] = {}
+        self.hold = False
+        self.fail: FleetError | None = None
+        self.fail_after = 0
+        self.stopped = False
+        self.steps = 0
+        self._rows: dict[str, Row] = {}
+        self._ticker: asyncio.Task[None] | None = None
+        self._registered: dict[str, Version] = {}
+        self._callbacks: list[Callable[[list[Residency]], None]] = []
+
+    @property
+    def alive(self) -> bool:
+        return not self.stopped
+
+    async def start(self) -> None:
+        self.stopped = False
+
+    async def stop(self) -> None:
+        self.stopped = True
+        for row in list(self._rows.values()):
+            row.deltas.put_nowait(Delta(row.request.id, error=ShuttingDown("the engine stops")))
+        self._rows.clear()
+        if self._ticker is not None:
+            self._ticker.cancel()
+            await asyncio.wait({self._ticker})
+
+    async def generate(self, request: NewRequest) -> AsyncGenerator[Delta, None]:
+        self.seen.append(request)
+        if len(self.running) >= self.queue_max:
+            error = QueueFull(f"{self.queue_max} requests are waiting", retry_after_s=1.0)
+            self.ended[request.id] = "failed"
+            yield Delta(request.id, error=error)
+            return
+        if request.digest is not None and request.digest not in self._registered:
+            self.ended[request.id] = "failed"
+            yield Delta(request.id, error=ModelNotFound(f"{request.digest}: not registered"))
+            return
+        script = self.scripts.get(request.digest, self.script)
+        row = Row(request, script, asyncio.Queue())
+        self.running[request.id] = request
+        end = "cancelled"
+        try:
+            if self.first_token_s:
+                await asyncio.sleep(self.first_token_s)
+            self._rows[request.id] = row
+            if self._ticker is None or self._ticker.done():
+                self._ticker = asyncio.create_task(self._tick())
+            while True:
+                delta = await row.deltas.get()
+                if delta.last:
+                    end = "failed" if delta.error is not None else "finished"
+                yield delta
+                if delta.last:
+                    return
+        finally:
+            self._rows.pop(request.id, None)
+            del self.running[request.id]
+            self.ended[request.id] = end
+
+    async def _tick(self) -> None:
+        loop = asyncio.get_running_loop()
+        due = loop.time()
+        while self._rows:
+            due = max(due + self.step_s, loop.time() - self.step_s)  # late: catch up one step
+            await asyncio.sleep(max(0.0, due - loop.time()))
+            if self.hold:
+                continue
+            self.steps += 1
+            for row in list(self._rows.values()):
+                delta = self._advance(row)
+                row.deltas.put_nowait(delta)
+                if delta.last:
+                    del self._rows[row.request.id]
+
+    def _advance(self, row: Row) -> Delta:
+        request, sampling = row.request, row.request.sampling
+        tokens: list[int] = []
+        finish = None
+        for _ in range(self.tokens_per_step):
+            if self.fail is not None and row.sent >= self.fail_after:
+                return Delta(request.id, tuple(tokens), error=self.fail)
+            token = row.script[row.sent % len(row.script)]
+            row.sent += 1
+            tokens.append(token)
+            ends = token in sampling.stop_tokens or (token in self.eos and not sampling.ignore_eos)
+            if ends and row.sent > sampling.min_tokens:
+                finish = Finish.STOP
+            elif row.sent >= sampling.max_tokens:
+                finish = Finish.LENGTH
+            if finish is not None:
+                break
+        logprobs: tuple[TokenLogprobs, ...] = ()
+        if sampling.logprobs is not None:
+            logprobs = tuple(_logprobs(token, sampling.logprobs) for token in tokens)
+        return Delta(request.id, tuple(tokens), logprobs, finish)
+
+    async def register(self, version: Version, path: str) -> None:
+        self._registered[version.digest] = version
+        self._tell([self._entry(version)])
+
+    async def forget(self, digest: str) -> None:
+        self._registered.pop(digest, None)
+        self._tell([Residency(digest, Tier.ABSENT, 0, 0.0)])
+
+    def residency(self) -> list[Residency]:
+        return [self._entry(version) for version in self._registered.values()]
+
+    def report(self) -> LoadReport:
+        return LoadReport(running=len(self.running), steps=self.steps, step_s=self.step_s)
+
+    def on_residency(self, callback: Callable[[list[Residency]], None]) -> None:
+        self._callbacks.append(callback)
+
+    def _tell(self, entries: list[Residency]) -> None:
+        for callback in self._callbacks:
+            callback(entries)
+
+    @staticmethod
+    def _entry(version: Version) -> Residency:
+        return Residency(version.digest, Tier.DEVICE, 2 * version.parameters, 0.0)
+
+
+def _logprobs(token: int, count: int) -> TokenLogprobs:
+    """The chosen token is the likeliest; each next id is half as likely."""
+    top = tuple((token + i, -0.5 - 0.7 * i) for i in range(count))
+    return TokenLogprobs(token, -0.5, top)
