@@ -1,0 +1,40 @@
+# Everything is made inside the checkout: packages in .venv, models and data in .fleet.
+
+# The first interpreter that runs and is new enough; `make PYTHON=/path/to/python3.12 install` chooses.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
+	2>/dev/null && echo $$python && break; done)
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.DEFAULT_GOAL := demo
+.PHONY: install demo serve test check
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { \
+		echo "lorafleet needs Python 3.11 or 3.12: put one on PATH, or say make PYTHON=/path/to/it" >&2; \
+		exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || { \
+		echo "$(PYTHON) cannot make a virtual environment (on Debian: apt install python3-venv)" >&2; \
+		exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# Two replicas, one base model, three adapters: asks each the same question and stops everything.
+demo: install
+	$(BIN)/python -m tests.demo.demo
+
+# The same fleet, kept up until Ctrl-C; prints a curl line to try.
+serve: install
+	$(BIN)/python -m tests.demo.demo --serve
+
+# Everything that runs without a GPU. ARGS goes to pytest: make test ARGS='-k policy -x'.
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+check: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy

@@ -1,0 +1,63 @@
+"""What every test runs under: no Ray unless asked for, no network, a seed that a failure prints."""
+
+import os
+from collections.abc import Generator
+from typing import Any
+
+# Before anything imports the libraries that read them.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, default=0, help="seed of the tests that draw at random")
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """For `random.Random(seed)` and the like; `pytest --seed N` repeats a failure."""
+    value: int = request.config.getoption("--seed")
+    request.node.user_properties.append(("seed", value))
+    return value
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        drawn = [str(value) for name, value in item.user_properties if name == "seed"]
+        if drawn:
+            report.sections.append(("seed", f"repeat with --seed {drawn[0]}"))
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool | None, bool | None]:
+    """Around the whole test, so that fixtures of every scope are covered."""
+    if item.get_closest_marker("ray") is not None:
+        return (yield)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError(f"{item.nodeid} starts Ray: mark it with @pytest.mark.ray")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ray.init", refuse)
+        return (yield)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    on_gpu = [item for item in items if item.get_closest_marker("gpu") is not None]
+    if not on_gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
