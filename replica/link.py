@@ -1,0 +1,395 @@
+"""The engine in its own process, so that no Python thread of the server slows its steps.
+
+    server's process                             engine's process
+    any event loop ── generate ──┐          ┌──> reader ──> inbox ──> loop: plan → run → commit
+    writer thread  <── outbox <──┘ ─ pipe ──┘                           │
+    reader thread  <──────────────── pipe ── one message a step <───────┘
+
+Each side sends at most one message a step. The engine's process ends when its end of the pipe
+closes, whatever became of its parent; when the engine's process ends, every stream fails.
+"""
+
+import asyncio
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING
+
+from cluster.config import EngineConfig
+from cluster.errors import EngineFailed, FleetError, StartupError
+from cluster.values import LoadReport, Residency, Version
+from replica.request import Delta, NewRequest
+
+if TYPE_CHECKING:
+    from replica.engine import Engine
+
+_STOP_S = 5.0
+# How often an engine at work tells its load; a change of residency is told at once.
+_REPORT_S = 0.05
+# An idle engine looks up now and then: a quarantined pinned adapter may be due.
+_IDLE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    request: NewRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Register:
+    call: int
+    version: Version
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    call: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """A load has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hangup:
+    """The other side is gone or wants no more."""
+
+
+Command = Submit | Cancel | Register | Forget | Wake | Hangup
+
+
+@dataclass(slots=True)
+class Message:
+    """What the engine says after a step. done: calls carried out, with the error of each if any."""
+
+    deltas: list[Delta] = field(default_factory=list)
+    residency: list[Residency] = field(default_factory=list)
+    report: LoadReport | None = None
+    done: list[tuple[int, FleetError | None]] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.deltas or self.residency or self.report or self.done)
+
+
+@dataclass(slots=True)
+class _Stream:
+    loop: asyncio.AbstractEventLoop
+    deltas: "asyncio.Queue[Delta]"
+
+
+class EngineLink:
+    """An engine in a process of its own; `front.Engine` as the server sees it."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pipe: Connection | None = None
+        self._outbox: SimpleQueue[Command] = SimpleQueue()
+        self._streams: dict[str, _Stream] = {}
+        self._calls: dict[int, Future[None]] = {}
+        self._call = 0
+        self._lock = threading.Lock()
+        self._entries: dict[str, Residency] = {}
+        self._report = LoadReport()
+        self._callbacks: list[Callable[[list[Residency]], None]] = []
+        self._threads: list[threading.Thread] = []
+        self._alive = False
+
+    @property
+    def alive(self) -> bool:
+        return self._alive
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    async def start(self) -> None:
+        """Returns when the model is loaded. Raises StartupError with the engine's own words."""
+        await asyncio.to_thread(self._start)
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        os.set_inheritable(theirs.fileno(), True)
+        self._pipe = Connection(ours.detach())
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "replica.link", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+        )
+        theirs.close()
+        try:
+            self._pipe.send(self._config)
+            ready = self._pipe.recv()
+        except (EOFError, OSError):
+            code = self._process.wait()
+            raise StartupError(f"the engine's process ended with status {code}") from None
+        if isinstance(ready, FleetError):
+            self._process.wait()
+            raise ready
+        self._report = ready
+        self._alive = True
+        for name, target in (("engine-writer", self._write), ("engine-reader", self._read)):
+            thread = threading.Thread(target=target, name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    async def stop(self) -> None:
+        """Ends the engine's process; running requests fail with EngineFailed."""
+        await asyncio.to_thread(self._stop)
+
+    def _stop(self) -> None:
+        if self._process is None:
+            return
+        self._outbox.put(Hangup())
+        try:
+            self._process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        for thread in self._threads:
+            thread.join()
+
+    async def generate(self, request: NewRequest) -> AsyncGenerator[Delta, None]:
+        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
+        with self._lock:
+            assert request.id not in self._streams, f"{request.id} runs already"
+            alive = self._alive
+            if alive:
+                self._streams[request.id] = stream
+        if not alive:
+            yield Delta(request.id, error=EngineFailed("the engine's process is gone"))
+            return
+        self._outbox.put(Submit(request))
+        try:
+            while True:
+                delta = await stream.deltas.get()
+                yield delta
+                if delta.last:
+                    return
+        finally:
+            with self._lock:
+                ended = self._streams.pop(request.id, None) is None
+            if not ended:
+                self._outbox.put(Cancel(request.id))
+
+    async def register(self, version: Version, path: str) -> None:
+        await self._ask(lambda call: Register(call, version, path))
+
+    async def forget(self, digest: str) -> None:
+        await self._ask(lambda call: Forget(call, digest))
+
+    def residency(self) -> list[Residency]:
+        with self._lock:
+            return [self._entries[digest] for digest in sorted(self._entries)]
+
+    def report(self) -> LoadReport:
+        return self._report
+
+    def on_residency(self, callback: Callable[[list[Residency]], None]) -> None:
+        self._callbacks.append(callback)
+
+    async def _ask(self, command: Callable[[int], Command]) -> None:
+        future: Future[None] = Future()
+        with self._lock:
+            if not self._alive:
+                raise EngineFailed("the engine's process is gone")
+            self._call += 1
+            self._calls[self._call] = future
+            self._outbox.put(command(self._call))
+        await asyncio.wrap_future(future)
+
+    def _write(self) -> None:
+        assert self._pipe is not None
+        try:
+            while True:
+                commands = [self._outbox.get()]
+                while not self._outbox.empty():
+                    commands.append(self._outbox.get())
+                self._pipe.send(commands)
+                if any(isinstance(command, Hangup) for command in commands):
+                    return
+        except OSError:
+            return  # the reader sees the same end and tells everyone
+
+    def _read(self) -> None:
+        assert self._pipe is not None
+        try:
+            while True:
+                self._take_in(self._pipe.recv())
+        except (EOFError, OSError, pickle.UnpicklingError):
+            self._fail_everything()
+
+    def _take_in(self, message: Message) -> None:
+        if message.report is not None:
+            self._report = message.report
+        if message.residency:
+            self._take_in_residency(message.residency)
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, Delta]]] = {}
+        with self._lock:
+            for delta in message.deltas:
+                stream = self._streams.get(delta.request_id)
+                if stream is None:
+                    continue  # cancelled while this was on its way
+                if delta.last:
+                    del self._streams[delta.request_id]
+                by_loop.setdefault(stream.loop, []).append((stream, delta))
+            done = [(self._calls.pop(call), error) for call, error in message.done]
+        for loop, deltas in by_loop.items():
+            _deliver(loop, deltas)
+        for future, error in done:
+            _settle(future, error)
+
+    def _take_in_residency(self, entries: list[Residency]) -> None:
+        with self._lock:
+            for entry in entries:
+                if entry.tier == "absent":
+                    self._entries.pop(entry.digest, None)
+                else:
+                    self._entries[entry.digest] = entry
+        for callback in self._callbacks:
+            callback(entries)
+
+    def _fail_everything(self) -> None:
+        with self._lock:
+            self._alive = False
+            streams, self._streams = self._streams, {}
+            calls, self._calls = self._calls, {}
+        self._outbox.put(Hangup())
+        for request_id, stream in streams.items():
+            error = EngineFailed("the engine's process ended while the request ran")
+            _deliver(stream.loop, [(stream, Delta(request_id, error=error))])
+        for future in calls.values():
+            _settle(future, EngineFailed("the engine's process ended"))
+
+
+def _deliver(loop: asyncio.AbstractEventLoop, deltas: list[tuple[_Stream, Delta]]) -> None:
+    def put() -> None:
+        for stream, delta in deltas:
+            stream.deltas.put_nowait(delta)
+
+    with contextlib.suppress(RuntimeError):  # a closed loop: nobody waits there any more
+        loop.call_soon_threadsafe(put)
+
+
+def _settle(future: "Future[None]", error: FleetError | None) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
+
+
+class _Server:
+    """The engine's side of the pipe."""
+
+    def __init__(self, pipe: Connection, engine: "Engine", inbox: "SimpleQueue[Command]") -> None:
+        self._pipe = pipe
+        self._engine = engine
+        self._inbox = inbox
+        self._next_report = 0
+
+    def serve(self) -> None:
+        while True:
+            message = Message()
+            if self._take_in(message):
+                return
+            message.deltas += self._engine.step()
+            message.residency = self._engine.changes()
+            if self._engine.idle or self._engine.steps >= self._next_report:
+                self._report(message)
+            if message:
+                self._pipe.send(message)
+
+    def _report(self, message: Message) -> None:
+        report = self._engine.report()
+        message.report = report
+        # The next one after as many steps as fit into the interval.
+        self._next_report = report.steps + max(int(_REPORT_S / max(report.step_s, 1e-6)), 1)
+
+    def _take_in(self, message: Message) -> bool:
+        """Carry out what has arrived; an idle engine waits for it. True: hang up."""
+        commands: list[Command] = []
+        if self._engine.idle:
+            with contextlib.suppress(Empty):
+                commands.append(self._inbox.get(timeout=_IDLE_S))
+        while not self._inbox.empty():
+            commands.append(self._inbox.get())
+        return any([self._carry_out(command, message) for command in commands])
+
+    def _carry_out(self, command: Command, message: Message) -> bool:
+        match command:
+            case Submit(request):
+                try:
+                    self._engine.add(request)
+                except FleetError as error:
+                    message.deltas.append(Delta(request.id, error=error))
+            case Cancel(request_id):
+                self._engine.cancel(request_id)
+            case Register(call, version, path):
+                try:
+                    self._engine.register(version, path)
+                    message.done.append((call, None))
+                except FleetError as error:
+                    message.done.append((call, error))
+            case Forget(call, digest):
+                self._engine.forget(digest)
+                message.done.append((call, None))
+            case Wake():
+                pass
+            case Hangup():
+                return True
+        return False
+
+
+def _listen(pipe: Connection, inbox: "SimpleQueue[Command]") -> None:
+    try:
+        while True:
+            for command in pipe.recv():
+                inbox.put(command)
+    except (EOFError, OSError):
+        # The server is gone: nobody waits for what a step under way would give.
+        os._exit(0)
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides when to stop
+    pipe = Connection(int(sys.argv[1]))
+    inbox: SimpleQueue[Command] = SimpleQueue()
+    try:
+        config = pipe.recv()
+        try:
+            from replica.engine import Engine  # torch, which only this process needs
+
+            engine = Engine(config, wake=lambda: inbox.put(Wake()))
+        except FleetError as error:
+            pipe.send(error)
+            return
+        pipe.send(engine.report())
+        threading.Thread(target=_listen, args=(pipe, inbox), name="reader", daemon=True).start()
+        _Server(pipe, engine, inbox).serve()
+        engine.close()
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the server went away
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,301 @@
+"""Which adapters are on the device, loading or leaving, and who keeps them there.
+
+    DISK ── make_room ──> LOADING ── loaded ──> DEVICE ── evict ──> DISK
+                           │    ^
+                    failed │    │ make_room, once `retry_s` has come
+                           v    │
+                           FAILED
+
+Slot 0 of the device directory is the base model and is not kept here: it needs no load.
+An adapter that is forgotten while requests claim it or a copy is in flight leaves when the last is
+done: a request accepted for a version runs with that version, whatever its name points at by then.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from cluster.values import Residency as Entry
+from cluster.values import Tier
+from replica.eviction import Candidate
+from replica.extents import Extents, Slide
+
+
+@dataclass(slots=True)
+class Adapter:
+    """One registered version. path: the directory of its files.
+
+    claims: its requests that have not ended. users: those of them that run.
+    fresh: loaded, but no row has run with it since.
+    """
+
+    digest: str
+    path: str
+    bytes: int
+    pinned: bool
+    since_s: float
+    tier: Tier = Tier.DISK
+    slot: int | None = None
+    claims: int = 0
+    users: int = 0
+    used_s: float = 0.0
+    fresh: bool = False
+    leaving: bool = False
+    failures: int = 0
+    retry_s: float = 0.0
+    reason: str | None = None
+
+    @property
+    def wanted(self) -> bool:
+        """A request waits for it."""
+        return self.claims > self.users
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Copy the image of `digest` to byte `offset` of the arena; it will be `slot`."""
+
+    digest: str
+    path: str
+    slot: int
+    offset: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evict:
+    digest: str
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What makes place for one load: evictions, then slides, then the load."""
+
+    evictions: tuple[Evict, ...]
+    slides: tuple[Slide, ...]
+    load: Load
+
+
+class Residency:
+    """The device directory and the arena's bytes.
+
+    slots: rows of the directory besides the base's. order: which to evict first.
+    """
+
+    def __init__(
+        self,
+        extents: Extents,
+        slots: int,
+        order: Callable[[Iterable[Candidate]], list[Candidate]],
+        retry_s: float,
+        retry_max_s: float,
+    ) -> None:
+        self.extents = extents
+        self.slots = slots
+        self.adapters: dict[str, Adapter] = {}
+        self.loading = 0
+        self._free_slots = list(range(slots, 0, -1))
+        self._order = order
+        self._first_retry_s = retry_s
+        self._retry_max_s = retry_max_s
+        self._changed: set[str] = set()
+
+    def register(self, digest: str, path: str, size: int, pinned: bool, now_s: float) -> None:
+        """`size`: bytes of the image, at most the arena's capacity."""
+        assert self.extents.aligned(size) <= self.extents.capacity
+        adapter = self.adapters.get(digest)
+        if adapter is None:
+            size = self.extents.aligned(size)
+            self.adapters[digest] = Adapter(digest, path, size, pinned, now_s)
+        else:
+            adapter.path = path
+            adapter.pinned = pinned
+            adapter.leaving = False
+        self._changed.add(digest)
+
+    def forget(self, digest: str) -> list[Evict]:
+        adapter = self.adapters.get(digest)
+        if adapter is None:
+            return []
+        adapter.leaving = True
+        return self._leave(adapter)
+
+    def usable(self, digest: str) -> bool:
+        adapter = self.adapters.get(digest)
+        return adapter is not None and adapter.tier is Tier.DEVICE
+
+    def pinned_elsewhere(self, now_s: float) -> list[str]:
+        """Pinned adapters that are not on the device; they are loaded before anyone asks."""
+        return [
+            a.digest
+            for a in self.adapters.values()
+            if a.pinned
+            and not a.leaving
+            and not a.wanted
+            and (a.tier is Tier.DISK or (a.tier is Tier.FAILED and now_s >= a.retry_s))
+        ]
+
+    def slot(self, digest: str | None) -> int:
+        if digest is None:
+            return 0
+        slot = self.adapters[digest].slot
+        assert slot is not None
+        return slot
+
+    def claim(self, digest: str) -> None:
+        """A request for it was accepted."""
+        adapter = self.adapters[digest]
+        assert not adapter.leaving
+        adapter.claims += 1
+
+    def unclaim(self, digest: str) -> list[Evict]:
+        """A request for it ended; it no longer runs."""
+        adapter = self.adapters[digest]
+        assert adapter.claims > adapter.users
+        adapter.claims -= 1
+        return self._leave(adapter)
+
+    def acquire(self, digest: str, now_s: float) -> None:
+        """A row is about to run with it."""
+        adapter = self.adapters[digest]
+        assert adapter.tier is Tier.DEVICE and adapter.wanted
+        adapter.users += 1
+        adapter.used_s = now_s
+        adapter.fresh = False
+
+    def release(self, digest: str, now_s: float) -> None:
+        """A row stopped running; its request goes on waiting, or ends with `unclaim`."""
+        adapter = self.adapters[digest]
+        assert adapter.users > 0
+        adapter.users -= 1
+        adapter.used_s = now_s
+
+    def make_room(self, digest: str, now_s: float) -> Room | None:
+        """Begin a load, or None and nothing changed while there is no place for it.
+
+        An adapter that was loaded for a request and has not run yet is kept for it, else two of
+        them could evict each other for ever.
+        """
+        adapter = self.adapters[digest]
+        assert adapter.tier in (Tier.DISK, Tier.FAILED)
+        trial = self.extents.copy()
+        victims: list[str] = []
+        candidates = self._order(self._candidates())
+        loading = [a.digest for a in self.adapters.values() if a.tier is Tier.LOADING]
+        while True:
+            slides: list[Slide] = []
+            if self._free_slots or victims:
+                offset = trial.take(digest, adapter.bytes)
+                if offset is None and trial.free >= adapter.bytes:
+                    slides = trial.slide(immovable=loading)
+                    offset = trial.take(digest, adapter.bytes)
+                if offset is not None:
+                    break
+                if slides:  # they did not help; more must go before anything moves
+                    trial = self._without(victims)
+            if not candidates:
+                return None
+            victims.append(candidates.pop(0).digest)
+            trial.give_back(victims[-1])
+        evictions = tuple(self._evict(self.adapters[v], now_s) for v in victims)
+        self.extents = trial
+        adapter.tier, adapter.slot, adapter.since_s = Tier.LOADING, self._free_slots.pop(), now_s
+        adapter.reason = None
+        self.loading += 1
+        self._changed.add(digest)
+        load = Load(digest, adapter.path, adapter.slot, offset, adapter.bytes)
+        return Room(evictions, tuple(slides), load)
+
+    def loaded(self, digest: str, now_s: float) -> list[Evict]:
+        adapter = self.adapters[digest]
+        assert adapter.tier is Tier.LOADING
+        self.loading -= 1
+        adapter.tier, adapter.since_s, adapter.used_s = Tier.DEVICE, now_s, now_s
+        adapter.fresh, adapter.failures = True, 0
+        self._changed.add(digest)
+        return self._leave(adapter)
+
+    def failed(self, digest: str, reason: str, now_s: float) -> None:
+        """The load broke off. It may be tried again after a pause that doubles each time."""
+        adapter = self.adapters[digest]
+        assert adapter.tier is Tier.LOADING and adapter.slot is not None
+        self.loading -= 1
+        self.extents.give_back(digest)
+        self._free_slots.append(adapter.slot)
+        adapter.tier, adapter.slot, adapter.since_s = Tier.FAILED, None, now_s
+        pause_s = min(self._first_retry_s * 2.0 ** min(adapter.failures, 62), self._retry_max_s)
+        adapter.retry_s = now_s + pause_s
+        adapter.failures += 1
+        adapter.reason = reason
+        self._changed.add(digest)
+        self._leave(adapter)
+
+    def entries(self, digests: Iterable[str] | None = None) -> list[Entry]:
+        """What to publish. Those no longer registered are `absent`."""
+        entries = []
+        for digest in sorted(self.adapters if digests is None else digests):
+            adapter = self.adapters.get(digest)
+            if adapter is None:
+                entries.append(Entry(digest, Tier.ABSENT, 0, 0.0))
+            else:
+                entries.append(
+                    Entry(digest, adapter.tier, adapter.bytes, adapter.since_s, adapter.reason)
+                )
+        return entries
+
+    def changes(self) -> list[Entry]:
+        """The entries that changed since the last call."""
+        if not self._changed:
+            return []
+        entries = self.entries(self._changed)
+        self._changed.clear()
+        return entries
+
+    def check(self) -> None:
+        self.extents.check()
+        placed = [a for a in self.adapters.values() if a.slot is not None]
+        slots = [a.slot for a in placed if a.slot is not None]
+        assert sorted([*slots, *self._free_slots]) == list(range(1, self.slots + 1))
+        assert all(a.tier in (Tier.DEVICE, Tier.LOADING) for a in placed)
+        assert self.loading == sum(a.tier is Tier.LOADING for a in placed)
+        for adapter in self.adapters.values():
+            assert (adapter.slot is not None) == (adapter.tier in (Tier.DEVICE, Tier.LOADING))
+            assert 0 <= adapter.users <= adapter.claims
+            assert adapter.users == 0 or adapter.tier is Tier.DEVICE, "rows run without weights"
+        assert self.extents.free == self.extents.capacity - sum(a.bytes for a in placed)
+
+    def _candidates(self) -> list[Candidate]:
+        return [
+            Candidate(a.digest, a.bytes, a.used_s, a.wanted)
+            for a in self.adapters.values()
+            if a.tier is Tier.DEVICE
+            and a.users == 0
+            and not a.pinned
+            and not (a.fresh and a.wanted)
+        ]
+
+    def _without(self, victims: Iterable[str]) -> Extents:
+        trial = self.extents.copy()
+        for victim in victims:
+            trial.give_back(victim)
+        return trial
+
+    def _evict(self, adapter: Adapter, now_s: float) -> Evict:
+        assert adapter.users == 0 and adapter.tier is Tier.DEVICE and adapter.slot is not None
+        slot = adapter.slot
+        self._free_slots.append(slot)
+        adapter.tier, adapter.slot, adapter.since_s = Tier.DISK, None, now_s
+        self._changed.add(adapter.digest)
+        return Evict(adapter.digest, slot)
+
+    def _leave(self, adapter: Adapter) -> list[Evict]:
+        """Drop a forgotten adapter once nothing uses it."""
+        if not adapter.leaving or adapter.claims or adapter.tier is Tier.LOADING:
+            return []
+        evictions = []
+        if adapter.tier is Tier.DEVICE:
+            evictions.append(self._evict(adapter, adapter.since_s))
+            self.extents.give_back(adapter.digest)
+        del self.adapters[adapter.digest]
+        self._changed.add(adapter.digest)
+        return evictions
