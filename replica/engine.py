@@ -29,7 +29,8 @@ class Engine:
     """Everything one device does. Not thread-safe: one thread calls it.
 
     wake: called from a loader thread when a load has ended, for whoever waits for work.
-    steps: batches run. idle: nothing ran in the last step; only a new request or the end of a load changes that.
+    steps: batches run. idle: nothing ran in the last step, and nothing will until a request comes
+    or a load ends.
     """
 
     def __init__(self, config: EngineConfig, wake: Callable[[], None] = _nothing) -> None:

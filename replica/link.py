@@ -13,80 +13,23 @@ import asyncio
 import contextlib
 import os
 import pickle
-import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING
+from queue import SimpleQueue
 
 from cluster.config import EngineConfig
 from cluster.errors import EngineFailed, FleetError, StartupError
 from cluster.values import LoadReport, Residency, Version
+from replica.messages import Cancel, Command, Forget, Hangup, Message, Register, Submit
 from replica.request import Delta, NewRequest
 
-if TYPE_CHECKING:
-    from replica.engine import Engine
-
 _STOP_S = 5.0
-# How often an engine at work tells its load; a change of residency is told at once.
-_REPORT_S = 0.05
-# An idle engine looks up now and then: a quarantined pinned adapter may be due.
-_IDLE_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Submit:
-    request: NewRequest
-
-
-@dataclass(frozen=True, slots=True)
-class Cancel:
-    request_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Register:
-    call: int
-    version: Version
-    path: str
-
-
-@dataclass(frozen=True, slots=True)
-class Forget:
-    call: int
-    digest: str
-
-
-@dataclass(frozen=True, slots=True)
-class Wake:
-    """A load has ended."""
-
-
-@dataclass(frozen=True, slots=True)
-class Hangup:
-    """The other side is gone or wants no more."""
-
-
-Command = Submit | Cancel | Register | Forget | Wake | Hangup
-
-
-@dataclass(slots=True)
-class Message:
-    """What the engine says after a step. done: calls carried out, with the error of each if any."""
-
-    deltas: list[Delta] = field(default_factory=list)
-    residency: list[Residency] = field(default_factory=list)
-    report: LoadReport | None = None
-    done: list[tuple[int, FleetError | None]] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.deltas or self.residency or self.report or self.done)
 
 
 @dataclass(slots=True)
@@ -130,7 +73,7 @@ class EngineLink:
         os.set_inheritable(theirs.fileno(), True)
         self._pipe = Connection(ours.detach())
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "replica.link", str(theirs.fileno())],
+            [sys.executable, "-m", "replica.engine_process", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
         )
@@ -296,100 +239,3 @@ def _settle(future: "Future[None]", error: FleetError | None) -> None:
         future.set_result(None)
     else:
         future.set_exception(error)
-
-
-class _Server:
-    """The engine's side of the pipe."""
-
-    def __init__(self, pipe: Connection, engine: "Engine", inbox: "SimpleQueue[Command]") -> None:
-        self._pipe = pipe
-        self._engine = engine
-        self._inbox = inbox
-        self._next_report = 0
-
-    def serve(self) -> None:
-        while True:
-            message = Message()
-            if self._take_in(message):
-                return
-            message.deltas += self._engine.step()
-            message.residency = self._engine.changes()
-            if self._engine.idle or self._engine.steps >= self._next_report:
-                self._report(message)
-            if message:
-                self._pipe.send(message)
-
-    def _report(self, message: Message) -> None:
-        report = self._engine.report()
-        message.report = report
-        # The next one after as many steps as fit into the interval.
-        self._next_report = report.steps + max(int(_REPORT_S / max(report.step_s, 1e-6)), 1)
-
-    def _take_in(self, message: Message) -> bool:
-        """Carry out what has arrived; an idle engine waits for it. True: hang up."""
-        commands: list[Command] = []
-        if self._engine.idle:
-            with contextlib.suppress(Empty):
-                commands.append(self._inbox.get(timeout=_IDLE_S))
-        while not self._inbox.empty():
-            commands.append(self._inbox.get())
-        return any([self._carry_out(command, message) for command in commands])
-
-    def _carry_out(self, command: Command, message: Message) -> bool:
-        match command:
-            case Submit(request):
-                try:
-                    self._engine.add(request)
-                except FleetError as error:
-                    message.deltas.append(Delta(request.id, error=error))
-            case Cancel(request_id):
-                self._engine.cancel(request_id)
-            case Register(call, version, path):
-                try:
-                    self._engine.register(version, path)
-                    message.done.append((call, None))
-                except FleetError as error:
-                    message.done.append((call, error))
-            case Forget(call, digest):
-                self._engine.forget(digest)
-                message.done.append((call, None))
-            case Wake():
-                pass
-            case Hangup():
-                return True
-        return False
-
-
-def _listen(pipe: Connection, inbox: "SimpleQueue[Command]") -> None:
-    try:
-        while True:
-            for command in pipe.recv():
-                inbox.put(command)
-    except (EOFError, OSError):
-        # The server is gone: nobody waits for what a step under way would give.
-        os._exit(0)
-
-
-def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides when to stop
-    pipe = Connection(int(sys.argv[1]))
-    inbox: SimpleQueue[Command] = SimpleQueue()
-    try:
-        config = pipe.recv()
-        try:
-            from replica.engine import Engine  # torch, which only this process needs
-
-            engine = Engine(config, wake=lambda: inbox.put(Wake()))
-        except FleetError as error:
-            pipe.send(error)
-            return
-        pipe.send(engine.report())
-        threading.Thread(target=_listen, args=(pipe, inbox), name="reader", daemon=True).start()
-        _Server(pipe, engine, inbox).serve()
-        engine.close()
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the server went away
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,56 @@
+"""What the server's process and the engine's process say to each other."""
+
+from dataclasses import dataclass, field
+
+from cluster.errors import FleetError
+from cluster.values import LoadReport, Residency, Version
+from replica.request import Delta, NewRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    request: NewRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Register:
+    call: int
+    version: Version
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    call: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """A load has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hangup:
+    """The other side is gone or wants no more."""
+
+
+Command = Submit | Cancel | Register | Forget | Wake | Hangup
+
+
+@dataclass(slots=True)
+class Message:
+    """What the engine says after a step. done: calls carried out, with the error of each if any."""
+
+    deltas: list[Delta] = field(default_factory=list)
+    residency: list[Residency] = field(default_factory=list)
+    report: LoadReport | None = None
+    done: list[tuple[int, FleetError | None]] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.deltas or self.residency or self.report or self.done)
