@@ -1,0 +1,120 @@
+"""Device memory for adapter images, and the directory that says where each slot's matrices lie."""
+
+import threading
+
+import numpy as np
+import torch
+
+from lora_kernels.ops import Lora
+from lora_kernels.reference import Directory
+from replica.image import PIECE_ELEMENTS, Image, Layout
+from replica.shape import GROUPS, PROJECTIONS, ModelShape
+
+ALIGNMENT_BYTES = 256
+
+
+class Arena:
+    """`memory` is one flat tensor of the device's dtype. Slot 0 is the base model: rank 0, always.
+
+    Which bytes are free is the scheduler's to know (`extents.py`); here it is only asserted that
+    nothing lands on a placed image. Everything but `copy_in` belongs to the engine's thread.
+    """
+
+    alignment = ALIGNMENT_BYTES
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        capacity_bytes: int,
+        slots: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.capacity_bytes = capacity_bytes - capacity_bytes % ALIGNMENT_BYTES
+        self._projections = list(shape.projections.values())
+        # Not zeroed: pages of memory that no adapter has used yet cost nothing.
+        self.memory = torch.empty(self.capacity_bytes // dtype.itemsize, dtype=dtype, device=device)
+        self.directory = Directory(slots, shape.layers, len(PROJECTIONS))
+        self._placed: dict[int, tuple[int, int]] = {}
+        self._copies: list[tuple[int, int]] = []
+        self._lock = threading.Lock()
+
+    def lora(self) -> Lora:
+        """The operation that a runner adds deltas with; it follows the directory by itself."""
+        order = {name: index for index, name in enumerate(PROJECTIONS)}
+        sizes = self._projections
+        groups = [[(order[name], *sizes[order[name]]) for name in group] for group in GROUPS]
+        return Lora(self.directory, self.memory, groups)
+
+    def copy_in(self, offset: int, image: Image) -> None:
+        """The image's bytes to `offset` bytes. Runs on the loader's thread beside steps."""
+        assert image.flat.dtype == self.memory.dtype
+        span = (offset, image.bytes)
+        with self._lock:
+            self._assert_free(span, list(self._placed.values()) + self._copies)
+            self._copies.append(span)
+        try:
+            start = offset // self.memory.element_size()
+            target = self.memory[start : start + image.flat.numel()]
+            if self.memory.is_cuda:
+                target.copy_(image.flat)
+            else:
+                for begin in range(0, target.numel(), PIECE_ELEMENTS):
+                    end = begin + PIECE_ELEMENTS
+                    target[begin:end].copy_(image.flat[begin:end])
+        finally:
+            with self._lock:
+                self._copies.remove(span)
+
+    def place(self, slot: int, offset: int, layout: Layout) -> None:
+        """From now on rows of `slot` use the image at `offset` bytes."""
+        assert slot != 0, "slot 0 is the base model"
+        assert slot not in self._placed, f"slot {slot} is taken"
+        size = self._bytes(layout)
+        with self._lock:
+            self._assert_free((offset, size), list(self._placed.values()) + self._copies)
+            self._placed[slot] = (offset, size)
+        start = offset // self.memory.element_size()
+        self.directory.write(
+            slot, start, layout.a_offset, layout.b_offset, layout.rank, layout.scale
+        )
+
+    def clear(self, slot: int) -> None:
+        with self._lock:
+            del self._placed[slot]
+        self.directory.clear(slot)
+
+    def move(self, slot: int, source: int, target: int, bytes: int) -> None:
+        """Slides a placed image from byte `source` to `target`; the two may overlap."""
+        size = self._placed[slot][1]
+        assert self._placed[slot][0] == source and size <= bytes
+        with self._lock:
+            others = [span for other, span in self._placed.items() if other != slot]
+            self._assert_free((target, size), others + self._copies)
+            self._placed[slot] = (target, size)
+        element = self.memory.element_size()
+        _slide(self.memory, source // element, target // element, size // element)
+        self.directory.shift(slot, (target - source) // element)
+
+    def _assert_free(self, span: tuple[int, int], taken: list[tuple[int, int]]) -> None:
+        begin, size = span
+        assert begin % ALIGNMENT_BYTES == 0 and 0 <= begin <= self.capacity_bytes - size, span
+        for other, length in taken:
+            assert begin + size <= other or other + length <= begin, f"{span} lands on {other}"
+
+    def _bytes(self, layout: Layout) -> int:
+        widths = np.array([sum(sizes) for sizes in self._projections])
+        return int((layout.rank * widths).sum()) * self.memory.element_size()
+
+
+def _slide(memory: torch.Tensor, source: int, target: int, size: int) -> None:
+    """Pieces no longer than the way they go never overlap themselves, in the right order."""
+    step = abs(target - source)
+    if step == 0:
+        return
+    starts = range(0, size, step)
+    for start in starts if target < source else reversed(starts):
+        length = min(step, size - start)
+        memory[target + start : target + start + length].copy_(
+            memory[source + start : source + start + length]
+        )

@@ -1,0 +1,118 @@
+"""The header of a safetensors file, read with suspicion: bounded, and checked against the file."""
+
+import json
+import math
+import os
+import stat
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+HEADER_BYTES_MAX = 8 * 2**20
+ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
+ELEMENT_BYTES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+
+
+class HeaderInvalid(Exception):
+    """The file is not what the format says."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpan:
+    """begin: byte of the FILE where its data starts."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * ELEMENT_BYTES[self.dtype]
+
+
+def open_regular(path: str) -> BinaryIO:
+    """A file open for reading; a pipe, a device or a directory is refused without blocking."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(f"{path}: not a regular file")
+        return open(descriptor, "rb", buffering=0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_header(path: str) -> dict[str, TensorSpan]:
+    """Name → where it lies. Raises OSError, HeaderInvalid.
+
+    The data must follow the header without holes, overlaps or a rest, as the format demands.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise HeaderInvalid(
+                f"not a safetensors file: a header of {length} bytes in a file of {size}"
+            )
+        if length > HEADER_BYTES_MAX:
+            raise HeaderInvalid(f"a header of {length} bytes, at most {HEADER_BYTES_MAX}")
+        text = file.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise HeaderInvalid(f"not a safetensors file: {error}") from error
+    if not isinstance(header, dict):
+        raise HeaderInvalid("not a safetensors file: the header is not an object")
+    header.pop("__metadata__", None)
+    spans: dict[str, TensorSpan] = {}
+    ends: list[tuple[int, int, str]] = []
+    for name, entry in header.items():
+        begin, end, span = _span(name, entry, 8 + length)
+        spans[name] = span
+        ends.append((begin, end, name))
+    _check_cover(sorted(ends), size - 8 - length)
+    return spans
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        raise ValueError("a key appears twice")
+    return unique
+
+
+def _span(name: str, entry: Any, data_start: int) -> tuple[int, int, TensorSpan]:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise HeaderInvalid(f"tensor {name[:120]!r}: needs dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ELEMENT_BYTES:
+        raise HeaderInvalid(f"tensor {name[:120]!r}: dtype {str(dtype)[:40]!r} is not supported")
+    if not _is_sizes(shape) or len(shape) > 8 or not _is_sizes(offsets) or len(offsets) != 2:
+        raise HeaderInvalid(f"tensor {name[:120]!r}: shape or data_offsets are not sizes")
+    begin, end = offsets
+    span = TensorSpan(dtype, tuple(shape), data_start + begin)
+    if end - begin != span.bytes:
+        raise HeaderInvalid(
+            f"tensor {name[:120]!r}: {dtype} {shape} takes {span.bytes} bytes, "
+            f"its data_offsets hold {end - begin}"
+        )
+    return begin, end, span
+
+
+def _is_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**48 for n in value)
+
+
+def _check_cover(spans: list[tuple[int, int, str]], size: int) -> None:
+    reached = 0
+    for begin, end, name in spans:
+        if begin != reached:
+            raise HeaderInvalid(
+                f"tensor {name[:120]!r} starts at byte {begin} of the data, not at {reached}"
+            )
+        reached = end
+    if reached != size:
+        raise HeaderInvalid(f"the tensors take {reached} bytes, the file holds {size}")
