@@ -1,0 +1,150 @@
+"""An HF checkpoint's safetensors → the decoder's tensors, q k v and gate up each in one."""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from cluster.errors import ModelUnsupported
+from replica.shape import GROUPS, ModelShape
+
+_MODULES = ("self_attn", "self_attn", "mlp", "mlp")
+"""Where the projections of each group lie in a layer of the checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder block. matmuls and biases: one a group of `GROUPS`, in that order."""
+
+    matmuls: tuple[torch.Tensor, ...]
+    biases: tuple[torch.Tensor | None, ...]
+    attention_norm: torch.Tensor
+    mlp_norm: torch.Tensor
+    query_norm: torch.Tensor | None
+    key_norm: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    embeddings: torch.Tensor
+    layers: tuple[Layer, ...]
+    norm: torch.Tensor
+    head: torch.Tensor
+
+
+def load_weights(
+    model_dir: str, shape: ModelShape, dtype: torch.dtype, device: torch.device
+) -> Weights:
+    """Raises ModelUnsupported naming a file or tensor that is missing, misshapen or unknown."""
+    with _Checkpoint(Path(model_dir), dtype, device) as checkpoint:
+        embeddings = checkpoint.take("model.embed_tokens.weight", (shape.vocab, shape.hidden))
+        layers = tuple(_layer(checkpoint, shape, layer) for layer in range(shape.layers))
+        norm = checkpoint.take("model.norm.weight", (shape.hidden,))
+        if shape.tied_embeddings:
+            head = embeddings
+            checkpoint.leave("lm_head.weight")
+        else:
+            head = checkpoint.take("lm_head.weight", (shape.vocab, shape.hidden))
+        checkpoint.check_empty()
+    return Weights(embeddings, layers, norm, head)
+
+
+def _layer(checkpoint: "_Checkpoint", shape: ModelShape, layer: int) -> Layer:
+    prefix = f"model.layers.{layer}"
+    has_bias = (shape.qkv_bias, shape.output_bias, shape.mlp_bias, shape.mlp_bias)
+    matmuls: list[torch.Tensor] = []
+    biases: list[torch.Tensor | None] = []
+    for group, module, bias in zip(GROUPS, _MODULES, has_bias, strict=True):
+        parts = [(f"{prefix}.{module}.{name}", *shape.projections[name]) for name in group]
+        matmuls.append(
+            torch.cat([checkpoint.take(f"{n}.weight", (out, wide)) for n, wide, out in parts])
+        )
+        biases.append(
+            torch.cat([checkpoint.take(f"{n}.bias", (out,)) for n, _, out in parts])
+            if bias
+            else None
+        )
+    checkpoint.leave(f"{prefix}.self_attn.rotary_emb.inv_freq")  # Old Llamas store it: computed.
+
+    def norm(name: str, size: int) -> torch.Tensor:
+        return checkpoint.take(f"{prefix}.{name}.weight", (size,))
+
+    return Layer(
+        matmuls=tuple(matmuls),
+        biases=tuple(biases),
+        attention_norm=norm("input_layernorm", shape.hidden),
+        mlp_norm=norm("post_attention_layernorm", shape.hidden),
+        query_norm=norm("self_attn.q_norm", shape.head_dim) if shape.qk_norm else None,
+        key_norm=norm("self_attn.k_norm", shape.head_dim) if shape.qk_norm else None,
+    )
+
+
+class _Checkpoint:
+    """The tensors of a directory, each taken once, so that what is left over shows."""
+
+    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
+        self._path, self._dtype, self._device = path, dtype, device
+        self._files = ExitStack()
+        self._where = {name: file for file, names in self._open() for name in names}
+
+    def _open(self) -> Iterator[tuple[safe_open, list[str]]]:
+        for name in _file_names(self._path):
+            if not (self._path / name).is_file():
+                raise ModelUnsupported(f"{self._path}: no {name}", field="model")
+            try:
+                file = self._files.enter_context(safe_open(self._path / name, framework="pt"))
+            except SafetensorError as error:
+                raise ModelUnsupported(f"{self._path / name}: {error}", field="model") from error
+            yield file, list(file.keys())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._files.close()
+
+    def take(self, name: str, size: tuple[int, ...]) -> torch.Tensor:
+        file = self._where.pop(name, None)
+        if file is None:
+            raise ModelUnsupported(f"{self._path}: no tensor {name!r}", field="model")
+        tensor: torch.Tensor = file.get_tensor(name)  # type: ignore[no-untyped-call]
+        if tuple(tensor.shape) != size:
+            raise ModelUnsupported(
+                f"{self._path}: tensor {name!r} has shape {tuple(tensor.shape)}, "
+                f"config.json says {size}",
+                field="model",
+            )
+        return tensor.to(self._device, self._dtype)
+
+    def leave(self, name: str) -> None:
+        """Not needed, if it is there at all."""
+        self._where.pop(name, None)
+
+    def check_empty(self) -> None:
+        """A tensor that this decoder does not apply would change the answers."""
+        if self._where:
+            raise ModelUnsupported(
+                f"{self._path}: tensor {min(self._where)!r} is not part of the architecture",
+                field="model",
+            )
+
+
+def _file_names(path: Path) -> list[str]:
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        return ["model.safetensors"]
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ModelUnsupported(f"{index}: {error!r}", field="model") from error
