@@ -63,7 +63,7 @@ class Decoder:
 
     def forward(self, batch: Batch, cache: torch.Tensor, deltas: Deltas | None) -> torch.Tensor:
         """Logits [outputs, vocab]. deltas: None when every row is the base model's."""
-        shape, weights = self._shape, self._weights
+        weights = self._weights
         # What a page's former owner left behind is masked, but 0 · NaN is not 0.
         cache.index_fill_(1, batch.fresh, 0)
         cos = self._cos.index_select(0, batch.positions)[:, None]

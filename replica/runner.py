@@ -66,7 +66,7 @@ class Runner:
         )
 
         self.arena = Arena(
-            shape, config.adapter_memory, config.directory_slots + 1, self.dtype, self.device
+            shape, config.adapter_memory, config.directory_slots, self.dtype, self.device
         )
         groups = [
             [(PROJECTIONS.index(name), *shape.projections[name]) for name in group]
@@ -95,7 +95,7 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row]) -> list[Sampled | None]:
-        """One packed batch, prefill chunks and decodes mixed; a token to each row that wants one."""
+        """One packed batch, prefill chunks and decodes mixed; a token where one is wanted."""
         # Single tokens first: they attend together.
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens) > 1)
         packed = [rows[i] for i in order]

@@ -117,11 +117,11 @@ def make_adapter(
     base = AutoModelForCausalLM.from_pretrained(model_dir)
     config = LoraConfig(
         r=rank,
-        lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]
+        lora_alpha=2 * rank if alpha is None else alpha,
         target_modules=list(targets),
         use_rslora=use_rslora,
         rank_pattern=dict(rank_pattern or {}),
-        alpha_pattern=dict(alpha_pattern or {}),  # type: ignore[arg-type]
+        alpha_pattern=dict(alpha_pattern or {}),
         task_type="CAUSAL_LM",
         **settings,
     )
