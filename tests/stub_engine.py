@@ -1,4 +1,4 @@
-"""An engine without a model: it replays a script of tokens at a set pace, for HTTP tests and benches."""
+"""An engine without a model, for HTTP tests and benches: replays a script at a set pace."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence

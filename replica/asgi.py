@@ -1,0 +1,133 @@
+"""Plain ASGI: bodies read to a bound, JSON and event streams sent, work ended by a disconnect."""
+
+import asyncio
+import math
+import re
+from collections.abc import Coroutine, Iterable
+from typing import Any
+
+import orjson
+from starlette.types import Message, Receive, Scope, Send
+
+from cluster.errors import FleetError
+
+JSON = (b"content-type", b"application/json")
+TEXT = (b"content-type", b"text/plain; charset=utf-8")
+EVENT_STREAM = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
+REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+
+Header = tuple[bytes, bytes]
+
+
+class BodyTooLarge(FleetError):
+    status = 413
+    code = "body_too_large"
+    type = "invalid_request_error"
+
+
+class NoSuchRoute(FleetError):
+    status = 404
+    code = "not_found"
+    type = "invalid_request_error"
+
+
+class MethodNotAllowed(FleetError):
+    status = 405
+    code = "method_not_allowed"
+    type = "invalid_request_error"
+
+
+class ClientGone(Exception):
+    """The client left before its request was read: there is nobody to answer."""
+
+
+def header(scope: Scope, name: bytes) -> bytes | None:
+    for key, value in scope["headers"]:
+        if key == name:
+            return bytes(value)
+    return None
+
+
+async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """Raises BodyTooLarge as soon as that is known, ClientGone."""
+    too_large = BodyTooLarge(f"the request body is larger than {limit} bytes")
+    announced = header(scope, b"content-length")
+    if announced is not None and announced.isdigit() and int(announced) > limit:
+        raise too_large
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        part = message.get("body", b"")
+        size += len(part)
+        if size > limit:
+            raise too_large
+        parts.append(part)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+async def send_body(
+    send: Send, status: int, body: bytes, headers: Iterable[Header] = (JSON,)
+) -> None:
+    length = (b"content-length", str(len(body)).encode())
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def send_json(send: Send, body: Any, status: int = 200) -> None:
+    await send_body(send, status, orjson.dumps(body))
+
+
+async def send_error(send: Send, error: FleetError) -> None:
+    headers = [JSON]
+    if error.retry_after_s is not None:
+        headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode()))
+    if error.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send_body(send, error.status, error_body(error), headers)
+
+
+def error_body(error: FleetError) -> bytes:
+    """In OpenAI's shape."""
+    return orjson.dumps(
+        {
+            "error": {
+                "message": error.message,
+                "type": error.type,
+                "param": error.field,
+                "code": error.code,
+            }
+        }
+    )
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Does `work` and cancels it as soon as the client is gone. The body has been read."""
+    task = asyncio.current_task()
+    assert task is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        message: Message = {"type": ""}
+        while message["type"] != "http.disconnect":
+            message = await receive()
+        gone = True
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        await work
+    except asyncio.CancelledError:
+        if not gone:
+            raise  # The server's own shutdown, not the client.
+        task.uncancel()
+    finally:
+        watcher.cancel()

@@ -1,0 +1,157 @@
+"""A checked HTTP request → a call: names resolved, text tokenized, lengths held to the context."""
+
+import uuid
+from collections.abc import Sequence
+
+from cluster.errors import BadRequest, ContextLengthExceeded, ModelNotFound
+from replica.completion import Call
+from replica.front import Adapters
+from replica.openai_protocol import (
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    read_messages,
+    read_prompts,
+    shown,
+)
+from replica.request import Sampling
+from replica.text import Text
+
+COMPLETION_TOKENS = 16
+
+
+class CallReader:
+    """Knows the names, the tokenizer and the limits of one replica."""
+
+    def __init__(self, adapters: Adapters, text: Text, base: str, context: int, vocab: int) -> None:
+        self._adapters = adapters
+        self._text = text
+        self._base = base
+        self._context = context
+        self._vocab = vocab
+
+    async def chat(self, request: ChatRequest) -> Call:
+        digest = await self._digest(request.model)
+        resume = bool(request.continue_final_message)
+        rendered = self._text.render_chat(
+            read_messages(request),
+            add_generation_prompt=not resume and request.add_generation_prompt is not False,
+            continue_final_message=resume,
+            template_arguments=request.chat_template_kwargs,
+        )
+        # The template writes the special tokens itself.
+        prompt = self._text.encode(rendered, add_special_tokens=bool(request.add_special_tokens))
+        top = (request.top_logprobs or 0) if request.logprobs else None
+        wanted = request.max_completion_tokens or request.max_tokens
+        return self._call(request, "chatcmpl", digest, (prompt,), (), wanted, self._context, top)
+
+    async def completion(self, request: CompletionRequest) -> Call:
+        digest = await self._digest(request.model)
+        special = request.add_special_tokens is not False
+        prompts: list[tuple[int, ...]] = []
+        echoes: list[str] = []
+        for prompt in read_prompts(request.prompt):
+            if isinstance(prompt, str):
+                tokens = self._text.encode(prompt, add_special_tokens=special)
+                echoes.append(prompt)
+            else:
+                tokens = tuple(prompt)
+                echoes.append("")
+            self._check_vocabulary(tokens, "prompt")
+            if not isinstance(prompt, str) and request.echo:
+                echoes[-1] = self._text.decode(tokens)
+            prompts.append(tokens)
+        if not request.echo:
+            echoes = []
+        return self._call(
+            request,
+            "cmpl",
+            digest,
+            tuple(prompts),
+            tuple(echoes),
+            request.max_tokens,
+            COMPLETION_TOKENS,
+            request.logprobs,
+        )
+
+    async def _digest(self, model: str) -> str | None:
+        if model == self._base:
+            return None
+        version = await self._adapters.find(model)
+        if version is None:
+            raise ModelNotFound(f"the model {model!r} does not exist", field="model")
+        return version.digest
+
+    def _call(
+        self,
+        request: GenerationRequest,
+        kind: str,
+        digest: str | None,
+        prompts: tuple[tuple[int, ...], ...],
+        echoes: tuple[str, ...],
+        wanted: int | None,
+        default: int,
+        logprobs: int | None,
+    ) -> Call:
+        longest = max(len(prompt) for prompt in prompts)
+        if min(len(prompt) for prompt in prompts) == 0:
+            raise BadRequest(f"{request.prompt_field}: is empty", field=request.prompt_field)
+        max_tokens = self._max_tokens(request, longest, wanted, default)
+        stop_tokens = request.stop_token_ids or []
+        self._check_vocabulary(stop_tokens, "stop_token_ids")
+        min_tokens = request.min_tokens or 0
+        if min_tokens > max_tokens:
+            raise BadRequest(
+                f"min_tokens: {min_tokens} is more than max_tokens, {max_tokens}",
+                field="min_tokens",
+            )
+        return Call(
+            id=f"{kind}-{uuid.uuid4().hex}",
+            model=request.model,
+            digest=digest,
+            prompts=prompts,
+            n=request.n or 1,
+            sampling=Sampling(
+                max_tokens=max_tokens,
+                min_tokens=min_tokens,
+                temperature=1.0 if request.temperature is None else request.temperature,
+                top_p=1.0 if request.top_p is None else request.top_p,
+                top_k=max(0, request.top_k or 0),
+                seed=request.seed,
+                stop_tokens=frozenset(stop_tokens),
+                ignore_eos=bool(request.ignore_eos),
+                logprobs=logprobs,
+            ),
+            stops=tuple(request.stop),
+            include_stop=bool(request.include_stop_str_in_output),
+            skip_special_tokens=request.skip_special_tokens is not False,
+            echoes=echoes,
+        )
+
+    def _max_tokens(
+        self, request: GenerationRequest, prompt: int, wanted: int | None, default: int
+    ) -> int:
+        left = self._context - prompt
+        if left < 1:
+            raise ContextLengthExceeded(
+                f"{request.prompt_field}: {prompt} tokens leave no room for an answer in the "
+                f"context length of {self._context}",
+                field=request.prompt_field,
+            )
+        if wanted is None:
+            return min(default, left)
+        if wanted > left:
+            raise ContextLengthExceeded(
+                f"{request.prompt_field}: {prompt} prompt tokens + max_tokens {wanted} = "
+                f"{prompt + wanted} are more than the context length of {self._context}",
+                field=request.prompt_field,
+            )
+        return wanted
+
+    def _check_vocabulary(self, tokens: Sequence[int], field: str) -> None:
+        for i, token in enumerate(tokens):
+            if not 0 <= token < self._vocab:
+                raise BadRequest(
+                    f"{field}[{i}]: token id {shown(token)} is not between 0 and {self._vocab - 1}",
+                    field=field,
+                )
