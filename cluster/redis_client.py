@@ -1,0 +1,129 @@
+"""Connections to Redis: bounded waits, one prefix, and a subscription that mends itself."""
+
+import asyncio
+import json
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from cluster.errors import CatalogUnavailable
+
+log = logging.getLogger(__name__)
+
+COMMAND_TIMEOUT_S = 1.0
+CALL_TIMEOUT_S = 2.0
+RECONNECT_FIRST_S = 0.05
+RECONNECT_MAX_S = 1.0
+
+# What a Redis that is away, hung, loading its data or out of memory raises.
+Unreachable = (RedisError, OSError, TimeoutError)
+
+
+def connect(url: str) -> Redis:
+    """A client that fails soon rather than waits; who calls decides about trying again."""
+    return Redis.from_url(
+        url,
+        decode_responses=True,
+        socket_timeout=COMMAND_TIMEOUT_S,
+        socket_connect_timeout=COMMAND_TIMEOUT_S,
+        retry=Retry(NoBackoff(), 0),
+    )
+
+
+def prefix(fleet: str) -> str:
+    return f"lf:{fleet}:"
+
+
+async def call(reply: Awaitable[Any]) -> Any:
+    """The reply, or CatalogUnavailable soon. The message never carries the URL: it may hold a
+    password."""
+    try:
+        async with asyncio.timeout(CALL_TIMEOUT_S):
+            return await reply
+    except Unreachable as error:
+        raise CatalogUnavailable(
+            f"the fleet's Redis cannot be reached ({type(error).__name__})", retry_after_s=1.0
+        ) from error
+
+
+class Subscription:
+    """Follows one channel of numbered JSON messages for ever.
+
+                     ┌── error, or silence longer than silence_s twice ──┐
+                     v                                                   │
+        ──> WAIT ── subscribe ──> resync (whole snapshot) ──> LIVE ──────┘
+                                       ^                       │
+                                       └──── apply says gap ───┘
+
+    apply(message) returns False when it saw a gap; resync() then fetches the whole. It subscribes
+    before it fetches, so nothing falls between; what a snapshot already holds, apply must ignore.
+    """
+
+    def __init__(
+        self,
+        redis: Redis,
+        channel: str,
+        *,
+        apply: Callable[[dict[str, Any]], bool],
+        resync: Callable[[], Awaitable[None]],
+        silence_s: float = 1.0,
+    ) -> None:
+        self._redis = redis
+        self._channel = channel
+        self._apply = apply
+        self._resync = resync
+        self._silence_s = silence_s
+        self.connected = False
+
+    async def run(self) -> None:
+        delay_s = RECONNECT_FIRST_S
+        while True:
+            try:
+                await self._follow()
+            except (*Unreachable, CatalogUnavailable) as error:
+                if self.connected:
+                    delay_s = RECONNECT_FIRST_S
+                    log.warning("%s: lost Redis (%s)", self._channel, type(error).__name__)
+            finally:
+                self.connected = False
+            await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
+            delay_s = min(delay_s * 2, RECONNECT_MAX_S)
+
+    async def _follow(self) -> None:
+        """Returns never; raises when the connection is lost."""
+        async with self._redis.pubsub() as pubsub:
+            await pubsub.subscribe(self._channel)
+            await self._confirmed(pubsub)
+            await self._resync()
+            self.connected = True
+            pinged = False
+            while True:
+                message = await pubsub.get_message(timeout=self._silence_s)
+                if message is None:
+                    if pinged:
+                        raise TimeoutError("no answer to a ping")
+                    await pubsub.ping()
+                    pinged = True
+                    continue
+                pinged = False
+                if message["type"] == "message" and not self._understood(message["data"]):
+                    await self._resync()
+
+    async def _confirmed(self, pubsub: Any) -> None:
+        message = await pubsub.get_message(timeout=COMMAND_TIMEOUT_S)
+        if message is None or message["type"] != "subscribe":
+            raise TimeoutError("the subscription was not confirmed")
+
+    def _understood(self, data: str) -> bool:
+        """A message that cannot be read is a gap: others may write to the same Redis."""
+        try:
+            return self._apply(json.loads(data))
+        except (ValueError, KeyError, TypeError) as error:
+            log.warning("%s: unreadable message (%s)", self._channel, error)
+            return False

@@ -1,0 +1,466 @@
+"""Residency, leases and load reports in Redis: what each replica holds, and that it lives.
+
+    lf:{fleet}:residency:{incarnation}  hash: digest → {tier, bytes, since, reason} (JSON), TTL
+    lf:{fleet}:lease:{incarnation}      what the replica says of itself (JSON), TTL
+    lf:{fleet}:incarnations             set of the incarnations that may be alive
+    lf:{fleet}:residency:sequence       changes so far
+    lf:{fleet}:residency:changes        channel: {epoch, sequence, kind, incarnation, ...}
+
+incarnation = replica_id:start_nonce. Lease and residency share one TTL, so that a replica killed
+without a word is gone from Redis lease_s later. Keys beside KEYS are made inside the scripts:
+this wants one Redis (or a replicated one), not a Redis Cluster.
+"""
+
+import asyncio
+import dataclasses
+import json
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from redis.asyncio import Redis
+
+from cluster.catalog import Catalog
+from cluster.errors import CatalogUnavailable
+from cluster.redis_client import (
+    RECONNECT_FIRST_S,
+    RECONNECT_MAX_S,
+    Subscription,
+    call,
+    connect,
+    prefix,
+)
+from cluster.values import LoadReport, Residency, Tier
+
+log = logging.getLogger(__name__)
+
+# KEYS: epoch, sequence, incarnations, catalog sequence, lease, residency.
+# ARGV: a fresh epoch, channel, incarnation, lease, lease_ms, 'whole' or 'change', how many
+# entries the hash must have before a change, entries set (JSON object), digests dropped (JSON
+# array), then digest, entry, digest, entry ...
+_ANNOUNCE = """
+local epoch = redis.call('GET', KEYS[1])
+if not epoch then
+  epoch = ARGV[1]
+  redis.call('SET', KEYS[1], epoch)
+end
+local catalog = redis.call('GET', KEYS[4]) or '0'
+local whole = ARGV[6] == 'whole'
+if whole then
+  redis.call('DEL', KEYS[6])
+  redis.call('SADD', KEYS[3], ARGV[3])
+elseif redis.call('EXISTS', KEYS[5]) == 0 or redis.call('HLEN', KEYS[6]) ~= tonumber(ARGV[7]) then
+  return {'lost', catalog}
+end
+local changed = whole
+for _, digest in ipairs(cjson.decode(ARGV[9])) do
+  redis.call('HDEL', KEYS[6], digest)
+  changed = true
+end
+for i = 10, #ARGV, 2 do
+  redis.call('HSET', KEYS[6], ARGV[i], ARGV[i + 1])
+  changed = true
+end
+if changed then redis.call('INCR', KEYS[2]) end
+redis.call('SET', KEYS[5], ARGV[4], 'PX', ARGV[5])
+redis.call('PEXPIRE', KEYS[6], ARGV[5])
+local kind = whole and 'whole' or (changed and 'change' or 'report')
+redis.call('PUBLISH', ARGV[2], '{"epoch":"' .. epoch .. '","sequence":'
+  .. (redis.call('GET', KEYS[2]) or '0') .. ',"kind":"' .. kind .. '","lease":' .. ARGV[4]
+  .. ',"set":' .. ARGV[8] .. ',"drop":' .. ARGV[9] .. '}')
+return {'ok', catalog}
+"""
+
+# KEYS and ARGV as above, up to incarnation.
+_WITHDRAW = """
+local epoch = redis.call('GET', KEYS[1])
+if not epoch then return end
+redis.call('DEL', KEYS[5], KEYS[6])
+redis.call('SREM', KEYS[3], ARGV[3])
+redis.call('INCR', KEYS[2])
+redis.call('PUBLISH', ARGV[2], '{"epoch":"' .. epoch .. '","sequence":'
+  .. redis.call('GET', KEYS[2]) .. ',"kind":"gone","incarnation":'
+  .. cjson.encode(ARGV[3]) .. '}')
+"""
+
+# KEYS: epoch, sequence, incarnations. ARGV: the prefix, 'residency' or '' to leave that out.
+_SNAPSHOT = """
+local live = {}
+for _, incarnation in ipairs(redis.call('SMEMBERS', KEYS[3])) do
+  local key = ARGV[1] .. 'lease:' .. incarnation
+  local lease = redis.call('GET', key)
+  if lease then
+    local held = {}
+    if ARGV[2] == 'residency' then
+      held = redis.call('HGETALL', ARGV[1] .. 'residency:' .. incarnation)
+    end
+    live[#live + 1] = {lease, redis.call('PTTL', key), held}
+  else
+    redis.call('SREM', KEYS[3], incarnation)
+  end
+end
+return {redis.call('GET', KEYS[1]) or '', redis.call('GET', KEYS[2]) or '0', live}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """What a replica says of itself with each renewal.
+
+    started_s: Unix time; of two incarnations of one replica the later one counts.
+    catalog_sequence: the changes of the catalog it has applied.
+    """
+
+    replica_id: str
+    incarnation: str
+    started_s: float
+    lease_s: float
+    catalog_sequence: int
+    report: LoadReport
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaState:
+    """One live replica as a reader knows it. seen_s: the reader's monotonic clock."""
+
+    replica_id: str
+    incarnation: str
+    residency: Mapping[str, Residency]
+    report: LoadReport
+    seen_s: float
+    catalog_sequence: int = 0
+
+
+def channel(fleet: str) -> str:
+    return prefix(fleet) + "residency:changes"
+
+
+def _encode_residency(entry: Residency) -> str:
+    record = {"tier": entry.tier.value, "bytes": entry.bytes, "since": entry.since_s}
+    return json.dumps(record | {"reason": entry.reason}, separators=(",", ":"))
+
+
+def _decode_residency(digest: str, record: Mapping[str, Any]) -> Residency:
+    return Residency(
+        digest, Tier(record["tier"]), record["bytes"], record["since"], record.get("reason")
+    )
+
+
+_REPORT_FIELDS = frozenset(field.name for field in dataclasses.fields(LoadReport))
+
+
+def _decode_lease(record: Mapping[str, Any]) -> Lease:
+    report = {k: v for k, v in record["report"].items() if k in _REPORT_FIELDS}
+    return Lease(
+        replica_id=record["replica_id"],
+        incarnation=record["incarnation"],
+        started_s=record["started_s"],
+        lease_s=record["lease_s"],
+        catalog_sequence=record["catalog_sequence"],
+        report=LoadReport(**report),
+    )
+
+
+class Publisher:
+    """One replica's voice: its residency as it changes, its lease with every report.
+
+    Belongs to the event loop that `run` runs on. It compares what `residency` says with what it
+    published last, so a lost callback costs one report_s and never the truth.
+
+    residency, report: ask the engine. applied: the catalog sequence applied here.
+    alive: False ends `run` after withdrawing everything. on_catalog: told the sequence that
+    Redis is at, with each renewal.
+    """
+
+    def __init__(
+        self,
+        redis: Redis,
+        fleet: str,
+        replica_id: str,
+        *,
+        lease_s: float,
+        report_s: float,
+        residency: Callable[[], Iterable[Residency]],
+        report: Callable[[], LoadReport],
+        applied: Callable[[], int] = lambda: 0,
+        alive: Callable[[], bool] = lambda: True,
+        on_catalog: Callable[[int], None] = lambda sequence: None,
+    ) -> None:
+        self.replica_id = replica_id
+        self.incarnation = f"{replica_id}:{secrets.token_hex(4)}"
+        self._started_s = time.time()
+        self._lease_s, self._report_s = lease_s, report_s
+        self._residency, self._report = residency, report
+        self._applied, self._alive, self._on_catalog = applied, alive, on_catalog
+        self._channel = channel(fleet)
+        root = prefix(fleet)
+        self._keys = [
+            root + key
+            for key in (
+                "epoch",
+                "residency:sequence",
+                "incarnations",
+                "catalog:sequence",
+                f"lease:{self.incarnation}",
+                f"residency:{self.incarnation}",
+            )
+        ]
+        self._announce = redis.register_script(_ANNOUNCE)
+        self._withdraw = redis.register_script(_WITHDRAW)
+        self._published: dict[str, Residency] | None = None
+        self._wake = asyncio.Event()
+
+    def wake(self) -> None:
+        """Something changed: publish now rather than at the next report."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Until the engine is dead. Redis may come and go."""
+        delay_s = RECONNECT_FIRST_S
+        while self._alive():
+            self._wake.clear()
+            try:
+                await self.publish()
+                delay_s, wait_s = RECONNECT_FIRST_S, self._report_s
+            except CatalogUnavailable:
+                self._published = None
+                delay_s = wait_s = min(delay_s * 2, RECONNECT_MAX_S)
+            try:
+                async with asyncio.timeout(wait_s):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+        await self.close()
+
+    async def publish(self) -> None:
+        """What changed since the last time; everything when Redis has forgotten us."""
+        held = {r.digest: r for r in self._residency() if r.tier is not Tier.ABSENT}
+        before = self._published
+        if before is not None:
+            changed = [r for d, r in held.items() if before.get(d) != r]
+            dropped = [digest for digest in before if digest not in held]
+            if await self._say("change", changed, dropped, len(before)):
+                self._published = held
+                return
+            log.warning("%s: Redis had forgotten this replica", self.incarnation)
+        await self._say("whole", list(held.values()), [], 0)
+        self._published = held
+
+    async def close(self) -> None:
+        """Withdraws lease and residency; without Redis they run out by themselves."""
+        try:
+            await call(self._withdraw(keys=self._keys, args=["", self._channel, self.incarnation]))
+        except CatalogUnavailable:
+            log.warning("%s: could not withdraw; its lease runs out", self.incarnation)
+
+    async def _say(
+        self, kind: str, changed: list[Residency], dropped: list[str], count: int
+    ) -> bool:
+        lease = Lease(
+            self.replica_id,
+            self.incarnation,
+            self._started_s,
+            self._lease_s,
+            self._applied(),
+            self._report(),
+        )
+        pairs: list[str] = []
+        for entry in changed:
+            pairs += [entry.digest, _encode_residency(entry)]
+        entries = ",".join(f'"{d}":{r}' for d, r in zip(pairs[::2], pairs[1::2], strict=True))
+        head = [secrets.token_hex(8), self._channel, self.incarnation]
+        told = [json.dumps(dataclasses.asdict(lease)), str(int(self._lease_s * 1000)), kind]
+        change = [str(count), "{" + entries + "}", json.dumps(dropped)]
+        outcome, catalog = await call(
+            self._announce(keys=self._keys, args=head + told + change + pairs)
+        )
+        self._on_catalog(int(catalog))
+        return bool(outcome == "ok")
+
+
+class Registry:
+    """Reads what all replicas published, in one atomic look."""
+
+    def __init__(self, redis: Redis, fleet: str) -> None:
+        self._root = prefix(fleet)
+        self._keys = [self._root + key for key in ("epoch", "residency:sequence", "incarnations")]
+        self._snapshot = redis.register_script(_SNAPSHOT)
+
+    async def read(
+        self, *, residency: bool = True
+    ) -> tuple[str, int, list[tuple[Lease, float, dict[str, Residency]]]]:
+        """(epoch, sequence, [(lease, seconds it has left, residency)])."""
+        args = [self._root, "residency" if residency else ""]
+        epoch, sequence, live = await call(self._snapshot(keys=self._keys, args=args))
+        found = []
+        for lease, ttl_ms, held in live:
+            try:
+                known = _decode_lease(json.loads(lease))
+                entries = {
+                    digest: _decode_residency(digest, json.loads(record))
+                    for digest, record in zip(held[::2], held[1::2], strict=True)
+                }
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                log.warning("a replica's record cannot be read; left out (%s)", error)
+                continue
+            found.append((known, max(ttl_ms, 0) / 1000, entries))
+        return epoch, int(sequence), found
+
+    async def leases(self) -> list[Lease]:
+        """Of live replicas, the newest incarnation of each, by replica_id."""
+        _, _, live = await self.read(residency=False)
+        return newest([lease for lease, _, _ in live])
+
+
+def newest(leases: Iterable[Lease]) -> list[Lease]:
+    """One lease per replica: the incarnation that started last."""
+    best: dict[str, Lease] = {}
+    for lease in sorted(leases, key=lambda lease: (lease.started_s, lease.incarnation)):
+        best[lease.replica_id] = lease
+    return [best[replica_id] for replica_id in sorted(best)]
+
+
+@dataclass(slots=True)
+class _Seen:
+    lease: Lease
+    residency: dict[str, Residency]
+    seen_s: float
+    deadline_s: float
+
+
+class Follower:
+    """One process's view of the fleet, fed by subscription. Never raises into its readers.
+
+    Everything belongs to the event loop that `run` runs on. While Redis is away nobody's lease
+    runs out here: what is known stays known, and after its return each replica has one lease
+    time to be heard again.
+    """
+
+    def __init__(
+        self,
+        redis_url: str,
+        fleet: str,
+        *,
+        base_name: str = "",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._redis = connect(redis_url)
+        self._clock = clock
+        self._catalog = Catalog(self._redis, fleet, base_name, on_change=self._renamed)
+        self._registry = Registry(self._redis, fleet)
+        self._subscription = Subscription(
+            self._redis, channel(fleet), apply=self._apply, resync=self._resync
+        )
+        self._epoch, self._sequence = "", 0
+        self._seen: dict[str, _Seen] = {}
+        self._names: dict[str, str | None] = {}
+        self._replicas: dict[str, ReplicaState] | None = None
+        self._next_expiry_s = float("inf")
+        self.resyncs = 0
+
+    @property
+    def connected(self) -> bool:
+        return self._subscription.connected and self._catalog.connected
+
+    @property
+    def names(self) -> Mapping[str, str | None]:
+        """Adapter name → digest; the base model's name, when it was given, → None."""
+        return MappingProxyType(self._names)
+
+    @property
+    def replicas(self) -> Mapping[str, ReplicaState]:
+        """Live replicas by replica_id."""
+        if self._subscription.connected and self._clock() >= self._next_expiry_s:
+            self._expire()
+        if self._replicas is None:
+            self._replicas = self._build()
+        return self._replicas
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._catalog.run())
+                tasks.create_task(self._subscription.run())
+        finally:
+            await self._redis.aclose()
+
+    def _renamed(self) -> None:
+        book = self._catalog.book
+        self._names = {version.name: version.digest for version in book.by_name()}
+        if book.base_name:
+            self._names[book.base_name] = None
+
+    async def _resync(self) -> None:
+        epoch, sequence, live = await self._registry.read()
+        now = self._clock()
+        seen = {
+            lease.incarnation: _Seen(lease, held, now, now + left_s) for lease, left_s, held in live
+        }
+        if not self._subscription.connected:
+            # Redis may have come back before the replicas did: each has a lease time to be heard.
+            for incarnation, old in self._seen.items():
+                if incarnation not in seen:
+                    old.deadline_s = now + old.lease.lease_s
+                    seen[incarnation] = old
+        self._epoch, self._sequence, self._seen = epoch, sequence, seen
+        self.resyncs += 1
+        self._changed()
+
+    def _apply(self, message: dict[str, Any]) -> bool:
+        sequence, kind = message["sequence"], message["kind"]
+        if message["epoch"] != self._epoch:
+            return False
+        if sequence < self._sequence or (sequence == self._sequence and kind != "report"):
+            return True
+        if sequence != self._sequence + (kind != "report"):
+            return False
+        if kind == "gone":
+            self._seen.pop(message["incarnation"], None)
+        elif not self._heard(kind, message):
+            return False
+        self._sequence = sequence
+        self._changed()
+        return True
+
+    def _heard(self, kind: str, message: dict[str, Any]) -> bool:
+        lease = _decode_lease(message["lease"])
+        known = self._seen.get(lease.incarnation)
+        if known is None and kind != "whole":
+            return False
+        held = {} if known is None or kind == "whole" else known.residency
+        if kind != "report":
+            dropped = message["drop"]
+            held = {d: r for d, r in held.items() if d not in dropped}
+            held |= {d: _decode_residency(d, record) for d, record in message["set"].items()}
+        now = self._clock()
+        self._seen[lease.incarnation] = _Seen(lease, held, now, now + lease.lease_s)
+        return True
+
+    def _expire(self) -> None:
+        now = self._clock()
+        self._seen = {i: seen for i, seen in self._seen.items() if seen.deadline_s > now}
+        self._changed()
+
+    def _changed(self) -> None:
+        self._replicas = None
+        deadlines = (seen.deadline_s for seen in self._seen.values())
+        self._next_expiry_s = min(deadlines, default=float("inf"))
+
+    def _build(self) -> dict[str, ReplicaState]:
+        states = {}
+        for lease in newest(seen.lease for seen in self._seen.values()):
+            seen = self._seen[lease.incarnation]
+            states[lease.replica_id] = ReplicaState(
+                lease.replica_id,
+                lease.incarnation,
+                MappingProxyType(seen.residency),
+                lease.report,
+                seen.seen_s,
+                lease.catalog_sequence,
+            )
+        return states
