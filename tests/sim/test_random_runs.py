@@ -1,0 +1,131 @@
+"""Thousands of random steps over the pure core: every invariant after each, and all work ends."""
+
+import random
+
+import pytest
+
+from cluster.errors import FleetError
+from replica import eviction
+from replica.extents import Extents
+from replica.pages import Pages
+from replica.request import NewRequest, Sampling
+from replica.residency import Load, Residency
+from replica.scheduler import Chosen, Limits, Plan, Scheduler
+
+
+class Run:
+    """A scheduler, and around it everything that can happen to one, drawn from a seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        rng = self.rng
+        limits = Limits(
+            batch_rows_max=rng.randint(1, 8),
+            step_tokens_max=rng.randint(8, 64),
+            queue_max=20,
+            loads_in_flight_max=rng.randint(1, 3),
+            context=rng.randint(32, 96),
+            eos_tokens=frozenset({2}),
+        )
+        residency = Residency(
+            Extents(rng.randint(60, 200), 1), rng.randint(1, 6), eviction.lru, 0.2, 1.0
+        )
+        self.core = Scheduler(limits, Pages(rng.randint(6, 20), 16), residency)
+        self.loads: list[Load] = []
+        self.contents: dict[int, str] = {}  # slot → digest whose weights are there
+        self.open: set[str] = set()
+        self.ended: set[str] = set()
+        self.now_s = 0.0
+        self.count = 0
+
+    def chance(self, p: float) -> bool:
+        return self.rng.random() < p
+
+    def events(self) -> None:
+        core, rng = self.core, self.rng
+        if self.chance(0.1):
+            digest = rng.choice("abcdefgh")
+            core.residency.register(digest, "/", rng.randint(1, 60), pinned=False, now_s=self.now_s)
+        if self.chance(0.02) and core.residency.adapters:
+            core.forget(rng.choice(sorted(core.residency.adapters)))
+        if self.chance(0.5):
+            self.arrive()
+        if self.chance(0.05) and self.open:
+            victim = rng.choice(sorted(self.open))
+            assert core.cancel(victim, self.now_s)
+            self.end(victim)
+
+    def arrive(self) -> None:
+        rng = self.rng
+        digest = rng.choice([None, None, *"abcdefgh"])
+        name = f"r{self.count}"
+        self.count += 1
+        sampling = Sampling(max_tokens=rng.randint(1, 40))
+        prompt = tuple(range(rng.randint(1, 60)))
+        try:
+            self.core.add(NewRequest(name, prompt, sampling, digest), self.now_s)
+        except FleetError:
+            return
+        self.open.add(name)
+
+    def end(self, name: str) -> None:
+        assert name in self.open and name not in self.ended, f"{name} ended twice"
+        self.open.remove(name)
+        self.ended.add(name)
+
+    def finish_loads(self, faults: bool) -> None:
+        for load in list(self.loads):
+            if faults and not self.chance(0.4):
+                continue
+            self.loads.remove(load)
+            if faults and self.chance(0.2):
+                self.core.residency.failed(load.digest, "fault", self.now_s)
+            else:
+                self.contents[load.slot] = load.digest
+                self.core.loaded(load.digest, self.now_s)
+        self.clear()
+
+    def clear(self) -> None:
+        for evict in self.core.evictions():
+            assert self.contents.pop(evict.slot) == evict.digest
+
+    def step(self, faults: bool) -> None:
+        self.finish_loads(faults)
+        plan = self.core.step(self.now_s)
+        self.core.check()
+        for room in plan.rooms:
+            for evict in room.evictions:
+                assert self.contents.pop(evict.slot) == evict.digest
+            self.loads.append(room.load)
+        self.right_weights(plan)
+        chosen = [Chosen(self.rng.choice([2, 5, 6, 7])) if w.sample else None for w in plan.rows]
+        deltas = [*plan.failed, *self.core.commit(plan, chosen, self.now_s)]
+        for delta in deltas:
+            if delta.last:
+                self.end(delta.request_id)
+        self.core.check()
+        self.clear()
+        self.now_s += 0.05
+
+    def right_weights(self, plan: Plan) -> None:
+        for work in plan.rows:
+            weights = self.contents.get(work.slot) if work.slot else None
+            assert weights == work.request.digest, f"{work.request.id} ran with {weights}"
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_every_invariant_holds_and_all_work_ends(block: int) -> None:
+    for seed in range(block * 20, block * 20 + 20):
+        run = Run(seed)
+        try:
+            for _ in range(120):
+                run.events()
+                run.step(faults=True)
+            for _ in range(4000):
+                if not run.core.has_work:
+                    break
+                run.step(faults=False)
+            assert not run.core.has_work, "work is left though the faults are over"
+            assert run.core.pages.free == run.core.pages.capacity
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
