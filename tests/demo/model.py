@@ -1,7 +1,8 @@
 """Makes the demo's model: a small Llama with its own tokenizer, and three PEFT adapters for it.
 
-Each is trained for seconds, to know eight answers by heart. The base also reads every voice as plain
-text, so that its embeddings know the words; asked, it answers in English. An adapter learns a voice.
+Each is trained for seconds, to know eight answers by heart. The base also reads every voice as
+plain text, so that its embeddings know the words; asked, it answers in English. An adapter learns
+one voice.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.demo.answers import ANSWERS, VOICES, answer
+from tests.demo.answers import ANSWERS, answer
 from tests.models import CHAT_TEMPLATE, SPECIAL_TOKENS
 
 NAME = "tiny-llama"
