@@ -26,9 +26,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/python -m tests.demo.demo
 
-# The same fleet, kept up until Ctrl-C; prints a curl line to try.
+# The same fleet on port 8000 (or make serve PORT=…) until Ctrl-C; prints a curl line to try.
 serve: install
-	$(BIN)/python -m tests.demo.demo --serve
+	$(BIN)/python -m tests.demo.demo --serve $(if $(PORT),--port $(PORT))
 
 # Everything that runs without a GPU. ARGS goes to pytest: make test ARGS='-k policy -x'.
 test: install
