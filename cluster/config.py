@@ -33,7 +33,7 @@ class EngineConfig:
     kv_memory: bytes of device memory for keys and values; None: room for `batch_rows_max` sequences
     of 2,048 tokens, or of the model's whole context where that is shorter.
     step_tokens_max: prompt and decode tokens computed in one step (prefill is cut into chunks).
-    queue_max: waiting requests beyond which new ones are answered 429.
+    queue_max: requests beyond a full batch; when there are as many, new ones are answered 429.
     threads: CPU threads for compute; None: what torch takes.
     """
 

@@ -58,7 +58,12 @@ class Engine:
             ),
         )
         self._loader = Loader(
-            self.shape, self.runner.dtype, arena, config.loads_in_flight_max, wake
+            self.shape,
+            self.runner.dtype,
+            arena,
+            config.rank_max,
+            config.loads_in_flight_max,
+            wake,
         )
         self.idle = True
         self._seeds: dict[str, int] = {}

@@ -10,7 +10,8 @@ from queue import Empty, SimpleQueue
 
 import torch
 
-from cluster.errors import FleetError
+from cluster.errors import AdapterFailed, FleetError
+from replica.adapter_files import inspect
 from replica.arena import Arena
 from replica.image import Layout, read_image
 from replica.residency import Load
@@ -39,12 +40,14 @@ class Loader:
         shape: ModelShape,
         dtype: torch.dtype,
         arena: Arena,
+        rank_max: int,
         threads: int,
         wake: Callable[[], None],
     ) -> None:
         self._shape = shape
         self._dtype = dtype
         self._arena = arena
+        self._rank_max = rank_max
         self._wake = wake
         self._done: SimpleQueue[Loaded] = SimpleQueue()
         self._threads = ThreadPoolExecutor(threads, "adapter-loader", initializer=_step_back)
@@ -67,7 +70,9 @@ class Loader:
     def _run(self, load: Load) -> None:
         start_s = time.monotonic()
         try:
-            image = read_image(load.path, self._shape, self._dtype, load.digest)
+            image = read_image(load.path, self._shape, self._dtype)
+            if inspect(load.path, self._shape, self._rank_max).digest != load.digest:
+                raise AdapterFailed(f"{load.path}: the files changed since they were registered")
             assert image.bytes <= load.bytes, f"{image.bytes} bytes for a place of {load.bytes}"
             self._arena.copy_in(load.offset, image)
             ended = Loaded(load, image.layout, time.monotonic() - start_s)

@@ -22,7 +22,10 @@ from replica.waiting import Waiting
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one step, and the queue, may hold. context: the longest prompt + output, in tokens."""
+    """What one step, and the queue, may hold.
+
+    queue_max: requests beyond a full batch. context: the longest prompt + output, in tokens.
+    """
 
     batch_rows_max: int
     step_tokens_max: int
@@ -179,9 +182,10 @@ class Scheduler:
             adapter = self.residency.adapters.get(new.digest)
             if adapter is None or adapter.leaving:
                 raise ModelNotFound(f"adapter {new.digest[:12]} is not registered here")
-        if len(self.waiting) >= self.limits.queue_max:
+        if len(self._requests) >= self.limits.queue_max + self.limits.batch_rows_max:
             raise QueueFull(
-                f"{len(self.waiting)} requests wait already, the most this engine takes",
+                f"{len(self.waiting)} requests wait and {len(self.running)} run already, "
+                "the most this engine takes",
                 retry_after_s=1.0,
             )
 

@@ -226,7 +226,7 @@ def test_what_can_never_run_is_refused(
 
 
 def test_a_full_queue_refuses_and_keeps_nothing() -> None:
-    core = scheduler(queue=2)
+    core = scheduler(rows=1, queue=1)
     core.add(new("a"), 0.0)
     core.add(new("b"), 0.0)
     with pytest.raises(QueueFull) as raised:

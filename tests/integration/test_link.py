@@ -1,0 +1,180 @@
+"""The engine in its own process: streams, errors, and what happens when either side dies."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from cluster.config import EngineConfig
+from cluster.errors import (
+    AdapterRefused,
+    EngineFailed,
+    ModelNotFound,
+    ModelUnsupported,
+    QueueFull,
+    StartupError,
+)
+from cluster.values import Residency, Tier, Version
+from replica.adapter_files import inspect
+from replica.link import EngineLink
+from replica.request import Delta, Finish, NewRequest, Sampling
+from replica.shape import read_shape
+from tests.models import edit_config, make_adapter, make_model
+
+GREEDY = Sampling(max_tokens=8, temperature=0.0, ignore_eos=True)
+ENDLESS = Sampling(max_tokens=400, temperature=0.0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_model(tmp_path_factory.mktemp("link") / "base")
+
+
+@pytest.fixture(scope="module")
+def adapter(model: str, tmp_path_factory: pytest.TempPathFactory) -> Version:
+    path = make_adapter(tmp_path_factory.mktemp("adapter") / "a", model, rank=8)
+    info = inspect(path, read_shape(model), rank_max=64)
+    return Version("a", info.digest, path, info.rank, info.parameters)
+
+
+@pytest.fixture
+async def link(model: str) -> AsyncIterator[EngineLink]:
+    link = EngineLink(EngineConfig(model, threads=1, queue_max=4, batch_rows_max=2))
+    await link.start()
+    yield link
+    await link.stop()
+
+
+async def collect(link: EngineLink, request: NewRequest) -> list[Delta]:
+    return [delta async for delta in link.generate(request)]
+
+
+async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        await asyncio.sleep(0.01)
+
+
+async def test_tokens_stream_and_the_last_delta_says_why(link: EngineLink) -> None:
+    deltas = await collect(link, NewRequest("r", (5, 6, 7), GREEDY))
+    assert sum(len(d.tokens) for d in deltas) == 8
+    assert [d.last for d in deltas] == [False] * 7 + [True]
+    assert deltas[-1].finish is Finish.LENGTH
+
+
+async def test_an_adapter_is_loaded_on_demand_and_its_tier_is_told(
+    link: EngineLink, adapter: Version
+) -> None:
+    changes: list[Residency] = []
+    link.on_residency(changes.extend)
+    await link.register(adapter, adapter.uri)
+    base = await collect(link, NewRequest("base", (5, 6, 7), GREEDY))
+    tuned = await collect(link, NewRequest("tuned", (5, 6, 7), GREEDY, adapter.digest))
+    assert [d.tokens for d in base] != [d.tokens for d in tuned]
+    await until(lambda: [e.tier for e in link.residency()] == [Tier.DEVICE])
+    assert [e.tier for e in changes] == [Tier.DISK, Tier.LOADING, Tier.DEVICE]
+    await link.forget(adapter.digest)
+    await until(lambda: link.residency() == [])
+    (refused,) = await collect(link, NewRequest("late", (5,), GREEDY, adapter.digest))
+    assert isinstance(refused.error, ModelNotFound)
+
+
+async def test_an_adapter_larger_than_the_arena_is_refused(model: str, adapter: Version) -> None:
+    link = EngineLink(EngineConfig(model, threads=1, adapter_memory=4096))
+    await link.start()
+    with pytest.raises(AdapterRefused, match="4096"):
+        await link.register(adapter, adapter.uri)
+    await link.stop()
+
+
+async def test_files_that_changed_since_they_were_registered_never_answer(
+    link: EngineLink, model: str, adapter: Version, tmp_path: Path
+) -> None:
+    other = make_adapter(tmp_path / "other", model, rank=8, seed=9)
+    await link.register(adapter, other)
+    (failed,) = await collect(link, NewRequest("r", (5,), GREEDY, adapter.digest))
+    assert failed.error is not None and failed.error.status == 503
+    assert "changed" in failed.error.message
+    assert (await collect(link, NewRequest("base", (5,), GREEDY)))[-1].finish is not None
+
+
+async def test_closing_the_stream_frees_pages(link: EngineLink) -> None:
+    stream = link.generate(NewRequest("r", (5, 6), ENDLESS))
+    assert (await anext(stream)).tokens
+    await until(lambda: link.report().running == 1)
+    await stream.aclose()
+    await until(lambda: link.report().running == 0)
+    report = link.report()
+    assert report.free_pages == report.capacity_pages
+
+
+async def test_a_full_queue_is_told_to_the_one_that_found_it_full(link: EngineLink) -> None:
+    tasks = [
+        asyncio.create_task(collect(link, NewRequest(f"r{i}", (5, 6), ENDLESS))) for i in range(12)
+    ]
+    results = await asyncio.gather(*tasks)
+    refused = [r for r in results if isinstance(r[0].error, QueueFull)]
+    assert refused and all(len(r) == 1 for r in refused)
+    ended = [r for r in results if r[-1].finish is Finish.LENGTH]
+    assert len(ended) + len(refused) == 12
+    assert len(ended) >= 6
+
+
+async def test_a_killed_engine_fails_its_streams_and_the_next_ones(link: EngineLink) -> None:
+    stream = link.generate(NewRequest("r", (5, 6), ENDLESS))
+    await anext(stream)
+    assert link.pid is not None
+    os.kill(link.pid, signal.SIGKILL)
+    deltas = [delta async for delta in stream]
+    assert isinstance(deltas[-1].error, EngineFailed)
+    assert not link.alive
+    (late,) = await collect(link, NewRequest("late", (5,), GREEDY))
+    assert isinstance(late.error, EngineFailed)
+    with pytest.raises(EngineFailed):
+        await link.forget("x")
+
+
+async def test_a_model_that_cannot_be_served_is_named_at_start(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "m")
+    edit_config(path, model_type="mamba", architectures=["MambaForCausalLM"])
+    with pytest.raises(ModelUnsupported, match="mamba"):
+        await EngineLink(EngineConfig(path)).start()
+    with pytest.raises(StartupError, match="nowhere"):
+        await EngineLink(EngineConfig(str(tmp_path / "nowhere"))).start()
+
+
+def test_the_engine_dies_with_its_parent(model: str) -> None:
+    script = f"""
+import asyncio, sys
+from cluster.config import EngineConfig
+from replica.link import EngineLink
+link = EngineLink(EngineConfig({model!r}, threads=1))
+asyncio.run(link.start())
+print(link.pid, flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        engine = int(parent.stdout.readline())
+        os.kill(engine, 0)
+        parent.kill()
+    deadline = time.monotonic() + 10
+    while _runs(engine):
+        assert time.monotonic() < deadline, "the engine outlived its parent"
+        time.sleep(0.01)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
