@@ -163,6 +163,15 @@ class Catalog:
         self.synced = True
         self._on_change()
 
+    async def read(self) -> tuple[int, list[Version]]:
+        """(sequence, versions by name) as Redis has them now."""
+        _, sequence, items = await self._read()
+        return int(sequence), sorted(_decode_all(items), key=lambda version: version.name)
+
+    async def seeded(self) -> dict[str, str]:
+        """Name → the run that applied it from its flags."""
+        return dict(await call(self._redis.hgetall(self._keys[3])))
+
     async def put(
         self, version: Version, *, load_inplace: bool = False, run: str = ""
     ) -> tuple[int, bool]:

@@ -1,0 +1,406 @@
+"""One replica's place in the fleet: publishes what is true here, follows what is decided.
+
+It has a thread and an event loop of its own, so that neither a busy server nor the loop of whoever
+calls it holds up the lease. Each version of the catalog is settled with the engine by one task:
+
+    wanted, not had ──> fetch ──> engine.register ──> had
+                          └── fails ──> failed (published with its reason, tried again later)
+    had, not wanted ──> engine.forget ──> gone
+"""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from cluster.catalog import Catalog
+from cluster.config import FleetConfig
+from cluster.errors import AdapterFailed, BadRequest, CatalogUnavailable, ConfigError, FleetError
+from cluster.redis_client import connect
+from cluster.registry import Publisher, Registry, newest
+from cluster.values import Residency, Tier, Version
+from cluster.versions import check_name
+from replica.catalog_page import catalog_page
+from replica.front import Acknowledgement, Engine
+from replica.shape import ModelShape, read_shape
+from replica.validation import Validation
+
+log = logging.getLogger(__name__)
+
+FETCHES_MAX = 4
+FORGET_AFTER_S = 1.0
+ACKNOWLEDGED_POLL_S = 0.02
+START_POLL_S = 0.1
+
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(slots=True)
+class _Failure:
+    reason: str
+    since_s: float
+    retry_at_s: float
+    wait_s: float
+
+
+class Membership:
+    """`front.Adapters` of one replica of a fleet. Its coroutines may be awaited on any loop.
+
+    run: which start of the fleet this replica belongs to. The adapters of the configuration are
+    applied once a run, so that a replica that restarts does not undo what the API did since;
+    None: this replica's start is a run of its own.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        config: FleetConfig,
+        replica_id: str,
+        *,
+        shape: ModelShape | None = None,
+        run: str | None = None,
+    ) -> None:
+        assert config.redis_url is not None
+        self._engine = engine
+        self._config = config
+        self._replica_id = replica_id
+        self._run = run or secrets.token_hex(8)
+        self._validation = Validation(config, shape or read_shape(config.engine.model))
+        self._redis = connect(config.redis_url)
+        self._catalog = Catalog(
+            self._redis,
+            config.name,
+            config.engine.base_name,
+            restores=True,
+            on_change=self._reconcile,
+        )
+        self._registry = Registry(self._redis, config.name)
+        self._publisher = Publisher(
+            self._redis,
+            config.name,
+            replica_id,
+            lease_s=config.lease_s,
+            report_s=config.report_s,
+            residency=self._residency,
+            report=engine.report,
+            applied=lambda: self._applied,
+            alive=lambda: engine.alive,
+            on_catalog=self._check_behind,
+        )
+        self._wanted: dict[str, Version] = {}
+        self._had: dict[str, Version] = {}
+        self._failed: dict[str, _Failure] = {}
+        self._settling: dict[str, tuple[int | None, asyncio.Task[None]]] = {}
+        self._names: dict[str, str] = {}
+        self._fetches = asyncio.Semaphore(FETCHES_MAX)
+        self._behind_at: int | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="membership", daemon=True
+        )
+
+    @property
+    def incarnation(self) -> str:
+        return self._publisher.incarnation
+
+    @property
+    def connected(self) -> bool:
+        """Whether this replica hears of changes to the catalog."""
+        return self._catalog.connected
+
+    # For any loop.
+
+    async def start(self) -> None:
+        """Returns when the fleet sees this replica with all adapters of the catalog.
+
+        Raises ConfigError naming an adapter of the configuration, CatalogUnavailable.
+        """
+        self._thread.start()
+        try:
+            await self._there(self._start())
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Out of every view at once. The engine is its owner's. Twice does no harm."""
+        if self._thread.is_alive():
+            await self._there(self._stop())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            await asyncio.to_thread(self._thread.join)
+        if not self._loop.is_closed():
+            self._loop.close()
+
+    async def find(self, name: str) -> Version | None:
+        """Raises AdapterFailed while its files cannot be fetched, CatalogUnavailable before the
+        catalog was ever read."""
+        version = self._catalog.book.get(name)
+        if version is not None and version.digest in self._had:
+            return version
+        return await self._there(self._find(name))
+
+    def versions(self) -> list[Version]:
+        return self._catalog.book.by_name()
+
+    async def add(
+        self,
+        name: str,
+        path: str,
+        *,
+        load_inplace: bool = False,
+        pinned: bool = False,
+        trusted: bool = False,
+    ) -> Acknowledgement:
+        self._catalog.book.check_add(name, load_inplace=load_inplace)
+        return await self._there(self._add(name, path, load_inplace, pinned, trusted))
+
+    async def remove(self, name: str) -> Acknowledgement:
+        return await self._there(self._remove(name))
+
+    async def describe(self) -> dict[str, Any]:
+        return await self._there(self._describe())
+
+    async def _there(self, work: Coroutine[Any, Any, Result]) -> Result:
+        future: concurrent.futures.Future[Result] = asyncio.run_coroutine_threadsafe(
+            work, self._loop
+        )
+        return await asyncio.wrap_future(future)
+
+    # From here on everything runs on the loop of the membership's thread.
+
+    async def _start(self) -> None:
+        self._engine.on_residency(self._engine_changed)
+        await self._first_sync()
+        self._keep(self._catalog.run())
+        await self._seed()
+        settling = [task for _, task in self._settling.values()]
+        if settling:
+            await asyncio.wait(settling, timeout=self._config.acknowledge_s)
+        await self._publisher.publish()
+        self._keep(self._publisher.run())
+
+    async def _stop(self) -> None:
+        tasks = [*self._tasks, *(task for _, task in self._settling.values())]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._publisher.close()
+        await self._redis.aclose()
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("membership: a task broke", exc_info=task.exception())
+
+    async def _first_sync(self) -> None:
+        deadline_s = time.monotonic() + self._config.acknowledge_s
+        while True:
+            try:
+                await self._catalog.resync()
+                return
+            except CatalogUnavailable:
+                if time.monotonic() >= deadline_s:
+                    raise
+                await asyncio.sleep(START_POLL_S)
+
+    async def _seed(self) -> None:
+        """The adapters of the configuration, unless another replica of this run was first."""
+        if not self._config.adapters:
+            return
+        seeded = await self._catalog.seeded()
+        for name, path in self._config.adapters.items():
+            if seeded.get(name) == self._run:
+                continue
+            try:
+                check_name(name, self._config.engine.base_name)
+                version = await asyncio.to_thread(
+                    self._validation.version, name, path, pinned=False, trusted=True
+                )
+            except (BadRequest, AdapterFailed) as error:
+                key = f"adapters.{name}"
+                raise ConfigError(f"{key}: {error.message}", field=key) from error
+            await self._catalog.put(version, run=self._run)
+        await self._catalog.resync()
+
+    # Names and versions.
+
+    async def _find(self, name: str) -> Version | None:
+        version = self._catalog.book.get(name)
+        if version is None:
+            version = await self._look_up(name)
+        if version is None:
+            return None
+        settling = self._settling.get(version.digest)
+        if settling is not None:
+            await asyncio.wait([settling[1]])
+        failure = self._failed.get(version.digest)
+        if failure is not None:
+            wait_s = failure.retry_at_s - time.monotonic()
+            if wait_s <= 0:
+                self._settle(version.digest, None)
+            raise AdapterFailed(failure.reason, field="model", retry_after_s=max(wait_s, 1.0))
+        return version
+
+    async def _look_up(self, name: str) -> Version | None:
+        try:
+            check_name(name, self._config.engine.base_name)
+        except BadRequest:
+            return None  # no adapter can have it
+        try:
+            if await self._catalog.lookup(name) is None:
+                return None
+            await self._catalog.resync()
+        except CatalogUnavailable:
+            if not self._catalog.synced:
+                raise
+            # The fleet goes on with what it knows.
+        return self._catalog.book.get(name)
+
+    async def _add(
+        self, name: str, path: str, load_inplace: bool, pinned: bool, trusted: bool
+    ) -> Acknowledgement:
+        version = await asyncio.to_thread(
+            self._validation.version, name, path, pinned=pinned, trusted=trusted
+        )
+        sequence, _ = await self._catalog.put(version, load_inplace=load_inplace)
+        return Acknowledgement(name, version.digest, sequence, await self._pending(sequence))
+
+    async def _remove(self, name: str) -> Acknowledgement:
+        sequence, digest = await self._catalog.remove(name)
+        return Acknowledgement(name, digest, sequence, await self._pending(sequence))
+
+    async def _pending(self, sequence: int) -> tuple[str, ...]:
+        """The live replicas that have not applied the change in time."""
+        deadline_s = time.monotonic() + self._config.acknowledge_s
+        pending: tuple[str, ...] = (self._replica_id,)
+        while True:
+            try:
+                leases = await self._registry.leases()
+                pending = tuple(i.replica_id for i in leases if i.catalog_sequence < sequence)
+            except CatalogUnavailable:
+                pass  # the change is made; who has it is not known
+            if not pending or time.monotonic() >= deadline_s:
+                return pending
+            await asyncio.sleep(ACKNOWLEDGED_POLL_S)
+
+    async def _describe(self) -> dict[str, Any]:
+        sequence, versions = await self._catalog.read()
+        _, _, live = await self._registry.read()
+        held = {lease.incarnation: residency for lease, _, residency in live}
+        leases = newest(lease for lease, _, _ in live)
+        residency = {lease.replica_id: held[lease.incarnation] for lease in leases}
+        replicas = [
+            {
+                "id": lease.replica_id,
+                "incarnation": lease.incarnation,
+                "load": dataclasses.asdict(lease.report),
+            }
+            for lease in leases
+        ]
+        return catalog_page(versions, sequence, residency, replicas)
+
+    # The engine.
+
+    def _engine_changed(self, entries: list[Residency]) -> None:
+        """On whatever thread learnt of it."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(self._publisher.wake)
+
+    def _residency(self) -> list[Residency]:
+        held = self._engine.residency()
+        for digest, failure in self._failed.items():
+            held.append(Residency(digest, Tier.FAILED, 0, failure.since_s, failure.reason))
+        return held
+
+    @property
+    def _applied(self) -> int:
+        """Every change of the catalog up to this one has reached the engine, or failed to."""
+        waits = (sequence for sequence, _ in self._settling.values())
+        unsettled = [sequence for sequence in waits if sequence is not None]
+        return min(unsettled, default=self._catalog.book.sequence + 1) - 1
+
+    def _check_behind(self, sequence: int) -> None:
+        """Redis has a change that no message told us of, at two renewals in a row: fetch it."""
+        here = self._catalog.book.sequence
+        if sequence == here:
+            self._behind_at = None
+        elif self._behind_at != here:
+            self._behind_at = here
+        elif self._catalog.connected:
+            self._behind_at = None
+            self._keep(self._resync())
+
+    async def _resync(self) -> None:
+        with contextlib.suppress(CatalogUnavailable):  # the subscription will find out
+            await self._catalog.resync()
+
+    def _reconcile(self) -> None:
+        """The book changed: bring the engine to it."""
+        versions = self._catalog.book.by_name()
+        wanted: dict[str, Version] = {}
+        for version in versions:
+            other = wanted.get(version.digest)
+            pinned = version.pinned or (other is not None and other.pinned)
+            wanted[version.digest] = dataclasses.replace(other or version, pinned=pinned)
+        names = {version.name: version.digest for version in versions}
+        repointed = {old for name, old in self._names.items() if names.get(name, old) != old}
+        self._wanted, self._names = wanted, names
+        self._failed = {d: failure for d, failure in self._failed.items() if d in wanted}
+        for digest in sorted(wanted.keys() | self._had.keys()):
+            if wanted.get(digest) == self._had.get(digest):
+                continue
+            if digest in repointed and digest not in wanted:
+                # Requests that read the name just before are still on their way to the engine.
+                self._loop.call_later(FORGET_AFTER_S, self._settle, digest, None)
+            else:
+                self._settle(digest, self._catalog.book.sequence)
+        self._publisher.wake()
+
+    def _settle(self, digest: str, sequence: int | None) -> None:
+        """sequence: the change that is not applied before this is done, if any waits for it."""
+        if digest not in self._settling:  # a task that runs looks again before it ends
+            self._settling[digest] = (sequence, asyncio.create_task(self._settled(digest)))
+
+    async def _settled(self, digest: str) -> None:
+        try:
+            while self._wanted.get(digest) != self._had.get(digest):
+                version = self._wanted.get(digest)
+                if version is not None:
+                    await self._bring(version)
+                else:
+                    await self._engine.forget(digest)
+                    del self._had[digest]
+            self._failed.pop(digest, None)
+        except (FleetError, OSError) as error:
+            self._note_failure(digest, str(error))
+        finally:
+            del self._settling[digest]
+            self._publisher.wake()
+
+    async def _bring(self, version: Version) -> None:
+        async with self._fetches:
+            path = await asyncio.to_thread(
+                self._validation.store.fetch, version.uri, version.digest
+            )
+        await self._engine.register(version, path)
+        self._had[version.digest] = version
+
+    def _note_failure(self, digest: str, reason: str) -> None:
+        log.warning("adapter %s: %s", digest[:12], reason)
+        engine = self._config.engine
+        before = self._failed.get(digest)
+        wait_s = min(before.wait_s * 2, engine.load_retry_max_s) if before else engine.load_retry_s
+        since_s = before.since_s if before else time.time()
+        self._failed[digest] = _Failure(reason, since_s, time.monotonic() + wait_s, wait_s)

@@ -1,0 +1,92 @@
+"""The book of adapters of one replica alone: `front.Adapters` in memory, without Redis."""
+
+import asyncio
+import dataclasses
+from typing import Any
+
+from cluster.config import FleetConfig
+from cluster.errors import ConfigError, FleetError
+from cluster.values import Tier, Version
+from cluster.versions import Book
+from replica.catalog_page import catalog_page
+from replica.front import Acknowledgement, Engine
+from replica.shape import ModelShape, read_shape
+from replica.validation import Validation
+
+
+class Standalone:
+    """Changes come one at a time; the engine knows a version before its name is in the book."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        config: FleetConfig,
+        replica_id: str = "standalone",
+        *,
+        shape: ModelShape | None = None,
+    ) -> None:
+        self._engine = engine
+        self._config = config
+        self._replica_id = replica_id
+        self._validation = Validation(config, shape or read_shape(config.engine.model))
+        self._book = Book(config.engine.base_name)
+        self._change = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Registers the adapters of the configuration. Raises ConfigError naming the one."""
+        for name, path in self._config.adapters.items():
+            try:
+                await self.add(name, path, load_inplace=True, trusted=True)
+            except FleetError as error:
+                key = f"adapters.{name}"
+                raise ConfigError(f"{key}: {error.message}", field=key) from error
+
+    async def stop(self) -> None:
+        """Nothing to give back; the engine is its owner's."""
+
+    async def find(self, name: str) -> Version | None:
+        return self._book.get(name)
+
+    def versions(self) -> list[Version]:
+        return self._book.by_name()
+
+    async def add(
+        self,
+        name: str,
+        path: str,
+        *,
+        load_inplace: bool = False,
+        pinned: bool = False,
+        trusted: bool = False,
+    ) -> Acknowledgement:
+        async with self._change:
+            self._book.check_add(name, load_inplace=load_inplace)
+            version = await asyncio.to_thread(
+                self._validation.version, name, path, pinned=pinned, trusted=trusted
+            )
+            local = await asyncio.to_thread(
+                self._validation.store.fetch, version.uri, version.digest
+            )
+            before = self._book.get(name)
+            await self._engine.register(version, local)
+            self._book.add(version, load_inplace=load_inplace)
+            if before is not None:
+                await self._forget_unused(before.digest)
+            return Acknowledgement(name, version.digest, self._book.sequence)
+
+    async def remove(self, name: str) -> Acknowledgement:
+        async with self._change:
+            version = self._book.remove(name)
+            await self._forget_unused(version.digest)
+            return Acknowledgement(name, version.digest, self._book.sequence)
+
+    async def describe(self) -> dict[str, Any]:
+        held = {r.digest: r for r in self._engine.residency() if r.tier is not Tier.ABSENT}
+        residency = {self._replica_id: held}
+        load = dataclasses.asdict(self._engine.report())
+        replica = {"id": self._replica_id, "incarnation": self._replica_id, "load": load}
+        return catalog_page(self._book.by_name(), self._book.sequence, residency, [replica])
+
+    async def _forget_unused(self, digest: str) -> None:
+        if not self._book.names_of(digest):
+            await self._engine.forget(digest)

@@ -1,0 +1,40 @@
+"""May this adapter be served here? Path rules, files, shapes and sizes, before anything changes."""
+
+from cluster.config import FleetConfig
+from cluster.errors import AdapterRefused
+from cluster.store import Store, check_allowed, is_url, local_path
+from cluster.values import Version
+from replica.adapter_files import inspect
+from replica.shape import ModelShape
+
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class Validation:
+    """Blocking: call it on a thread."""
+
+    def __init__(self, config: FleetConfig, shape: ModelShape) -> None:
+        self._config = config
+        self._shape = shape
+        dtype = config.engine.dtype
+        self._weight_bytes = _DTYPE_BYTES[shape.dtype if dtype == "auto" else dtype]
+        rank_max = config.engine.rank_max
+        self.store = Store(
+            f"{config.directory}/adapters", lambda path: inspect(path, shape, rank_max).digest
+        )
+
+    def version(self, name: str, path: str, *, pinned: bool, trusted: bool) -> Version:
+        """Raises AdapterRefused, BadRequest or AdapterFailed, naming what and where."""
+        if not trusted:
+            check_allowed(path, self._config.adapter_roots)
+        engine = self._config.engine
+        info = inspect(self.store.fetch(path), self._shape, engine.rank_max)
+        image_bytes = info.parameters * self._weight_bytes
+        if image_bytes > engine.adapter_memory:
+            raise AdapterRefused(
+                f"lora_path: {path!r} takes {image_bytes} bytes of adapter memory, "
+                f"all there is are {engine.adapter_memory}",
+                field="lora_path",
+            )
+        uri = path if is_url(path) else local_path(path)
+        return Version(name, info.digest, uri, info.rank, info.parameters, pinned)
