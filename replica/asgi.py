@@ -18,6 +18,8 @@ EVENT_STREAM = (
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 )
+# A client that still sends its body may not read our answer: so much more is read and dropped.
+DISCARDED_BODIES_MAX = 4
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 Header = tuple[bytes, bytes]
@@ -52,25 +54,25 @@ def header(scope: Scope, name: bytes) -> bytes | None:
     return None
 
 
-async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """Raises BodyTooLarge as soon as that is known, ClientGone."""
-    too_large = BodyTooLarge(f"the request body is larger than {limit} bytes")
-    announced = header(scope, b"content-length")
-    if announced is not None and announced.isdigit() and int(announced) > limit:
-        raise too_large
+async def read_body(receive: Receive, limit: int) -> bytes:
+    """Raises BodyTooLarge when all of it is read or it is far over the limit, ClientGone."""
     parts: list[bytes] = []
     size = 0
-    while True:
+    more = True
+    while more and size <= DISCARDED_BODIES_MAX * limit:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientGone
         part = message.get("body", b"")
+        more = message.get("more_body", False)
         size += len(part)
         if size > limit:
-            raise too_large
-        parts.append(part)
-        if not message.get("more_body", False):
-            return b"".join(parts)
+            parts.clear()
+        else:
+            parts.append(part)
+    if size > limit:
+        raise BodyTooLarge(f"the request body is larger than {limit} bytes")
+    return b"".join(parts)
 
 
 async def send_body(
@@ -89,6 +91,8 @@ async def send_error(send: Send, error: FleetError) -> None:
     headers = [JSON]
     if error.retry_after_s is not None:
         headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode()))
+    if isinstance(error, BodyTooLarge):
+        headers.append((b"connection", b"close"))
     if error.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     await send_body(send, error.status, error_body(error), headers)

@@ -40,7 +40,7 @@ class CallReader:
             template_arguments=request.chat_template_kwargs,
         )
         # The template writes the special tokens itself.
-        prompt = self._text.encode(rendered, add_special_tokens=bool(request.add_special_tokens))
+        prompt = await self._encode(rendered, bool(request.add_special_tokens), "messages")
         top = (request.top_logprobs or 0) if request.logprobs else None
         wanted = request.max_completion_tokens or request.max_tokens
         return self._call(request, "chatcmpl", digest, (prompt,), (), wanted, self._context, top)
@@ -52,14 +52,12 @@ class CallReader:
         echoes: list[str] = []
         for prompt in read_prompts(request.prompt):
             if isinstance(prompt, str):
-                tokens = self._text.encode(prompt, add_special_tokens=special)
+                tokens = await self._encode(prompt, special, "prompt")
                 echoes.append(prompt)
             else:
                 tokens = tuple(prompt)
-                echoes.append("")
-            self._check_vocabulary(tokens, "prompt")
-            if not isinstance(prompt, str) and request.echo:
-                echoes[-1] = self._text.decode(tokens)
+                self._check_vocabulary(tokens, "prompt")
+                echoes.append(self._text.decode(tokens) if request.echo else "")
             prompts.append(tokens)
         if not request.echo:
             echoes = []
@@ -74,12 +72,22 @@ class CallReader:
             request.logprobs,
         )
 
+    async def _encode(self, text: str, special: bool, field: str) -> tuple[int, ...]:
+        least = self._text.tokens_min(text)
+        if least > self._context:  # Known without the work of tokenizing it.
+            raise ContextLengthExceeded(
+                f"{field}: at least {least} tokens are more than the context length of "
+                f"{self._context}",
+                field=field,
+            )
+        return await self._text.encode(text, add_special_tokens=special)
+
     async def _digest(self, model: str) -> str | None:
         if model == self._base:
             return None
         version = await self._adapters.find(model)
         if version is None:
-            raise ModelNotFound(f"the model {model!r} does not exist", field="model")
+            raise ModelNotFound(f"the model {shown(model)} does not exist", field="model")
         return version.digest
 
     def _call(
@@ -94,8 +102,10 @@ class CallReader:
         logprobs: int | None,
     ) -> Call:
         longest = max(len(prompt) for prompt in prompts)
-        if min(len(prompt) for prompt in prompts) == 0:
-            raise BadRequest(f"{request.prompt_field}: is empty", field=request.prompt_field)
+        for prompt in prompts:
+            if not prompt:
+                raise BadRequest(f"{request.prompt_field}: is empty", field=request.prompt_field)
+            self._check_vocabulary(prompt, request.prompt_field)
         max_tokens = self._max_tokens(request, longest, wanted, default)
         stop_tokens = request.stop_token_ids or []
         self._check_vocabulary(stop_tokens, "stop_token_ids")
@@ -149,6 +159,8 @@ class CallReader:
         return wanted
 
     def _check_vocabulary(self, tokens: Sequence[int], field: str) -> None:
+        if not tokens or (min(tokens) >= 0 and max(tokens) < self._vocab):
+            return
         for i, token in enumerate(tokens):
             if not 0 <= token < self._vocab:
                 raise BadRequest(

@@ -182,23 +182,23 @@ def shown(value: object) -> str:
 
 
 def _bad_request(error: ValidationError) -> BadRequest:
-    """The first thing that is wrong, as `messages[0].role: …, not 7`."""
+    """The first thing that is wrong, as `temperature: should be … (got 3)`."""
     first = error.errors(include_url=False, include_context=False)[0]
     field = ""
     for part in first["loc"]:
         field += f"[{part}]" if isinstance(part, int) else f".{part}" if field else part
-    what = first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
         return BadRequest(f"{field}: required", field=field)
+    what = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     what = what[:1].lower() + what[1:]
-    return BadRequest(f"{field}: {what}, not {shown(first['input'])}", field=field)
+    return BadRequest(f"{field}: {what} (got {shown(first['input'])})", field=field)
 
 
 def _refuse_unsupported(data: Mapping[str, Any]) -> None:
     for field, neutral in UNSUPPORTED.items():
         value = data.get(field)
         if value is not None and value not in neutral:
-            raise BadRequest(f"{field}: not supported here, so not {shown(value)}", field=field)
+            raise BadRequest(f"{field}: not supported (got {shown(value)})", field=field)
 
 
 def _check_together(request: GenerationRequest) -> None:
@@ -207,7 +207,7 @@ def _check_together(request: GenerationRequest) -> None:
         raise BadRequest("stream_options: only with stream: true", field="stream_options")
     if isinstance(request, ChatRequest):
         if request.echo:
-            raise BadRequest("echo: not supported in chat, so not true", field="echo")
+            raise BadRequest("echo: not supported in chat (got true)", field="echo")
         if request.top_logprobs and not request.logprobs:
             raise BadRequest(
                 f"top_logprobs: {request.top_logprobs} needs logprobs: true", field="top_logprobs"
@@ -231,7 +231,7 @@ def read_messages(request: ChatRequest) -> list[dict[str, Any]]:
         role = message.get("role")
         if not isinstance(role, str) or not role:
             raise BadRequest(
-                f"{where}.role: should be a string, not {shown(role)}", field=f"{where}.role"
+                f"{where}.role: should be a string (got {shown(role)})", field=f"{where}.role"
             )
         messages.append({**message, "content": _read_content(message.get("content"), where)})
     return messages
@@ -245,7 +245,7 @@ def _read_content(content: object, where: str) -> str:
         return content
     if not isinstance(content, list):
         raise BadRequest(
-            f"{where}: should be a string or a list of text parts, not {shown(content)}",
+            f"{where}: should be a string or a list of text parts (got {shown(content)})",
             field=where,
         )
     texts = []
@@ -253,12 +253,12 @@ def _read_content(content: object, where: str) -> str:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
             raise BadRequest(
-                f"{where}[{i}].type: only text is supported, not {shown(kind)}",
+                f"{where}[{i}].type: only text is supported (got {shown(kind)})",
                 field=f"{where}[{i}].type",
             )
         if not isinstance(part.get("text"), str):
             raise BadRequest(
-                f"{where}[{i}].text: should be a string, not {shown(part.get('text'))}",
+                f"{where}[{i}].text: should be a string (got {shown(part.get('text'))})",
                 field=f"{where}[{i}].text",
             )
         texts.append(part["text"])
@@ -269,7 +269,7 @@ def read_prompts(prompt: object) -> list[str] | list[list[int]]:
     """The four shapes of `prompt`, as a list of texts or a list of token lists."""
     wrong = BadRequest(
         "prompt: should be a string, a list of strings, a list of token ids or a list of lists "
-        f"of token ids, not {shown(prompt)}",
+        f"of token ids (got {shown(prompt)})",
         field="prompt",
     )
     if isinstance(prompt, str):

@@ -30,6 +30,7 @@ from replica.openai_protocol import (
     LoadAdapterRequest,
     UnloadAdapterRequest,
     parse,
+    shown,
 )
 from replica.text import Text
 from replica.wire import DONE, Answer, ChatWire, CompletionWire, Usage, Wanted, Wire
@@ -154,18 +155,18 @@ class Server:
 
         return wrapped
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        return await asgi.read_body(scope, receive, self._config.body_bytes_max)
+    async def _body(self, receive: Receive) -> bytes:
+        return await asgi.read_body(receive, self._config.body_bytes_max)
 
     async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = parse(ChatRequest, await self._body(scope, receive))
+        request = parse(ChatRequest, await self._body(receive))
         call = await self._reader.chat(request)
         wanted = _wanted(request, bool(request.logprobs))
         wire = ChatWire(call, wanted, self._text)
         await self._answer(call, wire, wanted, bool(request.stream), receive, send)
 
     async def _complete(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = parse(CompletionRequest, await self._body(scope, receive))
+        request = parse(CompletionRequest, await self._body(receive))
         call = await self._reader.completion(request)
         wanted = _wanted(request, request.logprobs is not None)
         wire = CompletionWire(call, wanted, self._text)
@@ -248,7 +249,7 @@ class Server:
             return
         version = await self._adapters.find(name)
         if version is None:
-            raise ModelNotFound(f"the model {name!r} does not exist", field="model")
+            raise ModelNotFound(f"the model {shown(name)} does not exist", field="model")
         await asgi.send_json(send, self._adapter_card(version))
 
     def _base_card(self) -> dict[str, Any]:
@@ -273,7 +274,7 @@ class Server:
         await asgi.send_json(send, await self._adapters.describe())
 
     async def _load_adapter(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = parse(LoadAdapterRequest, await self._body(scope, receive))
+        request = parse(LoadAdapterRequest, await self._body(receive))
         self._check_name(request.lora_name)
         done = await self._adapters.add(
             request.lora_name, request.lora_path, load_inplace=request.load_inplace
@@ -281,14 +282,14 @@ class Server:
         await _acknowledge(send, f"Success: LoRA adapter '{done.name}' added successfully.", done)
 
     async def _unload_adapter(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = parse(UnloadAdapterRequest, await self._body(scope, receive))
+        request = parse(UnloadAdapterRequest, await self._body(receive))
         self._check_name(request.lora_name)
         done = await self._adapters.remove(request.lora_name)
         await _acknowledge(send, f"Success: LoRA adapter '{done.name}' removed successfully.", done)
 
     def _check_name(self, name: str) -> None:
         if name == self._config.base:
-            raise BadRequest(f"lora_name: {name!r} is the base model", field="lora_name")
+            raise BadRequest(f"lora_name: {shown(name)} is the base model", field="lora_name")
         if self._closing:
             raise ShuttingDown("this replica is shutting down", retry_after_s=1.0)
 

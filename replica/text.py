@@ -1,5 +1,8 @@
 """Text and tokens: tokenizer, chat template, incremental detokenization, stop strings."""
 
+import asyncio
+import inspect
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,9 @@ HELD_TOKENS_MAX = 16
 # Enough of the prompt to know whether the first token starts with a space.
 CONTEXT_TOKENS = 6
 REPLACEMENT = "\ufffd"
+# Longer texts are tokenized on another thread: 240 kB take 0.2 s, and streams would stand still.
+INLINE_CHARACTERS = 8192
+BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Text:
@@ -22,11 +28,13 @@ class Text:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
-        self.special = frozenset(
-            token
-            for token, added in self._backend.get_added_tokens_decoder().items()
-            if added.special
-        )
+        added = self._backend.get_added_tokens_decoder()
+        self._added: dict[int, str] = {token: entry.content for token, entry in added.items()}
+        self.special = frozenset(token for token, entry in added.items() if entry.special)
+        self._bytes = _byte_alphabet() if "ByteLevel" in repr(self._backend.decoder) else None
+        self._template_reserved = _named_parameters(tokenizer.apply_chat_template)
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        self._token_characters_max = max(map(len, vocabulary), default=1)
 
     @classmethod
     def read(cls, model_dir: str) -> "Text":
@@ -42,8 +50,19 @@ class Text:
     def vocab(self) -> int:
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
-        return tuple(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        if len(text) <= INLINE_CHARACTERS:
+            encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        else:
+            # Unlike `encode`, the batch call lets other threads run.
+            (encoding,) = await asyncio.to_thread(
+                self._backend.encode_batch, [text], add_special_tokens=add_special_tokens
+            )
+        return tuple(encoding.ids)
+
+    def tokens_min(self, text: str) -> int:
+        """A lower bound of the tokens in `text`, at no cost."""
+        return len(text) // self._token_characters_max
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         if skip_special_tokens:
@@ -51,8 +70,18 @@ class Text:
         return str(self._backend.decode(tokens, skip_special_tokens=False))
 
     def token_bytes(self, token: int) -> bytes:
-        """What one token stands for: perhaps a part of a character."""
-        return self.decode((token,), skip_special_tokens=False).encode()
+        """What one token stands for: perhaps a part of a character. b"" for an id of no token."""
+        if token in self._added:
+            return self._added[token].encode()
+        piece: str | None = self._backend.id_to_token(token)
+        if piece is None:
+            return b""
+        if self._bytes is not None:
+            return b"".join(self._bytes.get(c) or c.encode() for c in piece)
+        byte = BYTE_TOKEN.fullmatch(piece)
+        if byte is not None:
+            return bytes.fromhex(byte[1])
+        return piece.replace("\u2581", " ").encode()
 
     def render_chat(
         self,
@@ -63,6 +92,11 @@ class Text:
         template_arguments: Mapping[str, Any] | None = None,
     ) -> str:
         """The messages as the model expects them. Raises BadRequest naming `messages`."""
+        arguments = dict(template_arguments or {})
+        for name in sorted(self._template_reserved & set(arguments)):
+            raise BadRequest(
+                f"chat_template_kwargs.{name}: may not be set", field=f"chat_template_kwargs.{name}"
+            )
         if self._tokenizer.chat_template is None:
             raise BadRequest(
                 "messages: this model has no chat template; use /v1/completions",
@@ -74,9 +108,9 @@ class Text:
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                **(template_arguments or {}),
+                **arguments,
             )
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
+        except (TemplateError, ValueError, TypeError, LookupError, AttributeError) as error:
             # The template is the model's; what it refuses is in the messages.
             raise BadRequest(
                 f"messages: the model's chat template refuses them: {error}", field="messages"
@@ -87,6 +121,19 @@ class Text:
         self, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True
     ) -> "Detokenizer":
         return Detokenizer(self, prompt, skip_special_tokens=skip_special_tokens)
+
+
+def _byte_alphabet() -> dict[str, bytes]:
+    """The characters that byte-level BPE (GPT-2) writes for each byte."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): bytes([byte]) for byte in printable}
+    return alphabet | {chr(256 + i): bytes([byte]) for i, byte in enumerate(others)}
+
+
+def _named_parameters(function: Any) -> frozenset[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return frozenset(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)
 
 
 class Detokenizer:
