@@ -1,0 +1,185 @@
+"""A real engine in this process under churn: every token is its own adapter's."""
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.config import EngineConfig
+from cluster.values import Tier, Version
+from replica.adapter_files import inspect
+from replica.engine import Engine
+from replica.request import Delta, NewRequest, Sampling
+from replica.shape import read_shape
+from tests.models import make_adapter, make_model
+
+ADAPTERS = 12
+PROMPTS = [tuple(range(5 + i, 25 + 3 * i)) for i in range(4)]
+GREEDY = Sampling(max_tokens=6, temperature=0.0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_model(tmp_path_factory.mktemp("engine") / "base")
+
+
+@pytest.fixture(scope="module")
+def versions(model: str, tmp_path_factory: pytest.TempPathFactory) -> list[Version]:
+    root = tmp_path_factory.mktemp("adapters")
+    shape = read_shape(model)
+    found = []
+    for i in range(ADAPTERS):
+        path = make_adapter(root / str(i), model, rank=[4, 8, 16, 32][i % 4], seed=i, strength=0.2)
+        info = inspect(path, shape, rank_max=64)
+        found.append(Version(f"a{i}", info.digest, path, info.rank, info.parameters))
+    return found
+
+
+def engine(model: str, versions: list[Version], **settings: object) -> Engine:
+    made = Engine(EngineConfig(model, threads=1, seed=0, **settings))  # type: ignore[arg-type]
+    for version in versions:
+        made.register(version, version.uri)
+    return made
+
+
+def drive(engine: Engine, got: dict[str, list[int]], seconds: float = 60.0) -> None:
+    """Steps until all work has ended, with the invariants checked after each."""
+    deadline = time.monotonic() + seconds
+    while engine.has_work:
+        assert time.monotonic() < deadline, engine.report()
+        for delta in engine.step():
+            assert delta.error is None, delta.error
+            got.setdefault(delta.request_id, []).extend(delta.tokens)
+        engine.scheduler.check()
+
+
+@pytest.fixture(scope="module")
+def expected(model: str, versions: list[Version]) -> dict[tuple[str | None, int], list[int]]:
+    """Greedy tokens of each adapter for each prompt, one request at a time, all resident."""
+    alone = engine(model, versions)
+    answers = {}
+    for digest in [None, *(v.digest for v in versions)]:
+        for i, prompt in enumerate(PROMPTS):
+            got: dict[str, list[int]] = {}
+            alone.add(NewRequest("r", prompt, GREEDY, digest))
+            drive(alone, got)
+            answers[digest, i] = got["r"]
+    alone.close()
+    return answers
+
+
+def test_each_adapter_answers_differently(
+    expected: dict[tuple[str | None, int], list[int]],
+) -> None:
+    """Else a wrong adapter's token would go unseen below."""
+    for i in range(len(PROMPTS)):
+        answers = [tuple(tokens) for (_, prompt), tokens in expected.items() if prompt == i]
+        assert len(set(answers)) == ADAPTERS + 1
+
+
+@pytest.mark.parametrize("churn_seed", range(3))
+def test_no_token_of_a_wrong_adapter_under_churn(
+    model: str,
+    versions: list[Version],
+    expected: dict[tuple[str | None, int], list[int]],
+    churn_seed: int,
+) -> None:
+    """Room for about three of twelve adapters, few pages, cancels in between."""
+    rng = random.Random(churn_seed)
+    largest = max(v.parameters for v in versions) * 4
+    made = engine(
+        model, versions, adapter_memory=largest + 2**16, kv_memory=2**20, batch_rows_max=6
+    )
+    asked: dict[str, tuple[str | None, int]] = {}
+    got: dict[str, list[int]] = {}
+    cancelled = set()
+    for n in range(150):
+        name = f"r{n}"
+        asked[name] = rng.choice([None, *(v.digest for v in versions)]), rng.randrange(4)
+        digest, i = asked[name]
+        made.add(NewRequest(name, PROMPTS[i], GREEDY, digest))
+        if rng.random() < 0.15:
+            victim = rng.choice(sorted(asked))
+            if len(got.get(victim, [])) < GREEDY.max_tokens:
+                made.cancel(victim)
+                cancelled.add(victim)
+        for _ in range(rng.randrange(3)):
+            for delta in made.step():
+                assert delta.error is None
+                got.setdefault(delta.request_id, []).extend(delta.tokens)
+            made.scheduler.check()
+    drive(made, got)
+    for name, (digest, i) in asked.items():
+        answer = expected[digest, i]
+        tokens = got.get(name, [])
+        if name not in cancelled:
+            assert tokens == answer, f"seed {churn_seed}: {name} of {digest}"
+        assert tokens == answer[: len(tokens)], f"seed {churn_seed}: {name} of {digest}"
+    report = made.report()
+    assert report.free_pages == report.capacity_pages
+    made.close()
+
+
+def test_an_adapter_takes_bytes_in_proportion_to_its_rank(
+    model: str, versions: list[Version]
+) -> None:
+    made = engine(model, versions[:4])
+    sizes = {
+        v.rank: e.bytes for v in versions[:4] for e in made.residency() if e.digest == v.digest
+    }
+    assert sizes[32] == 8 * sizes[4]
+    made.close()
+
+
+def test_decoding_goes_on_while_adapters_load(model: str, versions: list[Version]) -> None:
+    made = engine(model, versions)
+    sampling = Sampling(max_tokens=300, temperature=0.0, ignore_eos=True)
+    made.add(NewRequest("base", (5, 6), sampling))
+    made.step()
+    made.add(NewRequest("cold", (5, 6), GREEDY, versions[0].digest))
+    got: dict[str, list[int]] = {"base": [], "cold": []}
+    while not any(e.tier is Tier.DEVICE for e in made.residency()):
+        for delta in made.step():
+            got[delta.request_id] += delta.tokens
+        assert len(got["base"]) < 300
+    assert got["base"]
+    drive(made, got)
+    assert len(got["cold"]) == GREEDY.max_tokens
+    made.close()
+
+
+def test_a_broken_adapter_hurts_only_its_own_requests(
+    model: str, versions: list[Version], tmp_path: Path
+) -> None:
+    made = engine(model, versions[:1])
+    made.register(Version("gone", "0" * 64, "", 8, 1000), str(tmp_path / "gone"))
+    made.add(NewRequest("r", (5,), GREEDY, "0" * 64))
+    made.add(NewRequest("ok", (5,), GREEDY, versions[0].digest))
+    ended: dict[str, Delta] = {}
+    deadline = time.monotonic() + 20
+    while made.has_work:
+        assert time.monotonic() < deadline
+        ended |= {d.request_id: d for d in made.step() if d.last}
+    assert ended["r"].error is not None and ended["r"].error.status == 503
+    assert ended["ok"].error is None
+    tiers = {e.digest: e for e in made.residency()}
+    assert tiers["0" * 64].tier is Tier.FAILED and "gone" in (tiers["0" * 64].reason or "")
+    made.close()
+
+
+def test_the_seed_decides_the_draw_whatever_runs_beside(
+    model: str, versions: list[Version]
+) -> None:
+    sampling = Sampling(max_tokens=12, temperature=1.0, top_p=0.9, seed=7, ignore_eos=True)
+    made = engine(model, versions)
+    alone: dict[str, list[int]] = {}
+    made.add(NewRequest("r", PROMPTS[0], sampling))
+    drive(made, alone)
+    beside: dict[str, list[int]] = {}
+    for i, version in enumerate(versions[:5]):
+        made.add(NewRequest(f"other{i}", PROMPTS[1], sampling, version.digest))
+    made.add(NewRequest("r", PROMPTS[0], sampling))
+    drive(made, beside)
+    assert beside["r"] == alone["r"]
+    made.close()
