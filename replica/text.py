@@ -157,10 +157,11 @@ class Detokenizer:
 
     def push(self, tokens: Sequence[int]) -> str:
         """The text that `tokens` complete; "" while there is none."""
-        fresh = [token for token in tokens if token not in self._skip]
-        if not fresh:
-            return ""
-        self._window += fresh
+        # One by one: the window then ends at every character, not only where a step ends.
+        return "".join([self._push(token) for token in tokens if token not in self._skip])
+
+    def _push(self, token: int) -> str:
+        self._window.append(token)
         decoded = self._decode()
         held = len(self._window) - self._known
         if decoded.endswith(REPLACEMENT) and held < HELD_TOKENS_MAX:

@@ -1,0 +1,119 @@
+"""What the tests of the HTTP server share: a tokenizer, a book of adapters, a live server."""
+
+import asyncio
+import functools
+import socket
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import uvicorn
+
+from cluster.errors import BadRequest, FleetError, ModelNotFound
+from cluster.values import Version
+from replica.front import Acknowledgement
+from replica.server import Server, ServerConfig, build_app
+from replica.text import Text
+from tests.models import make_model
+from tests.stub_engine import StubEngine
+
+BASE = "tiny"
+ADAPTER = Version("poet", "d" * 64, "file:///adapters/poet", rank=8, parameters=1000)
+CONFIG = ServerConfig(base=BASE, context=128, vocab=320, root="/models/tiny", replica_id="r-1")
+DEADLINE_S = 10.0
+
+
+@functools.cache
+def text() -> Text:
+    """A byte-level tokenizer with a chat template."""
+    with tempfile.TemporaryDirectory() as directory:
+        return Text.read(make_model(directory))
+
+
+def tokens_of(words: str) -> tuple[int, ...]:
+    return asyncio.run(text().encode(words))
+
+
+class Book:
+    """Implements `replica.front.Adapters` in memory; `refusal` is what the next change raises."""
+
+    def __init__(self, *versions: Version) -> None:
+        self._versions = {version.name: version for version in versions}
+        self.refusal: FleetError | None = None
+        self.pending: tuple[str, ...] = ()
+
+    async def find(self, name: str) -> Version | None:
+        return self._versions.get(name)
+
+    def versions(self) -> list[Version]:
+        return [self._versions[name] for name in sorted(self._versions)]
+
+    async def add(
+        self,
+        name: str,
+        path: str,
+        *,
+        load_inplace: bool = False,
+        pinned: bool = False,
+        trusted: bool = False,
+    ) -> Acknowledgement:
+        if self.refusal is not None:
+            raise self.refusal
+        if name in self._versions and not load_inplace:
+            raise BadRequest(f"lora_name: {name!r} is taken", field="lora_name")
+        self._versions[name] = replace(ADAPTER, name=name, uri=path)
+        return Acknowledgement(name, ADAPTER.digest, 1, self.pending)
+
+    async def remove(self, name: str) -> Acknowledgement:
+        if name not in self._versions:
+            raise ModelNotFound(f"lora_name: no adapter {name!r}", field="lora_name")
+        version = self._versions.pop(name)
+        return Acknowledgement(name, version.digest, 2, self.pending)
+
+    async def describe(self) -> dict[str, Any]:
+        return {"object": "list", "sequence": 1, "data": [], "replicas": []}
+
+
+async def app_with(
+    engine: StubEngine, book: Book | None = None, config: ServerConfig = CONFIG
+) -> Server:
+    book = book or Book(ADAPTER)
+    for version in book.versions():
+        await engine.register(version, version.uri)
+    return build_app(engine, book, text(), config)
+
+
+@asynccontextmanager
+async def client_of(app: Server) -> AsyncIterator[httpx.AsyncClient]:
+    """Talks to the app in process."""
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
+        yield client
+
+
+@asynccontextmanager
+async def live(app: Server) -> AsyncIterator[str]:
+    """The app under uvicorn, on a thread and a port of its own; gives its URL."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        await until(lambda: server.started)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await asyncio.to_thread(thread.join)
+        listener.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Returns when `condition` holds, fails when it does not in time."""
+    async with asyncio.timeout(DEADLINE_S):
+        while not condition():  # noqa: ASYNC110 - another thread's state
+            await asyncio.sleep(0.002)
