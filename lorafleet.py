@@ -1,5 +1,439 @@
-"""The program: parses arguments and calls."""
+"""The program: parses arguments and calls; `app` is what `serve run` and the manifests name."""
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+import yaml
+
+from cluster.config import EngineConfig, FleetConfig, load
+from cluster.errors import AdapterRefused, ConfigError, FleetError
+
+if TYPE_CHECKING:
+    import httpx
+
+EXIT_FAILED, EXIT_USAGE = 1, 2
+
+cli = typer.Typer(
+    name="lorafleet",
+    help="One base model, thousands of LoRA adapters, a fleet of replicas.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+adapters_cli = typer.Typer(
+    help="Add, remove and list the adapters of a running fleet.", no_args_is_help=True
+)
+cli.add_typer(adapters_cli, name="adapters")
+
+
+def app(arguments: dict[str, Any]) -> Any:
+    """The Serve application, from the fields of FleetConfig. `serve run lorafleet:app` calls it."""
+    from router.app import build
+
+    return build(arguments)
 
 
 def main() -> None:
-    raise SystemExit("not built yet")
+    try:
+        cli()
+    except (ConfigError, AdapterRefused) as error:
+        _exit(error.message, EXIT_USAGE)
+    except FleetError as error:
+        _exit(error.message, EXIT_FAILED)
+
+
+# The flags of `serve` and `replica`. None: not given, so the default of the configuration holds.
+Model = Annotated[str | None, typer.Option(metavar="DIR", help="Hugging Face checkpoint to serve.")]
+Adapter = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=PATH",
+        help="PEFT adapter, served as model NAME. Repeat it for more.",
+    ),
+]
+ServedModelName = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Name of the base model on the API (default: DIR's name)."),
+]
+Host = Annotated[str | None, typer.Option(help="Address to listen on (default: 127.0.0.1).")]
+Port = Annotated[
+    int | None, typer.Option(help="Port to listen on; 0 takes a free one (default: 8000).")
+]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda (default: auto).")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16 or float16 (default: what the checkpoint says)."),
+]
+AdapterRoot = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="DIR",
+        help="The API may load adapters from below DIR. Repeat it for more (default: nowhere).",
+    ),
+]
+AdapterMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Device memory for adapters, by replica, such as 64MiB or 8GiB (default: 64MiB).",
+    ),
+]
+KvMemory = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Device memory for keys and values (default: by batch)."),
+]
+RankMax = Annotated[int | None, typer.Option(help="Largest rank accepted (default: 256).")]
+SlotsMax = Annotated[
+    int | None, typer.Option(help="Most adapters on the device at once (default: what fits).")
+]
+BatchRowsMax = Annotated[
+    int | None, typer.Option(help="Most requests computed in one step (default: 64).")
+]
+QueueMax = Annotated[
+    int | None,
+    typer.Option(help="Waiting requests, by replica, beyond which come 429s (default: 1024)."),
+]
+Threads = Annotated[
+    int | None, typer.Option(help="CPU threads, by replica (default: the cores, shared out).")
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="YAML with the fields of the configuration; flags win."),
+]
+Url = Annotated[
+    str, typer.Option(envvar="LORAFLEET_URL", help="Where the fleet (or a replica) answers.")
+]
+ApiKey = Annotated[
+    str | None, typer.Option(envvar="LORAFLEET_API_KEY", help="Key, when the fleet wants one.")
+]
+LOCAL_URL = "http://127.0.0.1:8000"
+
+
+@cli.command()
+def serve(
+    model: Model = None,
+    adapter: Adapter = None,
+    replicas: Annotated[int | None, typer.Option(help="How many replicas (default: 1).")] = None,
+    port: Port = None,
+    host: Host = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    served_model_name: ServedModelName = None,
+    adapter_root: AdapterRoot = None,
+    adapter_memory: AdapterMemory = None,
+    kv_memory: KvMemory = None,
+    rank_max: RankMax = None,
+    slots_max: SlotsMax = None,
+    batch_rows_max: BatchRowsMax = None,
+    queue_max: QueueMax = None,
+    threads: Threads = None,
+    redis_url: Annotated[
+        str | None,
+        typer.Option(
+            envvar="LORAFLEET_REDIS_URL",
+            help="Redis for the fleet's state (default: one of its own, embedded).",
+        ),
+    ] = None,
+    directory: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Where the embedded Redis keeps its data (.fleet)."),
+    ] = None,
+    config: Config = None,
+) -> None:
+    """Serve a model and its adapters on one or more replicas, until Ctrl-C.
+
+    Example: lorafleet serve --model ./llama --adapter fr=./adapters/french --replicas 2
+    """
+    settings = _read_settings(locals())
+    _check_files(settings)
+    with _listen(settings.host, settings.port) as listener:
+        settings = dataclasses.replace(settings, port=listener.getsockname()[1])
+    from router.local import LocalFleet
+
+    fleet = LocalFleet(settings)
+    with _until_signalled() as signalled:
+        try:
+            fleet.start()
+            print(f"ready: {fleet.url}/v1", flush=True)
+            signalled.wait()
+        finally:
+            with _deaf():
+                fleet.stop()
+
+
+@cli.command()
+def replica(
+    model: Model = None,
+    adapter: Adapter = None,
+    port: Port = None,
+    host: Host = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    served_model_name: ServedModelName = None,
+    adapter_root: AdapterRoot = None,
+    adapter_memory: AdapterMemory = None,
+    kv_memory: KvMemory = None,
+    rank_max: RankMax = None,
+    slots_max: SlotsMax = None,
+    batch_rows_max: BatchRowsMax = None,
+    queue_max: QueueMax = None,
+    threads: Threads = None,
+    config: Config = None,
+) -> None:
+    """Serve a model and its adapters from this one process and its engine: no Ray, no Redis.
+
+    Example: lorafleet replica --model ./llama --adapter fr=./adapters/french --port 8001
+    """
+    settings = _read_settings(locals())
+    _check_files(settings)
+    from replica.alone import run
+
+    with _listen(settings.host, settings.port) as listener, _until_signalled():
+        asyncio.run(run(settings, listener))
+
+
+@cli.command()
+def status(url: Url = LOCAL_URL, api_key: ApiKey = None) -> None:
+    """Show each replica's load, and where each adapter is.
+
+    device: ready to run. loading: on its way. host, disk: near. -: not there.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    found = _call(url, api_key, "GET", "/v1/adapters").json()
+    load_table = Table(title="replicas")
+    for heading in ("replica", "running", "waiting", "queued tokens", "step", "adapters", "pages"):
+        load_table.add_column(heading, justify="left" if heading == "replica" else "right")
+    for entry in found["replicas"]:
+        report = entry["load"]
+        load_table.add_row(
+            _short(entry["id"]),
+            str(report["running"]),
+            str(report["waiting"]),
+            str(report["queued_tokens"]),
+            f"{report['step_s'] * 1e3:.1f} ms",
+            _used(report["free_bytes"], report["capacity_bytes"], " MiB", 2**20),
+            _used(report["free_pages"], report["capacity_pages"], "", 1),
+        )
+    tier_table = Table(title="adapters")
+    tier_table.add_column("adapter")
+    for entry in found["replicas"]:
+        tier_table.add_column(_short(entry["id"]))
+    for adapter in found["data"]:
+        held = [adapter["residency"].get(entry["id"]) for entry in found["replicas"]]
+        pin = " (pinned)" if adapter["pinned"] else ""
+        tier_table.add_row(
+            adapter["id"] + pin, *(entry["tier"] if entry else "-" for entry in held)
+        )
+    console = Console()
+    console.print(load_table)
+    console.print(tier_table)
+
+
+@adapters_cli.command()
+def add(
+    name: Annotated[str, typer.Argument(help="The model name that clients will ask for.")],
+    path: Annotated[str, typer.Argument(help="Directory of the adapter, below an --adapter-root.")],
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Point an existing name at this adapter.")
+    ] = False,
+    url: Url = LOCAL_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Add an adapter to the whole fleet.
+
+    Example: lorafleet adapters add fr ./adapters/french
+    """
+    body = {"lora_name": name, "lora_path": _absolute(path), "load_inplace": replace}
+    print(_call(url, api_key, "POST", "/v1/load_lora_adapter", body).text)
+
+
+@adapters_cli.command()
+def rm(
+    name: Annotated[str, typer.Argument(help="The adapter's name.")],
+    url: Url = LOCAL_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Remove an adapter from the whole fleet; requests that run with it are finished."""
+    print(_call(url, api_key, "POST", "/v1/unload_lora_adapter", {"lora_name": name}).text)
+
+
+@adapters_cli.command()
+def ls(url: Url = LOCAL_URL, api_key: ApiKey = None) -> None:
+    """List the adapters: name, rank, version, on how many devices, files."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for heading in ("adapter", "rank", "version", "on device", "path"):
+        table.add_column(heading)
+    for adapter in _call(url, api_key, "GET", "/v1/adapters").json()["data"]:
+        tiers = [entry["tier"] for entry in adapter["residency"].values()]
+        devices = str(tiers.count("device"))
+        table.add_row(
+            adapter["id"], str(adapter["rank"]), adapter["digest"][:12], devices, adapter["path"]
+        )
+    Console().print(table)
+
+
+def _read_settings(flags: Mapping[str, Any]) -> FleetConfig:
+    """The file of --config, then the flags that were given. Raises ConfigError."""
+    data: dict[str, Any] = {}
+    if flags["config"] is not None:
+        data = _read_yaml(flags["config"])
+    engine = dict(data.get("engine") or {})
+    engine_fields = {field.name for field in dataclasses.fields(EngineConfig)}
+    for name, value in flags.items():
+        if name == "config" or value is None or value == []:
+            continue
+        if name in engine_fields:
+            engine[name] = value
+        elif name == "adapter":
+            data["adapters"] = {**data.get("adapters", {}), **dict(map(_named_path, value))}
+        elif name == "adapter_root":
+            data["adapter_roots"] = value
+        else:
+            data[name] = value
+    if not engine.get("model"):
+        raise ConfigError("--model: required: the directory of a Hugging Face checkpoint")
+    settings = load(FleetConfig, {**data, "engine": engine})
+    # The replicas run in other directories.
+    return dataclasses.replace(
+        settings,
+        engine=dataclasses.replace(settings.engine, model=_absolute(settings.engine.model)),
+        adapters={name: _absolute(path) for name, path in settings.adapters.items()},
+        adapter_roots=tuple(map(_absolute, settings.adapter_roots)),
+        directory=_absolute(settings.directory),
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--config {path}: {reason}", field="config") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"--config {path}: not a mapping of settings", field="config")
+    return data
+
+
+def _named_path(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise ConfigError(f"--adapter {text}: must be NAME=PATH", field="adapter")
+    return name, path
+
+
+def _check_files(settings: FleetConfig) -> None:
+    """What is wrong with the model or an adapter is said before anything is started."""
+    from replica.adapter_files import inspect
+    from replica.shape import read_shape
+
+    engine = settings.engine
+    if not Path(engine.model).is_dir():
+        raise ConfigError(f"--model {engine.model}: no such directory", field="model")
+    try:
+        shape = read_shape(engine.model)
+    except FleetError as error:
+        raise ConfigError(f"--model {engine.model}: {error.message}", field="model") from error
+    for name, path in settings.adapters.items():
+        if "://" in path:
+            continue
+        try:
+            inspect(path, shape, engine.rank_max)
+        except FleetError as error:
+            raise ConfigError(f"--adapter {name}={path}: {error.message}") from error
+
+
+def _absolute(path: str) -> str:
+    """Paths are relative to where the command was typed; URLs stay as they are."""
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise ConfigError(f"--port {port}: cannot listen on {host}: {reason}") from error
+
+
+class _Signalled(BaseException):
+    """SIGINT or SIGTERM, raised in the main thread wherever it is."""
+
+
+@contextlib.contextmanager
+def _until_signalled() -> Iterator[threading.Event]:
+    """The block is left quietly when the process is asked to end."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise _Signalled
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)
+    with contextlib.suppress(_Signalled):
+        yield threading.Event()
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Once we are stopping, being asked again changes nothing."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    yield
+
+
+def _call(
+    url: str, api_key: str | None, method: str, path: str, body: dict[str, Any] | None = None
+) -> "httpx.Response":
+    import httpx
+
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        response = httpx.request(
+            method,
+            url.rstrip("/").removesuffix("/v1") + path,
+            json=body,
+            headers=headers,
+            timeout=30,
+        )
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise FleetError(f"--url {url}: {str(error) or type(error).__name__}") from error
+    if response.is_success:
+        return response
+    try:
+        message = response.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        message = response.text.strip() or response.reason_phrase
+    raise FleetError(f"{response.status_code}: {message}")
+
+
+def _short(replica_id: str) -> str:
+    return replica_id.rpartition("#")[2]
+
+
+def _used(free: int, capacity: int, unit: str, scale: int) -> str:
+    return f"{(capacity - free) / scale:.0f}/{capacity / scale:.0f}{unit}"
+
+
+def _exit(message: str, code: int) -> NoReturn:
+    print(f"lorafleet: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

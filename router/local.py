@@ -1,0 +1,183 @@
+"""A whole fleet on this machine: Redis, Ray, Serve and HAProxy, started and stopped together."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from cluster.config import FleetConfig
+from cluster.errors import StartupError
+from cluster.redis_server import RedisServer
+from router import environment
+
+START_S = 300.0
+ENGINE = "replica.link:EngineLink"
+
+
+class LocalFleet:
+    """Nothing of it is shared with another fleet on the machine, and nothing outlives `stop`.
+
+    engine: import path of what makes an engine from an EngineConfig.
+    """
+
+    def __init__(self, config: FleetConfig, engine: str = ENGINE) -> None:
+        self.config = config
+        self._engine = engine
+        # Sockets lie in it, and the path of a socket may have no more than 107 bytes.
+        self._directory = tempfile.mkdtemp(prefix="lf-", dir="/tmp")
+        self._redis: RedisServer | None = None
+        self._ray_started = False
+
+    @property
+    def url(self) -> str:
+        host = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}.get(self.config.host, self.config.host)
+        return f"http://{host}:{self.config.port}"
+
+    def start(self) -> None:
+        """Returns when requests are answered. Raises StartupError; `stop` is still to be called."""
+        url = self.config.redis_url or self._start_redis()
+        environment.apply(self._variables(), os.environ)
+        os.environ[environment.REDIS_URL] = url
+        os.environ[environment.API_KEYS] = ",".join(self.config.api_keys)
+        self._start_serve()
+        self._wait()
+
+    def stop(self) -> None:
+        """May be called at any point of the start, and twice."""
+        if self._ray_started:
+            import ray
+            from ray import serve
+
+            with _silence(), contextlib.suppress(Exception):
+                # Whatever is wrong with Serve by now, Ray takes all of its processes down.
+                serve.shutdown()
+            with _silence():
+                ray.shutdown()
+            self._ray_started = False
+        _kill_all_of(self._directory)
+        if self._redis is not None:
+            self._redis.stop()
+            self._redis = None
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _start_redis(self) -> str:
+        self._redis = RedisServer(self.config.directory)
+        self._redis.start()
+        return self._redis.url
+
+    def _variables(self) -> dict[str, str]:
+        return environment.local(
+            self._directory, _free_port("127.0.0.1"), _free_port("127.0.0.1"), self.config.drain_s
+        )
+
+    def _start_serve(self) -> None:
+        import ray
+        from ray import serve
+
+        cores = len(os.sched_getaffinity(0))
+        needed = self.config.replicas * self.config.cpus_per_replica
+        self._ray_started = True
+        # Ray puts a handler of its own in place of ours.
+        on_sigterm = signal.getsignal(signal.SIGTERM)
+        ray.init(
+            address="local",
+            num_cpus=max(cores, round(needed) + 1),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            namespace="serve",
+            _temp_dir=self._directory,
+            _node_ip_address="127.0.0.1",
+        )
+        signal.signal(signal.SIGTERM, on_sigterm)
+        for name in ("ray.serve", "ray"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        from router.app import compose
+
+        settled = dataclasses.replace(self.config, redis_url=None, api_keys=())
+        application = compose(settled, self._engine)
+        with _silence():
+            serve.start(
+                http_options={"host": self.config.host, "port": self.config.port},
+                logging_config={"log_level": "WARNING", "enable_access_log": False},
+            )
+            try:
+                serve.run(application)
+            except RuntimeError as error:
+                raise StartupError(_reason(error)) from error
+
+    def _wait(self) -> None:
+        """Until a request for a model that cannot exist comes back from a replica."""
+        body = json.dumps({"model": f"no-{secrets.token_hex(8)}", "prompt": ""}).encode()
+        deadline_s = time.monotonic() + START_S
+        while time.monotonic() < deadline_s:
+            request = urllib.request.Request(
+                f"{self.url}/v1/completions", body, {"Content-Type": "application/json"}
+            )
+            try:
+                with urllib.request.urlopen(request, timeout=10):
+                    return
+            except urllib.error.HTTPError as error:
+                if error.headers.get("x-lorafleet-replica"):
+                    return
+            except OSError:
+                pass
+            time.sleep(0.1)
+        raise StartupError(f"{self.url}: no answer within {START_S:.0f} s")
+
+
+def _free_port(host: str) -> int:
+    with socket.create_server((host, 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Ray writes about its own comings and goings on both streams; all of it is in its logs."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [(fd, os.dup(fd)) for fd in (1, 2)]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for fd, _ in kept:
+            os.dup2(nowhere, fd)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for fd, copy in kept:
+            os.dup2(copy, fd)
+            os.close(copy)
+        os.close(nowhere)
+
+
+def _reason(error: RuntimeError) -> str:
+    """Serve gives the traceback of the replica's process; its last exception is the reason."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if "Error: " in line or "Unsupported: " in line]
+    return named[-1] if named else (lines[-1] if lines else "Serve could not start the replicas")
+
+
+def _kill_all_of(directory: str) -> None:
+    """Processes that were started with a file of this fleet's directory on their command line."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            command = (entry / "cmdline").read_bytes()
+            if directory.encode() in command:
+                os.kill(int(entry.name), signal.SIGKILL)
+        except OSError:
+            continue  # it has ended by itself, or is not ours

@@ -1,0 +1,104 @@
+"""The router's view: what replicas said, and the picks that they cannot show yet."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from cluster.values import LoadReport, Residency, Tier
+from router.policy import Candidate, Costs, rank
+from router.view import View
+
+FR = "f" * 64
+
+
+@dataclass(frozen=True)
+class State:
+    report: LoadReport = field(default_factory=LoadReport)
+    residency: Mapping[str, Residency] = field(default_factory=dict)
+    seen_s: float = 0.0
+
+
+def holding(tier: Tier, image_bytes: int = 0) -> dict[str, Residency]:
+    return {FR: Residency(FR, tier, image_bytes, 0.0)}
+
+
+def only(view: View, state: State | None, digest: str | None, now_s: float) -> Candidate:
+    states = {} if state is None else {"a": state}
+    (candidate,) = view.candidates(["a"], states, digest, now_s)
+    return candidate
+
+
+def test_a_pick_counts_at_once() -> None:
+    view = View()
+    view.picked("a", None, 100, now_s=10.0)
+    candidate = only(view, State(LoadReport(running=2, queued_tokens=7), seen_s=9.9), None, 10.0)
+    assert (candidate.requests, candidate.queued_tokens) == (3, 107)
+
+
+def test_a_pick_is_forgotten_once_a_later_report_shows_it() -> None:
+    view = View(transit_s=0.05)
+    view.picked("a", None, 100, now_s=10.0)
+    assert only(view, State(seen_s=10.04), None, 10.04).requests == 1  # sent before it arrived
+    assert only(view, State(seen_s=10.06), None, 10.06).requests == 0
+
+
+def test_lost_picks_are_swept_by_age_when_no_report_comes() -> None:
+    view = View(pick_life_s=2.0)
+    view.picked("a", None, 100, now_s=10.0)
+    assert only(view, None, None, 11.9).requests == 1
+    assert only(view, None, None, 12.1).requests == 0
+    assert view.own_picks("a") == 0
+
+
+def test_picks_of_a_replica_that_is_gone_are_dropped() -> None:
+    view = View()
+    view.picked("a", None, 1, now_s=10.0)
+    view.picked("b", None, 1, now_s=10.0)
+    view.candidates(["b"], {}, None, 10.0)
+    assert (view.own_picks("a"), view.own_picks("b")) == (0, 1)
+
+
+def test_a_replica_that_said_nothing_is_a_candidate_of_unknown_load() -> None:
+    candidate = only(View(), None, FR, 1.0)
+    assert (candidate.known, candidate.tier, candidate.requests) == (False, Tier.ABSENT, 0)
+
+
+def test_the_base_model_is_on_every_device() -> None:
+    assert only(View(), None, None, 1.0).tier is Tier.DEVICE
+
+
+def test_what_was_picked_for_a_cold_adapter_is_taken_to_be_loading() -> None:
+    view = View()
+    assert only(view, State(), FR, 10.0).tier is Tier.ABSENT
+    view.picked("a", FR, 10, now_s=10.0)
+    assert only(view, State(), FR, 10.0).tier is Tier.LOADING
+    assert only(view, State(), "another", 10.0).tier is Tier.ABSENT
+
+
+def test_a_pick_does_not_make_a_failed_load_look_better() -> None:
+    view = View()
+    view.picked("a", FR, 10, now_s=10.0)
+    assert only(view, State(residency=holding(Tier.FAILED)), FR, 10.0).tier is Tier.FAILED
+
+
+def test_the_size_of_an_image_is_known_from_whoever_holds_it() -> None:
+    states = {"a": State(residency=holding(Tier.DEVICE, 4096)), "b": State()}
+    assert [c.image_bytes for c in View().candidates(["a", "b"], states, FR, 1.0)] == [4096] * 2
+
+
+def test_a_burst_spreads_over_idle_replicas() -> None:
+    """60 requests between two reports: no replica may get all of them."""
+    view, ids = View(), ["a", "b", "c"]
+    states = {name: State(seen_s=9.9) for name in ids}
+    for _ in range(60):
+        best = rank(view.candidates(ids, states, None, 10.0), "base", Costs())[0]
+        view.picked(best.replica_id, None, 100, now_s=10.0)
+    assert [view.own_picks(name) for name in ids] == [20, 20, 20]
+
+
+def test_a_burst_for_one_cold_adapter_starts_on_one_replica() -> None:
+    view, ids = View(), ["a", "b", "c"]
+    states = {name: State(seen_s=9.9) for name in ids}
+    for _ in range(3):
+        best = rank(view.candidates(ids, states, FR, 10.0), FR, Costs())[0]
+        view.picked(best.replica_id, FR, 10, now_s=10.0)
+    assert sorted(view.own_picks(name) for name in ids) == [0, 0, 3]
