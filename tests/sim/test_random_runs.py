@@ -96,6 +96,8 @@ class Run:
         for room in plan.rooms:
             for evict in room.evictions:
                 assert self.contents.pop(evict.slot) == evict.digest
+            in_flight = {load.digest for load in self.loads}
+            assert in_flight.isdisjoint(s.digest for s in room.slides), "a copy's target moved"
             self.loads.append(room.load)
         self.right_weights(plan)
         chosen = [Chosen(self.rng.choice([2, 5, 6, 7])) if w.sample else None for w in plan.rows]
