@@ -27,9 +27,11 @@ log = logging.getLogger(__name__)
 
 LOOKUP_BATCH_MAX = 256
 
-# KEYS: epoch, catalog, sequence, seeded. ARGV: a fresh epoch, channel, ...
+# KEYS: epoch, catalog, sequence, seeded. ARGV: a fresh epoch, channel, the epoch the caller knows.
+# Whoever knows another epoch must look again first: what Redis lost may have to be put back.
 _BEGIN = """
 local epoch = redis.call('GET', KEYS[1])
+if ARGV[3] ~= (epoch or '') then return {'lost', ''} end
 if not epoch then
   epoch = ARGV[1]
   redis.call('SET', KEYS[1], epoch)
@@ -47,7 +49,7 @@ end
 _PUT = (
     _BEGIN
     + """
-local name, record, inplace, run = ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+local name, record, inplace, run = ARGV[4], ARGV[5], ARGV[6], ARGV[7]
 local current = redis.call('HGET', KEYS[2], name)
 if run ~= '' then
   local seeded = redis.call('HGET', KEYS[4], name)
@@ -66,10 +68,10 @@ return {'put', commit(name, record)}
 _REMOVE = (
     _BEGIN
     + """
-local current = redis.call('HGET', KEYS[2], ARGV[3])
+local current = redis.call('HGET', KEYS[2], ARGV[4])
 if not current then return {'', ''} end
-redis.call('HDEL', KEYS[2], ARGV[3])
-return {current, commit(ARGV[3], 'null')}
+redis.call('HDEL', KEYS[2], ARGV[4])
+return {current, commit(ARGV[4], 'null')}
 """
 )
 
@@ -78,14 +80,14 @@ return {redis.call('GET', KEYS[1]) or '', redis.call('GET', KEYS[3]) or '0',
   redis.call('HGETALL', KEYS[2])}
 """
 
-# ARGV: the sequence to go on from, then name, record, name, record ...
+# ARGV: the sequence to go on after, then name, record, name, record ...
 _RESTORE = (
     _BEGIN
     + """
-if redis.call('EXISTS', KEYS[3]) == 1 then return 0 end
-redis.call('SET', KEYS[3], ARGV[3])
-for i = 4, #ARGV, 2 do redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1]) end
-return 1
+if redis.call('EXISTS', KEYS[3]) == 1 then return {'', ''} end
+redis.call('SET', KEYS[3], ARGV[4])
+for i = 5, #ARGV, 2 do redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1]) end
+return {'put', commit('', 'null')}
 """
 )
 
@@ -151,12 +153,14 @@ class Catalog:
     async def resync(self) -> None:
         """Takes the whole book from Redis. Raises what Redis raises, or CatalogUnavailable."""
         epoch, sequence, items = await self._read()
-        if self._restores and int(sequence) == 0 and self.book.sequence and epoch != self._epoch:
-            log.warning("Redis lost the catalog; writing back %d adapters", len(items))
+        lost = int(sequence) == 0 and self.book.sequence > 0 and epoch != self._epoch
+        if lost and self._restores:
+            log.warning("Redis lost the catalog; writing back %d", len(self.book.by_name()))
             pairs: list[str] = []
             for version in self.book.by_name():
                 pairs += [version.name, encode_version(version)]
-            await self._run(self._restore, str(self.book.sequence + 1), *pairs)
+            args = [self._channel, epoch, str(self.book.sequence), *pairs]
+            await self._call(self._restore, args)
             epoch, sequence, items = await self._read()
         self.book.replace(_decode_all(items), int(sequence))
         self._epoch = epoch
@@ -220,17 +224,26 @@ class Catalog:
                     future.set_exception(error)
                     future.exception()  # whoever asked may have gone away
                 continue
-            for future, record in zip(futures, records, strict=True):
-                future.set_result(decode_version(json.loads(record)) if record else None)
+            for name, future, record in zip(names, futures, records, strict=True):
+                future.set_result(_decode(name, record) if record else None)
 
     async def _read(self) -> tuple[str, str, Sequence[str]]:
         epoch, sequence, items = await call(self._snapshot(keys=self._keys))
         return epoch, sequence, items
 
-    async def _run(self, script: Any, *args: str) -> Any:
-        return await call(
-            script(keys=self._keys, args=[secrets.token_hex(8), self._channel, *args])
-        )
+    async def _run(self, script: Any, *args: str) -> tuple[str, str]:
+        """A change; it looks again, once, when Redis is not the one this copy was taken from."""
+        outcome, sequence = await self._call(script, [self._channel, self._epoch, *args])
+        if outcome == "lost":
+            await self.resync()
+            outcome, sequence = await self._call(script, [self._channel, self._epoch, *args])
+        if outcome == "lost":
+            raise CatalogUnavailable("the fleet's Redis is starting anew", retry_after_s=1.0)
+        return outcome, sequence
+
+    async def _call(self, script: Any, args: list[str]) -> tuple[str, str]:
+        outcome, sequence = await call(script(keys=self._keys, args=[secrets.token_hex(8), *args]))
+        return outcome, sequence
 
     def _apply(self, message: dict[str, Any]) -> bool:
         if message["epoch"] != self._epoch:
@@ -244,10 +257,14 @@ class Catalog:
 
 
 def _decode_all(items: Sequence[str]) -> list[Version]:
-    versions = []
-    for name, record in zip(items[::2], items[1::2], strict=True):
-        try:
-            versions.append(decode_version(json.loads(record)))
-        except (ValueError, TypeError, AttributeError):
-            log.warning("catalog: the record of %r cannot be read; left out", name)
-    return versions
+    pairs = zip(items[::2], items[1::2], strict=True)
+    versions = (_decode(name, record) for name, record in pairs)
+    return [version for version in versions if version is not None]
+
+
+def _decode(name: str, record: str) -> Version | None:
+    try:
+        return decode_version(json.loads(record))
+    except (ValueError, TypeError, AttributeError):
+        log.warning("catalog: the record of %r cannot be read; left out", name)
+        return None

@@ -90,6 +90,8 @@ class Subscription:
                 if self.connected:
                     delay_s = RECONNECT_FIRST_S
                     log.warning("%s: lost Redis (%s)", self._channel, type(error).__name__)
+            except Exception:  # a view that starts over is better than one that is dead
+                log.exception("%s: following broke", self._channel)
             finally:
                 self.connected = False
             await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))

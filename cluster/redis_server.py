@@ -99,16 +99,15 @@ class RedisServer:
     def stop(self) -> None:
         """Ends it in order; what it holds is on disk. Twice does no harm."""
         self._stopping.set()
-        if self._process is not None and self._process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(signal.SIGTERM)
-            try:
-                self._process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-        if self._keeper is not None:
-            self._keeper.join()
-            self._keeper = None
+        deadline_s = time.monotonic() + STOP_TIMEOUT_S
+        while self._keeper is not None:
+            # Again and again: the keeper may just be starting a new one.
+            if self._process is not None and self._process.poll() is None:
+                late = time.monotonic() > deadline_s
+                self._process.send_signal(signal.SIGKILL if late else signal.SIGTERM)
+            self._keeper.join(0.1)
+            if not self._keeper.is_alive():
+                self._keeper = None
         if self._lock is not None:
             self._lock.close()
             self._lock = None

@@ -101,8 +101,8 @@ class Book:
         return True
 
     def replace(self, versions: Iterable[Version], sequence: int) -> None:
-        """Follows a whole snapshot."""
-        self._versions = {version.name: version for version in versions}
+        """Follows a whole snapshot, made perhaps for another base model: that one's name wins."""
+        self._versions = {v.name: v for v in versions if v.name != self.base_name}
         self.sequence = sequence
 
     def _put(self, version: Version) -> None:

@@ -1,15 +1,15 @@
 """One replica's place in the fleet: publishes what is true here, follows what is decided.
 
-It has a thread and an event loop of its own, so that neither a busy server nor the loop of whoever
-calls it holds up the lease. Each version of the catalog is settled with the engine by one task:
+    any event loop ── find, add, remove ──┐        ┌── Catalog (follows) ──> Settling ──> engine
+                                          v        │
+                             the membership's own thread and loop
+                                                   │
+    engine's thread ── residency changed ──────────┴── Publisher ──> Redis
 
-    wanted, not had ──> fetch ──> engine.register ──> had
-                          └── fails ──> failed (published with its reason, tried again later)
-    had, not wanted ──> engine.forget ──> gone
+A thread of its own, so that neither a busy server nor the loop of whoever calls holds up the lease.
 """
 
 import asyncio
-import concurrent.futures
 import contextlib
 import dataclasses
 import logging
@@ -21,32 +21,30 @@ from typing import Any, TypeVar
 
 from cluster.catalog import Catalog
 from cluster.config import FleetConfig
-from cluster.errors import AdapterFailed, BadRequest, CatalogUnavailable, ConfigError, FleetError
+from cluster.errors import (
+    AdapterFailed,
+    BadRequest,
+    CatalogUnavailable,
+    ConfigError,
+    ShuttingDown,
+)
+from cluster.publisher import Publisher
 from cluster.redis_client import connect
-from cluster.registry import Publisher, Registry, newest
-from cluster.values import Residency, Tier, Version
+from cluster.registry import Registry, newest
+from cluster.values import Residency, Version
 from cluster.versions import check_name
 from replica.catalog_page import catalog_page
 from replica.front import Acknowledgement, Engine
+from replica.settling import Settling
 from replica.shape import ModelShape, read_shape
 from replica.validation import Validation
 
 log = logging.getLogger(__name__)
 
-FETCHES_MAX = 4
-FORGET_AFTER_S = 1.0
 ACKNOWLEDGED_POLL_S = 0.02
 START_POLL_S = 0.1
 
 Result = TypeVar("Result")
-
-
-@dataclasses.dataclass(slots=True)
-class _Failure:
-    reason: str
-    since_s: float
-    retry_at_s: float
-    wait_s: float
 
 
 class Membership:
@@ -78,9 +76,12 @@ class Membership:
             config.name,
             config.engine.base_name,
             restores=True,
-            on_change=self._reconcile,
+            on_change=self._catalog_changed,
         )
         self._registry = Registry(self._redis, config.name)
+        self._settling = Settling(
+            engine, self._validation.store, config.engine, lambda: self._publisher.wake()
+        )
         self._publisher = Publisher(
             self._redis,
             config.name,
@@ -89,18 +90,13 @@ class Membership:
             report_s=config.report_s,
             residency=self._residency,
             report=engine.report,
-            applied=lambda: self._applied,
+            applied=lambda: self._settling.applied,
             alive=lambda: engine.alive,
             on_catalog=self._check_behind,
         )
-        self._wanted: dict[str, Version] = {}
-        self._had: dict[str, Version] = {}
-        self._failed: dict[str, _Failure] = {}
-        self._settling: dict[str, tuple[int | None, asyncio.Task[None]]] = {}
-        self._names: dict[str, str] = {}
-        self._fetches = asyncio.Semaphore(FETCHES_MAX)
         self._behind_at: int | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._stopping = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="membership", daemon=True
@@ -131,18 +127,21 @@ class Membership:
 
     async def stop(self) -> None:
         """Out of every view at once. The engine is its owner's. Twice does no harm."""
+        if self._stopping:
+            return
+        self._stopping = True
         if self._thread.is_alive():
-            await self._there(self._stop())
+            work = asyncio.run_coroutine_threadsafe(self._stop(), self._loop)
+            await asyncio.wrap_future(work)
             self._loop.call_soon_threadsafe(self._loop.stop)
             await asyncio.to_thread(self._thread.join)
-        if not self._loop.is_closed():
-            self._loop.close()
+        self._loop.close()
 
     async def find(self, name: str) -> Version | None:
         """Raises AdapterFailed while its files cannot be fetched, CatalogUnavailable before the
         catalog was ever read."""
         version = self._catalog.book.get(name)
-        if version is not None and version.digest in self._had:
+        if version is not None and self._settling.has(version.digest):
             return version
         return await self._there(self._find(name))
 
@@ -168,10 +167,17 @@ class Membership:
         return await self._there(self._describe())
 
     async def _there(self, work: Coroutine[Any, Any, Result]) -> Result:
-        future: concurrent.futures.Future[Result] = asyncio.run_coroutine_threadsafe(
-            work, self._loop
-        )
-        return await asyncio.wrap_future(future)
+        if self._stopping:
+            work.close()
+            raise ShuttingDown("the replica is stopping")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self._stopping and not (task and task.cancelling()):
+                raise ShuttingDown("the replica is stopping") from None
+            raise
 
     # From here on everything runs on the loop of the membership's thread.
 
@@ -180,14 +186,12 @@ class Membership:
         await self._first_sync()
         self._keep(self._catalog.run())
         await self._seed()
-        settling = [task for _, task in self._settling.values()]
-        if settling:
-            await asyncio.wait(settling, timeout=self._config.acknowledge_s)
+        await self._settling.settled(self._config.acknowledge_s)
         await self._publisher.publish()
         self._keep(self._publisher.run())
 
     async def _stop(self) -> None:
-        tasks = [*self._tasks, *(task for _, task in self._settling.values())]
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -242,15 +246,7 @@ class Membership:
             version = await self._look_up(name)
         if version is None:
             return None
-        settling = self._settling.get(version.digest)
-        if settling is not None:
-            await asyncio.wait([settling[1]])
-        failure = self._failed.get(version.digest)
-        if failure is not None:
-            wait_s = failure.retry_at_s - time.monotonic()
-            if wait_s <= 0:
-                self._settle(version.digest, None)
-            raise AdapterFailed(failure.reason, field="model", retry_after_s=max(wait_s, 1.0))
+        await self._settling.arrival(name, version.digest)
         return version
 
     async def _look_up(self, name: str) -> Version | None:
@@ -319,17 +315,11 @@ class Membership:
             self._loop.call_soon_threadsafe(self._publisher.wake)
 
     def _residency(self) -> list[Residency]:
-        held = self._engine.residency()
-        for digest, failure in self._failed.items():
-            held.append(Residency(digest, Tier.FAILED, 0, failure.since_s, failure.reason))
-        return held
+        return self._engine.residency() + self._settling.failures()
 
-    @property
-    def _applied(self) -> int:
-        """Every change of the catalog up to this one has reached the engine, or failed to."""
-        waits = (sequence for sequence, _ in self._settling.values())
-        unsettled = [sequence for sequence in waits if sequence is not None]
-        return min(unsettled, default=self._catalog.book.sequence + 1) - 1
+    def _catalog_changed(self) -> None:
+        self._settling.follow(self._catalog.book.by_name(), self._catalog.book.sequence)
+        self._publisher.wake()
 
     def _check_behind(self, sequence: int) -> None:
         """Redis has a change that no message told us of, at two renewals in a row: fetch it."""
@@ -345,62 +335,3 @@ class Membership:
     async def _resync(self) -> None:
         with contextlib.suppress(CatalogUnavailable):  # the subscription will find out
             await self._catalog.resync()
-
-    def _reconcile(self) -> None:
-        """The book changed: bring the engine to it."""
-        versions = self._catalog.book.by_name()
-        wanted: dict[str, Version] = {}
-        for version in versions:
-            other = wanted.get(version.digest)
-            pinned = version.pinned or (other is not None and other.pinned)
-            wanted[version.digest] = dataclasses.replace(other or version, pinned=pinned)
-        names = {version.name: version.digest for version in versions}
-        repointed = {old for name, old in self._names.items() if names.get(name, old) != old}
-        self._wanted, self._names = wanted, names
-        self._failed = {d: failure for d, failure in self._failed.items() if d in wanted}
-        for digest in sorted(wanted.keys() | self._had.keys()):
-            if wanted.get(digest) == self._had.get(digest):
-                continue
-            if digest in repointed and digest not in wanted:
-                # Requests that read the name just before are still on their way to the engine.
-                self._loop.call_later(FORGET_AFTER_S, self._settle, digest, None)
-            else:
-                self._settle(digest, self._catalog.book.sequence)
-        self._publisher.wake()
-
-    def _settle(self, digest: str, sequence: int | None) -> None:
-        """sequence: the change that is not applied before this is done, if any waits for it."""
-        if digest not in self._settling:  # a task that runs looks again before it ends
-            self._settling[digest] = (sequence, asyncio.create_task(self._settled(digest)))
-
-    async def _settled(self, digest: str) -> None:
-        try:
-            while self._wanted.get(digest) != self._had.get(digest):
-                version = self._wanted.get(digest)
-                if version is not None:
-                    await self._bring(version)
-                else:
-                    await self._engine.forget(digest)
-                    del self._had[digest]
-            self._failed.pop(digest, None)
-        except (FleetError, OSError) as error:
-            self._note_failure(digest, str(error))
-        finally:
-            del self._settling[digest]
-            self._publisher.wake()
-
-    async def _bring(self, version: Version) -> None:
-        async with self._fetches:
-            path = await asyncio.to_thread(
-                self._validation.store.fetch, version.uri, version.digest
-            )
-        await self._engine.register(version, path)
-        self._had[version.digest] = version
-
-    def _note_failure(self, digest: str, reason: str) -> None:
-        log.warning("adapter %s: %s", digest[:12], reason)
-        engine = self._config.engine
-        before = self._failed.get(digest)
-        wait_s = min(before.wait_s * 2, engine.load_retry_max_s) if before else engine.load_retry_s
-        since_s = before.since_s if before else time.time()
-        self._failed[digest] = _Failure(reason, since_s, time.monotonic() + wait_s, wait_s)
