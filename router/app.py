@@ -20,6 +20,9 @@ from router.ingress import Ingress
 # The only queue is the scheduler's, and its bound is `queue_max`.
 UNBOUNDED = 1_000_000
 
+# A replica that cannot start will not start the twentieth time either.
+STARTS_MAX = 3
+
 ENGINE = "replica.link:EngineLink"
 
 
@@ -62,6 +65,7 @@ def compose(config: FleetConfig, engine: str = ENGINE) -> serve.Application:
         request_router_config=router_config,
         health_check_period_s=2,
         health_check_timeout_s=10,
+        max_constructor_retry_count=STARTS_MAX,
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=settled.drain_s + 5,
     )(serve.ingress()(Replica))
@@ -72,6 +76,7 @@ def compose(config: FleetConfig, engine: str = ENGINE) -> serve.Application:
         # Free of charge, so that it fits beside every proxy.
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=UNBOUNDED,
+        max_constructor_retry_count=STARTS_MAX,
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=2,
     )(serve.ingress()(Ingress))

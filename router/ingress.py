@@ -29,7 +29,10 @@ class Ingress:
         self._handle = handle
 
     async def __serve_build_asgi_app__(self) -> App:
-        return self._answer
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await self._answer(scope, receive, send)
+
+        return app  # a function: uvicorn takes a bound method for ASGI 2
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

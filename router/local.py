@@ -99,7 +99,6 @@ class LocalFleet:
             logging_level=logging.ERROR,
             namespace="serve",
             _temp_dir=self._directory,
-            _node_ip_address="127.0.0.1",
         )
         signal.signal(signal.SIGTERM, on_sigterm)
         for name in ("ray.serve", "ray"):
