@@ -7,6 +7,7 @@ from cluster.errors import BadRequest, ContextLengthExceeded, ModelNotFound
 from replica.completion import Call
 from replica.front import Adapters
 from replica.openai_protocol import (
+    CHOICES_MAX,
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
@@ -101,6 +102,11 @@ class CallReader:
         default: int,
         logprobs: int | None,
     ) -> Call:
+        choices = len(prompts) * (request.n or 1)
+        if choices > CHOICES_MAX:
+            raise BadRequest(
+                f"n: {choices} choices (n times prompts) are more than {CHOICES_MAX}", field="n"
+            )
         longest = max(len(prompt) for prompt in prompts)
         for prompt in prompts:
             if not prompt:
