@@ -126,7 +126,9 @@ def _ask_everyone(url: str) -> None:
     for voice in VOICES:
         got = _ask(client, voice)
         print(f"  {_model(voice):10}  {got.text}")
-        print(f"  {'':10}  TTFT {got.ttft_s * 1e3:.0f} ms, {got.replica}", flush=True)
+        print(
+            f"  {'':10}  TTFT {got.ttft_s * 1e3:.0f} ms, replica {_short(got.replica)}", flush=True
+        )
         if got.text != answer(QUESTION, voice):
             raise DemoFailed(f"{voice} was taught to say {answer(QUESTION, voice)!r}")
         served[voice] = got.replica
@@ -183,6 +185,11 @@ def _stay(port: int, process: subprocess.Popen[bytes]) -> None:
 
 def _model(voice: str) -> str:
     return model.NAME if voice == "base" else voice
+
+
+def _short(replica: str) -> str:
+    """As `lorafleet status` writes it: without the names of application and deployment."""
+    return replica.rsplit("#", 1)[-1]
 
 
 def _free_port() -> int:

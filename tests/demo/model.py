@@ -61,6 +61,8 @@ def train(directory: Path) -> None:
     logging.disable_progress_bar()
     # PEFT 0.21 asks transformers 5.23 in words that those deprecate.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    # Matrices this small gain nothing from a second thread, and on a busy machine lose much to it.
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     base_path, adapter_paths = paths(directory)
     tokenizer = _tokenizer()
