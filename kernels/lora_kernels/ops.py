@@ -17,8 +17,10 @@ from lora_kernels.tiles import TILE_RANK, TilePack
 TILES_COST, TILE_COST, TILE_ROW_COST = 0.7, 0.12, 0.024
 # Copying one tile takes about as long as computing it three times for nobody.
 IDLE_STEPS_MAX = 4
-# A step packs no more than this, for the rows of the batch wait meanwhile.
+# A step packs about this many (those of an adapter together), for the batch waits meanwhile.
 TILES_PACKED_A_STEP = 16
+# Above it, an adapter's own matmuls are large enough to be worth their overhead.
+TILED_RANK_MAX = 128
 
 _Rows = torch.Tensor | slice
 _Views = list[tuple[torch.Tensor, torch.Tensor, float] | None]
@@ -104,15 +106,18 @@ class Lora:
         """The adapters to be tiled: all up to some number of rows, where the sum costs least."""
         if not self._packs:
             return []
-        tiles = {slot: -(-int(self._directory.rank[slot].max()) // TILE_RANK) for slot in rows}
+        ranks = {slot: int(self._directory.rank[slot].max()) for slot in rows}
+        small = {slot: len(own) for slot, own in rows.items() if ranks[slot] <= TILED_RANK_MAX}
 
         def cost(height: int) -> float:
-            covered = sum(tiles[slot] for slot, own in rows.items() if len(own) <= height)
-            alone = sum(len(own) > height for own in rows.values())
-            return alone + (covered and TILES_COST + covered * (TILE_COST + height * TILE_ROW_COST))
+            tiles = sum(
+                -(-ranks[slot] // TILE_RANK) for slot, own in small.items() if own <= height
+            )
+            alone = sum(own > height for own in small.values())
+            return alone + (tiles and TILES_COST + tiles * (TILE_COST + height * TILE_ROW_COST))
 
-        best = min(sorted({0, *(len(own) for own in rows.values())}), key=cost)
-        return [slot for slot, own in rows.items() if len(own) <= best]
+        best = min(sorted({0, *small.values()}), key=cost)
+        return [slot for slot, own in small.items() if own <= best]
 
     def _arrange(self, few: list[int]) -> set[int]:
         """Brings tiles up to date; gives the adapters that can be run from them."""
@@ -130,7 +135,7 @@ class Lora:
         for slot in few:
             missing = [pack for pack in self._packs if not pack.holds(slot)]
             needed = sum(pack.tiles_needed(slot) for pack in missing)
-            if missing and (slot not in self._few_before or needed > budget):
+            if missing and (slot not in self._few_before or budget <= 0):
                 self._settled = False
             elif all(pack.pack(slot, self._step) for pack in missing):
                 tiled.add(slot)

@@ -64,7 +64,6 @@ class Bench:
         values = torch.randn(offset, generator=self.generator) * 0.3
         self.arena[start : start + offset] = values
         self.directory.write(slot, start, a, b, ranks, scales)
-        assert offset <= SHELF
         self.spans[slot] = (start, offset)
         return start + offset
 
@@ -103,10 +102,9 @@ class Bench:
                 before = y.clone()
                 self.lora.add(x, y, layer, number)
                 tolerance = TOLERANCE[self.arena.dtype] * (1 + wanted.float().abs().max().item())
-                torch.testing.assert_close(y, wanted, rtol=0, atol=tolerance)
-                for row, slot in enumerate(row_slots):
-                    if slot == 0:
-                        assert torch.equal(y[row], before[row]), "a base row was touched"
+                assert (y - wanted).abs().max() <= tolerance, "not what the reference gives"
+                base = [row for row, slot in enumerate(row_slots) if slot == 0]
+                assert torch.equal(y[base], before[base]), "a base row was touched"
 
     def _randn(self, *size: int) -> torch.Tensor:
         return torch.randn(*size, generator=self.generator).to(self.arena.dtype)
@@ -129,9 +127,13 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 @pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
+def one_thread_without_gradients() -> Iterator[None]:
+    """Tiny matmuls on two threads mostly wait for each other when the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.inference_mode():
         yield
+    torch.set_num_threads(threads)
 
 
 def placed(bench: Bench, ranks: Sequence[int]) -> None:
@@ -143,7 +145,7 @@ def placed(bench: Bench, ranks: Sequence[int]) -> None:
 def test_rows_of_many_ranks_in_one_batch(dtype: torch.dtype) -> None:
     bench = Bench(0, dtype)
     placed(bench, [1, 4, 8, 16, 17, 33, 64])
-    for _ in range(4):  # From the second step on the adapters run from tiles.
+    for _ in range(6):  # From the second step on they are brought into tiles, some a step.
         bench.check([3, 0, 1, 7, 2, 2, 5, 0, 4, 6])
     assert not bench.lora._segments
 
@@ -211,6 +213,14 @@ def test_what_does_not_fit_the_tiles_runs_without_them() -> None:
         bench.check(list(range(11)))
     assert bench.lora._segments
     assert any(pack._count for pack in bench.lora._packs)
+
+
+def test_a_large_adapter_runs_alone() -> None:
+    bench = Bench(9)
+    placed(bench, [ops.TILED_RANK_MAX + 8, 8, ops.TILED_RANK_MAX])
+    for _ in range(5):
+        bench.check([1, 2, 3, 0, 2])
+    assert [slot for slot, _ in bench.lora._segments] == [1]
 
 
 def test_no_room_for_tiles_at_all() -> None:
