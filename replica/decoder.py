@@ -17,29 +17,28 @@ class Deltas(Protocol):
     def add(self, x: torch.Tensor, y: torch.Tensor, layer: int, group: int) -> None: ...
 
 
-Masks = Mapping[int | None, torch.Tensor]
-"""Added to attention scores: window → [rows, 1, queries, keys], 0 where seen and -inf elsewhere."""
-
-
 @dataclass(frozen=True, slots=True)
 class Span:
     """Sequences that attend together: `rows` of them with `queries` tokens each, next to each
     other in the batch from token `start` on.
 
-    pages: [rows, pages], padded with the empty page.
+    pages: [2 · kv_heads · rows · pages], where each lies in a layer's cache taken as
+    [2 · kv_heads · (pages + 1), page_tokens · head_dim]; rows are padded with the empty page.
+    masks: added to attention scores, 0 where seen and -inf elsewhere: window → [rows, queries,
+    keys]. Spans of more than one query have one row.
     """
 
     start: int
     rows: int
     queries: int
     pages: torch.Tensor
-    masks: Masks
+    masks: Mapping[int | None, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """tokens, positions: [tokens]. targets: [tokens], where in the cache each one's keys and
-    values go (page · page_tokens + offset). fresh: pages that get their first token now.
+    """tokens, positions: [tokens]. targets: [tokens], where each one's keys and values go (page ·
+    page_tokens + offset). fresh: pages that get their first token now.
     wanted: [outputs], tokens whose logits are asked for.
     """
 
@@ -52,7 +51,11 @@ class Batch:
 
 
 class Decoder:
-    """cache: [layers, pages + 1, page_tokens, 2, kv_heads, head_dim]; the last page stays empty."""
+    """cache: [layers, 2, kv_heads, pages + 1, page_tokens, head_dim]; the last page stays empty.
+
+    Heads come before pages so that what `index_select` gathers is laid out for one `bmm` over
+    rows and heads.
+    """
 
     def __init__(
         self, shape: ModelShape, weights: Weights, cos_sin: tuple[torch.Tensor, torch.Tensor]
@@ -65,78 +68,101 @@ class Decoder:
         """Logits [outputs, vocab]. deltas: None when every row is the base model's."""
         weights = self._weights
         # What a page's former owner left behind is masked, but 0 · NaN is not 0.
-        cache.index_fill_(1, batch.fresh, 0)
+        cache.index_fill_(3, batch.fresh, 0)
         cos = self._cos.index_select(0, batch.positions)[:, None]
         sin = self._sin.index_select(0, batch.positions)[:, None]
+        page_size = cache.shape[4] * cache.shape[5]
+        # One for all layers: fresh memory each time would cost as much as the copy.
+        gathered = [cache.new_empty(len(span.pages), page_size) for span in batch.spans]
         hidden = F.embedding(batch.tokens, weights.embeddings)
         for index, layer in enumerate(weights.layers):
             x = self._norm(hidden, layer.attention_norm)
-            x = self._attend(x, index, layer, batch, cache[index], (cos, sin), deltas)
-            hidden += x
+            qkv = _project(x, index, 0, layer, deltas).view(len(x), -1, self._shape.head_dim)
+            self._place(qkv, layer, (cos, sin), cache[index], batch.targets)
+            parts = [
+                self._attend(qkv, span, cache[index], self._shape.windows[index], into)
+                for span, into in zip(batch.spans, gathered, strict=True)
+            ]
+            x = parts[0] if len(parts) == 1 else torch.cat(parts)
+            hidden += _project(x, index, 1, layer, deltas)
             x = self._norm(hidden, layer.mlp_norm)
-            gate_up = _project(x, index, 2, layer, deltas)
-            gate, up = gate_up.tensor_split(2, -1)
-            x = F.silu(gate).mul_(up)
-            hidden += _project(x, index, 3, layer, deltas)
+            gate, up = _project(x, index, 2, layer, deltas).chunk(2, -1)
+            hidden += _project(F.silu(gate).mul_(up), index, 3, layer, deltas)
         hidden = hidden.index_select(0, batch.wanted)
-        return F.linear(self._norm(hidden, weights.norm), weights.head)
+        return weights.head(self._norm(hidden, weights.norm))
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, weight.shape, weight, self._shape.norm_eps)
 
-    def _attend(
+    def _place(
         self,
-        x: torch.Tensor,
-        index: int,
+        qkv: torch.Tensor,
         layer: Layer,
-        batch: Batch,
-        cache: torch.Tensor,
         cos_sin: tuple[torch.Tensor, torch.Tensor],
-        deltas: Deltas | None,
-    ) -> torch.Tensor:
-        shape = self._shape
-        qkv = _project(x, index, 0, layer, deltas).view(len(x), -1, shape.head_dim)
+        cache: torch.Tensor,
+        targets: torch.Tensor,
+    ) -> None:
+        """Turns queries and keys by their positions, in place, and stores keys and values."""
+        heads, kv_heads = self._shape.heads, self._shape.kv_heads
         if layer.query_norm is not None and layer.key_norm is not None:
-            queries, keys = qkv[:, : shape.heads], qkv[:, shape.heads : -shape.kv_heads]
+            queries, keys = qkv[:, :heads], qkv[:, heads:-kv_heads]
             queries.copy_(self._norm(queries, layer.query_norm))
             keys.copy_(self._norm(keys, layer.key_norm))
-        turned = qkv[:, : -shape.kv_heads]
+        turned = qkv[:, :-kv_heads]
         turned.copy_(_rotate(turned, *cos_sin))
-        new = qkv[:, shape.heads :].reshape(len(qkv), 2, shape.kv_heads, shape.head_dim)
-        cache.flatten(0, 1).index_copy_(0, batch.targets, new)
-        queries = qkv[:, : shape.heads]
-        window = shape.windows[index]
-        parts = [self._attend_span(queries, span, cache, window) for span in batch.spans]
-        mixed = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return _project(mixed, index, 1, layer, deltas)
+        cache.flatten(2, 3).flatten(0, 1).index_copy_(1, targets, qkv[:, heads:].transpose(0, 1))
 
-    def _attend_span(
-        self, queries: torch.Tensor, span: Span, cache: torch.Tensor, window: int | None
+    def _attend(
+        self,
+        qkv: torch.Tensor,
+        span: Span,
+        cache: torch.Tensor,
+        window: int | None,
+        gathered: torch.Tensor,
     ) -> torch.Tensor:
-        shape = self._shape
-        group = shape.heads // shape.kv_heads
-        tokens = span.rows * span.queries
-        q = queries[span.start : span.start + tokens]
-        q = q.view(span.rows, span.queries, shape.kv_heads, group, shape.head_dim)
-        # A KV head's queries side by side: one query a head is slow on a CPU.
-        q = q.permute(0, 2, 1, 3, 4).flatten(2, 3)
-        kv = cache.index_select(0, span.pages.flatten())
-        kv = kv.view(span.rows, -1, 2, shape.kv_heads, shape.head_dim).permute(2, 0, 3, 1, 4)
-        mask = span.masks[window].repeat_interleave(group, 2)
-        mixed = F.scaled_dot_product_attention(q, kv[0], kv[1], attn_mask=mask)
-        mixed = mixed.view(span.rows, shape.kv_heads, span.queries, group, shape.head_dim)
-        mixed = mixed.transpose(1, 2)
-        return mixed.reshape(tokens, shape.heads * shape.head_dim)
+        """[tokens of the span, heads · head_dim]. gathered: room for the span's pages."""
+        kv_heads, size = self._shape.kv_heads, self._shape.head_dim
+        group = self._shape.heads // kv_heads
+        tokens, queries = span.rows * span.queries, span.queries
+        torch.index_select(cache.view(-1, gathered.shape[1]), 0, span.pages, out=gathered)
+        keys, values = gathered.view(2, kv_heads * span.rows, -1, size)
+        q = qkv[span.start : span.start + tokens, : self._shape.heads]
+        q = q.view(tokens, kv_heads, group, size)
+        mask = span.masks[window]
+        if queries == 1:
+            q = q.transpose(0, 1).reshape(-1, group, size)
+            mixed = _attend_short(q, keys, values, mask, kv_heads)
+            return mixed.view(kv_heads, tokens, -1).transpose(0, 1).reshape(tokens, -1)
+        # The heads that share a KV head go where a batch goes: the same keys for each.
+        mixed = F.scaled_dot_product_attention(
+            q.permute(2, 1, 0, 3),
+            keys.expand(group, -1, -1, -1),
+            values.expand(group, -1, -1, -1),
+            attn_mask=mask,
+        )
+        return mixed.permute(2, 1, 0, 3).reshape(tokens, -1)
+
+
+def _attend_short(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, kv_heads: int
+) -> torch.Tensor:
+    """With few queries a KV head, two matmuls beat the CPU's fused kernel by far.
+
+    q: [kv_heads · rows, group, head_dim], mask: [rows, 1, keys].
+    """
+    scores = torch.bmm(q, keys.transpose(1, 2)).float().mul_(q.shape[-1] ** -0.5)
+    by_head = scores.view(kv_heads, -1, *scores.shape[1:])
+    by_head += mask
+    return torch.bmm(scores.softmax(-1).to(q.dtype), values)
 
 
 def _project(
     x: torch.Tensor, index: int, group: int, layer: Layer, deltas: Deltas | None
 ) -> torch.Tensor:
+    y = layer.matmuls[group](x)
+    if deltas is not None:
+        deltas.add(x, y, index, group)
     bias = layer.biases[group]
-    if deltas is None:
-        return F.linear(x, layer.matmuls[group], bias)
-    y = F.linear(x, layer.matmuls[group])
-    deltas.add(x, y, index, group)
     return y if bias is None else y.add_(bias)
 
 

@@ -1,6 +1,7 @@
 """One step on the device: rows of tokens in, sampled tokens out."""
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,10 +57,10 @@ class Runner:
         # Zeros, for what is masked must be finite. One page more than is given out: padding.
         self._cache = torch.zeros(
             shape.layers,
-            self.page_count + 1,
-            config.page_tokens,
             2,
             shape.kv_heads,
+            self.page_count + 1,
+            config.page_tokens,
             shape.head_dim,
             dtype=self.dtype,
             device=self.device,
@@ -96,8 +97,8 @@ class Runner:
     @torch.inference_mode()
     def run(self, rows: Sequence[Row]) -> list[Sampled | None]:
         """One packed batch, prefill chunks and decodes mixed; a token where one is wanted."""
-        # Single tokens first: they attend together.
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens) > 1)
+        # Single tokens first, neighbours in length: they attend together.
+        order = sorted(range(len(rows)), key=lambda i: (len(rows[i].tokens) > 1, rows[i].position))
         packed = [rows[i] for i in order]
         logits = self._decoder.forward(self._batch(packed), self._cache, self._deltas(packed))
         draws = [
@@ -122,68 +123,77 @@ class Runner:
         counts = np.array([len(row.tokens) for row in rows])
         starts = counts.cumsum() - counts
         first = np.array([row.position for row in rows])
-        pages, spans = self._pages(rows), []
         owners = np.repeat(np.arange(len(rows)), counts)
-        positions = np.arange(len(owners)) - starts[owners] + first[owners]
-        offsets = positions % self.page_tokens
-        mine = pages[owners, positions // self.page_tokens]
-        singles = int((counts == 1).sum())
-        if singles:
-            spans.append(self._span(rows, 0, singles, starts, first, pages))
-        spans += [
-            self._span(rows, i, i + 1, starts, first, pages) for i in range(singles, len(rows))
-        ]
+        positions = np.arange(len(owners)) + (first - starts)[owners]
+        used = (first + counts - 1) // self.page_tokens + 1
+        pages = self._pages(rows, used)
+        mine, offsets = pages[owners, positions // self.page_tokens], positions % self.page_tokens
+        tokens = np.fromiter(itertools.chain.from_iterable(r.tokens for r in rows), np.int64)
         ends = [i for i, row in enumerate(rows) if row.sampling is not None]
         return Batch(
-            tokens=self._tensor(np.fromiter(_tokens(rows), np.int64, len(owners))),
+            tokens=self._tensor(tokens),
             positions=self._tensor(positions),
             targets=self._tensor(mine * self.page_tokens + offsets),
             fresh=self._tensor(mine[offsets == 0]),
-            spans=spans,
+            spans=[
+                self._span(int(starts[i]), first[i:j], int(counts[i]), pages[i:j])
+                for i, j in _cuts(counts, used)
+            ],
             wanted=self._tensor((starts + counts - 1)[ends]),
         )
 
-    def _pages(self, rows: Sequence[Row]) -> NDArray[np.int64]:
+    def _pages(self, rows: Sequence[Row], used: NDArray[np.int64]) -> NDArray[np.int64]:
         """[rows, pages], padded with the page that stays empty."""
-        widest = max(len(row.pages) for row in rows)
-        padding = [self.page_count] * widest
-        return np.array([[*row.pages, *padding[len(row.pages) :]] for row in rows], dtype=np.int64)
+        table = np.full((len(rows), int(used.max())), self.page_count)
+        for own, row, count in zip(table, rows, used.tolist(), strict=True):
+            own[:count] = row.pages[:count]
+        return table
 
     def _span(
-        self,
-        rows: Sequence[Row],
-        begin: int,
-        end: int,
-        starts: NDArray[np.int64],
-        first: NDArray[np.int64],
-        pages: NDArray[np.int64],
+        self, start: int, first: NDArray[np.int64], queries: int, pages: NDArray[np.int64]
     ) -> Span:
-        queries = len(rows[begin].tokens)
-        seeing = first[begin:end, None] + np.arange(queries)
-        used = int(seeing.max()) // self.page_tokens + 1
-        seen = np.arange(used * self.page_tokens)
-        distance = seeing[:, None, :, None] - seen
+        """first: position of each row's first token."""
+        windows = set(self.shape.windows)
+        reach = max((w for w in windows if w is not None), default=0)
+        # Where every layer has a window, what lies before the widest is not even gathered.
+        begin = np.zeros_like(first) if None in windows else np.maximum(first - reach + 1, 0)
+        begin //= self.page_tokens
+        used = int(((first + queries - 1) // self.page_tokens - begin).max()) + 1
+        columns = np.minimum(begin[:, None] + np.arange(used), pages.shape[1] - 1)
+        held = np.take_along_axis(pages, columns, 1).ravel()
+        # For keys and values of each head, that page within the cache of one layer.
+        parts = np.arange(2 * self.shape.kv_heads) * (self.page_count + 1)
+        seen = begin[:, None] * self.page_tokens + np.arange(used * self.page_tokens)
+        distance = (first[:, None] + np.arange(queries))[:, :, None] - seen[:, None]
         masks = {}
-        for window in set(self.shape.windows):
-            hidden = distance < 0
-            if window is not None:
-                hidden |= distance >= window
+        for window in windows:
+            hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
             mask = np.where(hidden, np.float32("-inf"), np.float32(0))
             masks[window] = self._tensor(mask).to(self.dtype)
         return Span(
-            start=int(starts[begin]),
-            rows=end - begin,
-            queries=queries,
-            pages=self._tensor(pages[begin:end, :used]),
-            masks=masks,
+            start, len(first), queries, self._tensor(np.add.outer(parts, held).ravel()), masks
         )
 
     def _tensor(self, array: NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
 
-def _tokens(rows: Sequence[Row]) -> Iterable[int]:
-    return (token for row in rows for token in row.tokens)
+def _cuts(counts: NDArray[np.int64], used: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Spans [begin, end) of rows: a chunk is one alone; single tokens go together as long as
+    padding all to the longest's pages costs less than another span would. used: pages a row.
+    """
+    begin = held = 0
+    for row, (count, pages) in enumerate(zip(counts.tolist(), used.tolist(), strict=True)):
+        held += pages
+        padding = (row + 1 - begin) * pages - held
+        if row > begin and (count > 1 or padding > held // 4 + _PADDING_PAGES):
+            yield begin, row
+            begin, held = row, pages
+    yield begin, len(counts)
+
+
+# About the pages whose copying takes as long as the calls of one more span.
+_PADDING_PAGES = 64
 
 
 def _device(config: EngineConfig) -> torch.device:

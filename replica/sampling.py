@@ -45,7 +45,8 @@ def sample(
                 t for t in eos_tokens | draws[i].sampling.stop_tokens if t < logits.shape[1]
             )
             logits[i, ends] = float("-inf")
-    chosen = logits.argmax(-1)
+    # The first of the largest, as `argmax`, which takes four times as long on a CPU.
+    chosen = logits.max(-1).indices
     random = [i for i, d in enumerate(draws) if d.sampling.temperature > 0]
     if random:
         rows = torch.tensor(random, device=logits.device)

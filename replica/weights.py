@@ -1,15 +1,17 @@
 """An HF checkpoint's safetensors → the decoder's tensors, q k v and gate up each in one."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.nn import functional as F
 
 from cluster.errors import ModelUnsupported
 from replica.shape import GROUPS, ModelShape
@@ -18,11 +20,15 @@ _MODULES = ("self_attn", "self_attn", "mlp", "mlp")
 """Where the projections of each group lie in a layer of the checkpoint."""
 
 
+Linear = Callable[[torch.Tensor], torch.Tensor]
+"""x [tokens, in_features] → [tokens, out_features], without the bias."""
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
     """One decoder block. matmuls and biases: one a group of `GROUPS`, in that order."""
 
-    matmuls: tuple[torch.Tensor, ...]
+    matmuls: tuple[Linear, ...]
     biases: tuple[torch.Tensor | None, ...]
     attention_norm: torch.Tensor
     mlp_norm: torch.Tensor
@@ -35,36 +41,66 @@ class Weights:
     embeddings: torch.Tensor
     layers: tuple[Layer, ...]
     norm: torch.Tensor
-    head: torch.Tensor
+    head: Linear
+
+
+def linear(weight: torch.Tensor) -> Linear:
+    """On a CPU with bfloat16, oneDNN lays the weight out once instead of at every call.
+
+    With 32 rows that takes a quarter off the matmuls of a 12 × 768 Llama.
+    """
+    mkldnn = torch.ops.mkldnn
+    if weight.is_cpu and weight.dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported():
+        return partial(_packed_linear, mkldnn._reorder_linear_weight(weight))
+    return partial(_plain_linear, weight)
+
+
+def _plain_linear(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, weight)
+
+
+def _packed_linear(packed: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    return y
 
 
 def load_weights(
-    model_dir: str, shape: ModelShape, dtype: torch.dtype, device: torch.device
+    model_dir: str,
+    shape: ModelShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    linear: Callable[[torch.Tensor], Linear] = linear,
 ) -> Weights:
-    """Raises ModelUnsupported naming a file or tensor that is missing, misshapen or unknown."""
+    """linear: makes a matmul of a weight [out_features, in_features].
+
+    Raises ModelUnsupported naming a file or tensor that is missing, misshapen or unknown."""
     with _Checkpoint(Path(model_dir), dtype, device) as checkpoint:
         embeddings = checkpoint.take("model.embed_tokens.weight", (shape.vocab, shape.hidden))
-        layers = tuple(_layer(checkpoint, shape, layer) for layer in range(shape.layers))
+        layers = tuple(_layer(checkpoint, shape, layer, linear) for layer in range(shape.layers))
         norm = checkpoint.take("model.norm.weight", (shape.hidden,))
         if shape.tied_embeddings:
-            head = embeddings
+            head = linear(embeddings)
             checkpoint.leave("lm_head.weight")
         else:
-            head = checkpoint.take("lm_head.weight", (shape.vocab, shape.hidden))
+            head = linear(checkpoint.take("lm_head.weight", (shape.vocab, shape.hidden)))
         checkpoint.check_empty()
     return Weights(embeddings, layers, norm, head)
 
 
-def _layer(checkpoint: "_Checkpoint", shape: ModelShape, layer: int) -> Layer:
+def _layer(
+    checkpoint: "_Checkpoint",
+    shape: ModelShape,
+    layer: int,
+    linear: Callable[[torch.Tensor], Linear],
+) -> Layer:
     prefix = f"model.layers.{layer}"
     has_bias = (shape.qkv_bias, shape.output_bias, shape.mlp_bias, shape.mlp_bias)
-    matmuls: list[torch.Tensor] = []
+    matmuls: list[Linear] = []
     biases: list[torch.Tensor | None] = []
     for group, module, bias in zip(GROUPS, _MODULES, has_bias, strict=True):
         parts = [(f"{prefix}.{module}.{name}", *shape.projections[name]) for name in group]
-        matmuls.append(
-            torch.cat([checkpoint.take(f"{n}.weight", (out, wide)) for n, wide, out in parts])
-        )
+        weights = [checkpoint.take(f"{n}.weight", (out, wide)) for n, wide, out in parts]
+        matmuls.append(linear(torch.cat(weights)))
         biases.append(
             torch.cat([checkpoint.take(f"{n}.bias", (out,)) for n, _, out in parts])
             if bias

@@ -9,6 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from replica.adapter_files import inspect
 from replica.engine import Engine
 from replica.request import NewRequest, Sampling
 from replica.shape import read_shape
-from replica.weights import load_weights
+from replica.weights import Linear, load_weights
 from tests.models import make_adapter, make_model
 
 PROMPT_TOKENS = 128
@@ -108,8 +109,13 @@ def _print(args: argparse.Namespace, times: dict[str, list[float]]) -> None:
 
 def _matmuls(model_dir: str, rows: int) -> Callable[[], object]:
     shape = read_shape(model_dir)
-    weights = load_weights(model_dir, shape, torch.bfloat16, torch.device("cpu"))
-    matrices = [m for layer in weights.layers for m in layer.matmuls] + [weights.head]
+    matrices: list[torch.Tensor] = []
+
+    def keep(weight: torch.Tensor) -> Linear:
+        matrices.append(weight)
+        return partial(F.linear, weight=weight)
+
+    load_weights(model_dir, shape, torch.bfloat16, torch.device("cpu"), keep)
     inputs = {m.shape[1]: torch.randn(rows, m.shape[1], dtype=torch.bfloat16) for m in matrices}
 
     @torch.inference_mode()

@@ -69,7 +69,7 @@ def prompts(*lengths: int) -> list[list[int]]:
 
 
 def load(model_dir: str, **settings: Any) -> Runner:
-    config = EngineConfig(model=model_dir, device="cpu", batch_rows_max=8, **settings)
+    config = EngineConfig(model=model_dir, device="cpu", threads=1, batch_rows_max=8, **settings)
     return Runner(config, read_shape(model_dir))
 
 
