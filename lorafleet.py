@@ -165,7 +165,7 @@ def serve(
     with _until_signalled() as signalled:
         try:
             fleet.start()
-            print(f"ready: {fleet.url}/v1", flush=True)
+            fleet.say(f"ready: {fleet.url}/v1")
             signalled.wait()
         finally:
             with _deaf():

@@ -14,7 +14,6 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.config import FleetConfig
@@ -37,6 +36,7 @@ class LocalFleet:
         self._engine = engine
         # Sockets lie in it, and the path of a socket may have no more than 107 bytes.
         self._directory = tempfile.mkdtemp(prefix="lf-", dir="/tmp")
+        self._hush: _Hush | None = None
         self._redis: RedisServer | None = None
         self._ray_started = False
 
@@ -48,9 +48,11 @@ class LocalFleet:
     def start(self) -> None:
         """Returns when requests are answered. Raises StartupError; `stop` is still to be called."""
         url = self.config.redis_url or self._start_redis()
+        self._hush = _Hush(Path(self.config.directory) / "fleet.log")
         environment.apply(self._variables(), os.environ)
         os.environ[environment.REDIS_URL] = url
-        os.environ[environment.API_KEYS] = ",".join(self.config.api_keys)
+        if self.config.api_keys:
+            os.environ[environment.API_KEYS] = ",".join(self.config.api_keys)
         self._start_serve()
         self._wait()
 
@@ -60,17 +62,34 @@ class LocalFleet:
             import ray
             from ray import serve
 
-            with _silence(), contextlib.suppress(Exception):
-                # Whatever is wrong with Serve by now, Ray takes all of its processes down.
-                serve.shutdown()
-            with _silence():
-                ray.shutdown()
+            if ray.is_initialized():
+                with contextlib.suppress(Exception):
+                    # Whatever is wrong with Serve by now, Ray takes all its processes down.
+                    serve.shutdown()
+            ray.shutdown()
             self._ray_started = False
         _kill_all_of(self._directory)
         if self._redis is not None:
             self._redis.stop()
             self._redis = None
+        self._keep_logs()
         shutil.rmtree(self._directory, ignore_errors=True)
+        if self._hush is not None:
+            self._hush.end()
+            self._hush = None
+
+    def say(self, line: str) -> None:
+        """A line for the terminal: standard output is Ray's while the fleet runs."""
+        assert self._hush is not None
+        self._hush.say(line)
+
+    def _keep_logs(self) -> None:
+        """What Ray and Serve have logged is there to be read until the next run."""
+        logs = Path(self._directory) / "session_latest" / "logs"
+        if logs.is_dir():
+            kept = Path(self.config.directory) / "logs"
+            shutil.rmtree(kept, ignore_errors=True)
+            shutil.copytree(logs, kept, ignore_dangling_symlinks=True)
 
     def _start_redis(self) -> str:
         self._redis = RedisServer(self.config.directory)
@@ -101,21 +120,18 @@ class LocalFleet:
             _temp_dir=self._directory,
         )
         signal.signal(signal.SIGTERM, on_sigterm)
-        for name in ("ray.serve", "ray"):
-            logging.getLogger(name).setLevel(logging.ERROR)
         from router.app import compose
 
         settled = dataclasses.replace(self.config, redis_url=None, api_keys=())
         application = compose(settled, self._engine)
-        with _silence():
-            serve.start(
-                http_options={"host": self.config.host, "port": self.config.port},
-                logging_config={"log_level": "WARNING", "enable_access_log": False},
-            )
-            try:
-                serve.run(application)
-            except RuntimeError as error:
-                raise StartupError(_reason(error)) from error
+        serve.start(
+            http_options={"host": self.config.host, "port": self.config.port},
+            logging_config={"log_level": "WARNING", "enable_access_log": False},
+        )
+        try:
+            serve.run(application)
+        except RuntimeError as error:
+            raise StartupError(_reason(error)) from error
 
     def _wait(self) -> None:
         """Until a request for a model that cannot exist comes back from a replica."""
@@ -142,24 +158,28 @@ def _free_port(host: str) -> int:
         return int(taken.getsockname()[1])
 
 
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Ray writes about its own comings and goings on both streams; all of it is in its logs."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = [(fd, os.dup(fd)) for fd in (1, 2)]
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        for fd, _ in kept:
-            os.dup2(nowhere, fd)
-        yield
-    finally:
+class _Hush:
+    """Ray and Serve write on both streams as they please; into a file with that, until `end`."""
+
+    def __init__(self, log: Path) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
         sys.stdout.flush()
         sys.stderr.flush()
-        for fd, copy in kept:
+        self._kept = [(fd, os.dup(fd)) for fd in (1, 2)]
+        with log.open("wb") as file:
+            for fd, _ in self._kept:
+                os.dup2(file.fileno(), fd)
+
+    def say(self, line: str) -> None:
+        """On the standard output that was."""
+        os.write(self._kept[0][1], f"{line}\n".encode())
+
+    def end(self) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for fd, copy in self._kept:
             os.dup2(copy, fd)
             os.close(copy)
-        os.close(nowhere)
 
 
 def _reason(error: RuntimeError) -> str:

@@ -1,0 +1,143 @@
+"""A fleet for tests: started through the real command line, looked at from outside."""
+
+import contextlib
+import http.client
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+LORAFLEET = str(Path(sys.executable).with_name("lorafleet"))
+START_S = 120.0
+STOP_S = 20.0
+
+
+def eventually(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
+    """The first true value of `condition`, asked again and again until the deadline."""
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < deadline_s, f"not within {timeout_s} s: {what}"
+        time.sleep(0.05)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaProcess:
+    """One replica's server: its process, its own port and its id in the fleet."""
+
+    pid: int
+    port: int
+    id: str
+
+    def metrics(self) -> dict[str, float]:
+        text = httpx.get(f"http://127.0.0.1:{self.port}/metrics").text
+        return {name: float(value) for name, value in re.findall(r"^(\S+) (\S+)$", text, re.M)}
+
+
+class Fleet:
+    """`lorafleet serve` and every process it has started."""
+
+    def __init__(self, arguments: Sequence[str], directory: Path) -> None:
+        self.log = directory / "fleet.log"
+        self.directory = directory / "fleet"
+        command = [LORAFLEET, "serve", "--port", "0", "--directory", str(self.directory)]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*command, *arguments], stdout=log, stderr=log, start_new_session=True
+            )
+        self.url = ""
+
+    def wait_ready(self) -> None:
+        def ready() -> re.Match[str] | None:
+            assert self.process.poll() is None, f"it ended: {self.output()}"
+            return re.search(r"^ready: (http\S+)/v1$", self.output(), re.M)
+
+        self.url = eventually(ready, START_S, "the fleet is ready")[1]
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def processes(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def replicas(self) -> list[ReplicaProcess]:
+        found = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                title = " ".join(process.cmdline())
+                if not title.startswith("ray::ServeReplica:default:replica"):
+                    continue
+                for connection in process.net_connections("tcp"):
+                    replica_id = None
+                    if connection.status == psutil.CONN_LISTEN:
+                        replica_id = _replica_at(connection.laddr.port)
+                    if replica_id:
+                        found.append(ReplicaProcess(process.pid, connection.laddr.port, replica_id))
+        return sorted(found, key=lambda replica: replica.id)
+
+    def adapters(self) -> dict[str, Any]:
+        answer = httpx.get(f"{self.url}/v1/adapters", timeout=10)
+        assert answer.status_code == 200, answer.text
+        page: dict[str, Any] = answer.json()
+        return page
+
+    def complete(self, model: str, max_tokens: int = 4, **fields: Any) -> httpx.Response:
+        body = {"model": model, "prompt": "hello", "max_tokens": max_tokens, **fields}
+        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=60)
+
+    def stop(self, number: int = signal.SIGTERM) -> tuple[int, float, list[str]]:
+        """Exit status, seconds it took, and what it left running."""
+        started = self.processes() if self.process.poll() is None else []
+        start_s = time.monotonic()
+        self.process.send_signal(number)
+        try:
+            status = self.process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            status = self.process.wait()
+        took_s = time.monotonic() - start_s
+        _, left = psutil.wait_procs(started, timeout=3)
+        names = []
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                names.append(" ".join(process.cmdline()) or process.name())
+                process.kill()
+        return status, took_s, names
+
+
+@contextlib.contextmanager
+def fleet(arguments: Sequence[str], directory: Path) -> Iterator[Fleet]:
+    running = Fleet(arguments, directory)
+    try:
+        running.wait_ready()
+        yield running
+    finally:
+        if running.process.poll() is None:
+            running.stop()
+
+
+def _replica_at(port: int) -> str | None:
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=1)
+    try:
+        client.request("GET", "/health")
+        return client.getresponse().headers.get("x-lorafleet-replica")
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        client.close()
+
+
+def environment() -> dict[str, str]:
+    """Without what a developer's shell may have set for the command line."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("LORAFLEET_", "RAY_"))}

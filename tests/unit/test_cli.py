@@ -1,0 +1,167 @@
+"""The command line: what it says when something is wrong, and what its flags become."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import lorafleet
+from cluster.config import FleetConfig
+from cluster.errors import ConfigError
+from lorafleet import _read_settings, cli
+from tests.fleet import LORAFLEET, environment
+from tests.models import edit_config, make_adapter, make_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def adapter(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_adapter(tmp_path_factory.mktemp("adapters") / "fr", model)
+
+
+def settings(**flags: object) -> FleetConfig:
+    return _read_settings({"config": None, "model": "/m", **flags})
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    """Exit status, standard output, standard error of the real program."""
+    done = subprocess.run(
+        [LORAFLEET, *arguments], capture_output=True, text=True, timeout=60, env=environment()
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """Exit status and message of `main` for a command that cannot start."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(sys, "argv", ["lorafleet", *arguments])
+        lorafleet.main()
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["", "serve", "replica", "status", "adapters", "adapters add", "adapters rm", "adapters ls"],
+)
+def test_every_command_explains_itself(command: str) -> None:
+    result = CliRunner().invoke(cli, [*command.split(), "--help"])
+    assert result.exit_code == 0
+    assert "Usage:" in result.output
+    assert "--help" in result.output
+
+
+@pytest.mark.parametrize("command", ["serve", "replica"])
+def test_both_take_the_same_engine_flags(command: str) -> None:
+    shown = CliRunner().invoke(cli, [command, "--help"], env={"COLUMNS": "200"}).output
+    flags = "model adapter served-model-name port device dtype adapter-root adapter-memory"
+    assert all(f"--{flag} " in shown for flag in flags.split())
+
+
+def test_flags_become_the_configuration() -> None:
+    made = settings(
+        adapter=["fr=/a/fr", "de=hf://org/de"],
+        replicas=2,
+        port=0,
+        adapter_memory="64MiB",
+        adapter_root=["/a"],
+        served_model_name="base",
+    )
+    assert (made.replicas, made.port, made.engine.adapter_memory) == (2, 0, 64 * 2**20)
+    assert made.adapters == {"fr": "/a/fr", "de": "hf://org/de"}
+    assert (made.adapter_roots, made.engine.base_name) == (("/a",), "base")
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "fleet.yaml"
+    file.write_text("replicas: 3\nport: 9\nadapters: {fr: /a/fr}\nengine: {model: /m, seed: 7}\n")
+    made = _read_settings({"config": file, "port": 10, "adapter": ["de=/a/de"], "model": None})
+    assert (made.replicas, made.port, made.engine.seed) == (3, 10, 7)
+    assert made.adapters == {"fr": "/a/fr", "de": "/a/de"}
+
+
+def test_paths_are_relative_to_where_the_command_was_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = settings(model="m", adapter=["fr=a/fr"], adapter_root=["a"])
+    assert made.engine.model == str(tmp_path / "m")
+    assert made.adapters["fr"] == str(tmp_path / "a" / "fr")
+    assert made.adapter_roots == (str(tmp_path / "a"),)
+    assert made.directory == str(tmp_path / ".fleet")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("replica: 2", "replica: unknown key"),
+        ("engine: {model: /m, dtype: int3}", "engine.dtype"),
+        ("- a\n- b", "not a mapping"),
+        ("a: [", "--config"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path: Path, text: str, named: str) -> None:
+    file = tmp_path / "fleet.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=named.replace(".", r"\.")):
+        _read_settings({"config": file, "model": "/m"})
+
+
+@pytest.mark.parametrize("command", ["serve", "replica"])
+def test_what_cannot_be_served_is_said_in_one_line(
+    command: str, model: str, adapter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = tmp_path / "wrong"
+    make_adapter(wrong, model, rank=8)
+    edit_config(wrong, "adapter_config.json", use_dora="yes please")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        cases = {
+            (): "--model",
+            ("--model", "/nowhere"): "--model /nowhere: no such directory",
+            ("--model", str(tmp_path)): f"--model {tmp_path}: ",
+            ("--model", model, "--adapter", "fr"): "--adapter fr: must be NAME=PATH",
+            ("--model", model, "--adapter", "fr=/nowhere"): "--adapter fr=/nowhere: ",
+            ("--model", model, "--adapter", f"fr={wrong}"): f"--adapter fr={wrong}: ",
+            ("--model", model, "--adapter-memory", "lots"): "adapter_memory: 'lots'",
+            ("--model", model, "--device", "tpu"): "device: 'tpu'",
+            ("--model", model, "--port", port): f"--port {port}: ",
+            ("--model", model, "--port", "70000"): "port: 70000",
+            ("--model", model, "--config", "/no.yaml"): "--config /no.yaml: ",
+        }
+        for arguments, words in cases.items():
+            status, message = refused(capsys, command, *arguments)
+            assert status == 2, arguments
+            assert words in message, arguments
+            assert message.count("\n") == 1, message
+
+
+def test_commands_to_a_fleet_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    for command in (["status"], ["adapters", "ls"], ["adapters", "rm", "fr"]):
+        status, message = refused(capsys, *command, "--url", url)
+        assert status == 1
+        assert message.startswith(f"lorafleet: --url {url}: ")
+        assert message.count("\n") == 1
+
+
+def test_the_real_program_fails_without_a_traceback() -> None:
+    status, out, error = run("serve", "--model", "/nowhere")
+    assert (status, out) == (2, "")
+    assert error == "lorafleet: --model /nowhere: no such directory\n"
+
+
+def test_a_replica_alone_needs_neither_ray_nor_redis() -> None:
+    code = (
+        "import sys, lorafleet, replica.alone; print(sorted({'ray', 'redis'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
