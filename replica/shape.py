@@ -118,12 +118,12 @@ def _shape(config: Mapping[str, Any], generation: Mapping[str, Any], where: str)
         output_bias=attention_bias and architecture in ("llama", "qwen3"),
         mlp_bias=architecture == "llama" and bool(config.get("mlp_bias", False)),
         qk_norm=architecture == "qwen3",
-        windows=_windows(config),
+        windows=_windows(config, where),
         rope=_rope(config, where),
     )
 
 
-def _windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
+def _windows(config: Mapping[str, Any], where: str) -> tuple[int | None, ...]:
     """As transformers' configurations of the four architectures decide it."""
     layers: int = config["num_hidden_layers"]
     window: int | None
@@ -139,6 +139,8 @@ def _windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
         "sliding_attention" if window is not None and layer >= first else "full_attention"
         for layer in range(layers)
     ]
+    if len(kinds) != layers or not {"sliding_attention", "full_attention"}.issuperset(kinds):
+        raise ModelUnsupported(f"{where}: layer_types {kinds} are not supported", field="model")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
