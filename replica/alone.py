@@ -15,11 +15,11 @@ from replica.text import Text
 def server_config(config: FleetConfig, text: Text, replica_id: str) -> ServerConfig:
     """What the HTTP server needs of the fleet's configuration."""
     engine = config.engine
-    context = read_shape(engine.model).context
+    shape = read_shape(engine.model)
     return ServerConfig(
         base=engine.base_name,
-        context=min(context, engine.context_tokens_max or context),
-        vocab=text.vocab,
+        context=min(shape.context, engine.context_tokens_max or shape.context),
+        vocab=shape.vocab,
         root=engine.model,
         replica_id=replica_id,
         api_keys=config.api_keys,
