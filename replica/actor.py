@@ -38,7 +38,7 @@ class Replica:
     async def __serve_build_asgi_app__(self) -> Any:
         await self._engine.start()
         await self._membership.start()
-        settings = server_config(self._config, self._text, self._id)
+        settings = server_config(self._config, self._id)
         app = build_app(self._engine, self._membership, self._text, settings)
 
         async def closing(scope: Any, receive: Any, send: Any) -> None:

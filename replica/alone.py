@@ -12,7 +12,7 @@ from replica.standalone import Standalone
 from replica.text import Text
 
 
-def server_config(config: FleetConfig, text: Text, replica_id: str) -> ServerConfig:
+def server_config(config: FleetConfig, replica_id: str) -> ServerConfig:
     """What the HTTP server needs of the fleet's configuration."""
     engine = config.engine
     shape = read_shape(engine.model)
@@ -44,7 +44,7 @@ async def run(config: FleetConfig, listener: socket.socket) -> None:
         await adapters.start()
         server = _Server(
             uvicorn.Config(
-                build_app(engine, adapters, text, server_config(config, text, "local")),
+                build_app(engine, adapters, text, server_config(config, "local")),
                 log_level="warning",
                 access_log=False,
                 timeout_graceful_shutdown=max(1, round(config.drain_s)),

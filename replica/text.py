@@ -46,10 +46,6 @@ class Text:
             raise ModelUnsupported(f"{model_dir}: has no tokenizer.json")
         return cls(PreTrainedTokenizerFast.from_pretrained(model_dir, local_files_only=True))
 
-    @property
-    def vocab(self) -> int:
-        return int(self._backend.get_vocab_size(with_added_tokens=True))
-
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         if len(text) <= INLINE_CHARACTERS:
             encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
