@@ -117,6 +117,7 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, None]) ->
     task = asyncio.current_task()
     assert task is not None
     gone = False
+    cancelled_before = task.cancelling()
 
     async def watch() -> None:
         nonlocal gone
@@ -130,8 +131,8 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, None]) ->
     try:
         await work
     except asyncio.CancelledError:
-        if not gone:
-            raise  # The server's own shutdown, not the client.
-        task.uncancel()
+        # What is raised on is somebody else's: the server's shutdown, or Serve's own watch.
+        if not gone or task.uncancel() > cancelled_before:
+            raise
     finally:
         watcher.cancel()

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from replica.asgi import until_disconnect
 from tests.serving import BASE, CONFIG, app_with, live, until
 from tests.stub_engine import StubEngine
 
@@ -130,6 +131,26 @@ async def test_a_second_request_on_the_same_connection_after_a_stream() -> None:
         await reader.readuntil(b"0\r\n\r\n")
         writer.write(b"GET /health HTTP/1.1\r\nHost: replica\r\n\r\n")
         assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+
+
+async def test_a_cancellation_from_outside_is_not_lost_in_a_disconnect() -> None:
+    """Ray Serve watches the connection too, and cancels at the same moment."""
+    ended = []
+
+    async def receive() -> dict[str, Any]:
+        task.cancel()  # Of Serve.
+        return {"type": "http.disconnect"}
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(True)
+
+    task = asyncio.create_task(until_disconnect(receive, work()))
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ended == [True]
 
 
 async def test_the_server_stopping_in_mid_stream_cancels_what_runs() -> None:

@@ -1,6 +1,8 @@
 """Text comes out the same however its tokens arrive; stop strings are found across pieces."""
 
 import random
+import subprocess
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -164,6 +166,13 @@ def test_template_arguments_cannot_replace_ours(name: str) -> None:
 def test_a_model_without_a_tokenizer_is_refused(tmp_path: Any) -> None:
     with pytest.raises(ModelUnsupported, match=r"tokenizer\.json"):
         Text.read(str(tmp_path))
+
+
+def test_the_http_process_does_without_torch_and_ray() -> None:
+    script = "import sys, replica.server, transformers; transformers.PreTrainedTokenizerFast; "
+    script += "print(sorted({'torch', 'ray', 'redis', 'fastapi'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
 
 
 def push_all(stops: StopStrings, pieces: Sequence[str]) -> list[str]:
