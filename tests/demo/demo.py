@@ -53,7 +53,9 @@ def main() -> None:
     parser.add_argument("--port", type=int, help="default: a free one; 8000 with --serve")
     arguments = parser.parse_args()
     port = arguments.port or (8000 if arguments.serve else _free_port())
-    # So that an interrupted or terminated run, too, stops what it started.
+    # So that an interrupted or terminated run, too, stops what it started; said aloud, for a shell
+    # has its background jobs ignore SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     FLEET.mkdir(exist_ok=True)
     model.make(MODELS)
@@ -96,7 +98,8 @@ def _wait_ready(process: subprocess.Popen[bytes]) -> str:
                 return line
         time.sleep(0.1)
     tail = "\n".join(LOG.read_text(errors="replace").splitlines()[-30:])
-    raise DemoFailed(f"no `ready:` line within {READY_S:.0f} s; the end of {LOG}:\n{tail}")
+    state = "is not ready" if process.poll() is None else f"ended with {process.returncode}"
+    raise DemoFailed(f"`lorafleet serve` {state}; the end of {LOG}:\n{tail}")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -105,7 +108,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         return  # Ended by itself: whoever waited for it says so.
     began_s = time.monotonic()
     started = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGINT)
+    process.terminate()
     try:
         status = process.wait(STOP_S)
     except subprocess.TimeoutExpired:
