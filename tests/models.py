@@ -69,11 +69,12 @@ def make_model(
     model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS)
     model = model.to(dtype)
     model.save_pretrained(path, max_shard_size=shard_bytes or "5GB")
-    _write_tokenizer(path)
+    write_tokenizer(path)
     return str(path)
 
 
-def _write_tokenizer(path: Path) -> None:
+def write_tokenizer(path: Path) -> None:
+    """Byte-level, with a chat template; what `make_model` puts beside the weights."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

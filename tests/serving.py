@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,7 +19,7 @@ from cluster.values import Version
 from replica.front import Acknowledgement
 from replica.server import Server, ServerConfig, build_app
 from replica.text import Text
-from tests.models import make_model
+from tests.models import write_tokenizer
 from tests.stub_engine import StubEngine
 
 BASE = "tiny"
@@ -31,7 +32,8 @@ DEADLINE_S = 10.0
 def text() -> Text:
     """A byte-level tokenizer with a chat template."""
     with tempfile.TemporaryDirectory() as directory:
-        return Text.read(make_model(directory))
+        write_tokenizer(Path(directory))
+        return Text.read(directory)
 
 
 def tokens_of(words: str) -> tuple[int, ...]:
@@ -100,7 +102,8 @@ async def live(app: Server) -> AsyncIterator[str]:
     """The app under uvicorn, on a thread and a port of its own; gives its URL."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
