@@ -182,5 +182,5 @@ def _file_names(path: Path) -> list[str]:
         return ["model.safetensors"]
     try:
         return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelUnsupported(f"{index}: {error!r}", field="model") from error
