@@ -14,6 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from cluster.errors import (
     BadRequest,
+    EngineFailed,
     FleetError,
     ModelNotFound,
     ShuttingDown,
@@ -297,7 +298,9 @@ class Server:
         if self._closing:
             raise ShuttingDown("this replica is shutting down")
         if not self._engine.alive:
-            raise ShuttingDown("the engine is not running")
+            error = EngineFailed("the engine is not running")
+            error.status = 503  # Probes expect it: the replica is up, but cannot serve.
+            raise error
         await asgi.send_json(send, {"status": "ok"})
 
     async def _metrics(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -322,7 +322,9 @@ async def test_health_follows_the_engine() -> None:
     async with client_of(await app_with(engine)) as client:
         assert (await client.get("/health")).status_code == 200
         await engine.stop()
-        assert (await client.get("/health")).status_code == 503
+        answer = await client.get("/health")
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "engine_failed"
 
 
 @pytest.mark.parametrize(
