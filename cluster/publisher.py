@@ -6,12 +6,12 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from redis.asyncio import Redis
 
 from cluster.errors import CatalogUnavailable
-from cluster.redis_client import RECONNECT_FIRST_S, RECONNECT_MAX_S, call, prefix
+from cluster.redis_client import RECONNECT_FIRST_S, RECONNECT_MAX_S, call, heed_cancellation, prefix
 from cluster.registry import Lease, channel, encode_residency
 from cluster.values import LoadReport, Residency, Tier
 
@@ -116,6 +116,11 @@ class Publisher:
         self._published: dict[str, Residency] | None = None
         self._wake = asyncio.Event()
 
+    @property
+    def published(self) -> Mapping[str, Residency]:
+        """What Redis was told last; empty before and while it is away."""
+        return self._published or {}
+
     def wake(self) -> None:
         """Something changed: publish now rather than at the next report."""
         self._wake.set()
@@ -124,6 +129,7 @@ class Publisher:
         """Until the engine is dead. Redis may come and go."""
         delay_s = RECONNECT_FIRST_S
         while self._alive():
+            heed_cancellation()
             self._wake.clear()
             try:
                 await self.publish()

@@ -45,11 +45,21 @@ async def call(reply: Awaitable[Any]) -> Any:
     password."""
     try:
         async with asyncio.timeout(CALL_TIMEOUT_S):
-            return await reply
+            answer = await reply
     except Unreachable as error:
         raise CatalogUnavailable(
             f"the fleet's Redis cannot be reached ({type(error).__name__})", retry_after_s=1.0
         ) from error
+    heed_cancellation()
+    return answer
+
+
+def heed_cancellation() -> None:
+    """A cancellation that comes just before a timeout of 0, as redis-py uses to see whether a
+    connection is clean, is taken for that timeout (CPython 3.11) and would be lost."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 class Subscription:
@@ -94,6 +104,7 @@ class Subscription:
                 log.exception("%s: following broke", self._channel)
             finally:
                 self.connected = False
+            heed_cancellation()
             await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
             delay_s = min(delay_s * 2, RECONNECT_MAX_S)
 
@@ -106,6 +117,7 @@ class Subscription:
             self.connected = True
             pinged = False
             while True:
+                heed_cancellation()
                 message = await pubsub.get_message(timeout=self._silence_s)
                 if message is None:
                     if pinged:

@@ -84,7 +84,7 @@ class RedisServer:
         _check_private(self._socket.parent)
         self._lock = self._take_lock()
         self._stopping.clear()
-        self._failure = None
+        self._process = self._failure = None
         # The kernel ties the child to the thread that made it, so that thread stays and waits.
         self._keeper = threading.Thread(
             target=self._keep, args=(binary,), name="redis-server", daemon=True

@@ -164,6 +164,9 @@ class Follower:
     Everything belongs to the event loop that `run` runs on. While Redis is away nobody's lease
     runs out here: what is known stays known, and after its return each replica has one lease
     time to be heard again.
+
+    silence_s: after that long without a word Redis is asked, after twice as long it counts as away.
+    Twice silence_s must be less than the lease time.
     """
 
     def __init__(
@@ -172,6 +175,7 @@ class Follower:
         fleet: str,
         *,
         base_name: str = "",
+        silence_s: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._redis = connect(redis_url)
@@ -179,7 +183,11 @@ class Follower:
         self._catalog = Catalog(self._redis, fleet, base_name, on_change=self._renamed)
         self._registry = Registry(self._redis, fleet)
         self._subscription = Subscription(
-            self._redis, channel(fleet), apply=self._apply, resync=self._resync
+            self._redis,
+            channel(fleet),
+            apply=self._apply,
+            resync=self._resync,
+            silence_s=silence_s,
         )
         self._epoch, self._sequence = "", 0
         self._seen: dict[str, _Seen] = {}

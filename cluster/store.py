@@ -17,10 +17,11 @@ def is_url(uri: str) -> bool:
 
 
 def local_path(uri: str) -> str:
-    """The absolute path of a plain path or a file:// URL; not resolved."""
+    """The absolute path of a plain path or a file:// URL. Not normalized: where `..` leads from
+    behind a symlink is for the kernel to say."""
     if uri.startswith("file://"):
         uri = unquote(urlsplit(uri).path)
-    return os.path.abspath(uri)
+    return os.path.join(os.getcwd(), uri).rstrip(os.sep) or os.sep
 
 
 def check_allowed(uri: str, roots: Sequence[str]) -> None:

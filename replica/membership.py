@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 
 ACKNOWLEDGED_POLL_S = 0.02
 START_POLL_S = 0.1
+CANCEL_AGAIN_S = 1.0
 
 Result = TypeVar("Result")
 
@@ -191,10 +192,10 @@ class Membership:
         self._keep(self._publisher.run())
 
     async def _stop(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=CANCEL_AGAIN_S)
         await self._publisher.close()
         await self._redis.aclose()
 

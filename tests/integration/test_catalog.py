@@ -1,0 +1,301 @@
+"""The catalog in a real Redis: atomic changes, followers that miss nothing, life without Redis."""
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import pytest
+import redis.asyncio
+
+from cluster.catalog import Catalog, channel, encode_version
+from cluster.errors import BadRequest, CatalogUnavailable, ModelNotFound
+from cluster.redis_client import CALL_TIMEOUT_S, connect, prefix
+from cluster.redis_server import RedisServer
+from cluster.values import Version
+from tests.until import until
+
+Open = Callable[..., Awaitable[Catalog]]
+
+
+def version(name: str, digest: str = "d1") -> Version:
+    return Version(name, digest, f"/adapters/{name}", 8, 100)
+
+
+@pytest.fixture
+async def follow(fleet: str) -> AsyncIterator[Open]:
+    """Opens catalogs that follow until the test ends."""
+    tasks: list[asyncio.Task[None]] = []
+    clients: list[redis.asyncio.Redis] = []
+
+    async def open_one(url: str, *, restores: bool = False) -> Catalog:
+        client = connect(url)
+        catalog = Catalog(client, fleet, "base", restores=restores)
+        clients.append(client)
+        tasks.append(asyncio.create_task(catalog.run()))
+        await until(lambda: catalog.connected)
+        return catalog
+
+    yield open_one
+    for task in tasks:
+        task.cancel()
+    _, pending = await asyncio.wait(tasks, timeout=5)
+    assert not pending, "a cancellation was lost"
+    for client in clients:
+        await client.aclose()
+
+
+async def test_a_change_reaches_every_follower(shared_redis: str, follow: Open) -> None:
+    one, other = await follow(shared_redis), await follow(shared_redis)
+    assert await one.put(version("a")) == (1, True)
+    await until(lambda: other.book.get("a") == version("a") and one.book.sequence == 1)
+    assert await other.remove("a") == (2, "d1")
+    await until(lambda: one.book.get("a") is None and one.book.sequence == 2)
+
+
+async def test_a_follower_that_comes_late_has_the_whole_book(
+    shared_redis: str, follow: Open
+) -> None:
+    one = await follow(shared_redis)
+    await one.put(version("a"))
+    await one.put(version("b"))
+    late = await follow(shared_redis)
+    assert late.book.by_name() == [version("a"), version("b")]
+    assert late.book.sequence == 2
+
+
+async def test_what_is_refused_changes_nothing(shared_redis: str, follow: Open) -> None:
+    one, other = await follow(shared_redis), await follow(shared_redis)
+    await one.put(version("a"))
+    for refused in (version("a", "d2"), version("base"), version("")):
+        with pytest.raises(BadRequest) as caught:
+            await other.put(refused)
+        assert caught.value.field == "lora_name"
+    with pytest.raises(ModelNotFound):
+        await other.remove("b")
+    assert await other.read() == (1, [version("a")])
+
+
+async def test_a_name_is_re_pointed_in_place(shared_redis: str, follow: Open) -> None:
+    one, other = await follow(shared_redis), await follow(shared_redis)
+    await one.put(version("a", "d1"))
+    assert await one.put(version("a", "d2"), load_inplace=True) == (2, True)
+    await until(lambda: other.book.get("a") == version("a", "d2"))
+    assert await one.put(version("a", "d2"), load_inplace=True) == (2, False)
+
+
+async def test_writers_at_once_lose_nothing_and_skip_no_number(
+    shared_redis: str, follow: Open
+) -> None:
+    writers = [await follow(shared_redis) for _ in range(4)]
+    changes = [w.put(version(f"{i}-{n}")) for i, w in enumerate(writers) for n in range(25)]
+    sequences = [sequence for sequence, _ in await asyncio.gather(*changes)]
+    assert sorted(sequences) == list(range(1, 101))
+    await until(lambda: all(len(writer.book.by_name()) == 100 for writer in writers))
+    assert all(writer.book.by_name() == writers[0].book.by_name() for writer in writers)
+
+
+async def test_of_writers_of_one_name_one_wins(shared_redis: str, follow: Open) -> None:
+    writers = [await follow(shared_redis) for _ in range(4)]
+    changes = (writer.put(version("a", f"d{i}")) for i, writer in enumerate(writers))
+    outcomes = await asyncio.gather(*changes, return_exceptions=True)
+    winners = [i for i, outcome in enumerate(outcomes) if outcome == (1, True)]
+    assert len(winners) == 1
+    assert sum(isinstance(outcome, BadRequest) for outcome in outcomes) == 3
+    assert await writers[0].read() == (1, [version("a", f"d{winners[0]}")])
+
+
+async def test_random_changes_by_several_writers_end_in_one_book(
+    shared_redis: str, follow: Open, seed: int
+) -> None:
+    draw = random.Random(seed)
+    writers = [await follow(shared_redis) for _ in range(3)]
+
+    async def change(writer: Catalog) -> None:
+        for _ in range(60):
+            name = draw.choice("abcde")
+            if draw.random() < 0.3:
+                with contextlib.suppress(ModelNotFound):
+                    await writer.remove(name)
+            else:
+                await writer.put(version(name, draw.choice("xyz")), load_inplace=True)
+
+    await asyncio.gather(*(change(writer) for writer in writers))
+    sequence, versions = await writers[0].read()
+    await until(lambda: all(writer.book.sequence == sequence for writer in writers))
+    assert all(writer.book.by_name() == versions for writer in writers)
+
+
+async def test_a_gap_in_the_sequence_brings_a_new_snapshot(
+    shared_redis: str, follow: Open, fleet: str
+) -> None:
+    one, other = await follow(shared_redis), await follow(shared_redis)
+    await one.put(version("a"))
+    async with connect(shared_redis) as client:  # a change whose message is lost
+        root = prefix(fleet)
+        await client.hset(root + "catalog", "lost", encode_version(version("lost")))
+        await client.incr(root + "catalog:sequence")
+    assert other.book.get("lost") is None
+    await one.put(version("b"))
+    names = ["a", "b", "lost"]
+    await until(lambda: [v.name for v in other.book.by_name()] == names)
+    assert other.book.sequence == 3
+
+
+async def test_a_name_whose_message_was_lost_is_found_by_asking(
+    shared_redis: str, follow: Open, fleet: str
+) -> None:
+    one = await follow(shared_redis)
+    async with connect(shared_redis) as client:
+        await client.hset(prefix(fleet) + "catalog", "lost", encode_version(version("lost")))
+    assert await one.lookup("lost") == version("lost")
+    assert await one.lookup("nobody") is None
+
+
+async def test_a_flood_of_unknown_names_asks_redis_a_handful_of_times(
+    own_redis: RedisServer, follow: Open
+) -> None:
+    one = await follow(own_redis.url)
+    names = [f"unknown-{n % 500}" for n in range(1000)]
+    assert await asyncio.gather(*(one.lookup(name) for name in names)) == [None] * 1000
+    async with connect(own_redis.url) as client:
+        statistics = await client.info("commandstats")
+    assert statistics["cmdstat_hmget"]["calls"] <= 4
+
+
+async def test_a_lookup_that_is_given_up_takes_no_one_with_it(
+    shared_redis: str, follow: Open
+) -> None:
+    one = await follow(shared_redis)
+    await one.put(version("a"))
+    given_up = asyncio.create_task(one.lookup("a"))
+    kept = asyncio.create_task(one.lookup("a"))
+    await asyncio.sleep(0)
+    given_up.cancel()
+    assert await kept == version("a")
+
+
+async def test_the_flags_of_one_run_apply_once(shared_redis: str, follow: Open) -> None:
+    one = await follow(shared_redis)
+    assert await one.put(version("a", "flags"), run="run-1") == (1, True)
+    await one.put(version("a", "api"), load_inplace=True)
+    assert (await one.put(version("a", "flags"), run="run-1"))[1] is False
+    assert (await one.read())[1] == [version("a", "api")]
+    assert (await one.put(version("a", "flags"), run="run-2"))[1] is True
+    assert (await one.read())[1] == [version("a", "flags")]
+
+
+@pytest.mark.parametrize("junk", ["what is this", "[]", '{"epoch": 1}', '{"name": "a"}'])
+async def test_junk_in_redis_is_left_out_and_followers_live(
+    shared_redis: str, follow: Open, fleet: str, junk: str
+) -> None:
+    one = await follow(shared_redis)
+    await one.put(version("a"))
+    async with connect(shared_redis) as client:
+        await client.publish(channel(fleet), junk)
+        await client.hset(prefix(fleet) + "catalog", "junk", junk)
+    await one.put(version("b"))
+    late = await follow(shared_redis)
+    await until(lambda: one.book.sequence == 2)
+    assert [v.name for v in one.book.by_name()] == ["a", "b"]
+    assert [v.name for v in late.book.by_name()] == ["a", "b"]
+    assert await one.lookup("junk") is None
+
+
+async def test_without_redis_readers_go_on_and_writers_hear_soon(
+    own_redis: RedisServer, follow: Open
+) -> None:
+    one = await follow(own_redis.url)
+    await one.put(version("a"))
+    await until(lambda: one.book.sequence == 1)
+    own_redis.stop()
+    for attempt in (one.put(version("b")), one.remove("a"), one.lookup("c"), one.read()):
+        started_s = time.monotonic()
+        with pytest.raises(CatalogUnavailable):
+            await attempt
+        assert time.monotonic() - started_s < CALL_TIMEOUT_S + 0.5
+    await until(lambda: not one.connected)
+    assert one.book.by_name() == [version("a")]
+    own_redis.start()
+    await until(lambda: one.connected)
+    assert await one.put(version("b")) == (2, True)
+    await until(lambda: one.book.sequence == 2)
+
+
+async def test_a_killed_redis_loses_no_adapter(own_redis: RedisServer, follow: Open) -> None:
+    one, other = await follow(own_redis.url), await follow(own_redis.url)
+    for n in range(20):
+        await one.put(version(f"a{n}"))
+    pid = own_redis.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    await until(lambda: not one.connected and not other.connected)
+    await until(lambda: one.connected and other.connected)
+    await one.put(version("b"))
+    await until(lambda: other.book.sequence == 21)
+    assert len(other.book.by_name()) == 21
+
+
+async def test_a_hung_redis_is_noticed_and_no_one_hangs_with_it(
+    own_redis: RedisServer, follow: Open
+) -> None:
+    one = await follow(own_redis.url)
+    assert own_redis.pid is not None
+    os.kill(own_redis.pid, signal.SIGSTOP)
+    try:
+        started_s = time.monotonic()
+        with pytest.raises(CatalogUnavailable):
+            await one.put(version("a"))
+        assert time.monotonic() - started_s < CALL_TIMEOUT_S + 0.5
+        await until(lambda: not one.connected)
+    finally:
+        os.kill(own_redis.pid, signal.SIGCONT)
+    await until(lambda: one.connected)
+
+
+async def test_a_replica_writes_a_lost_catalog_back(own_redis: RedisServer, follow: Open) -> None:
+    replica = await follow(own_redis.url, restores=True)
+    router = await follow(own_redis.url)
+    await replica.put(version("a"))
+    await replica.put(version("b"))
+    await until(lambda: replica.book.sequence == 2 and router.book.sequence == 2)
+    async with connect(own_redis.url) as client:
+        await client.flushall()
+    sequence, changed = await replica.put(version("c"))
+    assert changed and sequence > 2
+    assert [v.name for v in (await router.read())[1]] == ["a", "b", "c"]
+    await until(lambda: router.book.sequence == sequence == replica.book.sequence)
+    assert [v.name for v in router.book.by_name()] == ["a", "b", "c"]
+
+
+async def test_two_replicas_that_write_it_back_at_once_agree(
+    own_redis: RedisServer, follow: Open
+) -> None:
+    one = await follow(own_redis.url, restores=True)
+    other = await follow(own_redis.url, restores=True)
+    await one.put(version("a"))
+    await until(lambda: one.book.sequence == 1 and other.book.sequence == 1)
+    async with connect(own_redis.url) as client:
+        await client.flushall()
+    await asyncio.gather(one.resync(), other.resync())
+    sequence, versions = await one.read()
+    assert versions == [version("a")]
+    await until(lambda: one.book.sequence == other.book.sequence == sequence)
+
+
+async def test_an_error_never_shows_the_password() -> None:
+    async with connect("redis://:very-secret@127.0.0.1:1/0") as client:
+        with pytest.raises(CatalogUnavailable) as caught:
+            await Catalog(client, "f", "base").put(version("a"))
+    assert "very-secret" not in json.dumps([caught.value.message, repr(caught.value.__cause__)])
+
+
+async def test_fleets_of_two_names_share_a_redis(shared_redis: str, fleet: str) -> None:
+    async with connect(shared_redis) as client:
+        one, other = Catalog(client, fleet + "-1", "base"), Catalog(client, fleet + "-2", "base")
+        await one.put(version("a"))
+        assert await other.read() == (0, [])

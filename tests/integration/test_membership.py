@@ -1,0 +1,449 @@
+"""A replica in a fleet, with a real Redis and a stub engine: one book, told truly, by all."""
+
+import asyncio
+import dataclasses
+import os
+import signal
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import redis.asyncio
+
+from cluster.catalog import Catalog, encode_version
+from cluster.config import EngineConfig, FleetConfig
+from cluster.errors import (
+    AdapterFailed,
+    AdapterRefused,
+    BadRequest,
+    CatalogUnavailable,
+    ConfigError,
+    ModelNotFound,
+    ShuttingDown,
+)
+from cluster.publisher import Publisher
+from cluster.redis_client import connect, prefix
+from cluster.redis_server import RedisServer
+from cluster.registry import Follower
+from cluster.values import LoadReport, Residency, Version
+from replica.membership import Membership
+from tests.small_files import write_adapter, write_model_config
+from tests.stub_engine import StubEngine
+from tests.until import until
+
+LEASE_S, REPORT_S, ACKNOWLEDGE_S = 0.6, 0.05, 1.0
+
+
+class Fleet:
+    """Replicas that run until the test ends, and the files they may be pointed at."""
+
+    def __init__(self, name: str, directory: Path) -> None:
+        self.directory = directory
+        self.root = directory / "adapters"
+        self.config = FleetConfig(
+            engine=EngineConfig(model=write_model_config(directory / "base")),
+            name=name,
+            adapter_roots=(str(self.root),),
+            directory=str(directory / "fleet"),
+            lease_s=LEASE_S,
+            report_s=REPORT_S,
+            acknowledge_s=ACKNOWLEDGE_S,
+        )
+        self.replicas: list[tuple[Membership, StubEngine]] = []
+        self.tasks: list[asyncio.Task[None]] = []
+        self.clients: list[redis.asyncio.Redis] = []
+
+    def adapter(self, name: str, *, rank: int = 2, seed: int = 0) -> str:
+        return write_adapter(self.root / name, rank=rank, seed=seed)
+
+    async def replica(
+        self, url: str, replica_id: str = "r1", *, run: str | None = None, **config: object
+    ) -> tuple[Membership, StubEngine]:
+        engine = StubEngine()
+        settings = dataclasses.replace(self.config, redis_url=url, **config)  # type: ignore[arg-type]
+        membership = Membership(engine, settings, replica_id, run=run)
+        self.replicas.append((membership, engine))
+        await membership.start()
+        return membership, engine
+
+    async def follower(self, url: str) -> Follower:
+        follower = Follower(url, self.config.name, silence_s=0.2)
+        self.tasks.append(asyncio.create_task(follower.run()))
+        await until(lambda: follower.connected)
+        return follower
+
+    def silent(self, url: str, replica_id: str) -> None:
+        """A replica that lives and never applies a change."""
+        self.clients.append(connect(url))
+        publisher = Publisher(
+            self.clients[-1],
+            self.config.name,
+            replica_id,
+            lease_s=LEASE_S,
+            report_s=REPORT_S,
+            residency=list[Residency],
+            report=LoadReport,
+        )
+        self.tasks.append(asyncio.create_task(publisher.run()))
+
+    async def close(self) -> None:
+        for membership, _ in self.replicas:
+            await asyncio.wait_for(membership.stop(), 10)
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        for client in self.clients:
+            await client.aclose()
+
+
+@pytest.fixture
+async def running(fleet: str, tmp_path: Path) -> AsyncIterator[Fleet]:
+    running = Fleet(fleet, tmp_path)
+    yield running
+    await running.close()
+
+
+def digests(engine: StubEngine) -> set[str]:
+    return {entry.digest for entry in engine.residency()}
+
+
+async def test_an_added_adapter_is_known_by_all_when_the_call_returns(
+    shared_redis: str, running: Fleet
+) -> None:
+    one, first = await running.replica(shared_redis, "r1")
+    other, second = await running.replica(shared_redis, "r2")
+    done = await one.add("a", running.adapter("a"))
+    assert (done.name, done.sequence, done.pending) == ("a", 1, ())
+    assert digests(first) == digests(second) == {done.digest}
+    version = await other.find("a")
+    assert version is not None and (version.digest, version.rank) == (done.digest, 2)
+    assert one.versions() == other.versions() == [version]
+
+    gone = await other.remove("a")
+    assert (gone.digest, gone.sequence, gone.pending) == (done.digest, 2, ())
+    assert digests(first) == digests(second) == set()
+    assert await one.find("a") is None and await other.find("a") is None
+    with pytest.raises(ModelNotFound):
+        await one.remove("a")
+
+
+async def test_the_configured_adapters_are_there_when_it_starts(
+    shared_redis: str, running: Fleet
+) -> None:
+    adapters = {"a": running.adapter("a"), "b": running.adapter("b", seed=1)}
+    follower = await running.follower(shared_redis)
+    one, engine = await running.replica(shared_redis, adapters=adapters, adapter_roots=())
+    assert [version.name for version in one.versions()] == ["a", "b"]
+    await until(lambda: set(follower.names) == {"a", "b"})
+    await until(lambda: "r1" in follower.replicas)
+    assert set(follower.replicas["r1"].residency) == digests(engine)  # at first sight
+    assert len(digests(engine)) == 2
+
+
+async def test_a_configured_adapter_that_is_no_good_ends_the_start(
+    shared_redis: str, running: Fleet
+) -> None:
+    with pytest.raises(ConfigError, match=r"adapters\.a") as caught:
+        await running.replica(shared_redis, adapters={"a": str(running.root / "nothing")})
+    assert caught.value.field == "adapters.a"
+
+
+async def test_paths_outside_the_roots_are_refused_and_nothing_is_registered(
+    shared_redis: str, running: Fleet, tmp_path: Path
+) -> None:
+    one, engine = await running.replica(shared_redis)
+    outside = write_adapter(tmp_path / "elsewhere")
+    running.root.mkdir()
+    (running.root / "link").symlink_to(outside)
+    for path in (outside, f"{running.root}/../elsewhere", str(running.root / "link"), "/etc"):
+        with pytest.raises(BadRequest, match="outside the allowed adapter roots") as caught:
+            await one.add("a", path)
+        assert caught.value.field == "lora_path"
+        assert path in caught.value.message and str(running.root) in caught.value.message
+    assert (one.versions(), digests(engine)) == ([], set())
+    assert (await one.add("a", outside, trusted=True)).pending == ()
+
+
+async def test_an_image_larger_than_the_memory_is_refused_naming_both_numbers(
+    shared_redis: str, running: Fleet
+) -> None:
+    engine_config = dataclasses.replace(running.config.engine, adapter_memory=200)
+    one, engine = await running.replica(shared_redis, engine=engine_config)
+    with pytest.raises(AdapterRefused, match=r"256 bytes.*200"):
+        await one.add("a", running.adapter("a"))  # 2 layers × rank 2 × 16 × 4 bytes
+    assert (one.versions(), digests(engine)) == ([], set())
+
+
+async def test_a_taken_name_is_refused_and_the_base_models_too(
+    shared_redis: str, running: Fleet
+) -> None:
+    one, _ = await running.replica(shared_redis)
+    done = await one.add("a", running.adapter("a"))
+    for name in ("a", "base"):
+        with pytest.raises(BadRequest) as caught:
+            await one.add(name, running.adapter("b", seed=1))
+        assert caught.value.field == "lora_name"
+    version = await one.find("a")
+    assert version is not None and version.digest == done.digest
+
+
+async def test_a_name_is_re_pointed_everywhere_and_the_old_version_goes(
+    shared_redis: str, running: Fleet
+) -> None:
+    one, first = await running.replica(shared_redis, "r1")
+    other, second = await running.replica(shared_redis, "r2")
+    old = await one.add("a", running.adapter("a"))
+    new = await other.add("a", running.adapter("b", seed=1), load_inplace=True)
+    assert new.pending == () and new.digest != old.digest
+    for membership, engine in ((one, first), (other, second)):
+        version = await membership.find("a")
+        assert version is not None and version.digest == new.digest
+        await until(lambda engine=engine: digests(engine) == {new.digest})  # type: ignore[misc]
+
+
+async def test_a_version_stays_while_any_name_points_at_it(
+    shared_redis: str, running: Fleet
+) -> None:
+    one, engine = await running.replica(shared_redis)
+    path = running.adapter("a")
+    digest = (await one.add("a", path)).digest
+    await one.add("b", path)
+    await one.remove("a")
+    assert digests(engine) == {digest}
+    assert await one.find("b") is not None
+    await one.remove("b")
+    assert digests(engine) == set()
+
+
+async def test_a_silent_replica_is_named(shared_redis: str, running: Fleet) -> None:
+    one, _ = await running.replica(shared_redis, "r1", acknowledge_s=0.2)
+    await running.replica(shared_redis, "r2", acknowledge_s=0.2)
+    follower = await running.follower(shared_redis)
+    running.silent(shared_redis, "silent")
+    await until(lambda: "silent" in follower.replicas)
+    assert (await one.add("a", running.adapter("a"))).pending == ("silent",)
+    assert (await one.remove("a")).pending == ("silent",)
+
+
+async def test_a_silent_replica_that_dies_holds_nobody_up(
+    shared_redis: str, running: Fleet
+) -> None:
+    one, _ = await running.replica(shared_redis, acknowledge_s=5.0)
+    follower = await running.follower(shared_redis)
+    running.silent(shared_redis, "silent")
+    await until(lambda: "silent" in follower.replicas)
+    adding = asyncio.create_task(one.add("a", running.adapter("a")))
+    await until(lambda: bool(one.versions()))
+    assert not adding.done()
+    running.tasks[-1].cancel()  # without a word: only its lease tells
+    assert (await adding).pending == ()
+
+
+async def test_a_replica_that_restarts_is_a_new_incarnation_and_undoes_nothing(
+    shared_redis: str, running: Fleet
+) -> None:
+    flags = {"a": running.adapter("a"), "b": running.adapter("b", seed=1)}
+    one, _ = await running.replica(shared_redis, run="run-1", adapters=flags)
+    follower = await running.follower(shared_redis)
+    await until(lambda: "r1" in follower.replicas)
+    api = await one.add("a", running.adapter("c", seed=2), load_inplace=True)
+    await one.remove("b")
+    await one.stop()
+    await until(lambda: not follower.replicas)
+
+    again, engine = await running.replica(shared_redis, run="run-1", adapters=flags)
+    assert again.incarnation != one.incarnation
+    await until(lambda: "r1" in follower.replicas)
+    assert follower.replicas["r1"].incarnation == again.incarnation
+    assert [(v.name, v.digest) for v in again.versions()] == [("a", api.digest)]
+    assert digests(engine) == {api.digest}
+    await again.stop()
+
+    next_run, _ = await running.replica(shared_redis, run="run-2", adapters=flags)
+    assert [v.name for v in next_run.versions()] == ["a", "b"]
+    version = await next_run.find("a")
+    assert version is not None and version.digest != api.digest
+
+
+async def test_a_dead_engine_takes_its_replica_out_of_view_at_once(
+    shared_redis: str, running: Fleet
+) -> None:
+    _, engine = await running.replica(shared_redis)
+    follower = await running.follower(shared_redis)
+    await until(lambda: "r1" in follower.replicas)
+    engine.stopped = True
+    assert await until(lambda: not follower.replicas) < LEASE_S / 2
+
+
+async def test_what_is_described_is_what_the_engines_hold(
+    shared_redis: str, running: Fleet
+) -> None:
+    one, first = await running.replica(shared_redis, "r1")
+    other, second = await running.replica(shared_redis, "r2")
+    await one.add("a", running.adapter("a"), pinned=True)
+    await other.add("b", running.adapter("b", rank=4, seed=1))
+    await one.add("c", running.adapter("c", seed=2))
+    await one.remove("c")
+
+    async def described() -> bool:
+        page = await other.describe()
+        return all(len(entry["residency"]) == 2 for entry in page["data"])
+
+    await until(described)
+    page = await one.describe()
+    assert page["object"] == "list" and page["sequence"] == 4
+    assert [(e["id"], e["rank"], e["pinned"]) for e in page["data"]] == [
+        ("a", 2, True),
+        ("b", 4, False),
+    ]
+    assert page["data"][0]["path"] == str(running.root / "a")
+    for replica_id, engine in (("r1", first), ("r2", second)):
+        told = {e["digest"]: e["residency"][replica_id] for e in page["data"]}
+        assert told == {
+            r.digest: {"tier": r.tier, "bytes": r.bytes, "since": r.since_s, "reason": r.reason}
+            for r in engine.residency()
+        }
+    assert [r["id"] for r in page["replicas"]] == ["r1", "r2"]
+    assert page["replicas"][0]["incarnation"] == one.incarnation
+    assert page["replicas"][0]["load"] == dataclasses.asdict(first.report())
+
+
+async def test_a_name_whose_message_was_lost_is_served(shared_redis: str, running: Fleet) -> None:
+    one, engine = await running.replica(shared_redis)
+    version = Version("lost", "f" * 64, running.adapter("a"), 2, 10)
+    async with connect(shared_redis) as client:
+        root = prefix(running.config.name)
+        await client.hset(root + "catalog", "lost", encode_version(version))
+        await client.incr(root + "catalog:sequence")
+        await client.set(root + "epoch", "an epoch", nx=True)
+    assert await one.find("lost") == version
+    assert digests(engine) == {version.digest}
+
+
+async def test_a_change_whose_message_was_lost_is_noticed_without_a_request(
+    shared_redis: str, running: Fleet
+) -> None:
+    one, _ = await running.replica(shared_redis)
+    version = Version("lost", "f" * 64, running.adapter("a"), 2, 10)
+    async with connect(shared_redis) as client:
+        root = prefix(running.config.name)
+        await client.hset(root + "catalog", "lost", encode_version(version))
+        await client.incr(root + "catalog:sequence")
+    await until(lambda: one.versions() == [version])
+
+
+async def test_files_that_cannot_be_fetched_fail_their_adapter_alone(
+    shared_redis: str, running: Fleet
+) -> None:
+    one, engine = await running.replica(shared_redis)
+    async with connect(shared_redis) as client:
+        catalog = Catalog(client, running.config.name, "base")
+        bad = Version("bad", "f" * 64, "nosuchscheme://bucket/bad", 2, 10)
+        await catalog.put(bad)
+    done = await one.add("good", running.adapter("good"))
+    assert done.pending == ()
+    assert digests(engine) == {done.digest}
+    with pytest.raises(AdapterFailed, match="nosuchscheme") as caught:
+        await one.find("bad")
+    assert caught.value.retry_after_s is not None
+
+    async def told() -> bool:
+        page = await one.describe()
+        where = page["data"][0]["residency"].get("r1", {})
+        return where.get("tier") == "failed" and "nosuchscheme" in where["reason"]
+
+    await until(told)
+
+
+async def test_its_coroutines_run_on_any_loop(shared_redis: str, running: Fleet) -> None:
+    one, _ = await running.replica(shared_redis)
+    found: list[Version | None] = []
+
+    async def elsewhere() -> None:
+        await one.add("a", running.adapter("a"))
+        found.extend([await one.find("a"), await one.find("unknown")])
+
+    thread = threading.Thread(target=lambda: asyncio.run(elsewhere()))
+    thread.start()
+    await asyncio.to_thread(thread.join)
+    assert found == [one.versions()[0], None]
+
+
+async def test_without_redis_it_serves_what_it_knows(
+    own_redis: RedisServer, running: Fleet
+) -> None:
+    one, engine = await running.replica(own_redis.url)
+    follower = await running.follower(own_redis.url)
+    done = await one.add("a", running.adapter("a"))
+    await until(lambda: done.digest in follower.replicas["r1"].residency)
+    own_redis.stop()
+    version = await one.find("a")
+    assert version is not None and version.digest == done.digest
+    assert [v.name for v in one.versions()] == ["a"]
+    assert await one.find("unknown") is None
+    path = running.adapter("b", seed=1)
+    for write in (one.add("b", path), one.remove("a")):
+        with pytest.raises(CatalogUnavailable) as caught:
+            await asyncio.wait_for(write, 3)
+        assert caught.value.status == 503
+    with pytest.raises(CatalogUnavailable):
+        await asyncio.wait_for(one.describe(), 3)
+    await until(lambda: not one.connected)
+    assert "r1" in follower.replicas
+    own_redis.start()
+    await until(lambda: one.connected and follower.connected)
+    assert (await one.add("b", path)).pending == ()
+    assert len(digests(engine)) == 2
+    await until(lambda: set(follower.replicas["r1"].residency) == digests(engine))
+
+
+async def test_a_redis_that_is_killed_and_comes_back_hears_everything_again(
+    own_redis: RedisServer, running: Fleet
+) -> None:
+    one, engine = await running.replica(own_redis.url)
+    done = await one.add("a", running.adapter("a"))
+    pid = own_redis.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+
+    async def described() -> bool:
+        try:
+            page = await one.describe()
+        except CatalogUnavailable:
+            return False
+        return bool(page["data"]) and "r1" in page["data"][0]["residency"]
+
+    await until(lambda: own_redis.pid != pid)
+    await until(described)
+    assert digests(engine) == {done.digest}
+
+
+async def test_an_emptied_redis_gets_the_catalog_back(
+    own_redis: RedisServer, running: Fleet
+) -> None:
+    one, _ = await running.replica(own_redis.url, "r1")
+    other, engine = await running.replica(own_redis.url, "r2")
+    done = await one.add("a", running.adapter("a"))
+    async with connect(own_redis.url) as client:
+        await client.flushall()
+        await until(lambda: _has(client, running.config.name, "a"))
+    assert done.pending == () and digests(engine) == {done.digest}
+    assert [v.name for v in other.versions()] == ["a"]
+
+
+async def _has(client: redis.asyncio.Redis, fleet: str, name: str) -> bool:
+    return bool(await client.hexists(prefix(fleet) + "catalog", name))
+
+
+async def test_it_does_not_start_without_redis(running: Fleet, tmp_path: Path) -> None:
+    with pytest.raises(CatalogUnavailable):
+        await running.replica(f"unix://{tmp_path}/nothing.sock", acknowledge_s=0.1)
+
+
+async def test_after_stopping_it_answers_that_it_stops(shared_redis: str, running: Fleet) -> None:
+    one, _ = await running.replica(shared_redis)
+    await one.stop()
+    await one.stop()
+    with pytest.raises(ShuttingDown):
+        await one.find("unknown")

@@ -1,0 +1,368 @@
+"""Residency and leases in a real Redis: what replicas publish is what followers see."""
+
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+
+import pytest
+import redis.asyncio
+
+from cluster.publisher import Publisher
+from cluster.redis_client import connect, prefix
+from cluster.redis_server import RedisServer
+from cluster.registry import Follower, Registry, channel
+from cluster.values import LoadReport, Residency, Tier
+from tests.until import until
+
+LEASE_S, REPORT_S = 0.6, 0.05
+
+LONELY = """
+import asyncio, sys
+from cluster.publisher import Publisher
+from cluster.redis_client import connect
+from cluster.values import LoadReport, Residency, Tier
+held = [Residency("d1", Tier.DEVICE, 10, 1.0)]
+async def main():
+    publisher = Publisher(connect(sys.argv[1]), sys.argv[2], "lonely", lease_s=0.6, report_s=0.05,
+                          residency=lambda: held, report=LoadReport)
+    print(publisher.incarnation, flush=True)
+    await publisher.run()
+asyncio.run(main())
+"""
+
+
+@dataclass
+class Replica:
+    """What an engine would say, and the publisher that says it."""
+
+    held: dict[str, Residency] = field(default_factory=dict)
+    load: LoadReport = field(default_factory=LoadReport)
+    alive: bool = True
+    applied: int = 0
+
+    def hold(self, digest: str, tier: Tier = Tier.DEVICE, size: int = 10) -> None:
+        self.held[digest] = Residency(digest, tier, size, 1.0)
+
+
+class Fleet:
+    """Publishers and followers of one fleet that run until the test ends."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.tasks: list[asyncio.Task[None]] = []
+        self.clients: list[redis.asyncio.Redis] = []
+
+    def publish(self, url: str, replica: Replica, replica_id: str = "r1") -> Publisher:
+        self.clients.append(connect(url))
+        publisher = Publisher(
+            self.clients[-1],
+            self.name,
+            replica_id,
+            lease_s=LEASE_S,
+            report_s=REPORT_S,
+            residency=lambda: list(replica.held.values()),
+            report=lambda: replica.load,
+            applied=lambda: replica.applied,
+            alive=lambda: replica.alive,
+        )
+        self.tasks.append(asyncio.create_task(publisher.run()))
+        return publisher
+
+    async def follow(self, url: str, silence_s: float = 0.2) -> Follower:
+        follower = Follower(url, self.name, base_name="base", silence_s=silence_s)
+        self.tasks.append(asyncio.create_task(follower.run()))
+        await until(lambda: follower.connected)
+        return follower
+
+    async def close(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+        _, pending = await asyncio.wait(self.tasks, timeout=5) if self.tasks else ((), ())
+        assert not pending, "a cancellation was lost"
+        for client in self.clients:
+            await client.aclose()
+
+
+@pytest.fixture
+async def running(fleet: str) -> AsyncIterator[Fleet]:
+    running = Fleet(fleet)
+    yield running
+    await running.close()
+
+
+async def keys(url: str, fleet: str) -> set[str]:
+    """Of replicas; what belongs to the whole fleet is left out."""
+    async with connect(url) as client:
+        root = prefix(fleet)
+        found = {key.removeprefix(root) async for key in client.scan_iter(root + "*")}
+    return {key for key in found if ":" in key and "sequence" not in key}
+
+
+def gone(url: str, fleet: str) -> Callable[[], Awaitable[bool]]:
+    async def check() -> bool:
+        return not await keys(url, fleet)
+
+    return check
+
+
+async def test_what_a_replica_holds_is_seen_as_it_changes(
+    shared_redis: str, running: Fleet
+) -> None:
+    follower = await running.follow(shared_redis)
+    replica = Replica(load=LoadReport(running=3, step_s=0.5))
+    replica.hold("d1")
+    publisher = running.publish(shared_redis, replica)
+    await until(lambda: "r1" in follower.replicas)
+    looks = follower.resyncs
+    state = follower.replicas["r1"]
+    assert state.residency == replica.held
+    assert (state.report, state.incarnation) == (replica.load, publisher.incarnation)
+
+    replica.hold("d2", Tier.LOADING)
+    replica.held["d1"] = Residency("d1", Tier.FAILED, 0, 2.0, "it broke")
+    publisher.wake()
+    await until(lambda: follower.replicas["r1"].residency == replica.held)
+    del replica.held["d1"]
+    replica.held["d2"] = Residency("d2", Tier.ABSENT, 0, 3.0)
+    publisher.wake()
+    await until(lambda: follower.replicas["r1"].residency == {})
+    assert follower.resyncs == looks  # messages did it
+
+
+async def test_load_reports_arrive_without_being_asked_for(
+    shared_redis: str, running: Fleet
+) -> None:
+    follower = await running.follow(shared_redis)
+    replica = Replica()
+    running.publish(shared_redis, replica)
+    await until(lambda: "r1" in follower.replicas)
+    looks = follower.resyncs
+    replica.load = LoadReport(waiting=7)
+    await until(lambda: follower.replicas["r1"].report.waiting == 7)
+    assert follower.resyncs == looks
+
+
+async def test_in_redis_lease_and_residency_run_out_together(
+    shared_redis: str, running: Fleet
+) -> None:
+    replica = Replica()
+    replica.hold("d1")
+    publisher = running.publish(shared_redis, replica)
+    name = publisher.incarnation
+    await until(lambda: bool(publisher.published))
+    async with connect(shared_redis) as client:
+        root = prefix(running.name)
+        for key in (f"{root}lease:{name}", f"{root}residency:{name}"):
+            assert 0 < await client.pttl(key) <= LEASE_S * 1000
+        record = await client.hgetall(f"{root}residency:{name}")
+    entry = {"tier": "device", "bytes": 10, "since": 1.0, "reason": None}
+    assert {digest: json.loads(text) for digest, text in record.items()} == {"d1": entry}
+
+
+async def test_a_replica_that_leaves_in_order_is_gone_at_once(
+    shared_redis: str, running: Fleet
+) -> None:
+    follower = await running.follow(shared_redis)
+    replica = Replica()
+    replica.hold("d1")
+    running.publish(shared_redis, replica)
+    await until(lambda: "r1" in follower.replicas)
+    replica.alive = False
+    assert await until(lambda: not follower.replicas) < LEASE_S / 2
+    assert await keys(shared_redis, running.name) == set()
+
+
+async def test_a_killed_replica_is_gone_within_the_lease_time(
+    shared_redis: str, running: Fleet
+) -> None:
+    follower = await running.follow(shared_redis)
+    child = subprocess.Popen(  # noqa: ASYNC220
+        [sys.executable, "-c", LONELY, shared_redis, running.name], stdout=subprocess.PIPE
+    )
+    try:
+        await until(lambda: "lonely" in follower.replicas)
+        assert len(await keys(shared_redis, running.name)) == 2
+        looks = follower.resyncs
+    finally:
+        child.kill()
+        child.communicate()
+    assert await until(lambda: not follower.replicas) < LEASE_S + 0.2
+    assert await until(gone(shared_redis, running.name)) < 0.2
+    assert follower.resyncs == looks  # it left by the clock, not by a look at Redis
+
+
+async def test_of_two_incarnations_the_newer_counts(shared_redis: str, running: Fleet) -> None:
+    follower = await running.follow(shared_redis)
+    before, after = Replica(), Replica()
+    before.hold("old")
+    after.hold("new")
+    first = running.publish(shared_redis, before)
+    await until(lambda: "r1" in follower.replicas)
+    second = running.publish(shared_redis, after)
+    assert first.incarnation != second.incarnation
+    await until(lambda: set(follower.replicas["r1"].residency) == {"new"})
+    for report in range(3):  # the older one goes on reporting and changes nothing
+        before.load = LoadReport(running=report)
+        before.hold(f"old-{report}")
+        first.wake()
+        await until(lambda n=report: f"old-{n}" in first.published)  # type: ignore[misc]
+        assert set(follower.replicas["r1"].residency) == {"new"}
+    registry = Registry(running.clients[0], running.name)
+    assert [lease.incarnation for lease in await registry.leases()] == [second.incarnation]
+
+
+async def test_a_lost_message_is_noticed_at_the_next_report(
+    shared_redis: str, running: Fleet
+) -> None:
+    follower = await running.follow(shared_redis)
+    replica = Replica()
+    replica.hold("d1")
+    publisher = running.publish(shared_redis, replica)
+    await until(lambda: "r1" in follower.replicas)
+    looks = follower.resyncs
+    async with connect(shared_redis) as client:
+        root = prefix(running.name)
+        entry = json.dumps({"tier": "host", "bytes": 5, "since": 2.0, "reason": None})
+        await client.hset(f"{root}residency:{publisher.incarnation}", "d1", entry)
+        await client.incr(f"{root}residency:sequence")
+    await until(lambda: follower.replicas["r1"].residency["d1"].tier is Tier.HOST)
+    assert follower.resyncs == looks + 1
+
+
+@pytest.mark.parametrize("lost", ["lease", "residency"])
+async def test_a_replica_that_redis_forgot_says_everything_again(
+    shared_redis: str, running: Fleet, lost: str
+) -> None:
+    follower = await running.follow(shared_redis)
+    replica = Replica()
+    replica.hold("d1")
+    replica.hold("d2")
+    publisher = running.publish(shared_redis, replica)
+    await until(lambda: "r1" in follower.replicas)
+    async with connect(shared_redis) as client:
+        await client.delete(f"{prefix(running.name)}{lost}:{publisher.incarnation}")
+    await until(lambda: _complete(shared_redis, running.name, publisher.incarnation, replica))
+    assert follower.replicas["r1"].residency == replica.held
+
+
+async def _complete(url: str, fleet: str, incarnation: str, replica: Replica) -> bool:
+    async with connect(url) as client:
+        _, _, live = await Registry(client, fleet).read()
+    return any(
+        lease.incarnation == incarnation and residency == replica.held
+        for lease, _, residency in live
+    )
+
+
+async def test_random_changes_of_several_replicas_end_in_the_same_view(
+    shared_redis: str, running: Fleet, seed: int
+) -> None:
+    draw = random.Random(seed)
+    follower = await running.follow(shared_redis)
+    replicas = [Replica() for _ in range(3)]
+    publishers = [running.publish(shared_redis, r, f"r{i}") for i, r in enumerate(replicas)]
+    tiers = [tier for tier in Tier if tier is not Tier.ABSENT]
+    for _ in range(200):
+        who = draw.randrange(3)
+        digest = draw.choice("abcdef")
+        if draw.random() < 0.3:
+            replicas[who].held.pop(digest, None)
+        else:
+            replicas[who].hold(digest, draw.choice(tiers), draw.randrange(100))
+        publishers[who].wake()
+        await asyncio.sleep(0)
+    late = await running.follow(shared_redis)
+    for seen in (follower, late):
+        await until(
+            lambda seen=seen: all(  # type: ignore[misc]
+                f"r{i}" in seen.replicas and seen.replicas[f"r{i}"].residency == replica.held
+                for i, replica in enumerate(replicas)
+            )
+        )
+
+
+async def test_junk_on_the_channel_disturbs_no_view(shared_redis: str, running: Fleet) -> None:
+    follower = await running.follow(shared_redis)
+    replica = Replica()
+    running.publish(shared_redis, replica)
+    await until(lambda: "r1" in follower.replicas)
+    async with connect(shared_redis) as client:
+        for junk in ("what is this", "[]", "{}", '{"epoch": "", "sequence": "x", "kind": 1}'):
+            await client.publish(channel(running.name), junk)
+        await client.sadd(prefix(running.name) + "incarnations", "x:1")
+        await client.set(prefix(running.name) + "lease:x:1", "junk")
+    replica.hold("d1")
+    await until(lambda: "d1" in follower.replicas["r1"].residency)
+
+
+async def test_while_redis_is_away_the_view_stays_and_after_it_is_true_again(
+    own_redis: RedisServer, running: Fleet
+) -> None:
+    follower = await running.follow(own_redis.url)
+    staying, leaving = Replica(), Replica()
+    staying.hold("d1")
+    running.publish(own_redis.url, staying, "staying")
+    running.publish(own_redis.url, leaving, "leaving")
+    await until(lambda: len(follower.replicas) == 2)
+    own_redis.stop()
+    await until(lambda: not follower.connected)
+    loop = asyncio.get_running_loop()
+    until_s = loop.time() + 2 * LEASE_S  # longer than any lease: nobody may leave meanwhile
+    await until(lambda: len(follower.replicas) < 2 or loop.time() > until_s)
+    assert set(follower.replicas) == {"staying", "leaving"}
+    leaving.alive = False
+    staying.hold("d2")
+    own_redis.start()
+    await until(lambda: follower.connected)
+    await until(lambda: set(follower.replicas) == {"staying"})
+    await until(lambda: set(follower.replicas["staying"].residency) == {"d1", "d2"})
+
+
+async def test_a_killed_redis_is_filled_again_by_the_replicas(
+    own_redis: RedisServer, running: Fleet
+) -> None:
+    follower = await running.follow(own_redis.url)
+    replica = Replica()
+    replica.hold("d1")
+    publisher = running.publish(own_redis.url, replica)
+    await until(lambda: "r1" in follower.replicas)
+    assert own_redis.pid is not None
+    os.kill(own_redis.pid, signal.SIGKILL)
+    await until(lambda: not follower.connected)
+    await until(lambda: follower.connected)
+    assert "r1" in follower.replicas
+    await until(lambda: _complete(own_redis.url, running.name, publisher.incarnation, replica))
+    async with connect(own_redis.url) as client:
+        await client.flushall()
+    await until(lambda: _complete(own_redis.url, running.name, publisher.incarnation, replica))
+    replica.hold("d2")
+    await until(lambda: set(follower.replicas["r1"].residency) == {"d1", "d2"})
+
+
+async def test_a_hung_redis_empties_no_view(own_redis: RedisServer, running: Fleet) -> None:
+    follower = await running.follow(own_redis.url, silence_s=0.1)
+    running.publish(own_redis.url, Replica())
+    await until(lambda: "r1" in follower.replicas)
+    assert own_redis.pid is not None
+    os.kill(own_redis.pid, signal.SIGSTOP)
+    try:
+        assert await until(lambda: not follower.connected) < LEASE_S
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + 2 * LEASE_S
+        await until(lambda: not follower.replicas or loop.time() > until_s)
+        assert "r1" in follower.replicas
+    finally:
+        os.kill(own_redis.pid, signal.SIGCONT)
+    await until(lambda: follower.connected)
+    assert "r1" in follower.replicas
+
+
+async def test_names_come_with_the_view(shared_redis: str, running: Fleet) -> None:
+    follower = await running.follow(shared_redis)
+    assert dict(follower.names) == {"base": None}

@@ -1,0 +1,42 @@
+"""The smallest model configuration and adapters that pass validation, written without torch."""
+
+import json
+from pathlib import Path
+
+import numpy
+from safetensors.numpy import save_file
+
+LAYERS, HIDDEN = 2, 8
+
+
+def write_model_config(directory: Path) -> str:
+    """A Llama's config.json: enough for `read_shape`, not for an engine."""
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {
+        "model_type": "llama",
+        "num_hidden_layers": LAYERS,
+        "hidden_size": HIDDEN,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "vocab_size": 32,
+        "max_position_embeddings": 64,
+        "dtype": "float32",
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    return str(directory)
+
+
+def write_adapter(directory: Path, *, rank: int = 2, seed: int = 0) -> str:
+    """LoRA on q_proj of each layer: LAYERS × rank × 2 HIDDEN parameters."""
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["q_proj"]}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    draw = numpy.random.default_rng(seed)
+    tensors = {}
+    for layer in range(LAYERS):
+        module = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        for side, shape in (("A", (rank, HIDDEN)), ("B", (HIDDEN, rank))):
+            weights = draw.standard_normal(shape).astype("float32")
+            tensors[f"{module}.lora_{side}.weight"] = weights
+    save_file(tensors, directory / "adapter_model.safetensors")
+    return str(directory)

@@ -1,0 +1,136 @@
+"""The book of names: what it takes, what it refuses, and that a refusal changes nothing."""
+
+import random
+
+import pytest
+
+from cluster.errors import BadRequest, ModelNotFound
+from cluster.values import Version
+from cluster.versions import NAME_LENGTH_MAX, Book
+
+
+def version(name: str, digest: str = "d1", **fields: object) -> Version:
+    return Version(
+        **{"name": name, "digest": digest, "uri": "/a", "rank": 8, "parameters": 10} | fields
+    )  # type: ignore[arg-type]
+
+
+def test_a_name_points_at_the_version_it_was_added_with() -> None:
+    book = Book("base")
+    assert book.add(version("a")) is True
+    assert book.get("a") == version("a")
+    assert book.sequence == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        " a",
+        "a ",
+        "a\nb",
+        "a\x00b",
+        "a\x7f",
+        "a\u202eb",
+        "a\u2028b",
+        "base",
+        "x" * (NAME_LENGTH_MAX + 1),
+    ],
+)
+def test_a_bad_name_is_refused_naming_the_field_and_nothing_changes(name: str) -> None:
+    book = Book("base", [version("a")], sequence=1)
+    with pytest.raises(BadRequest) as caught:
+        book.add(version(name))
+    assert caught.value.field == "lora_name"
+    assert caught.value.status == 400
+    assert (book.by_name(), book.sequence) == ([version("a")], 1)
+
+
+@pytest.mark.parametrize("name", ["org/model", "a.b-c_d:1", "模型", "x" * NAME_LENGTH_MAX])
+def test_names_as_they_occur_are_taken(name: str) -> None:
+    book = Book("base")
+    assert book.add(version(name))
+
+
+def test_a_taken_name_is_refused_unless_it_is_loaded_in_place() -> None:
+    book = Book("base", [version("a", "d1")], sequence=1)
+    with pytest.raises(BadRequest, match="'a' is already loaded") as caught:
+        book.add(version("a", "d2"))
+    assert caught.value.field == "lora_name"
+    assert (book.get("a"), book.sequence) == (version("a", "d1"), 1)
+    assert book.add(version("a", "d2"), load_inplace=True)
+    assert (book.get("a"), book.sequence) == (version("a", "d2"), 2)
+
+
+def test_re_pointing_to_what_is_there_is_no_change() -> None:
+    book = Book("base", [version("a")], sequence=1)
+    assert book.add(version("a"), load_inplace=True) is False
+    assert book.sequence == 1
+
+
+def test_pinning_is_a_change() -> None:
+    book = Book("base", [version("a")], sequence=1)
+    assert book.add(version("a", pinned=True), load_inplace=True) is True
+
+
+def test_removing_gives_the_version_back() -> None:
+    book = Book("base", [version("a")], sequence=1)
+    assert book.remove("a") == version("a")
+    assert (book.get("a"), book.by_name(), book.sequence) == (None, [], 2)
+
+
+def test_removing_an_unknown_name_changes_nothing() -> None:
+    book = Book("base", [version("a")], sequence=1)
+    with pytest.raises(ModelNotFound, match="'b'"):
+        book.remove("b")
+    assert (book.by_name(), book.sequence) == ([version("a")], 1)
+
+
+def test_a_digest_knows_all_its_names() -> None:
+    book = Book("base", [version("b"), version("a"), version("c", "d2")])
+    assert book.names_of("d1") == ["a", "b"]
+    book.remove("a")
+    assert book.names_of("d1") == ["b"]
+    assert book.names_of("d3") == []
+    assert book.digests() == {"d1", "d2"}
+
+
+def test_following_takes_the_next_change_and_nothing_else() -> None:
+    book = Book("base", sequence=4)
+    assert book.apply(5, "a", version("a"))
+    assert not book.apply(7, "b", version("b"))
+    assert (book.by_name(), book.sequence) == ([version("a")], 5)
+    assert book.apply(6, "a", None)
+    assert (book.by_name(), book.sequence) == ([], 6)
+
+
+def test_following_ignores_what_the_snapshot_already_had() -> None:
+    book = Book("base", [version("a", "d2")], sequence=9)
+    assert book.apply(8, "a", version("a", "d1"))
+    assert (book.get("a"), book.sequence) == (version("a", "d2"), 9)
+
+
+def test_the_base_models_name_never_hides_the_base_model() -> None:
+    book = Book("base")
+    book.replace([version("base"), version("a")], 3)
+    assert book.by_name() == [version("a")]
+
+
+def test_a_reader_keeps_what_it_read_while_the_book_changes() -> None:
+    book = Book("base", [version("a")])
+    versions = book.by_name()
+    book.add(version("b"))
+    assert versions == [version("a")]
+
+
+def test_following_any_series_of_changes_gives_the_same_book(seed: int) -> None:
+    draw = random.Random(seed)
+    book, follower = Book("base"), Book("base")
+    for _ in range(300):
+        name = draw.choice("abcdef")
+        if book.get(name) is not None and draw.random() < 0.4:
+            book.remove(name)
+        else:
+            book.add(version(name, draw.choice(["d1", "d2", "d3"])), load_inplace=True)
+        assert follower.apply(book.sequence, name, book.get(name))
+        assert (follower.by_name(), follower.sequence) == (book.by_name(), book.sequence)
