@@ -1,0 +1,84 @@
+"""`lorafleet replica`: one engine and its server, started through the command line."""
+
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.fleet import LORAFLEET, environment, eventually
+from tests.models import make_adapter, make_model
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("files")
+    model = make_model(root / "tiny")
+    for i, name in enumerate(("fr", "de")):
+        make_adapter(root / name, model, seed=i + 1)
+    return root
+
+
+@pytest.fixture
+def alone(files: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str, Path]]:
+    """The process, its URL, and what it has written."""
+    log = tmp_path / "log"
+    command = [LORAFLEET, "replica", "--model", str(files / "tiny"), "--port", "0"]
+    command += ["--adapter", f"fr={files / 'fr'}", "--adapter-root", str(files)]
+    command += ["--dtype", "float32", "--adapter-memory", "4MiB", "--served-model-name", "base"]
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment())
+
+    def ready() -> re.Match[str] | None:
+        assert process.poll() is None, log.read_text()
+        return re.search(r"^ready: (http\S+)/v1$", log.read_text(), re.M)
+
+    try:
+        yield process, eventually(ready, 60, "the replica is ready")[1], log
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_it_answers_takes_adapters_and_ends_quietly(
+    alone: tuple[subprocess.Popen[bytes], str, Path], files: Path
+) -> None:
+    process, url, log = alone
+
+    def complete(model: str) -> httpx.Response:
+        body = {"model": model, "prompt": "hello", "max_tokens": 4}
+        return httpx.post(f"{url}/v1/completions", json=body, timeout=30)
+
+    def cli(*arguments: str) -> tuple[int, str]:
+        command = [LORAFLEET, *arguments, "--url", url]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=30, env=environment()
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    assert complete("base").status_code == complete("fr").status_code == 200
+    assert complete("de").status_code == 404
+    status, said = cli("adapters", "add", "de", str(files / "de"))
+    assert (status, "'de' added" in said) == (0, True), said
+    assert complete("de").status_code == 200
+    status, said = cli("adapters", "ls")
+    assert status == 0
+    assert "fr" in said
+    assert "de" in said
+    status, said = cli("status")
+    assert status == 0
+    assert "device" in said
+    status, said = cli("adapters", "rm", "de")
+    assert (status, "'de' removed" in said) == (0, True), said
+    status, said = cli("adapters", "rm", "de")
+    assert (status, said.count("\n")) == (1, 1)
+    assert said.startswith("lorafleet: 404: ")
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 0
+    assert psutil.wait_procs(started, timeout=3)[1] == []
+    assert log.read_text() == f"ready: {url}/v1\n"
