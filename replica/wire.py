@@ -72,25 +72,46 @@ class Wire(Protocol):
     def body(self, answers: Sequence[Answer], usage: Usage) -> bytes: ...
 
 
+class _Frame:
+    """What is the same in every chunk of a stream: all before its choices, and all after.
+
+    plain: a chunk shows nothing but text, so that it can be put together without a dict.
+    """
+
+    def __init__(self, call: Call, wanted: Wanted, kind: str) -> None:
+        constant = {"id": call.id, "object": kind, "created": int(time.time()), "model": call.model}
+        self.head = b"data: " + orjson.dumps(constant)[:-1] + b',"choices":'
+        self.tail = (b',"usage":null' if wanted.include_usage else b"") + b"}\n\n"
+        self.plain = not (wanted.logprobs or wanted.token_ids or wanted.continuous_usage)
+        self._continuous = wanted.continuous_usage
+
+    def chunk(self, choice: dict[str, Any], usage: Usage) -> bytes:
+        choices = orjson.dumps([choice])
+        if self._continuous:
+            return self.head + choices + b',"usage":' + orjson.dumps(usage.json()) + b"}\n\n"
+        return self.head + choices + self.tail
+
+    def usage_chunk(self, usage: Usage) -> bytes:
+        return self.head + b'[],"usage":' + orjson.dumps(usage.json()) + b"}\n\n"
+
+
 class ChatWire:
     def __init__(self, call: Call, wanted: Wanted, text: Text) -> None:
         self._call, self._wanted, self._text = call, wanted, text
-        self._head = _head(call, "chat.completion.chunk")
-        self._usage = b',"usage":null' if wanted.include_usage else b""
+        self._frame = _Frame(call, wanted, "chat.completion.chunk")
         self._begun: set[int] = set()
         self._prefixes = [
-            self._head + b'[{"index":%d,"delta":{"content":' % index
+            self._frame.head + b'[{"index":%d,"delta":{"content":' % index
             for index in range(call.choices)
         ]
-        self._suffix = b'},"logprobs":null,"finish_reason":null}]' + self._usage + b"}\n\n"
-        self._plain = not (wanted.logprobs or wanted.token_ids or wanted.continuous_usage)
+        self._suffix = b'},"logprobs":null,"finish_reason":null}]' + self._frame.tail
 
     def chunk(self, piece: Piece, usage: Usage) -> bytes:
         start = b""
         if piece.index not in self._begun:
             self._begun.add(piece.index)
             start = self._first(piece.index)
-        if self._plain and piece.finish is None:
+        if self._frame.plain and piece.finish is None:
             if not piece.text:
                 return start
             return start + self._prefixes[piece.index] + orjson.dumps(piece.text) + self._suffix
@@ -104,10 +125,7 @@ class ChatWire:
             choice["stop_reason"] = piece.stop_reason
         if self._wanted.token_ids:
             choice["token_ids"] = piece.tokens
-        tail = self._usage
-        if self._wanted.continuous_usage:
-            tail = b',"usage":' + orjson.dumps(usage.json())
-        return start + self._head + orjson.dumps([choice]) + tail + b"}\n\n"
+        return start + self._frame.chunk(choice, usage)
 
     def _first(self, index: int) -> bytes:
         choice = {
@@ -119,10 +137,10 @@ class ChatWire:
         prompt = b""
         if self._wanted.token_ids:
             prompt = b',"prompt_token_ids":' + orjson.dumps(self._call.prompts[0])
-        return self._head + orjson.dumps([choice]) + prompt + self._usage + b"}\n\n"
+        return self._frame.head + orjson.dumps([choice]) + prompt + self._frame.tail
 
     def usage_chunk(self, usage: Usage) -> bytes:
-        return self._head + b'[],"usage":' + orjson.dumps(usage.json()) + b"}\n\n"
+        return self._frame.usage_chunk(usage)
 
     def body(self, answers: Sequence[Answer], usage: Usage) -> bytes:
         choices = []
@@ -169,19 +187,17 @@ class ChatWire:
 class CompletionWire:
     def __init__(self, call: Call, wanted: Wanted, text: Text) -> None:
         self._call, self._wanted, self._text = call, wanted, text
-        self._head = _head(call, "text_completion")
-        self._usage = b',"usage":null' if wanted.include_usage else b""
+        self._frame = _Frame(call, wanted, "text_completion")
         self._begun: set[int] = set()
         self._offsets = [len(echo) for echo in call.echoes for _ in range(call.n)]
         self._offsets = self._offsets or [0] * call.choices
         self._prefixes = [
-            self._head + b'[{"index":%d,"text":' % index for index in range(call.choices)
+            self._frame.head + b'[{"index":%d,"text":' % index for index in range(call.choices)
         ]
-        self._suffix = b',"logprobs":null,"finish_reason":null}]' + self._usage + b"}\n\n"
-        self._plain = not (wanted.logprobs or wanted.token_ids or wanted.continuous_usage)
+        self._suffix = b',"logprobs":null,"finish_reason":null}]' + self._frame.tail
 
     def chunk(self, piece: Piece, usage: Usage) -> bytes:
-        if self._plain and piece.finish is None:
+        if self._frame.plain and piece.finish is None:
             if not piece.text:
                 return b""
             return self._prefixes[piece.index] + orjson.dumps(piece.text) + self._suffix
@@ -189,13 +205,10 @@ class CompletionWire:
         if self._wanted.token_ids and piece.index not in self._begun:
             self._begun.add(piece.index)
             choice["prompt_token_ids"] = self._call.prompts[piece.index // self._call.n]
-        tail = self._usage
-        if self._wanted.continuous_usage:
-            tail = b',"usage":' + orjson.dumps(usage.json())
-        return self._head + orjson.dumps([choice]) + tail + b"}\n\n"
+        return self._frame.chunk(choice, usage)
 
     def usage_chunk(self, usage: Usage) -> bytes:
-        return self._head + b'[],"usage":' + orjson.dumps(usage.json()) + b"}\n\n"
+        return self._frame.usage_chunk(usage)
 
     def body(self, answers: Sequence[Answer], usage: Usage) -> bytes:
         choices = []
@@ -246,12 +259,6 @@ class CompletionWire:
                 for name, entry in zip(names, entries, strict=True)
             ],
         }
-
-
-def _head(call: Call, kind: str) -> bytes:
-    """The chunk up to its choices."""
-    constant = {"id": call.id, "object": kind, "created": int(time.time()), "model": call.model}
-    return b"data: " + orjson.dumps(constant)[:-1] + b',"choices":'
 
 
 def _envelope(call: Call, kind: str, choices: list[dict[str, Any]], usage: Usage) -> dict[str, Any]:
