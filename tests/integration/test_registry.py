@@ -251,6 +251,21 @@ async def test_a_replica_that_redis_forgot_says_everything_again(
     assert follower.replicas["r1"].residency == replica.held
 
 
+async def test_what_redis_says_of_a_replica_too_much_is_put_right(
+    shared_redis: str, running: Fleet
+) -> None:
+    follower = await running.follow(shared_redis)
+    replica = Replica()
+    replica.hold("d1")
+    publisher = running.publish(shared_redis, replica)
+    await until(lambda: "r1" in follower.replicas)
+    async with connect(shared_redis) as client:
+        key = f"{prefix(running.name)}residency:{publisher.incarnation}"
+        await client.hset(key, "never-held", await client.hget(key, "d1"))
+    await until(lambda: _complete(shared_redis, running.name, publisher.incarnation, replica))
+    assert follower.replicas["r1"].residency == replica.held
+
+
 async def _complete(url: str, fleet: str, incarnation: str, replica: Replica) -> bool:
     async with connect(url) as client:
         _, _, live = await Registry(client, fleet).read()
@@ -320,6 +335,7 @@ async def test_while_redis_is_away_the_view_stays_and_after_it_is_true_again(
     staying.hold("d2")
     own_redis.start()
     await until(lambda: follower.connected)
+    assert set(follower.replicas) == {"staying", "leaving"}  # each has a lease time to be heard
     await until(lambda: set(follower.replicas) == {"staying"})
     await until(lambda: set(follower.replicas["staying"].residency) == {"d1", "d2"})
 
