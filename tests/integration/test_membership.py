@@ -27,6 +27,7 @@ from cluster.redis_client import connect, prefix
 from cluster.redis_server import RedisServer
 from cluster.registry import Follower
 from cluster.values import LoadReport, Residency, Version
+from replica import settling
 from replica.membership import Membership
 from tests.small_files import write_adapter, write_model_config
 from tests.stub_engine import StubEngine
@@ -188,9 +189,20 @@ async def test_a_taken_name_is_refused_and_the_base_models_too(
     assert version is not None and version.digest == done.digest
 
 
-async def test_a_name_is_re_pointed_everywhere_and_the_old_version_goes(
-    shared_redis: str, running: Fleet
+async def test_requests_that_just_read_a_name_still_find_its_old_version(
+    shared_redis: str, running: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(settling, "FORGET_AFTER_S", 3600.0)
+    one, engine = await running.replica(shared_redis)
+    old = await one.add("a", running.adapter("a"))
+    new = await one.add("a", running.adapter("b", seed=1), load_inplace=True)
+    assert digests(engine) == {old.digest, new.digest}
+
+
+async def test_a_name_is_re_pointed_everywhere_and_the_old_version_goes(
+    shared_redis: str, running: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settling, "FORGET_AFTER_S", 0.05)
     one, first = await running.replica(shared_redis, "r1")
     other, second = await running.replica(shared_redis, "r2")
     old = await one.add("a", running.adapter("a"))
