@@ -5,7 +5,7 @@ import functools
 import socket
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +21,11 @@ from replica.server import Server, ServerConfig, build_app
 from replica.text import Text
 from tests.models import write_tokenizer
 from tests.stub_engine import StubEngine
+from tests.until import until
 
 BASE = "tiny"
 ADAPTER = Version("poet", "d" * 64, "file:///adapters/poet", rank=8, parameters=1000)
 CONFIG = ServerConfig(base=BASE, context=128, vocab=320, root="/models/tiny", replica_id="r-1")
-DEADLINE_S = 10.0
 
 
 @functools.cache
@@ -113,10 +113,3 @@ async def live(app: Server) -> AsyncIterator[str]:
         server.should_exit = True
         await asyncio.to_thread(thread.join)
         listener.close()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Returns when `condition` holds, fails when it does not in time."""
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition():  # noqa: ASYNC110 - another thread's state
-            await asyncio.sleep(0.002)

@@ -10,8 +10,9 @@ from urllib.parse import urlsplit
 import pytest
 
 from replica.asgi import until_disconnect
-from tests.serving import BASE, CONFIG, app_with, live, until
+from tests.serving import BASE, CONFIG, app_with, live
 from tests.stub_engine import StubEngine
+from tests.until import until
 
 CHAT = {"model": BASE, "messages": [{"role": "user", "content": "hi"}]}
 PLAIN = {"model": BASE, "prompt": "hi", "max_tokens": 120}
