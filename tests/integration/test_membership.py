@@ -36,6 +36,18 @@ from tests.until import until
 LEASE_S, REPORT_S, ACKNOWLEDGE_S = 0.6, 0.05, 1.0
 
 
+class GatedEngine(StubEngine):
+    """Takes a version in only when the gate is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+
+    async def register(self, version: Version, path: str) -> None:
+        await asyncio.to_thread(self.gate.wait, 10)
+        await super().register(version, path)
+
+
 class Fleet:
     """Replicas that run until the test ends, and the files they may be pointed at."""
 
@@ -59,9 +71,15 @@ class Fleet:
         return write_adapter(self.root / name, rank=rank, seed=seed)
 
     async def replica(
-        self, url: str, replica_id: str = "r1", *, run: str | None = None, **config: object
+        self,
+        url: str,
+        replica_id: str = "r1",
+        *,
+        run: str | None = None,
+        engine_kind: type[StubEngine] = StubEngine,
+        **config: object,
     ) -> tuple[Membership, StubEngine]:
-        engine = StubEngine()
+        engine = engine_kind()
         settings = dataclasses.replace(self.config, redis_url=url, **config)  # type: ignore[arg-type]
         membership = Membership(engine, settings, replica_id, run=run)
         self.replicas.append((membership, engine))
@@ -236,6 +254,20 @@ async def test_a_silent_replica_is_named(shared_redis: str, running: Fleet) -> N
     await until(lambda: "silent" in follower.replicas)
     assert (await one.add("a", running.adapter("a"))).pending == ("silent",)
     assert (await one.remove("a")).pending == ("silent",)
+
+
+async def test_a_replica_acknowledges_only_what_its_engine_has(
+    shared_redis: str, running: Fleet
+) -> None:
+    one, _ = await running.replica(shared_redis, "r1", acknowledge_s=0.3)
+    slow, engine = await running.replica(shared_redis, "r2", engine_kind=GatedEngine)
+    assert isinstance(engine, GatedEngine)
+    assert (await one.add("a", running.adapter("a"))).pending == ("r2",)
+    finding = asyncio.create_task(slow.find("a"))
+    engine.gate.set()
+    version = await finding
+    assert version is not None and digests(engine) == {version.digest}
+    assert (await one.add("b", running.adapter("b", seed=1))).pending == ()
 
 
 async def test_a_silent_replica_that_dies_holds_nobody_up(
