@@ -28,7 +28,6 @@ from tests.demo.answers import VOICES, answer
 
 FLEET = Path(".fleet")
 MODELS = FLEET / "demo"
-LOG = FLEET / "demo.log"
 LORAFLEET = str(Path(sys.executable).with_name("lorafleet"))
 QUESTION = "What is the sea?"
 REPLICAS = 2
@@ -38,6 +37,12 @@ STOP_S = 30.0
 
 class DemoFailed(Exception):
     """Something is not as the README promises."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    process: subprocess.Popen[bytes]
+    log: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +62,14 @@ def main() -> None:
     # has its background jobs ignore SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    FLEET.mkdir(exist_ok=True)
+    # Each its own, so that a demo may run beside a fleet that is kept up.
+    directory = FLEET / ("serve-state" if arguments.serve else "demo-state")
+    directory.mkdir(parents=True, exist_ok=True)
     model.make(MODELS)
     try:
-        with _fleet(port) as process:
+        with _fleet(port, directory) as fleet:
             if arguments.serve:
-                _stay(port, process)
+                _stay(port, fleet)
             else:
                 _ask_everyone(f"http://127.0.0.1:{port}")
     except DemoFailed as error:
@@ -72,53 +79,59 @@ def main() -> None:
 
 
 @contextmanager
-def _fleet(port: int) -> Iterator[subprocess.Popen[bytes]]:
+def _fleet(port: int, directory: Path) -> Iterator[Fleet]:
     """`lorafleet serve`, from its start to the end of its last process."""
     base, adapters = model.paths(MODELS)
-    command = [LORAFLEET, "serve", "--model", str(base)]
+    command = ["serve", "--model", str(base)]
     for name, path in adapters.items():
         command += ["--adapter", f"{name}={path}"]
     command += ["--replicas", str(REPLICAS), "--port", str(port), "--device", "cpu"]
-    print("$", shlex.join(["lorafleet", *command[1:]]), flush=True)
-    with LOG.open("wb") as log:
+    command += ["--directory", str(directory)]
+    print("$", shlex.join(["lorafleet", *command]), flush=True)
+    log = directory / "log"
+    with log.open("wb") as output:
         # In a session of its own, so that Ctrl-C reaches it once, from here.
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            [LORAFLEET, *command], stdout=output, stderr=output, start_new_session=True
+        )
+    fleet = Fleet(process, log)
     try:
-        print(_wait_ready(process), flush=True)
-        yield process
+        print(_wait_ready(fleet), flush=True)
+        yield fleet
     finally:
-        _stop(process)
+        _stop(fleet)
 
 
-def _wait_ready(process: subprocess.Popen[bytes]) -> str:
+def _wait_ready(fleet: Fleet) -> str:
     deadline_s = time.monotonic() + READY_S
-    while time.monotonic() < deadline_s and process.poll() is None:
-        for line in LOG.read_text(errors="replace").splitlines():
+    while time.monotonic() < deadline_s and fleet.process.poll() is None:
+        for line in fleet.log.read_text(errors="replace").splitlines():
             if line.startswith("ready:"):
                 return line
         time.sleep(0.1)
-    tail = "\n".join(LOG.read_text(errors="replace").splitlines()[-30:])
-    state = "is not ready" if process.poll() is None else f"ended with {process.returncode}"
-    raise DemoFailed(f"`lorafleet serve` {state}; the end of {LOG}:\n{tail}")
+    ended = fleet.process.poll()
+    state = "is not ready" if ended is None else f"ended with {ended}"
+    tail = "\n".join(fleet.log.read_text(errors="replace").splitlines()[-30:])
+    raise DemoFailed(f"`lorafleet serve` {state}; the end of {fleet.log}:\n{tail}")
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _stop(fleet: Fleet) -> None:
     """Asks it to stop, and raises when it does not, or leaves a process behind."""
-    if process.poll() is not None:
+    if fleet.process.poll() is not None:
         return  # Ended by itself: whoever waited for it says so.
     began_s = time.monotonic()
-    started = psutil.Process(process.pid).children(recursive=True)
-    process.terminate()
+    started = psutil.Process(fleet.process.pid).children(recursive=True)
+    fleet.process.terminate()
     try:
-        status = process.wait(STOP_S)
+        status = fleet.process.wait(STOP_S)
     except subprocess.TimeoutExpired:
         status = None
     _, left = psutil.wait_procs(started, timeout=5)
     names = [child.name() for child in left if child.is_running()]
-    for child in [*left, *([] if status is not None else [process])]:
+    for child in [*left, *([] if status is not None else [fleet.process])]:
         child.kill()
     if status != 0 or names:
-        raise DemoFailed(f"`lorafleet serve` stopped with {status} and left {names}; see {LOG}")
+        raise DemoFailed(f"`lorafleet serve` stopped with {status} and left {names}: {fleet.log}")
     print(f"stopped {len(started) + 1} processes in {time.monotonic() - began_s:.1f} s")
 
 
@@ -171,7 +184,7 @@ def _check_residency(body: dict[str, Any], served: dict[str, str]) -> None:
             raise DemoFailed(f"{adapter['id']} answered, yet its residency is {where}")
 
 
-def _stay(port: int, process: subprocess.Popen[bytes]) -> None:
+def _stay(port: int, fleet: Fleet) -> None:
     body: dict[str, Any] = {"model": "pirate", "messages": [{"role": "user", "content": QUESTION}]}
     body |= {"temperature": 0, "max_tokens": 64}
     print(f"models: {', '.join(_model(voice) for voice in VOICES)}. Try:\n")
@@ -179,9 +192,9 @@ def _stay(port: int, process: subprocess.Popen[bytes]) -> None:
         f"curl http://127.0.0.1:{port}/v1/chat/completions "
         f"-H 'Content-Type: application/json' -d '{json.dumps(body)}'\n"
     )
-    print(f"Ctrl-C stops it; its log is {LOG}", flush=True)
+    print(f"Ctrl-C stops it; its log is {fleet.log}", flush=True)
     try:
-        raise DemoFailed(f"`lorafleet serve` ended with {process.wait()}; see {LOG}")
+        raise DemoFailed(f"`lorafleet serve` ended with {fleet.process.wait()}; see {fleet.log}")
     except KeyboardInterrupt:
         print("\nstopping", flush=True)
 
