@@ -168,8 +168,7 @@ def serve(
             fleet.say(f"ready: {fleet.url}/v1")
             signalled.wait()
         finally:
-            with _deaf():
-                fleet.stop()
+            fleet.stop()
 
 
 @cli.command()
@@ -378,23 +377,26 @@ class _Signalled(BaseException):
 
 @contextlib.contextmanager
 def _until_signalled() -> Iterator[threading.Event]:
-    """The block is left quietly when the process is asked to end."""
+    """The block is left quietly when the process is asked to end; being asked twice is once."""
+    asked = False
 
     def leave(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
         raise _Signalled
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, leave)
-    with contextlib.suppress(_Signalled):
+    try:
         yield threading.Event()
-
-
-@contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-    """Once we are stopping, being asked again changes nothing."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    yield
+    except BaseException as error:
+        # Ray's own handler, in place while it starts, exits by SIGTERM's number; and what is
+        # raised within its extension module comes out as something else.
+        by_ray = isinstance(error, SystemExit) and error.code == signal.SIGTERM
+        if not (asked or by_ray):
+            raise
 
 
 def _call(
