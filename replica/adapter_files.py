@@ -25,43 +25,20 @@ PATTERN_CHARACTERS_MAX = 512
 PATTERNS_MAX = 4096
 DTYPES = ("F32", "F16", "BF16")
 
+# fmt: off
 # They decide the forward pass and are honoured.
-_HONOURED = frozenset(
-    [
-        "peft_type",
-        "r",
-        "lora_alpha",
-        "use_rslora",
-        "rank_pattern",
-        "alpha_pattern",
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "init_lora_weights",
-    ]
-)
+_HONOURED = frozenset((
+    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
+    "target_modules", "exclude_modules", "layers_to_transform", "init_lora_weights",
+))
 # They describe, or steer training or initialisation alone.
-_WITHOUT_EFFECT = frozenset(
-    [
-        "auto_mapping",
-        "base_model_name_or_path",
-        "peft_version",
-        "revision",
-        "task_type",
-        "inference_mode",
-        "lora_dropout",
-        "layers_pattern",
-        "megatron_core",
-        "loftq_config",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
-        "velora_config",
-        "qalora_group_size",
-        "runtime_config",
-        "ensure_weight_tying",
-    ]
-)
+_WITHOUT_EFFECT = frozenset((
+    "auto_mapping", "base_model_name_or_path", "peft_version", "revision", "task_type",
+    "inference_mode", "lora_dropout", "layers_pattern", "megatron_core", "loftq_config",
+    "eva_config", "corda_config", "lora_ga_config", "velora_config", "qalora_group_size",
+    "runtime_config", "ensure_weight_tying",
+))
+# fmt: on
 # Initialisations after which the base weights are no longer those of the checkpoint.
 _BASE_CHANGING = ("pissa", "corda", "olora", "loftq", "lora_ga")
 

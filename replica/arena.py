@@ -11,6 +11,7 @@ from replica.image import PIECE_ELEMENTS, Image, Layout
 from replica.shape import GROUPS, PROJECTIONS, ModelShape
 
 ALIGNMENT_BYTES = 256
+SLIDE_ELEMENTS = 2**20
 
 
 class Arena:
@@ -108,13 +109,9 @@ class Arena:
 
 
 def _slide(memory: torch.Tensor, source: int, target: int, size: int) -> None:
-    """Pieces no longer than the way they go never overlap themselves, in the right order."""
-    step = abs(target - source)
-    if step == 0:
-        return
-    starts = range(0, size, step)
+    """Piece by piece from the end that the image moves towards, each through a buffer."""
+    starts = range(0, size, SLIDE_ELEMENTS)
     for start in starts if target < source else reversed(starts):
-        length = min(step, size - start)
-        memory[target + start : target + start + length].copy_(
-            memory[source + start : source + start + length]
-        )
+        length = min(SLIDE_ELEMENTS, size - start)
+        piece = memory[source + start : source + start + length].clone()
+        memory[target + start : target + start + length].copy_(piece)
