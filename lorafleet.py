@@ -8,16 +8,15 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-import yaml
 
-from cluster.config import EngineConfig, FleetConfig, load
 from cluster.errors import AdapterRefused, ConfigError, FleetError
+from replica.settings import absolute, check_files, read_settings
 
 if TYPE_CHECKING:
     import httpx
@@ -155,8 +154,8 @@ def serve(
 
     Example: lorafleet serve --model ./llama --adapter fr=./adapters/french --replicas 2
     """
-    settings = _read_settings(locals())
-    _check_files(settings)
+    settings = read_settings(locals())
+    check_files(settings)
     with _listen(settings.host, settings.port) as listener:
         settings = dataclasses.replace(settings, port=listener.getsockname()[1])
     from router.local import LocalFleet
@@ -194,8 +193,8 @@ def replica(
 
     Example: lorafleet replica --model ./llama --adapter fr=./adapters/french --port 8001
     """
-    settings = _read_settings(locals())
-    _check_files(settings)
+    settings = read_settings(locals())
+    check_files(settings)
     from replica.alone import run
 
     with _listen(settings.host, settings.port) as listener, _until_signalled():
@@ -255,7 +254,7 @@ def add(
 
     Example: lorafleet adapters add fr ./adapters/french
     """
-    body = {"lora_name": name, "lora_path": _absolute(path), "load_inplace": replace}
+    body = {"lora_name": name, "lora_path": absolute(path), "load_inplace": replace}
     print(_call(url, api_key, "POST", "/v1/load_lora_adapter", body).text)
 
 
@@ -285,81 +284,6 @@ def ls(url: Url = LOCAL_URL, api_key: ApiKey = None) -> None:
             adapter["id"], str(adapter["rank"]), adapter["digest"][:12], devices, adapter["path"]
         )
     Console().print(table)
-
-
-def _read_settings(flags: Mapping[str, Any]) -> FleetConfig:
-    """The file of --config, then the flags that were given. Raises ConfigError."""
-    data: dict[str, Any] = {}
-    if flags["config"] is not None:
-        data = _read_yaml(flags["config"])
-    engine = dict(data.get("engine") or {})
-    engine_fields = {field.name for field in dataclasses.fields(EngineConfig)}
-    for name, value in flags.items():
-        if name == "config" or value is None or value == []:
-            continue
-        if name in engine_fields:
-            engine[name] = value
-        elif name == "adapter":
-            data["adapters"] = {**data.get("adapters", {}), **dict(map(_named_path, value))}
-        elif name == "adapter_root":
-            data["adapter_roots"] = value
-        else:
-            data[name] = value
-    if not engine.get("model"):
-        raise ConfigError("--model: required: the directory of a Hugging Face checkpoint")
-    settings = load(FleetConfig, {**data, "engine": engine})
-    # The replicas run in other directories.
-    return dataclasses.replace(
-        settings,
-        engine=dataclasses.replace(settings.engine, model=_absolute(settings.engine.model)),
-        adapters={name: _absolute(path) for name, path in settings.adapters.items()},
-        adapter_roots=tuple(map(_absolute, settings.adapter_roots)),
-        directory=_absolute(settings.directory),
-    )
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"--config {path}: {reason}", field="config") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"--config {path}: not a mapping of settings", field="config")
-    return data
-
-
-def _named_path(text: str) -> tuple[str, str]:
-    name, equals, path = text.partition("=")
-    if not (name and equals and path):
-        raise ConfigError(f"--adapter {text}: must be NAME=PATH", field="adapter")
-    return name, path
-
-
-def _check_files(settings: FleetConfig) -> None:
-    """What is wrong with the model or an adapter is said before anything is started."""
-    from replica.adapter_files import inspect
-    from replica.shape import read_shape
-
-    engine = settings.engine
-    if not Path(engine.model).is_dir():
-        raise ConfigError(f"--model {engine.model}: no such directory", field="model")
-    try:
-        shape = read_shape(engine.model)
-    except FleetError as error:
-        raise ConfigError(f"--model {engine.model}: {error.message}", field="model") from error
-    for name, path in settings.adapters.items():
-        if "://" in path:
-            continue
-        try:
-            inspect(path, shape, engine.rank_max)
-        except FleetError as error:
-            raise ConfigError(f"--adapter {name}={path}: {error.message}") from error
-
-
-def _absolute(path: str) -> str:
-    """Paths are relative to where the command was typed; URLs stay as they are."""
-    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 import lorafleet
 from cluster.config import FleetConfig
 from cluster.errors import ConfigError
-from lorafleet import _read_settings, cli
+from lorafleet import cli
+from replica.settings import read_settings
 from tests.fleet import LORAFLEET, environment
 from tests.models import edit_config, make_adapter, make_model
 
@@ -27,7 +28,7 @@ def adapter(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def settings(**flags: object) -> FleetConfig:
-    return _read_settings({"config": None, "model": "/m", **flags})
+    return read_settings({"config": None, "model": "/m", **flags})
 
 
 def run(*arguments: str) -> tuple[int, str, str]:
@@ -82,7 +83,7 @@ def test_flags_become_the_configuration() -> None:
 def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / "fleet.yaml"
     file.write_text("replicas: 3\nport: 9\nadapters: {fr: /a/fr}\nengine: {model: /m, seed: 7}\n")
-    made = _read_settings({"config": file, "port": 10, "adapter": ["de=/a/de"], "model": None})
+    made = read_settings({"config": file, "port": 10, "adapter": ["de=/a/de"], "model": None})
     assert (made.replicas, made.port, made.engine.seed) == (3, 10, 7)
     assert made.adapters == {"fr": "/a/fr", "de": "/a/de"}
 
@@ -111,7 +112,7 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str, named: str) -> None:
     file = tmp_path / "fleet.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=named.replace(".", r"\.")):
-        _read_settings({"config": file, "model": "/m"})
+        read_settings({"config": file, "model": "/m"})
 
 
 @pytest.mark.parametrize("command", ["serve", "replica"])

@@ -1,0 +1,86 @@
+"""The operator's settings: a file, then flags, checked against the model and the adapters."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.config import EngineConfig, FleetConfig, load
+from cluster.errors import ConfigError, FleetError
+from replica.adapter_files import inspect
+from replica.shape import read_shape
+
+
+def read_settings(flags: Mapping[str, Any]) -> FleetConfig:
+    """The file of --config, then the flags that were given. Raises ConfigError."""
+    data: dict[str, Any] = {}
+    if flags["config"] is not None:
+        data = _read_yaml(flags["config"])
+    engine = dict(data.get("engine") or {})
+    engine_fields = {field.name for field in dataclasses.fields(EngineConfig)}
+    for name, value in flags.items():
+        if name == "config" or value is None or value == []:
+            continue
+        if name in engine_fields:
+            engine[name] = value
+        elif name == "adapter":
+            data["adapters"] = {**data.get("adapters", {}), **dict(map(_named_path, value))}
+        elif name == "adapter_root":
+            data["adapter_roots"] = value
+        else:
+            data[name] = value
+    if not engine.get("model"):
+        raise ConfigError("--model: required: the directory of a Hugging Face checkpoint")
+    settings = load(FleetConfig, {**data, "engine": engine})
+    # The replicas run in other directories.
+    return dataclasses.replace(
+        settings,
+        engine=dataclasses.replace(settings.engine, model=absolute(settings.engine.model)),
+        adapters={name: absolute(path) for name, path in settings.adapters.items()},
+        adapter_roots=tuple(map(absolute, settings.adapter_roots)),
+        directory=absolute(settings.directory),
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--config {path}: {reason}", field="config") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"--config {path}: not a mapping of settings", field="config")
+    return data
+
+
+def _named_path(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise ConfigError(f"--adapter {text}: must be NAME=PATH", field="adapter")
+    return name, path
+
+
+def check_files(settings: FleetConfig) -> None:
+    """What is wrong with the model or an adapter is said before anything is started."""
+    engine = settings.engine
+    if not Path(engine.model).is_dir():
+        raise ConfigError(f"--model {engine.model}: no such directory", field="model")
+    try:
+        shape = read_shape(engine.model)
+    except FleetError as error:
+        raise ConfigError(f"--model {engine.model}: {error.message}", field="model") from error
+    for name, path in settings.adapters.items():
+        if "://" in path:
+            continue
+        try:
+            inspect(path, shape, engine.rank_max)
+        except FleetError as error:
+            raise ConfigError(f"--adapter {name}={path}: {error.message}") from error
+
+
+def absolute(path: str) -> str:
+    """Paths are relative to where the command was typed; URLs stay as they are."""
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
