@@ -70,12 +70,17 @@ def _draw(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
         rows = torch.tensor(narrow, device=logits.device)
         top_p = column([draws[i].sampling.top_p for i in narrow])
         probabilities[rows] = _top_p(probabilities[rows], top_p)
-    sums = probabilities.cumsum(-1)
     uniform = uniforms([d.seed for d in draws], [d.position for d in draws])
-    total = sums[:, -1:]
-    # Rounding up to the total would find no token.
-    target = torch.minimum(column(uniform.tolist()) * total, torch.nextafter(total, -total))
-    return torch.searchsorted(sums, target, right=True)[:, 0].clamp_(max=logits.shape[1] - 1)
+    return pick(probabilities, column(uniform.tolist()))
+
+
+def pick(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The token in whose share of the sum `uniform` [rows, 1] lies; never one of probability 0."""
+    sums = probabilities.cumsum(-1)
+    # With 24 bits, uniform · total < total in float32 too: the search ends before the end.
+    target = uniform * sums[:, -1:]
+    # But for a row that is not finite, which may give any token, as long as it is one.
+    return torch.searchsorted(sums, target, right=True)[:, 0].clamp_(max=sums.shape[1] - 1)
 
 
 def _top_k(logits: torch.Tensor, top_k: list[int]) -> torch.Tensor:

@@ -5,17 +5,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from cluster.config import EngineConfig
 from replica.request import Sampling, TokenLogprobs
-from replica.runner import Row, Runner
+from replica.runner import Row, Runner, _cuts
 from replica.shape import read_shape
 from tests.models import make_model
 
 TOLERANCE = 1e-5
 VOCAB = 320
+GREEDY = Sampling(temperature=0.0)
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -139,12 +141,11 @@ def test_logprobs_are_those_of_transformers(name: str, tmp_path: Path) -> None:
             assert difference <= TOLERANCE, f"chunk {chunk}, batched {batched}"
 
 
-def greedy(
-    runner: Runner, texts: Sequence[Sequence[int]], length: int, chunk: int
+def generate(
+    runner: Runner, texts: Sequence[Sequence[int]], length: int, chunk: int, sampling: Sampling
 ) -> list[list[int]]:
     """What follows each text, all in one batch; each starts its prompt a step after the last one,
     so that prefill and decode rows meet."""
-    sampling = Sampling(temperature=0.0, max_tokens=length)
     widest = -(-(max(map(len, texts)) + length) // runner.page_tokens)
     pages = [list(range(i * widest, (i + 1) * widest)) for i in range(len(texts))]
     done = [0] * len(texts)
@@ -173,10 +174,22 @@ def test_greedy_text_is_the_same_one_by_one_and_batched(name: str, tmp_path: Pat
     architecture, settings = MODELS[name]
     runner = load(make_model(tmp_path, architecture, **settings))
     texts = prompts(3, 150, 17, 64, 1, 30)
-    alone = [greedy(runner, [text], 24, 1000)[0] for text in texts]
-    assert greedy(runner, texts, 24, 1000) == alone
-    assert greedy(runner, texts, 24, 13) == alone
+    alone = [generate(runner, [text], 24, 1000, GREEDY)[0] for text in texts]
+    assert generate(runner, texts, 24, 1000, GREEDY) == alone
+    assert generate(runner, texts, 24, 13, GREEDY) == alone
     assert len({tuple(text) for text in alone}) == len(texts)
+
+
+def test_draws_are_the_same_however_prompts_are_cut_and_requests_resumed(tmp_path: Path) -> None:
+    runner = load(make_model(tmp_path))
+    texts = prompts(30, 17)
+    warm = Sampling(temperature=1.0)
+    found = generate(runner, texts, 12, 1000, warm)
+    assert generate(runner, texts, 12, 4, warm) == found
+    assert generate(runner, texts, 12, 1000, GREEDY) != found
+    # What was generated before the pages were lost is prompt now.
+    resumed = [[*text, *own[:5]] for text, own in zip(texts, found, strict=True)]
+    assert generate(runner, resumed, 7, 1000, warm) == [own[5:] for own in found]
 
 
 def test_what_a_former_owner_left_in_a_page_does_not_matter(tmp_path: Path) -> None:
@@ -198,6 +211,23 @@ def test_rows_of_very_different_lengths_attend_in_spans_of_their_own(tmp_path: P
     found = replay(runner, texts, 3, 2000)
     for own, theirs in zip(found, reference(model_dir, texts), strict=True):
         assert (own - theirs[-4:]).abs().max().item() <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("counts", "used", "cuts"),
+    [
+        ([1], [9], [(0, 1)]),
+        ([1, 1, 1], [8, 9, 12], [(0, 3)]),
+        ([1, 1, 1], [1, 2, 128], [(0, 2), (2, 3)]),
+        ([1] * 65, [1] * 64 + [3], [(0, 64), (64, 65)]),
+        ([1, 1, 5, 7], [2, 2, 2, 2], [(0, 2), (2, 3), (3, 4)]),
+        ([5, 7], [1, 1], [(0, 1), (1, 2)]),
+    ],
+)
+def test_where_a_batch_is_cut_into_spans(
+    counts: list[int], used: list[int], cuts: list[tuple[int, int]]
+) -> None:
+    assert list(_cuts(np.array(counts), np.array(used))) == cuts
 
 
 def test_bfloat16_is_as_near_as_that_of_transformers(tmp_path: Path) -> None:

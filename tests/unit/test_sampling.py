@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from replica.request import Sampling
-from replica.sampling import Draw, sample, uniforms
+from replica.sampling import Draw, pick, sample, uniforms
 
 EOS = frozenset({0})
 
@@ -64,8 +64,9 @@ def test_top_p_keeps_the_best_up_to_the_one_that_reaches_p() -> None:
     assert (frequencies(row, 5_000, top_p=0.75) > 0).tolist() == [False, True, True, True]
 
 
-def test_top_p_keeps_at_least_one() -> None:
-    assert frequencies(logits(0.1, 0.2, 0.3, 0.4), 100, top_p=1e-9)[3] == 1
+@pytest.mark.parametrize("top_p", [0.0, 1e-9])
+def test_top_p_keeps_at_least_one(top_p: float) -> None:
+    assert frequencies(logits(0.1, 0.2, 0.3, 0.4), 100, top_p=top_p)[3] == 1
 
 
 def test_top_p_comes_after_top_k() -> None:
@@ -107,19 +108,24 @@ def test_uniforms_are_spread_and_unlike_for_neighbours() -> None:
     for unlike in (others, shifted):
         assert abs(((values - 0.5) * (unlike - 0.5)).mean()) < 0.005
 
+    # No seed is another one's later positions.
+    assert uniforms([0], [1]) != uniforms([0x9E3779B97F4A7C15], [0])
+
 
 @pytest.mark.parametrize("seed", [0, -1, 2**63, 2**64 - 1, -(2**63)])
 def test_any_seed_will_do(seed: int) -> None:
     assert 0 <= uniforms([seed], [0])[0] < 1
 
 
-def test_nothing_improbable_is_ever_drawn() -> None:
-    """Half the vocabulary has probability zero, at both ends."""
-    row = torch.full((1, 64), float("-inf"))
-    row[0, 16:48] = 0.0
-    found = frequencies(row, 20_000)
-    assert found[:16].sum() == 0 and found[48:].sum() == 0
-    assert (found[16:48] > 0).all()
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-24])
+def test_nothing_of_probability_zero_is_picked(uniform: float) -> None:
+    torch.manual_seed(0)
+    probabilities = torch.zeros(1000, 64)
+    probabilities[:, 16:48] = torch.rand(1000, 32) * torch.rand(1000, 1)
+    found = pick(probabilities, torch.full((1000, 1), uniform))
+    assert (probabilities.gather(1, found[:, None]) > 0).all()
+    assert uniform != 0 or (found == 16).all()
+    assert uniform != 1 - 2**-24 or (found >= 46).all()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
