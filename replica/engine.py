@@ -169,13 +169,11 @@ class Engine:
 
     def _make_rooms(self, plan: Plan) -> None:
         arena = self.runner.arena
-        directory = self.scheduler.residency
         for room in plan.rooms:
             for evict in room.evictions:
                 arena.clear(evict.slot)
-            for slide in room.slides:
-                slot = directory.slot(slide.digest)
-                arena.move(slot, slide.source, slide.target, slide.bytes)
+            for move in room.moves:
+                arena.move(move.slot, move.source, move.target, move.bytes)
             self._loader.begin(room.load)
 
     def _take_in_loads(self) -> None:

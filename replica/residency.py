@@ -68,11 +68,24 @@ class Evict:
 
 
 @dataclass(frozen=True, slots=True)
+class Move:
+    """Slide the image of `slot` from byte `source` down to byte `target`.
+
+    The slot is that of the time of planning: a later room of the same plan may evict the adapter.
+    """
+
+    slot: int
+    source: int
+    target: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Room:
-    """What makes place for one load: evictions, then slides, then the load."""
+    """What makes place for one load: evictions, then moves, then the load."""
 
     evictions: tuple[Evict, ...]
-    slides: tuple[Slide, ...]
+    moves: tuple[Move, ...]
     load: Load
 
 
@@ -197,6 +210,7 @@ class Residency:
                 return None
             victims.append(candidates.pop(0).digest)
             trial.give_back(victims[-1])
+        moves = tuple(Move(self.slot(s.digest), s.source, s.target, s.bytes) for s in slides)
         evictions = tuple(self._evict(self.adapters[v], now_s) for v in victims)
         self.extents = trial
         adapter.tier, adapter.slot, adapter.since_s = Tier.LOADING, self._free_slots.pop(), now_s
@@ -204,7 +218,7 @@ class Residency:
         self.loading += 1
         self._changed.add(digest)
         load = Load(digest, adapter.path, adapter.slot, offset, adapter.bytes)
-        return Room(evictions, tuple(slides), load)
+        return Room(evictions, moves, load)
 
     def loaded(self, digest: str, now_s: float) -> list[Evict]:
         adapter = self.adapters[digest]

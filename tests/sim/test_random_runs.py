@@ -96,8 +96,10 @@ class Run:
         for room in plan.rooms:
             for evict in room.evictions:
                 assert self.contents.pop(evict.slot) == evict.digest
-            in_flight = {load.digest for load in self.loads}
-            assert in_flight.isdisjoint(s.digest for s in room.slides), "a copy's target moved"
+            in_flight = {load.slot for load in self.loads}
+            moved = {move.slot for move in room.moves}
+            assert in_flight.isdisjoint(moved), "a copy's target moved"
+            assert moved <= set(self.contents), "what is not there cannot move"
             self.loads.append(room.load)
         self.right_weights(plan)
         chosen = [Chosen(self.rng.choice([2, 5, 6, 7])) if w.sample else None for w in plan.rows]

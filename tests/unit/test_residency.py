@@ -114,7 +114,7 @@ def test_scattered_bytes_slide_together_instead_of_a_third_eviction() -> None:
     room = directory.make_room("large", 9.0)
     assert room is not None
     assert [e.digest for e in room.evictions] == ["a", "c"]
-    assert [(s.digest, s.target) for s in room.slides] == [("b", 0), ("d", 25)]
+    assert [(m.slot, m.target) for m in room.moves] == [(2, 0), (4, 25)]
     assert room.load.offset == 50
 
 
