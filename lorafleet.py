@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import os
 import signal
 import socket
@@ -156,8 +155,7 @@ def serve(
     """
     settings = read_settings(locals())
     check_files(settings)
-    with _listen(settings.host, settings.port) as listener:
-        settings = dataclasses.replace(settings, port=listener.getsockname()[1])
+    _listen(settings.host, settings.port).close()  # HAProxy's own words are harder to read
     from router.local import LocalFleet
 
     fleet = LocalFleet(settings)

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -22,6 +23,8 @@ from cluster.redis_server import RedisServer
 from router import environment
 
 START_S = 300.0
+# Between the ports of Ray's workers and those of Serve's replicas, below the kernel's own.
+_PORTS = range(20_000, 30_000)
 ENGINE = "replica.link:EngineLink"
 
 # Serve offers HAProxy's statistics on every interface, and has no setting for it. It starts
@@ -36,13 +39,13 @@ exec '{haproxy}' "$@"
 class LocalFleet:
     """Nothing of it is shared with another fleet on the machine, and nothing outlives `stop`.
 
-    One a process: Serve reads its environment once.
+    One a process: Serve reads its environment once. Port 0 takes a free one.
 
     engine: import path of what makes an engine from an EngineConfig.
     """
 
     def __init__(self, config: FleetConfig, engine: str = ENGINE) -> None:
-        self.config = config
+        self.config = dataclasses.replace(config, port=config.port or _free_port(config.host))
         self._engine = engine
         # Sockets lie in it, and the path of a socket may have no more than 107 bytes.
         self._directory = tempfile.mkdtemp(prefix="lf-", dir="/tmp")
@@ -143,11 +146,11 @@ class LocalFleet:
 
         settled = dataclasses.replace(self.config, redis_url=None, api_keys=())
         application = compose(settled, self._engine)
-        serve.start(
-            http_options={"host": self.config.host, "port": self.config.port},
-            logging_config={"log_level": "WARNING", "enable_access_log": False},
-        )
         try:
+            serve.start(
+                http_options={"host": self.config.host, "port": self.config.port},
+                logging_config={"log_level": "WARNING", "enable_access_log": False},
+            )
             serve.run(application)
         except RuntimeError as error:
             raise StartupError(_reason(error)) from error
@@ -172,9 +175,13 @@ class LocalFleet:
         raise StartupError(f"{self.url}: no answer within {START_S:.0f} s")
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
+def _free_port(host: str = "127.0.0.1") -> int:
+    """Not one that the kernel would give: until HAProxy takes it, so might anyone's connection."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for port in random.sample(_PORTS, len(_PORTS)):
+        with contextlib.suppress(OSError), socket.create_server((host, port), family=family):
+            return port
+    raise StartupError(f"no port is free on {host}")
 
 
 class _Hush:

@@ -12,7 +12,6 @@ import contextlib
 import http.client
 import json
 import os
-import socket
 import statistics
 import tempfile
 import time
@@ -129,12 +128,10 @@ def _is_replica(port: int) -> bool:
 def fleet(model_dir: str | None) -> Iterator[LocalFleet]:
     root = str(Path(__file__).parents[2])
     os.environ["PYTHONPATH"] = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
-    with tempfile.TemporaryDirectory() as directory, socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-        free.close()
+    with tempfile.TemporaryDirectory() as directory:
         model_dir = model_dir or make_model(f"{directory}/model")
         engine = EngineConfig(model_dir, served_model_name="model", device="cpu")
-        config = FleetConfig(engine, port=port, directory=f"{directory}/fleet")
+        config = FleetConfig(engine, port=0, directory=f"{directory}/fleet")
         running = LocalFleet(config, engine="tests.bench.router:stub")
         try:
             running.start()
