@@ -77,7 +77,7 @@ class Extents:
     def check(self) -> None:
         end = 0
         for offset, size in sorted(self._spans.values()):
-            assert offset >= end and size > 0, "two images share bytes"
+            assert offset >= end and size >= 0, "two images share bytes"
             end = offset + size
         assert end <= self.capacity
         assert self.free + sum(size for _, size in self._spans.values()) == self.capacity

@@ -1,14 +1,16 @@
 """One request's life.
 
-            ┌────────────── preempted ─────────────┐
-            v                                      │
-  ──> WAITING ── admitted ──> RUNNING ── finish ──>│ FINISHED
-         │                       │
-         ├── cancel ─────────────┴─────────> CANCELLED
-         └── fail, refuse ───────┴─────────> FAILED
+             ┌──────── preempted ───────┐
+             v                          │
+  ──> WAITING ────── admitted ─────> RUNNING ── last token ──> FINISHED
+             ^                       ^  │
+             │              resumed  │  │ parked
+             │                       │  v
+             └── pages dropped ───── PARKED
 
-WAITING: has no pages, or waits for its adapter. RUNNING: holds pages and a row of the batch.
-The three at the right are final: a request reaches exactly one of them, once.
+WAITING: has no pages. RUNNING: holds pages and a row of the batch. PARKED: holds pages, but its
+adapter has left the device. From each of the three it may also become CANCELLED or FAILED; these
+and FINISHED are final: a request reaches exactly one of them, once.
 """
 
 from collections.abc import Sequence
@@ -21,14 +23,18 @@ from cluster.errors import FleetError
 class Phase(Enum):
     WAITING = "waiting"
     RUNNING = "running"
+    PARKED = "parked"
     FINISHED = "finished"
     CANCELLED = "cancelled"
     FAILED = "failed"
 
 
+_BROKEN_OFF = frozenset({Phase.CANCELLED, Phase.FAILED})
+
 TRANSITIONS: dict[Phase, frozenset[Phase]] = {
-    Phase.WAITING: frozenset({Phase.RUNNING, Phase.CANCELLED, Phase.FAILED}),
-    Phase.RUNNING: frozenset({Phase.WAITING, Phase.FINISHED, Phase.CANCELLED, Phase.FAILED}),
+    Phase.WAITING: _BROKEN_OFF | {Phase.RUNNING},
+    Phase.RUNNING: _BROKEN_OFF | {Phase.WAITING, Phase.PARKED, Phase.FINISHED},
+    Phase.PARKED: _BROKEN_OFF | {Phase.RUNNING, Phase.WAITING},
     Phase.FINISHED: frozenset(),
     Phase.CANCELLED: frozenset(),
     Phase.FAILED: frozenset(),
@@ -66,12 +72,16 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class NewRequest:
-    """What enters the engine. digest: the adapter's version, None for the base model."""
+    """What enters the engine.
+
+    digest: the adapter's version, None for the base model. priority: higher goes first.
+    """
 
     id: str
     prompt: tuple[int, ...]
     sampling: Sampling
     digest: str | None = None
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +117,16 @@ class Delta:
 class Request:
     """A request inside the engine; only the scheduler changes it.
 
-    computed: tokens of prompt + output whose keys and values lie in `pages`.
+    place: the adapter it needs on the device; None when it needs none. computed: tokens of
+    prompt + output whose keys and values lie in `pages`.
     """
 
     id: str
     prompt: tuple[int, ...]
     sampling: Sampling
     digest: str | None
+    place: str | None
+    priority: int
     arrived_s: float
     phase: Phase = Phase.WAITING
     output: list[int] = field(default_factory=list)

@@ -11,13 +11,16 @@ An adapter that is forgotten while requests claim it or a copy is in flight leav
 done: a request accepted for a version runs with that version, whatever its name points at by then.
 """
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from cluster.values import Residency as Entry
 from cluster.values import Tier
-from replica.eviction import Candidate
+from replica.eviction import Candidate, Order
 from replica.extents import Extents, Slide
+
+_HALF_LIFE_S = 60.0
 
 
 @dataclass(slots=True)
@@ -25,7 +28,9 @@ class Adapter:
     """One registered version. path: the directory of its files.
 
     claims: its requests that have not ended. users: those of them that run.
-    fresh: loaded, but no row has run with it since.
+    fresh: loaded, but no row has run with it since. slice_s: when its first row ran since.
+    starved_s: since when a request waits while it is not on the device.
+    frequency: uses a second, decayed (see `_use`).
     """
 
     digest: str
@@ -39,6 +44,9 @@ class Adapter:
     users: int = 0
     used_s: float = 0.0
     fresh: bool = False
+    slice_s: float = 0.0
+    starved_s: float | None = None
+    frequency: float = 0.0
     leaving: bool = False
     failures: int = 0
     retry_s: float = 0.0
@@ -92,14 +100,16 @@ class Room:
 class Residency:
     """The device directory and the arena's bytes.
 
-    slots: rows of the directory besides the base's. order: which to evict first.
+    slots: rows of the directory besides the base's. order: which to evict first. copy_s: seconds
+    that a load of so many bytes is expected to take.
     """
 
     def __init__(
         self,
         extents: Extents,
         slots: int,
-        order: Callable[[Iterable[Candidate]], list[Candidate]],
+        order: Order,
+        copy_s: Callable[[int], float],
         retry_s: float,
         retry_max_s: float,
     ) -> None:
@@ -107,8 +117,10 @@ class Residency:
         self.slots = slots
         self.adapters: dict[str, Adapter] = {}
         self.loading = 0
+        self.wasted = 0  # loads that no row ever used
         self._free_slots = list(range(slots, 0, -1))
         self._order = order
+        self._copy_s = copy_s
         self._first_retry_s = retry_s
         self._retry_max_s = retry_max_s
         self._changed: set[str] = set()
@@ -155,26 +167,31 @@ class Residency:
         assert slot is not None
         return slot
 
-    def claim(self, digest: str) -> None:
+    def claim(self, digest: str, now_s: float) -> None:
         """A request for it was accepted."""
         adapter = self.adapters[digest]
         assert not adapter.leaving
         adapter.claims += 1
+        self._starve(adapter, now_s)
 
     def unclaim(self, digest: str) -> list[Evict]:
         """A request for it ended; it no longer runs."""
         adapter = self.adapters[digest]
         assert adapter.claims > adapter.users
         adapter.claims -= 1
+        if not adapter.wanted:
+            adapter.starved_s = None
         return self._leave(adapter)
 
     def acquire(self, digest: str, now_s: float) -> None:
         """A row is about to run with it."""
         adapter = self.adapters[digest]
         assert adapter.tier is Tier.DEVICE and adapter.wanted
+        if adapter.fresh:
+            adapter.fresh, adapter.slice_s = False, now_s
+        _use(adapter, now_s)
         adapter.users += 1
         adapter.used_s = now_s
-        adapter.fresh = False
 
     def release(self, digest: str, now_s: float) -> None:
         """A row stopped running; its request goes on waiting, or ends with `unclaim`."""
@@ -183,36 +200,48 @@ class Residency:
         adapter.users -= 1
         adapter.used_s = now_s
 
-    def make_room(self, digest: str, now_s: float) -> Room | None:
-        """Begin a load, or None and nothing changed while there is no place for it.
+    def victims_for(
+        self,
+        digest: str,
+        keep: Collection[str] = (),
+        parkable: Sequence[str] = (),
+        spare_fresh: bool = True,
+    ) -> list[str] | None:
+        """Who would have to leave for it; None when even all of them would not be enough.
 
-        An adapter that was loaded for a request and has not run yet is kept for it, else two of
-        them could evict each other for ever.
+        Idle adapters go first. keep: none of these. parkable: adapters in use that may go too, in
+        this order, once their rows are off the batch. An adapter that was loaded for a request and
+        has not run yet is kept for it, else two of them could evict each other for ever; spare_fresh
+        is off where the queue has one head and only that may load.
         """
-        adapter = self.adapters[digest]
-        assert adapter.tier in (Tier.DISK, Tier.FAILED)
-        trial = self.extents.copy()
+        idle = self._order(self._candidates(spare_fresh))
+        candidates = [c.digest for c in idle if c.digest not in keep]
+        candidates += parkable
         victims: list[str] = []
-        candidates = self._order(self._candidates())
-        loading = [a.digest for a in self.adapters.values() if a.tier is Tier.LOADING]
-        while True:
-            slides: list[Slide] = []
-            if self._free_slots or victims:
-                offset = trial.take(digest, adapter.bytes)
-                if offset is None and trial.free >= adapter.bytes:
-                    slides = trial.slide(immovable=loading)
-                    offset = trial.take(digest, adapter.bytes)
-                if offset is not None:
-                    break
-                if slides:  # they did not help; more must go before anything moves
-                    trial = self._without(victims)
+        while not self._fits(digest, victims):
             if not candidates:
                 return None
-            victims.append(candidates.pop(0).digest)
-            trial.give_back(victims[-1])
-        moves = tuple(Move(self.slot(s.digest), s.source, s.target, s.bytes) for s in slides)
+            victims.append(candidates.pop(0))
+        for victim in list(victims):  # a later, larger one may have made an earlier one needless
+            others = [v for v in victims if v != victim]
+            if self._fits(digest, others):
+                victims = others
+        return victims
+
+    def make_room(self, digest: str, victims: Sequence[str], now_s: float) -> Room:
+        """Begin a load in the place of `victims`, as `victims_for` gave them."""
+        adapter = self.adapters[digest]
+        assert adapter.tier in (Tier.DISK, Tier.FAILED)
         evictions = tuple(self._evict(self.adapters[v], now_s) for v in victims)
-        self.extents = trial
+        for victim in victims:
+            self.extents.give_back(victim)
+        slides: list[Slide] = []
+        offset = self.extents.take(digest, adapter.bytes)
+        if offset is None:
+            slides = self.extents.slide(immovable=self._loading())
+            offset = self.extents.take(digest, adapter.bytes)
+        assert offset is not None, "the victims were not enough"
+        moves = tuple(Move(self.slot(s.digest), s.source, s.target, s.bytes) for s in slides)
         adapter.tier, adapter.slot, adapter.since_s = Tier.LOADING, self._free_slots.pop(), now_s
         adapter.reason = None
         self.loading += 1
@@ -225,7 +254,7 @@ class Residency:
         assert adapter.tier is Tier.LOADING
         self.loading -= 1
         adapter.tier, adapter.since_s, adapter.used_s = Tier.DEVICE, now_s, now_s
-        adapter.fresh, adapter.failures = True, 0
+        adapter.fresh, adapter.failures, adapter.starved_s = True, 0, None
         self._changed.add(digest)
         return self._leave(adapter)
 
@@ -247,7 +276,7 @@ class Residency:
     def entries(self, digests: Iterable[str] | None = None) -> list[Entry]:
         """What to publish. Those no longer registered are `absent`."""
         entries = []
-        for digest in sorted(self.adapters if digests is None else digests):
+        for digest in sorted(filter(None, self.adapters if digests is None else digests)):
             adapter = self.adapters.get(digest)
             if adapter is None:
                 entries.append(Entry(digest, Tier.ABSENT, 0, 0.0))
@@ -278,28 +307,54 @@ class Residency:
             assert adapter.users == 0 or adapter.tier is Tier.DEVICE, "rows run without weights"
         assert self.extents.free == self.extents.capacity - sum(a.bytes for a in placed)
 
-    def _candidates(self) -> list[Candidate]:
+    def _candidates(self, spare_fresh: bool) -> list[Candidate]:
         return [
-            Candidate(a.digest, a.bytes, a.used_s, a.wanted)
+            Candidate(
+                a.digest,
+                a.bytes,
+                a.since_s,
+                a.used_s,
+                a.wanted,
+                a.frequency * self._copy_s(a.bytes) / max(a.bytes, 1),
+            )
             for a in self.adapters.values()
             if a.tier is Tier.DEVICE
             and a.users == 0
             and not a.pinned
-            and not (a.fresh and a.wanted)
+            and not (spare_fresh and a.fresh and a.wanted)
         ]
 
-    def _without(self, victims: Iterable[str]) -> Extents:
+    def _loading(self) -> list[str]:
+        return [a.digest for a in self.adapters.values() if a.tier is Tier.LOADING]
+
+    def _fits(self, digest: str, victims: Sequence[str]) -> bool:
+        """Whether the image finds a slot and a hole, after sliding if need be."""
+        if not self._free_slots and not victims:
+            return False
+        size = self.adapters[digest].bytes
         trial = self.extents.copy()
         for victim in victims:
             trial.give_back(victim)
-        return trial
+        if trial.take(digest, size) is not None:
+            return True
+        if trial.free < size:
+            return False
+        trial.slide(immovable=self._loading())
+        return trial.take(digest, size) is not None
+
+    def _starve(self, adapter: Adapter, now_s: float) -> None:
+        if adapter.wanted and adapter.tier is not Tier.DEVICE and adapter.starved_s is None:
+            adapter.starved_s = now_s
 
     def _evict(self, adapter: Adapter, now_s: float) -> Evict:
         assert adapter.users == 0 and adapter.tier is Tier.DEVICE and adapter.slot is not None
+        assert not adapter.pinned or adapter.leaving
         slot = adapter.slot
+        self.wasted += adapter.fresh
         self._free_slots.append(slot)
         adapter.tier, adapter.slot, adapter.since_s = Tier.DISK, None, now_s
         self._changed.add(adapter.digest)
+        self._starve(adapter, now_s)
         return Evict(adapter.digest, slot)
 
     def _leave(self, adapter: Adapter) -> list[Evict]:
@@ -313,3 +368,9 @@ class Residency:
         del self.adapters[adapter.digest]
         self._changed.add(adapter.digest)
         return evictions
+
+
+def _use(adapter: Adapter, now_s: float) -> None:
+    """Count a use: each weighs half as much after `_HALF_LIFE_S`."""
+    decay = math.exp2((adapter.used_s - now_s) / _HALF_LIFE_S)
+    adapter.frequency = adapter.frequency * decay + math.log(2) / _HALF_LIFE_S

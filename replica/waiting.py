@@ -1,64 +1,91 @@
-"""Who waits to run, in order of arrival, told apart by adapter so that none hides another."""
+"""Who waits to run, told apart by adapter so that none hides another.
+
+Within an adapter the higher priority goes first, then the earlier arrival; a request that comes
+back (parked or preempted) keeps its number and so stands before those that came after it.
+"""
 
 import heapq
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
 
 from replica.request import Request
 
+Key = tuple[int, int]
+
 
 class Waiting:
-    """Requests by (arrival number), grouped by digest. A returning request keeps its number."""
+    """Requests by adapter; `None` is the base model."""
 
     def __init__(self) -> None:
-        self._groups: dict[str | None, dict[str, tuple[int, Request]]] = {}
-        self._numbers: dict[str, int] = {}
+        self._groups: dict[str | None, list[tuple[Key, Request]]] = {}
+        self._keys: dict[str, Key] = {}
+        self._count = 0
         self._next = 0
 
     def __len__(self) -> int:
-        return sum(len(group) for group in self._groups.values())
+        return self._count
 
     def __iter__(self) -> Iterator[Request]:
         for group in self._groups.values():
-            for _, request in group.values():
+            for _, request in group:
                 yield request
 
     def add(self, request: Request) -> None:
-        number = self._numbers.setdefault(request.id, self._next)
-        self._next = max(self._next, number + 1)
-        group = self._groups.setdefault(request.digest, {})
-        returns = bool(group) and number < next(reversed(group.values()))[0]
-        group[request.id] = (number, request)
-        if returns:
-            ordered = sorted(group.items(), key=lambda item: item[1][0])
-            self._groups[request.digest] = dict(ordered)
+        key = self._keys.get(request.id)
+        if key is None:
+            key = self._keys[request.id] = (-request.priority, self._next)
+            self._next += 1
+        insort(self._groups.setdefault(request.place, []), (key, request), key=lambda e: e[0])
+        self._count += 1
 
     def remove(self, request: Request) -> None:
-        group = self._groups[request.digest]
-        del group[request.id]
+        group = self._groups[request.place]
+        index = bisect_left(group, self._keys[request.id], key=lambda e: e[0])
+        assert group[index][1] is request
+        del group[index]
         if not group:
-            del self._groups[request.digest]
+            del self._groups[request.place]
+        self._count -= 1
 
     def forget(self, request: Request) -> None:
         """It has ended and will not return."""
-        del self._numbers[request.id]
+        del self._keys[request.id]
 
-    def digests(self) -> list[str]:
-        """Adapters that are waited for, the one of the oldest request first."""
-        heads = [(next(iter(group.values()))[0], digest) for digest, group in self._groups.items()]
-        return [digest for _, digest in sorted(heads, key=lambda h: h[0]) if digest is not None]
+    def key(self, request: Request) -> Key:
+        return self._keys[request.id]
 
-    def group(self, digest: str | None) -> list[Request]:
-        return [request for _, request in self._groups.get(digest, {}).values()]
+    def head(self, place: str | None) -> Request:
+        return self._groups[place][0][1]
 
-    def runnable(self, usable: Callable[[str], bool]) -> Iterator[Request]:
-        """Base requests and those whose adapter is usable, oldest first.
+    def places(self) -> list[str]:
+        """Adapters that are waited for, in no particular order."""
+        return [place for place in self._groups if place is not None]
 
-        The caller may remove a request it was given while it goes on.
+    def group(self, place: str | None) -> list[Request]:
+        return [request for _, request in self._groups.get(place, ())]
+
+    def in_order(
+        self, wanted: Callable[[str], bool], share: Callable[[str | None], float]
+    ) -> Iterator[Request]:
+        """Base requests and those of wanted adapters: by priority, then share, then arrival.
+
+        share: what an adapter has had so far; less goes first. The caller may remove a request that
+        it was given while it goes on.
         """
         groups = [
-            list(group.values())
-            for digest, group in self._groups.items()
-            if digest is None or usable(digest)
+            (place, list(group))
+            for place, group in self._groups.items()
+            if place is None or wanted(place)
         ]
-        for _, request in heapq.merge(*groups, key=lambda pair: pair[0]):
-            yield request
+        heap = [
+            (group[0][0][0], share(place), group[0][0][1], index, 0)
+            for index, (place, group) in enumerate(groups)
+        ]
+        heapq.heapify(heap)
+        while heap:
+            _, _, _, index, position = heapq.heappop(heap)
+            place, group = groups[index]
+            yield group[position][1]
+            if position + 1 < len(group):
+                priority, number = group[position + 1][0]
+                heapq.heappush(heap, (priority, share(place), number, index, position + 1))

@@ -4,13 +4,16 @@ import random
 
 import pytest
 
+from cluster.costs import Costs
 from cluster.errors import FleetError
-from replica import eviction
+from replica.drainer import Sharing
+from replica.eviction import ORDERS
 from replica.extents import Extents
 from replica.pages import Pages
 from replica.request import NewRequest, Sampling
 from replica.residency import Load, Residency
-from replica.scheduler import Chosen, Limits, Plan, Scheduler
+from replica.scheduler import Chosen, Limits, Plan, Scheduler, Switches
+from replica.share import Share
 
 
 class Run:
@@ -26,11 +29,32 @@ class Run:
             loads_in_flight_max=rng.randint(1, 3),
             context=rng.randint(32, 96),
             eos_tokens=frozenset({2}),
+            parked_pages_max=rng.choice([None, 0, 5]),
+            page_wait_max_s=rng.choice([0.0, 0.3, 2.0]),
+        )
+        costs = Costs(copy_bytes_per_s=rng.choice([200.0, 2000.0]), decode_s=0.05)
+        sharing = Sharing(
+            park=self.chance(0.6),
+            quantum_s=rng.choice([0.1, 0.5]),
+            drain_wait_threshold_s=rng.choice([0.0, 0.2]),
+        )
+        switches = Switches(
+            base_pinned=self.chance(0.8),
+            skip=self.chance(0.8),
+            overlap=self.chance(0.8),
+            prefetch_depth=rng.choice([0, 1, 8]),
         )
         residency = Residency(
-            Extents(rng.randint(60, 200), 1), rng.randint(1, 6), eviction.lru, 0.2, 1.0
+            Extents(rng.randint(60, 200), 1),
+            rng.randint(1, 6),
+            ORDERS[rng.choice(sorted(ORDERS))],
+            costs.copy_s,
+            0.2,
+            1.0,
         )
-        self.core = Scheduler(limits, Pages(rng.randint(6, 20), 16), residency)
+        pages = Pages(rng.randint(6, 20), 16)
+        share = Share({"a": 2.0}, on=self.chance(0.3))
+        self.core = Scheduler(limits, pages, residency, costs, switches, sharing, share)
         self.loads: list[Load] = []
         self.contents: dict[int, str] = {}  # slot → digest whose weights are there
         self.open: set[str] = set()
@@ -47,7 +71,7 @@ class Run:
             digest = rng.choice("abcdefgh")
             core.residency.register(digest, "/", rng.randint(1, 60), pinned=False, now_s=self.now_s)
         if self.chance(0.02) and core.residency.adapters:
-            core.forget(rng.choice(sorted(core.residency.adapters)))
+            core.forget(rng.choice([d for d in sorted(core.residency.adapters) if d] or ["x"]))
         if self.chance(0.5):
             self.arrive()
         if self.chance(0.05) and self.open:
@@ -63,7 +87,9 @@ class Run:
         sampling = Sampling(max_tokens=rng.randint(1, 40))
         prompt = tuple(range(rng.randint(1, 60)))
         try:
-            self.core.add(NewRequest(name, prompt, sampling, digest), self.now_s)
+            self.core.add(
+                NewRequest(name, prompt, sampling, digest, rng.choice([0, 0, 1])), self.now_s
+            )
         except FleetError:
             return
         self.open.add(name)
@@ -79,7 +105,7 @@ class Run:
                 continue
             self.loads.remove(load)
             if faults and self.chance(0.2):
-                self.core.residency.failed(load.digest, "fault", self.now_s)
+                self.core.load_failed(load.digest, "fault", self.now_s)
             else:
                 self.contents[load.slot] = load.digest
                 self.core.loaded(load.digest, self.now_s)
@@ -100,7 +126,10 @@ class Run:
             moved = {move.slot for move in room.moves}
             assert in_flight.isdisjoint(moved), "a copy's target moved"
             assert moved <= set(self.contents), "what is not there cannot move"
-            self.loads.append(room.load)
+            if self.core.switches.overlap:
+                self.loads.append(room.load)
+            else:
+                self.contents[room.load.slot] = room.load.digest
         self.right_weights(plan)
         chosen = [Chosen(self.rng.choice([2, 5, 6, 7])) if w.sample else None for w in plan.rows]
         deltas = [*plan.failed, *self.core.commit(plan, chosen, self.now_s)]
@@ -113,7 +142,7 @@ class Run:
 
     def right_weights(self, plan: Plan) -> None:
         for work in plan.rows:
-            weights = self.contents.get(work.slot) if work.slot else None
+            weights = self.contents[work.slot] if work.slot else None
             assert weights == work.request.digest, f"{work.request.id} ran with {weights}"
 
 

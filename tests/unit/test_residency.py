@@ -5,11 +5,13 @@ import pytest
 from cluster.values import Tier
 from replica import eviction
 from replica.extents import Extents
-from replica.residency import Evict, Residency
+from replica.residency import Evict, Residency, Room
 
 
 def residency(capacity: int = 100, slots: int = 8) -> Residency:
-    return Residency(Extents(capacity, alignment=1), slots, eviction.lru, 1.0, 8.0)
+    return Residency(
+        Extents(capacity, alignment=1), slots, eviction.lru, lambda size: size * 0.01, 1.0, 8.0
+    )
 
 
 def registered(*digests: str, size: int = 40, capacity: int = 100, slots: int = 8) -> Residency:
@@ -19,15 +21,20 @@ def registered(*digests: str, size: int = 40, capacity: int = 100, slots: int = 
     return directory
 
 
+def room_for(directory: Residency, digest: str, now_s: float) -> Room | None:
+    victims = directory.victims_for(digest)
+    return None if victims is None else directory.make_room(digest, victims, now_s)
+
+
 def bring(directory: Residency, digest: str, now_s: float) -> None:
-    assert directory.make_room(digest, now_s) is not None
+    assert room_for(directory, digest, now_s) is not None
     directory.loaded(digest, now_s)
     directory.check()
 
 
 def test_a_load_takes_a_slot_and_bytes_at_once() -> None:
     directory = registered("a", "b")
-    first, second = directory.make_room("a", 0.0), directory.make_room("b", 0.0)
+    first, second = room_for(directory, "a", 0.0), room_for(directory, "b", 0.0)
     assert first is not None and second is not None
     assert (first.load.slot, first.load.offset) != (second.load.slot, second.load.offset)
     assert first.load.slot != 0 and second.load.slot != 0
@@ -40,11 +47,11 @@ def test_the_least_recently_used_leaves_first() -> None:
     directory = registered("a", "b", "c")
     bring(directory, "a", 1.0)
     bring(directory, "b", 2.0)
-    directory.claim("a")
+    directory.claim("a", 0.0)
     directory.acquire("a", 3.0)
     directory.release("a", 4.0)
     directory.unclaim("a")
-    room = directory.make_room("c", 5.0)
+    room = room_for(directory, "c", 5.0)
     assert room is not None and [e.digest for e in room.evictions] == ["b"]
 
 
@@ -52,17 +59,17 @@ def test_an_adapter_with_a_running_row_is_never_evicted() -> None:
     directory = registered("a", "b", "c")
     for now_s, digest in enumerate("ab"):
         bring(directory, digest, now_s)
-        directory.claim(digest)
+        directory.claim(digest, 0.0)
         directory.acquire(digest, now_s)
-    assert directory.make_room("c", 9.0) is None
+    assert room_for(directory, "c", 9.0) is None
     assert directory.usable("a") and directory.usable("b")
     directory.check()
 
 
 def test_a_copy_in_flight_is_never_evicted() -> None:
     directory = registered("a", "b", "c")
-    assert directory.make_room("a", 0.0) and directory.make_room("b", 0.0)
-    assert directory.make_room("c", 1.0) is None
+    assert room_for(directory, "a", 0.0) and room_for(directory, "b", 0.0)
+    assert room_for(directory, "c", 1.0) is None
 
 
 def test_a_pinned_adapter_is_never_evicted() -> None:
@@ -70,27 +77,27 @@ def test_a_pinned_adapter_is_never_evicted() -> None:
     directory.register("a", "/a", 40, pinned=True, now_s=0.0)
     bring(directory, "a", 0.0)
     bring(directory, "b", 5.0)
-    room = directory.make_room("c", 9.0)
+    room = room_for(directory, "c", 9.0)
     assert room is not None and [e.digest for e in room.evictions] == ["b"]
 
 
 def test_an_adapter_loaded_for_a_waiting_request_is_kept_until_it_has_run() -> None:
     directory = registered("a", "b", capacity=40)
-    directory.claim("a")
-    directory.claim("b")
+    directory.claim("a", 0.0)
+    directory.claim("b", 0.0)
     bring(directory, "a", 0.0)
-    assert directory.make_room("b", 1.0) is None
+    assert room_for(directory, "b", 1.0) is None
     directory.acquire("a", 2.0)
     directory.release("a", 3.0)
-    assert directory.make_room("b", 4.0) is not None
+    assert room_for(directory, "b", 4.0) is not None
 
 
 def test_a_cancelled_request_no_longer_keeps_its_adapter() -> None:
     directory = registered("a", "b", capacity=40)
-    directory.claim("a")
+    directory.claim("a", 0.0)
     bring(directory, "a", 0.0)
     directory.unclaim("a")
-    assert directory.make_room("b", 1.0) is not None
+    assert room_for(directory, "b", 1.0) is not None
 
 
 def test_victims_are_as_many_as_the_bytes_ask_for() -> None:
@@ -98,7 +105,7 @@ def test_victims_are_as_many_as_the_bytes_ask_for() -> None:
     directory.register("large", "/large", 90, pinned=False, now_s=0.0)
     for now_s, digest in enumerate("abc"):
         bring(directory, digest, now_s)
-    room = directory.make_room("large", 9.0)
+    room = room_for(directory, "large", 9.0)
     assert room is not None and [e.digest for e in room.evictions] == ["a", "b", "c"]
     directory.check()
 
@@ -108,10 +115,10 @@ def test_scattered_bytes_slide_together_instead_of_a_third_eviction() -> None:
     for now_s, digest in enumerate("abcd"):
         bring(directory, digest, now_s)
     for digest in "bd":
-        directory.claim(digest)
+        directory.claim(digest, 0.0)
         directory.acquire(digest, 9.0)
     directory.register("large", "/large", 50, pinned=False, now_s=9.0)
-    room = directory.make_room("large", 9.0)
+    room = room_for(directory, "large", 9.0)
     assert room is not None
     assert [e.digest for e in room.evictions] == ["a", "c"]
     assert [(m.slot, m.target) for m in room.moves] == [(2, 0), (4, 25)]
@@ -123,9 +130,9 @@ def test_nothing_is_evicted_when_it_would_not_be_enough() -> None:
     directory.register("large", "/large", 90, pinned=False, now_s=0.0)
     bring(directory, "a", 0.0)
     bring(directory, "b", 1.0)
-    directory.claim("b")
+    directory.claim("b", 0.0)
     directory.acquire("b", 2.0)
-    assert directory.make_room("large", 9.0) is None
+    assert room_for(directory, "large", 9.0) is None
     assert directory.usable("a")
     directory.check()
 
@@ -133,7 +140,7 @@ def test_nothing_is_evicted_when_it_would_not_be_enough() -> None:
 def test_slots_bound_the_residents_too() -> None:
     directory = registered("a", "b", size=1, slots=1)
     bring(directory, "a", 0.0)
-    room = directory.make_room("b", 1.0)
+    room = room_for(directory, "b", 1.0)
     assert room is not None and room.evictions == (Evict("a", 1),) and room.load.slot == 1
 
 
@@ -141,7 +148,7 @@ def test_a_failed_load_frees_its_place_and_waits_longer_each_time() -> None:
     directory = registered("a")
     pauses = []
     for _ in range(5):
-        assert directory.make_room("a", 0.0) is not None
+        assert room_for(directory, "a", 0.0) is not None
         directory.failed("a", "broken", 0.0)
         pauses.append(directory.adapters["a"].retry_s)
         directory.check()
@@ -153,7 +160,7 @@ def test_a_failed_load_frees_its_place_and_waits_longer_each_time() -> None:
 def test_a_forgotten_adapter_stays_until_its_requests_have_ended() -> None:
     directory = registered("a")
     bring(directory, "a", 0.0)
-    directory.claim("a")
+    directory.claim("a", 0.0)
     directory.acquire("a", 1.0)
     assert directory.forget("a") == []
     assert directory.usable("a")
@@ -165,7 +172,7 @@ def test_a_forgotten_adapter_stays_until_its_requests_have_ended() -> None:
 
 def test_one_forgotten_while_it_loads_leaves_when_the_copy_has_ended() -> None:
     directory = registered("a")
-    assert directory.make_room("a", 0.0) is not None
+    assert room_for(directory, "a", 0.0) is not None
     assert directory.forget("a") == []
     directory.check()
     assert directory.loaded("a", 1.0) == [Evict("a", 1)]
@@ -176,7 +183,7 @@ def test_one_forgotten_while_it_loads_leaves_when_the_copy_has_ended() -> None:
 def test_one_registered_again_before_it_left_stays() -> None:
     directory = registered("a")
     bring(directory, "a", 0.0)
-    directory.claim("a")
+    directory.claim("a", 0.0)
     directory.forget("a")
     directory.register("a", "/a", 40, pinned=False, now_s=1.0)
     assert directory.unclaim("a") == []
@@ -186,7 +193,7 @@ def test_one_registered_again_before_it_left_stays() -> None:
 def test_changes_are_told_once() -> None:
     directory = registered("a")
     assert [(e.digest, e.tier) for e in directory.changes()] == [("a", Tier.DISK)]
-    directory.make_room("a", 0.0)
+    room_for(directory, "a", 0.0)
     directory.loaded("a", 1.0)
     assert [(e.digest, e.tier, e.bytes) for e in directory.changes()] == [("a", Tier.DEVICE, 40)]
     assert directory.changes() == []

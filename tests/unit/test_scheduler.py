@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
+from cluster.costs import Costs
 from cluster.errors import AdapterFailed, BadRequest, ModelNotFound, QueueFull
 from replica import eviction
 from replica.extents import Extents
@@ -25,10 +26,10 @@ def scheduler(
     loads: int = 2,
 ) -> Scheduler:
     limits = Limits(rows, tokens, queue, loads, context=128, eos_tokens=frozenset({EOS}))
-    residency = Residency(Extents(arena, 1), 8, eviction.lru, 1.0, 8.0)
+    residency = Residency(Extents(arena, 1), 8, eviction.lru, lambda size: size * 0.01, 1.0, 8.0)
     for digest in "abcd":
         residency.register(digest, f"/{digest}", 40, pinned=False, now_s=0.0)
-    return Scheduler(limits, Pages(pages, 16), residency)
+    return Scheduler(limits, Pages(pages, 16), residency, Costs(copy_bytes_per_s=100.0))
 
 
 def new(name: str, digest: str | None = None, prompt: int = 4, **sampling: object) -> NewRequest:
@@ -181,7 +182,7 @@ def test_a_failed_load_fails_its_own_requests_and_is_retried_later() -> None:
     core.add(new("r", "a"), 0.0)
     core.add(new("base", max_tokens=50), 0.0)
     run(core)
-    core.residency.failed("a", "truncated file", 0.0)
+    core.load_failed("a", "truncated file", 0.0)
     plan, deltas = run(core, 0.5)
     assert ran(plan) == ["base"]
     (failure,) = [d for d in deltas if d.error]

@@ -1,0 +1,65 @@
+"""Measured rates, smoothed: what a load, a step, an eviction costs.
+
+A step of d decode rows and p prompt tokens is taken to last `decode_s + p × prefill_token_s`, a
+copy of b bytes b / `copy_bytes_per_s`. Each starts from a prior and follows what is measured.
+"""
+
+from dataclasses import dataclass
+
+# Weight of the newest measurement. After ten of them the prior counts for a third.
+_WEIGHT = 0.1
+# The first measurements replace the prior, which knows nothing of the machine.
+_TRUSTED = 3
+
+
+@dataclass(slots=True)
+class Smoothed:
+    """An exponential moving average that begins as a plain one."""
+
+    value: float
+    count: int = 0
+
+    def take_in(self, measured: float) -> None:
+        self.count += 1
+        weight = max(_WEIGHT, 1.0 / self.count) if self.count > _TRUSTED else 1.0 / self.count
+        self.value += weight * (measured - self.value)
+
+
+class Costs:
+    """What the scheduler and the router believe of one device. Seconds and bytes."""
+
+    def __init__(
+        self,
+        copy_bytes_per_s: float = 1e9,
+        decode_s: float = 0.02,
+        prefill_token_s: float = 1e-4,
+    ) -> None:
+        self._copy_s_per_byte = Smoothed(1.0 / copy_bytes_per_s)
+        self._decode_s = Smoothed(decode_s)
+        self._prefill_token_s = Smoothed(prefill_token_s)
+
+    def copied(self, size: int, seconds: float) -> None:
+        if size > 0:
+            self._copy_s_per_byte.take_in(max(seconds, 1e-9) / size)
+
+    def stepped(self, prompt_tokens: int, seconds: float) -> None:
+        if prompt_tokens == 0:
+            self._decode_s.take_in(seconds)
+        else:
+            spent_s = max(seconds - self._decode_s.value, seconds / 10)
+            self._prefill_token_s.take_in(spent_s / prompt_tokens)
+
+    @property
+    def copy_bytes_per_s(self) -> float:
+        return 1.0 / self._copy_s_per_byte.value
+
+    @property
+    def decode_s(self) -> float:
+        """One decode step."""
+        return self._decode_s.value
+
+    def copy_s(self, size: int) -> float:
+        return size * self._copy_s_per_byte.value
+
+    def prefill_s(self, tokens: int) -> float:
+        return self.decode_s + tokens * self._prefill_token_s.value

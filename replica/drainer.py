@@ -1,0 +1,160 @@
+"""When a starving adapter gets the place of one that is in use.
+
+An adapter starves when requests wait for it and no idle adapter can leave for it. Two ways out:
+
+- drain: the victim takes no new requests until its rows have ended; its place is then kept for the
+  one it was drained for. Which waiting requests it may still take is fixed when the drain starts,
+  and none of them may last longer than the rows that run: a tolerance on what is *left* would grow
+  with each request it admits.
+- park: the victim's rows leave the batch with their KV pages and come back by one image copy. A
+  victim keeps its place for a slice that starts with its first step and lasts several copies, else
+  all time went into swapping. A victim that will end before the copies were done is waited out.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from cluster.costs import Costs
+from cluster.values import Tier
+from replica.request import Request
+from replica.residency import Adapter, Residency
+
+# A slice lasts at least so many times as long as bringing one image in and the other back.
+_COPIES_A_SLICE = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """drain_wait_threshold_s: how long an adapter starves before another is drained; 0: never.
+
+    quantum_s: the shortest slice.
+    """
+
+    park: bool = True
+    quantum_s: float = 0.5
+    drain_wait_threshold_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """What one victim goes through. admitted: ids of the waiting requests it may still take."""
+
+    starving: str
+    admitted: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a starving adapter gets a place. closed: takes nobody new, for it will end soon."""
+
+    victims: tuple[str, ...] = ()
+    closed: frozenset[str] = frozenset()
+
+
+class Drainer:
+    """Chooses victims among the adapters in use. Owns the drains."""
+
+    def __init__(self, sharing: Sharing, residency: Residency, costs: Costs) -> None:
+        self.sharing = sharing
+        self.drains: dict[str, Drain] = {}
+        self.started = 0
+        self._residency = residency
+        self._costs = costs
+
+    def may_admit(self, request: Request) -> bool:
+        drain = self.drains.get(request.place) if request.place is not None else None
+        return drain is None or request.id in drain.admitted
+
+    def kept(self, digest: str) -> set[str]:
+        """Adapters whose place will be someone else's than `digest`'s."""
+        return {victim for victim, drain in self.drains.items() if drain.starving != digest}
+
+    def drained_for(self, digest: str) -> set[str]:
+        return {victim for victim, drain in self.drains.items() if drain.starving == digest}
+
+    def tick(self) -> None:
+        """End the drains whose starving adapter wants no place any more, or has one."""
+        for victim, drain in list(self.drains.items()):
+            starving = self._residency.adapters.get(drain.starving)
+            served = starving is None or starving.starved_s is None
+            if served or starving.tier is Tier.LOADING or not self._residency.usable(victim):
+                del self.drains[victim]
+
+    def drain(
+        self, digest: str, running: Iterable[Request], waiting: Iterable[Request], now_s: float
+    ) -> None:
+        """Start draining for a starving adapter, unless it is too early or under way."""
+        threshold_s = self.sharing.drain_wait_threshold_s
+        starved_s = self._residency.adapters[digest].starved_s
+        if not threshold_s or starved_s is None or now_s - starved_s < threshold_s:
+            return
+        if any(drain.starving == digest for drain in self.drains.values()):
+            return
+        left = _longest(running)
+        order = sorted(
+            (a for a in self._in_use() if a.digest not in self.drains),
+            key=lambda a: (left[a.digest], a.digest),
+        )
+        victims = self._residency.victims_for(
+            digest, self.kept(digest), [a.digest for a in order if a.digest != digest]
+        )
+        waiting = list(waiting)
+        for victim in victims or ():
+            admitted = frozenset(
+                r.id for r in waiting if r.place == victim and r.remaining <= left.get(victim, 0)
+            )
+            self.drains[victim] = Drain(digest, admitted)
+            self.started += 1
+
+    def park(
+        self, digest: str, keep: set[str], running: Iterable[Request], now_s: float
+    ) -> Way | None:
+        """Whose rows to park for a starving adapter, none of `keep`; None while it has to wait."""
+        if not self.sharing.park:
+            return None
+        left = _longest(running)
+        adapter = self._residency.adapters[digest]
+        copy_s = self._costs.copy_s
+        over, ending = [], []
+        for victim in self._in_use():
+            copies_s = copy_s(victim.bytes) + copy_s(adapter.bytes)
+            if left[victim.digest] * self._costs.decode_s <= copies_s:
+                ending.append(victim)
+            elif now_s - victim.slice_s >= self.slice_s(copies_s):
+                over.append(victim)
+        wait_out = self._victims(digest, keep, ending)
+        if wait_out is not None:
+            return Way(closed=frozenset(wait_out) & {victim.digest for victim in ending})
+        victims = self._victims(digest, keep, over)
+        return None if victims is None else Way(victims=tuple(victims))
+
+    def slice_s(self, copies_s: float) -> float:
+        """copies_s: one image in and the other back."""
+        return max(self.sharing.quantum_s, _COPIES_A_SLICE * copies_s)
+
+    def bound_s(self, waiting: int, places: int, bytes_max: int) -> float:
+        """The longest wait for a place, when `waiting` adapters share `places` unpinned ones.
+
+        Each turn of all places takes a slice and a copy; without parking there is no such bound.
+        """
+        copies_s = 2 * self._costs.copy_s(bytes_max)
+        turns = -(-waiting // max(places, 1))
+        return turns * (self.slice_s(copies_s) + copies_s)
+
+    def _in_use(self) -> list[Adapter]:
+        adapters = self._residency.adapters.values()
+        return [a for a in adapters if a.tier is Tier.DEVICE and a.users > 0 and not a.pinned]
+
+    def _victims(self, digest: str, keep: set[str], in_use: Sequence[Adapter]) -> list[str] | None:
+        """Idle adapters and some of `in_use`, the one whose slice began first before the others."""
+        order = sorted(in_use, key=lambda a: (a.slice_s, a.digest))
+        return self._residency.victims_for(digest, keep, [a.digest for a in order])
+
+
+def _longest(running: Iterable[Request]) -> dict[str, int]:
+    """Adapter → upper bound of the tokens left in its longest row."""
+    left: dict[str, int] = {}
+    for request in running:
+        if request.place is not None:
+            left[request.place] = max(left.get(request.place, 0), request.remaining)
+    return left

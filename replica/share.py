@@ -1,0 +1,46 @@
+"""Fair share of the batch between adapters: virtual token counters.
+
+Each adapter's counter grows with the tokens it is served, divided by its weight; the one with the
+least goes first. One that was away comes back at the level of the least busy one present, so that
+it cannot save up (Sheng et al., Fairness in Serving Large Language Models, OSDI 2024).
+"""
+
+from collections.abc import Mapping
+
+# A generated token holds its row for a whole step; a prompt token shares one with many.
+_OUTPUT_WEIGHT = 2.0
+
+
+class Share:
+    """weights: by digest, 1 where none is given. Off, every adapter's share is the same."""
+
+    def __init__(self, weights: Mapping[str | None, float] | None = None, on: bool = False) -> None:
+        self._on = on
+        self._weights = dict(weights or {})
+        self._had: dict[str | None, float] = {}
+        self._present: dict[str | None, int] = {}
+
+    def of(self, place: str | None) -> float:
+        return self._had.get(place, 0.0) if self._on else 0.0
+
+    def enter(self, place: str | None) -> None:
+        """A request of it was accepted."""
+        if not self._on:
+            return
+        if place not in self._present:
+            least = min((self._had[other] for other in self._present), default=0.0)
+            self._had[place] = max(self._had.get(place, 0.0), least)
+        self._present[place] = self._present.get(place, 0) + 1
+
+    def leave(self, place: str | None) -> None:
+        if not self._on:
+            return
+        self._present[place] -= 1
+        if not self._present[place]:
+            del self._present[place]
+
+    def served(self, place: str | None, tokens: int, sampled: bool) -> None:
+        """tokens: computed in one step. sampled: one of them is the model's own."""
+        if self._on:
+            cost = tokens + (_OUTPUT_WEIGHT if sampled else 0.0)
+            self._had[place] = self._had.get(place, 0.0) + cost / self._weights.get(place, 1.0)

@@ -1,0 +1,51 @@
+"""Why did this wait? What happened to each request, and when, for the last so many of them."""
+
+from collections import Counter, OrderedDict
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Event(StrEnum):
+    QUEUED = "queued"
+    LOAD_STARTED = "load started"
+    LOAD_DONE = "load done"
+    LOAD_FAILED = "load failed"
+    RUNNING = "running"
+    FIRST_TOKEN = "first token"
+    PARKED = "parked"
+    RESUMED = "resumed"
+    PREEMPTED = "preempted"
+    DONE = "done"
+
+
+@dataclass(frozen=True, slots=True)
+class Happening:
+    at_s: float
+    event: Event
+    detail: str = ""
+
+
+class Stories:
+    """Timelines of the last `requests_max` requests, and how often each event happened in all."""
+
+    def __init__(self, requests_max: int = 4096, happenings_max: int = 64) -> None:
+        self.counts: Counter[Event] = Counter()
+        self._requests_max = requests_max
+        self._happenings_max = happenings_max
+        self._lines: OrderedDict[str, list[Happening]] = OrderedDict()
+
+    def note(self, request_id: str, at_s: float, event: Event, detail: str = "") -> None:
+        self.counts[event] += 1
+        line = self._lines.get(request_id)
+        if line is None:
+            line = self._lines[request_id] = []
+            if len(self._lines) > self._requests_max:
+                self._lines.popitem(last=False)
+        if len(line) == self._happenings_max:
+            # Keep how it began and how it goes on; the middle of a long life repeats itself.
+            del line[self._happenings_max // 2]
+        line.append(Happening(at_s, event, detail))
+
+    def story(self, request_id: str) -> list[Happening]:
+        """Empty when the request is unknown or too long ago."""
+        return list(self._lines.get(request_id, ()))
