@@ -180,6 +180,8 @@ class Scheduler:
     def step(self, now_s: float) -> Plan:
         failed = self._fail_quarantined(now_s)
         self.drainer.tick()
+        if self._passed_over is not None and not self._placed(self._passed_over[0]):
+            self._passed_over = None  # its adapter left meanwhile: pages would not help it
         closed: set[str] = set()
         parks = self.drainer.sharing.park
         rooms = self._loads(now_s, closed) if self.switches.overlap or parks else []
@@ -359,8 +361,9 @@ class Scheduler:
 
     def _bring(self, request: Request, rooms: list[Room], now_s: float) -> bool:
         """Whether its adapter is there. Without overlap it is loaded now, and the batch waits."""
-        if request.place is None or self.residency.usable(request.place):
+        if self._placed(request):
             return True
+        assert request.place is not None
         if self.switches.overlap:
             return False
         victims = self._idle_victims(request.place, self.drainer.kept(request.place))
@@ -394,6 +397,9 @@ class Scheduler:
             return None
         soon = [eta for eta in self._eta_s.values() if now_s < eta <= now_s + prefill_s / 2]
         return max(soon, default=None)
+
+    def _placed(self, request: Request) -> bool:
+        return request.place is None or self.residency.usable(request.place)
 
     def _fresh(self, request: Request) -> bool:
         return request.place is not None and self.residency.adapters[request.place].fresh
@@ -460,7 +466,7 @@ class Scheduler:
                 return False
             pages = self._take_pages(count, now_s, drop=alone or waited_long, spare=request)
             if pages is None:
-                if self._passed_over is None:
+                if self._passed_over is None and self.switches.skip:
                     self._passed_over = (request, now_s)
                 return False
             request.pages += pages
