@@ -27,11 +27,13 @@ _COPIES_A_SLICE = 5
 class Sharing:
     """drain_wait_threshold_s: how long an adapter starves before another is drained; 0: never.
 
-    quantum_s: the shortest slice.
+    quantum_s: the shortest slice. head_start_s: how much longer a parked adapter may starve than one
+    with a request that still has no token (see `prefetch.py`).
     """
 
     park: bool = True
     quantum_s: float = 0.5
+    head_start_s: float = 0.1
     drain_wait_threshold_s: float = 0.0
 
 

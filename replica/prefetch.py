@@ -5,10 +5,11 @@ from replica.residency import Residency
 from replica.waiting import Key, Waiting
 
 
-def service_order(waiting: Waiting, residency: Residency) -> list[str]:
+def service_order(waiting: Waiting, residency: Residency, head_start_s: float) -> list[str]:
     """Adapters that are waited for and not on the device: by priority, then who starved longest.
 
-    A parked adapter starves from when it was parked, so that all of them take turns.
+    A parked adapter starves from when it was parked, so that all of them take turns; one with a
+    request that has no token yet goes before those that starved up to `head_start_s` longer.
     """
     starving: list[tuple[int, float, Key, str]] = []
     for digest in waiting.places():
@@ -16,7 +17,9 @@ def service_order(waiting: Waiting, residency: Residency) -> list[str]:
         if adapter.tier in (Tier.DISK, Tier.HOST, Tier.FAILED):
             assert adapter.starved_s is not None
             head = waiting.key(waiting.head(digest))
-            starving.append((head[0], adapter.starved_s, head, digest))
+            begun = all(request.output for request in waiting.group(digest))
+            since_s = adapter.starved_s + (head_start_s if begun else 0.0)
+            starving.append((head[0], since_s, head, digest))
     return [digest for *_, digest in sorted(starving)]
 
 

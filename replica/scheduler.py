@@ -320,7 +320,8 @@ class Scheduler:
 
     def _starving(self) -> list[str]:
         """Adapters to bring, in this order; where the first request blocks the rest, only its own."""
-        starving = prefetch.service_order(self.waiting, self.residency)
+        head_start_s = self.drainer.sharing.head_start_s
+        starving = prefetch.service_order(self.waiting, self.residency, head_start_s)
         if self.switches.skip:
             return starving
         head = next((r for r in self._scan() if self.drainer.may_admit(r)), None)

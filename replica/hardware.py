@@ -1,0 +1,77 @@
+"""What a step and a copy take on known cards, for Llama-3.1-8B in bf16, from hardware arithmetic.
+
+Decode reads everything once a step. 8.03 G parameters less the embedding table are 15.0 GB; keys
+and values of one token are 2 × 32 layers × 8 heads × 128 × 2 B = 128 KiB; an adapter of rank r over
+all seven projections is 5.24 MB × r. Kernels reach about 80% of the memory bandwidth, and a step
+has a fixed price besides (launches, sampling, the server's Python):
+
+    step = fixed + (15.0 GB + 128 KiB × context + 5.24 MB × Σ ranks) ÷ (0.8 × bandwidth)
+                 + prompt tokens × 2 × 8.03 G FLOP ÷ (0.5 × peak)
+
+Copies from pinned host memory run at PCIe's rate: 55 GB/s for gen5 (H200), 25 GB/s for gen4 (A100).
+The bandwidth and peak are 4.8 TB/s and 990 TFLOP/s (H200), 2.04 TB/s and 312 TFLOP/s (A100 80 GB).
+
+`fixed_s` and `upstream_bytes_per_s`, the rate at which the measured servers brought an adapter,
+are no hardware figures: per card, each is set from one published figure (see `upstream.py`).
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from replica.scheduler import Work
+
+WEIGHT_BYTES = 15.0e9
+KV_TOKEN_BYTES = 2 * 32 * 8 * 128 * 2
+RANK_BYTES = 5.24e6
+TOKEN_FLOP = 2 * 8.03e9
+_BANDWIDTH_SHARE = 0.8
+_PEAK_SHARE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """bytes_per_s: memory bandwidth. copy_bytes_per_s: host to device."""
+
+    name: str
+    bytes_per_s: float
+    flop_per_s: float
+    copy_bytes_per_s: float
+    fixed_s: float
+    upstream_bytes_per_s: float
+    memory_bytes: float
+
+    def step_s(self, rows: Sequence[Work], ranks: Mapping[str | None, int]) -> float:
+        """ranks: by adapter. Each active adapter is read once, however many rows it has."""
+        context = sum(work.end for work in rows)
+        active = {work.request.digest for work in rows}
+        rank_sum = sum(ranks[digest] for digest in active if digest is not None)
+        read = WEIGHT_BYTES + KV_TOKEN_BYTES * context + RANK_BYTES * rank_sum
+        prompt_tokens = sum(w.end - w.start for w in rows if w.end - w.start > 1)
+        flop = TOKEN_FLOP * prompt_tokens
+        return (
+            self.fixed_s
+            + read / (_BANDWIDTH_SHARE * self.bytes_per_s)
+            + flop / (_PEAK_SHARE * self.flop_per_s)
+        )
+
+    def copy_s(self, size: int) -> float:
+        return size / self.copy_bytes_per_s
+
+    def as_upstream(self) -> "Card":
+        """The same card, loading at the rate the measured servers did."""
+        return dataclasses.replace(self, copy_bytes_per_s=self.upstream_bytes_per_s)
+
+    @property
+    def pages(self) -> int:
+        """KV pages of 16 tokens in half of what the weights leave."""
+        return int((self.memory_bytes - WEIGHT_BYTES) / 2 / KV_TOKEN_BYTES / 16)
+
+
+H200 = Card("h200-llama8b", 4.8e12, 990e12, 55e9, 0.004, 2.4e9, 141e9)
+A100 = Card("a100-llama8b", 2.04e12, 312e12, 25e9, 0.004, 2.4e9, 80e9)
+CARDS = {card.name: card for card in (H200, A100)}
+
+
+def image_bytes(rank: int) -> int:
+    return int(RANK_BYTES * rank)

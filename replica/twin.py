@@ -1,0 +1,175 @@
+"""One replica's twin: the real scheduler on a virtual clock, with a model of what things cost.
+
+    arrivals ──> scheduler.step ──> plan ──> the model says how long ──> scheduler.commit ──> …
+
+Deterministic: the same scheduler, arrivals and model give the same records.
+"""
+
+import heapq
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from replica.request import NewRequest, Request, Sampling
+from replica.residency import Load
+from replica.scheduler import Chosen, Plan, Scheduler, Work
+from replica.workloads import Arrival
+
+
+class Model(Protocol):
+    """What a device takes for its work, in seconds; `hardware.py` and measured ones have it."""
+
+    def step_s(self, rows: Sequence[Work], ranks: Mapping[str | None, int]) -> float: ...
+
+    def copy_s(self, size: int) -> float: ...
+
+
+@dataclass(slots=True)
+class Record:
+    """One request's life, in seconds of virtual time."""
+
+    arrival: Arrival
+    first_s: float | None = None
+    last_s: float = 0.0
+    gap_max_s: float = 0.0
+    tokens: int = 0
+
+    @property
+    def ttft_s(self) -> float:
+        assert self.first_s is not None
+        return self.first_s - self.arrival.at_s
+
+    @property
+    def e2e_s(self) -> float:
+        return self.last_s - self.arrival.at_s
+
+    def token(self, now_s: float) -> None:
+        if self.first_s is None:
+            self.first_s = now_s
+        else:
+            self.gap_max_s = max(self.gap_max_s, now_s - self.last_s)
+        self.last_s = now_s
+        self.tokens += 1
+
+
+@dataclass(slots=True)
+class Twin:
+    """ranks: of each adapter. check: the invariants after each step."""
+
+    scheduler: Scheduler
+    model: Model
+    ranks: Mapping[str | None, int]
+    check: bool = False
+    now_s: float = 0.0
+    steps: int = 0
+    _copies_end_s: float = 0.0
+    _copies: list[tuple[float, int, Load, float]] = field(default_factory=list)
+    _records: dict[str, Record] = field(default_factory=dict)
+
+    def run(self, arrivals: Iterable[Arrival]) -> list[Record]:
+        """Until all work has ended."""
+        coming = sorted(arrivals, key=lambda a: a.at_s)
+        number = 0
+        while True:
+            while number < len(coming) and coming[number].at_s <= self.now_s:
+                self._arrive(f"r{number}", coming[number])
+                number += 1
+            self._end_copies()
+            wake_s = self._step()
+            if wake_s is None:
+                continue
+            ends = [copy[0] for copy in self._copies[:1]]
+            times = [*ends, wake_s, *(a.at_s for a in coming[number : number + 1])]
+            following = [t for t in times if t > self.now_s]
+            if not following:
+                assert not self.scheduler.has_work, "work is left and nothing will happen"
+                return list(self._records.values())
+            self.now_s = min(following)
+
+    def _arrive(self, name: str, arrival: Arrival) -> None:
+        sampling = Sampling(max_tokens=arrival.output_tokens, temperature=0.0, ignore_eos=True)
+        prompt = (0,) * arrival.prompt_tokens
+        self._records[name] = Record(arrival)
+        self.scheduler.add(NewRequest(name, prompt, sampling, arrival.adapter), arrival.at_s)
+
+    def _end_copies(self) -> None:
+        while self._copies and self._copies[0][0] <= self.now_s:
+            _, _, load, copy_s = heapq.heappop(self._copies)
+            self.scheduler.costs.copied(load.bytes, copy_s)
+            self.scheduler.loaded(load.digest, self.now_s)
+
+    def _step(self) -> float | None:
+        """None when rows ran; else when the next step is worth while (infinity: after an event)."""
+        plan = self.scheduler.step(self.now_s)
+        self._make_rooms(plan)
+        if not plan.rows:
+            self._checked()
+            return float("inf") if plan.wake_s is None else plan.wake_s
+        took_s = self.model.step_s(plan.rows, self.ranks)
+        prompt_tokens = sum(w.end - w.start for w in plan.rows if w.end - w.start > 1)
+        self.scheduler.costs.stepped(prompt_tokens, took_s)
+        self.now_s += took_s
+        self.steps += 1
+        for work in plan.rows:
+            if work.sample:
+                self._records[work.request.id].token(self.now_s)
+        chosen = [Chosen(0) if work.sample else None for work in plan.rows]
+        self.scheduler.commit(plan, chosen, self.now_s)
+        self.scheduler.evictions()
+        self._checked()
+        return None
+
+    def _make_rooms(self, plan: Plan) -> None:
+        for room in plan.rooms:
+            copy_s = self.model.copy_s(room.load.bytes)
+            if self.scheduler.switches.overlap:
+                # One copy engine: copies follow one another.
+                self._copies_end_s = max(self._copies_end_s, self.now_s) + copy_s
+                entry = (self._copies_end_s, room.load.slot, room.load, copy_s)
+                heapq.heappush(self._copies, entry)
+            else:
+                self.scheduler.costs.copied(room.load.bytes, copy_s)
+                self.now_s += copy_s
+
+    def _checked(self) -> None:
+        if self.check:
+            self.scheduler.check()
+
+
+def context(request: Request) -> int:
+    """Tokens whose keys and values a step of this request reads."""
+    return request.tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What the upstream tables report, in milliseconds."""
+
+    ttft_mean_ms: float
+    ttft_p50_ms: float
+    ttft_p99_ms: float
+    e2e_mean_ms: float
+    itl_max_ms: float
+    tpot_p50_ms: float
+
+
+def figures(records: Sequence[Record]) -> Figures:
+    ttft = sorted(r.ttft_s * 1e3 for r in records)
+    tpot = [(r.e2e_s - r.ttft_s) / (r.tokens - 1) * 1e3 for r in records if r.tokens > 1]
+    return Figures(
+        ttft_mean_ms=statistics.fmean(ttft),
+        ttft_p50_ms=statistics.median(ttft),
+        ttft_p99_ms=percentile(ttft, 0.99),
+        e2e_mean_ms=statistics.fmean(r.e2e_s * 1e3 for r in records),
+        itl_max_ms=max(r.gap_max_s * 1e3 for r in records),
+        tpot_p50_ms=statistics.median(tpot),
+    )
+
+
+def percentile(ordered: Sequence[float], share: float) -> float:
+    """Linear between the two nearest, as numpy does it."""
+    position = (len(ordered) - 1) * share
+    below = int(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
