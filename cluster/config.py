@@ -35,6 +35,18 @@ class EngineConfig:
     step_tokens_max: prompt and decode tokens computed in one step (prefill is cut into chunks).
     queue_max: requests beyond a full batch; when there are as many, new ones are answered 429.
     threads: CPU threads for compute; None: what torch takes.
+
+    How requests and adapters are scheduled; the defaults are the best known, the other settings are
+    there to be compared with. base_slot shared: the base model competes for a slot. on_miss block:
+    the first request that cannot run stops those behind it. overlap off: a load stops the batch.
+    prefetch_depth: adapters loaded ahead of the batch space for them. park: rows leave the batch,
+    with their KV pages, for an adapter that starves. quantum_s: the shortest time an adapter keeps
+    a place before that. head_start_s: how much longer a parked adapter may starve than one with a
+    request that has no token yet. parked_pages_max: pages that parked rows may hold; None: all.
+    drain_wait_threshold_s: without parking, how long an adapter starves before another is drained
+    for it; 0: never. eviction: which idle adapter leaves first. page_wait_max_s: how long a prompt
+    may be passed over for want of pages before pages are saved for it. fair_share: adapters get
+    batch space in turn, by the tokens they were served.
     """
 
     model: str
@@ -56,6 +68,18 @@ class EngineConfig:
     loads_in_flight_max: int = 2
     threads: int | None = None
     seed: int | None = None
+    base_slot: Literal["pinned", "shared"] = "pinned"
+    on_miss: Literal["skip", "block"] = "skip"
+    overlap: bool = True
+    prefetch_depth: int = 8
+    park: bool = True
+    quantum_s: float = 0.5
+    head_start_s: float = 0.1
+    parked_pages_max: int | None = None
+    drain_wait_threshold_s: float = 0.0
+    eviction: Literal["cost", "lru", "fifo"] = "cost"
+    page_wait_max_s: float = 2.0
+    fair_share: bool = False
 
     def __post_init__(self) -> None:
         for name in (
@@ -67,6 +91,7 @@ class EngineConfig:
             "step_tokens_max",
             "queue_max",
             "loads_in_flight_max",
+            "quantum_s",
         ):
             _positive(name, getattr(self, name))
         for name in ("slots_max", "kv_memory", "context_tokens_max", "threads"):

@@ -27,8 +27,8 @@ _COPIES_A_SLICE = 5
 class Sharing:
     """drain_wait_threshold_s: how long an adapter starves before another is drained; 0: never.
 
-    quantum_s: the shortest slice. head_start_s: how much longer a parked adapter may starve than one
-    with a request that still has no token (see `prefetch.py`).
+    quantum_s: the shortest slice. head_start_s: how much longer a parked adapter may starve than
+    one with a request that still has no token (see `prefetch.py`).
     """
 
     park: bool = True
@@ -78,8 +78,8 @@ class Drainer:
         """End the drains whose starving adapter wants no place any more, or has one."""
         for victim, drain in list(self.drains.items()):
             starving = self._residency.adapters.get(drain.starving)
-            served = starving is None or starving.starved_s is None
-            if served or starving.tier is Tier.LOADING or not self._residency.usable(victim):
+            waits = starving is not None and starving.starved_s is not None
+            if not waits or not self._residency.usable(victim) or self._loads(drain.starving):
                 del self.drains[victim]
 
     def drain(
@@ -142,6 +142,9 @@ class Drainer:
         copies_s = 2 * self._costs.copy_s(bytes_max)
         turns = -(-waiting // max(places, 1))
         return turns * (self.slice_s(copies_s) + copies_s)
+
+    def _loads(self, digest: str) -> bool:
+        return self._residency.adapters[digest].tier is Tier.LOADING
 
     def _in_use(self) -> list[Adapter]:
         adapters = self._residency.adapters.values()

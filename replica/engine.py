@@ -1,24 +1,23 @@
 """The loop: plan → run → commit. One engine drives one device from one thread."""
 
+import dataclasses
 import random
 import time
 from collections.abc import Callable
 
 from cluster.config import EngineConfig
+from cluster.costs import Costs, Smoothed
 from cluster.errors import AdapterRefused
 from cluster.values import LoadReport, Residency, Version
-from replica import eviction
-from replica.extents import Extents
-from replica.loader import Loader
-from replica.pages import Pages
-from replica.request import Delta, NewRequest
-from replica.residency import Residency as Directory
+from replica.assembly import assemble
+from replica.image import Layout
+from replica.loader import Loaded, Loader
+from replica.request import Delta, NewRequest, Phase
+from replica.residency import Load
 from replica.runner import Row, Runner
-from replica.scheduler import Chosen, Limits, Plan, Scheduler, Work
+from replica.scheduler import BASE_PLACE, Chosen, Plan, Work
 from replica.shape import read_shape
-
-# Weight of the newest measurement in the smoothed rates of the load report.
-_SMOOTHING = 0.1
+from replica.story import Happening
 
 
 def _nothing() -> None:
@@ -30,7 +29,7 @@ class Engine:
 
     wake: called from a loader thread when a load has ended, for whoever waits for work.
     steps: batches run. idle: nothing ran in the last step, and nothing will until a request comes
-    or a load ends.
+    or a load ends; wake_s: or, on the monotonic clock, this time comes.
     """
 
     def __init__(self, config: EngineConfig, wake: Callable[[], None] = _nothing) -> None:
@@ -38,24 +37,14 @@ class Engine:
         self.shape = read_shape(config.model)
         self.runner = Runner(config, self.shape)
         arena = self.runner.arena
-        slots = config.directory_slots - 1
-        self.scheduler = Scheduler(
-            Limits(
-                batch_rows_max=config.batch_rows_max,
-                step_tokens_max=max(config.step_tokens_max, config.batch_rows_max),
-                queue_max=config.queue_max,
-                loads_in_flight_max=config.loads_in_flight_max,
-                context=min(config.context_tokens_max or self.shape.context, self.shape.context),
-                eos_tokens=self.shape.eos_tokens,
-            ),
-            Pages(self.runner.page_count, config.page_tokens),
-            Directory(
-                Extents(arena.capacity_bytes, arena.alignment),
-                min(config.slots_max or slots, slots),
-                eviction.lru,
-                config.load_retry_s,
-                config.load_retry_max_s,
-            ),
+        self.scheduler = assemble(
+            config,
+            context=min(config.context_tokens_max or self.shape.context, self.shape.context),
+            eos_tokens=self.shape.eos_tokens,
+            page_count=self.runner.page_count,
+            arena_bytes=arena.capacity_bytes,
+            alignment=arena.alignment,
+            costs=Costs(),
         )
         self._loader = Loader(
             self.shape,
@@ -66,11 +55,11 @@ class Engine:
             wake,
         )
         self.idle = True
+        self.wake_s: float | None = None
         self._seeds: dict[str, int] = {}
         self._random = random.Random(config.seed)
         self.steps = 0
-        self._step_s = 0.0
-        self._copy_bytes_per_s = 0.0
+        self._step_s = Smoothed(0.0)
 
     def register(self, version: Version, path: str) -> None:
         """From now on requests may name `version.digest`. Raises AdapterRefused."""
@@ -111,21 +100,26 @@ class Engine:
         self._take_in_loads()
         start_s = time.monotonic()
         plan = self.scheduler.step(start_s)
-        self._make_rooms(plan)
-        deltas = list(plan.failed)
+        deltas = [*plan.failed, *self._make_rooms(plan)]
+        if not self.config.overlap:
+            plan = self._without_lost(plan)
         if plan.rows:
             sampled = self.runner.run([self._row(work) for work in plan.rows])
             chosen = [None if s is None else Chosen(s.token, s.logprobs) for s in sampled]
             end_s = time.monotonic()
             deltas += self.scheduler.commit(plan, chosen, end_s)
             self.steps += 1
-            self._step_s = _smooth(self._step_s, end_s - start_s)
+            self._measured(plan, end_s - start_s)
         self._clear_slots()
         for delta in deltas:
             if delta.last:
                 del self._seeds[delta.request_id]
-        self.idle = not plan.rows
+        self.idle, self.wake_s = not plan.rows, plan.wake_s
         return deltas
+
+    def story(self, request_id: str) -> list[Happening]:
+        """Why it waited: what happened to the request, and when (monotonic seconds)."""
+        return self.scheduler.stories.story(request_id)
 
     def residency(self) -> list[Residency]:
         return self._dated(self.scheduler.residency.entries())
@@ -143,8 +137,8 @@ class Engine:
             waiting=len(scheduler.waiting),
             queued_tokens=sum(max(len(r.prompt) - r.computed, 0) for r in requests),
             remaining_tokens=sum(r.remaining for r in requests),
-            step_s=self._step_s,
-            copy_bytes_per_s=self._copy_bytes_per_s,
+            step_s=self._step_s.value,
+            copy_bytes_per_s=scheduler.costs.copy_bytes_per_s,
             free_bytes=extents.free,
             capacity_bytes=extents.capacity,
             free_pages=scheduler.pages.free,
@@ -167,30 +161,58 @@ class Engine:
             generated=len(request.output),
         )
 
-    def _make_rooms(self, plan: Plan) -> None:
+    def _make_rooms(self, plan: Plan) -> list[Delta]:
+        """Without overlap the batch waits here; those whose adapter did not come have failed."""
         arena = self.runner.arena
+        failed: list[Delta] = []
         for room in plan.rooms:
             for evict in room.evictions:
-                arena.clear(evict.slot)
+                if evict.digest != BASE_PLACE:
+                    arena.clear(evict.slot)
             for move in room.moves:
                 arena.move(move.slot, move.source, move.target, move.bytes)
-            self._loader.begin(room.load)
+            if room.load.digest == BASE_PLACE:
+                if self.config.overlap:
+                    self.scheduler.loaded(BASE_PLACE, time.monotonic())
+            elif self.config.overlap:
+                self._loader.begin(room.load)
+            else:
+                failed += self._take_in_blocking(self._loader.run(room.load))
+        return failed
+
+    def _take_in_blocking(self, ended: Loaded) -> list[Delta]:
+        """The scheduler has planned as if the load had succeeded."""
+        if ended.layout is None:
+            return self.scheduler.lost(ended.load.digest, ended.error or "", time.monotonic())
+        self._place(ended.load, ended.layout, ended.seconds)
+        return []
+
+    def _without_lost(self, plan: Plan) -> Plan:
+        rows = tuple(w for w in plan.rows if w.request.phase is Phase.RUNNING)
+        return dataclasses.replace(plan, rows=rows)
 
     def _take_in_loads(self) -> None:
         now_s = time.monotonic()
         for ended in self._loader.ended():
-            load = ended.load
             if ended.layout is None:
-                self.scheduler.residency.failed(load.digest, ended.error or "", now_s)
-                continue
-            self.runner.arena.place(load.slot, load.offset, ended.layout)
-            self.scheduler.loaded(load.digest, now_s)
-            rate = load.bytes / max(ended.seconds, 1e-6)
-            self._copy_bytes_per_s = _smooth(self._copy_bytes_per_s, rate)
+                self.scheduler.load_failed(ended.load.digest, ended.error or "", now_s)
+            else:
+                self._place(ended.load, ended.layout, ended.seconds)
+                self.scheduler.loaded(ended.load.digest, now_s)
         self._clear_slots()
+
+    def _place(self, load: Load, layout: Layout, seconds: float) -> None:
+        self.runner.arena.place(load.slot, load.offset, layout)
+        self.scheduler.costs.copied(load.bytes, seconds)
+
+    def _measured(self, plan: Plan, seconds: float) -> None:
+        prompt_tokens = sum(w.end - w.start for w in plan.rows if w.end - w.start > 1)
+        self.scheduler.costs.stepped(prompt_tokens, seconds)
+        self._step_s.take_in(seconds)
 
     def _clear_slots(self) -> None:
         for evict in self.scheduler.evictions():
+            assert evict.digest != BASE_PLACE, "the base model is never unloaded"
             self.runner.arena.clear(evict.slot)
 
     def _dated(self, entries: list[Residency]) -> list[Residency]:
@@ -199,7 +221,3 @@ class Engine:
         return [
             Residency(e.digest, e.tier, e.bytes, e.since_s + offset_s, e.reason) for e in entries
         ]
-
-
-def _smooth(old: float, new: float) -> float:
-    return new if old == 0.0 else old + _SMOOTHING * (new - old)

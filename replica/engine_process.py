@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
 
@@ -51,11 +52,16 @@ class Server:
         commands: list[Command] = []
         if self._engine.idle:
             with contextlib.suppress(Empty):
-                commands.append(self._inbox.get(timeout=_IDLE_S))
+                commands.append(self._inbox.get(timeout=self._nap_s()))
         while not self._inbox.empty():
             commands.append(self._inbox.get())
         hangups = [self._carry_out(command, message) for command in commands]
         return any(hangups)
+
+    def _nap_s(self) -> float:
+        if self._engine.wake_s is None:
+            return _IDLE_S
+        return min(max(self._engine.wake_s - time.monotonic(), 0.0), _IDLE_S)
 
     def _carry_out(self, command: Command, message: Message) -> bool:
         match command:

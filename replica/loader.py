@@ -55,6 +55,10 @@ class Loader:
     def begin(self, load: Load) -> None:
         self._threads.submit(self._run, load)
 
+    def run(self, load: Load) -> Loaded:
+        """The same, while the caller waits."""
+        return self._threads.submit(self._load, load).result()
+
     def ended(self) -> list[Loaded]:
         """The loads that ended since the last call."""
         ended = []
@@ -68,6 +72,10 @@ class Loader:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _run(self, load: Load) -> None:
+        self._done.put(self._load(load))
+        self._wake()
+
+    def _load(self, load: Load) -> Loaded:
         start_s = time.monotonic()
         try:
             image = read_image(load.path, self._shape, self._dtype)
@@ -75,12 +83,10 @@ class Loader:
                 raise AdapterFailed(f"{load.path}: the files changed since they were registered")
             assert image.bytes <= load.bytes, f"{image.bytes} bytes for a place of {load.bytes}"
             self._arena.copy_in(load.offset, image)
-            ended = Loaded(load, image.layout, time.monotonic() - start_s)
+            return Loaded(load, image.layout, time.monotonic() - start_s)
         except (FleetError, OSError, MemoryError, RuntimeError) as error:
             # Whatever one adapter's files or the device's memory do, only its requests suffer.
-            ended = Loaded(load, None, time.monotonic() - start_s, str(error) or repr(error))
-        self._done.put(ended)
-        self._wake()
+            return Loaded(load, None, time.monotonic() - start_s, str(error) or repr(error))
 
 
 def _step_back() -> None:

@@ -211,8 +211,8 @@ class Residency:
 
         Idle adapters go first. keep: none of these. parkable: adapters in use that may go too, in
         this order, once their rows are off the batch. An adapter that was loaded for a request and
-        has not run yet is kept for it, else two of them could evict each other for ever; spare_fresh
-        is off where the queue has one head and only that may load.
+        has not run yet is kept for it, else two of them could evict each other for ever. Only where
+        the queue has one head, and nothing else may load, is spare_fresh off.
         """
         idle = self._order(self._candidates(spare_fresh))
         candidates = [c.digest for c in idle if c.digest not in keep]
@@ -261,16 +261,28 @@ class Residency:
     def failed(self, digest: str, reason: str, now_s: float) -> None:
         """The load broke off. It may be tried again after a pause that doubles each time."""
         adapter = self.adapters[digest]
-        assert adapter.tier is Tier.LOADING and adapter.slot is not None
+        assert adapter.tier is Tier.LOADING
         self.loading -= 1
-        self.extents.give_back(digest)
+        self._quarantine(adapter, reason, now_s)
+
+    def lost(self, digest: str, reason: str, now_s: float) -> None:
+        """A load that was taken for done (without overlap) has failed; no row uses it."""
+        adapter = self.adapters[digest]
+        assert adapter.tier is Tier.DEVICE and adapter.users == 0
+        self._quarantine(adapter, reason, now_s)
+
+    def _quarantine(self, adapter: Adapter, reason: str, now_s: float) -> None:
+        assert adapter.slot is not None
+        self.extents.give_back(adapter.digest)
         self._free_slots.append(adapter.slot)
         adapter.tier, adapter.slot, adapter.since_s = Tier.FAILED, None, now_s
+        adapter.fresh = False
         pause_s = min(self._first_retry_s * 2.0 ** min(adapter.failures, 62), self._retry_max_s)
         adapter.retry_s = now_s + pause_s
         adapter.failures += 1
         adapter.reason = reason
-        self._changed.add(digest)
+        self._changed.add(adapter.digest)
+        self._starve(adapter, now_s)
         self._leave(adapter)
 
     def entries(self, digests: Iterable[str] | None = None) -> list[Entry]:

@@ -166,6 +166,15 @@ class Scheduler:
         self._eta_s.pop(digest, None)
         self.residency.failed(digest, reason, now_s)
 
+    def lost(self, digest: str, reason: str, now_s: float) -> list[Delta]:
+        """Without overlap: a load planned as done has failed, and so do the rows it was for."""
+        error = AdapterFailed(f"the adapter did not load: {reason}", field="model")
+        rows = [r for r in self.running.values() if r.place == digest]
+        failed = [self._fail(request, error, now_s) for request in rows]
+        if digest in self.residency.adapters:
+            self.residency.lost(digest, reason, now_s)
+        return failed
+
     def evictions(self) -> list[Evict]:
         """Adapters that left for good since the last call; their slots are to be cleared."""
         evictions, self._evictions = self._evictions, []
@@ -319,7 +328,7 @@ class Scheduler:
         return rooms
 
     def _starving(self) -> list[str]:
-        """Adapters to bring, in this order; where the first request blocks the rest, only its own."""
+        """Adapters to bring, in this order; where the first request blocks, only its own."""
         head_start_s = self.drainer.sharing.head_start_s
         starving = prefetch.service_order(self.waiting, self.residency, head_start_s)
         if self.switches.skip:

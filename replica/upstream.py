@@ -124,7 +124,9 @@ def simulate(
     """streams: others than the table's own."""
     chosen = table.policy(policy)
     card = table.card.as_upstream() if chosen.upstream_loads else table.card
-    twin = Twin(_scheduler(table, chosen, card, policy), card, dict(table.ranks))
+    ranks: dict[str | None, int] = {None: 0}
+    ranks.update(table.ranks.items())
+    twin = Twin(_scheduler(table, chosen, card, policy), card, ranks)
     coming: list[Arrival] = arrivals(streams or table.streams, seed)
     return twin.run(coming)
 

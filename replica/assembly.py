@@ -1,0 +1,64 @@
+"""From the configuration to a scheduler: what the engine and its twin both start from."""
+
+from cluster.config import EngineConfig
+from cluster.costs import Costs
+from replica.drainer import Sharing
+from replica.eviction import ORDERS
+from replica.extents import Extents
+from replica.pages import Pages
+from replica.residency import Residency
+from replica.scheduler import Limits, Scheduler, Switches
+from replica.share import Share
+
+
+def assemble(
+    config: EngineConfig,
+    *,
+    context: int,
+    eos_tokens: frozenset[int],
+    page_count: int,
+    arena_bytes: int,
+    alignment: int,
+    costs: Costs,
+) -> Scheduler:
+    """context: tokens of the longest prompt + output. arena_bytes: for adapter images."""
+    slots = config.directory_slots - 1
+    residency = Residency(
+        Extents(arena_bytes, alignment),
+        min(config.slots_max or slots, slots),
+        ORDERS[config.eviction],
+        costs.copy_s,
+        config.load_retry_s,
+        config.load_retry_max_s,
+    )
+    limits = Limits(
+        batch_rows_max=config.batch_rows_max,
+        step_tokens_max=max(config.step_tokens_max, config.batch_rows_max),
+        queue_max=config.queue_max,
+        loads_in_flight_max=config.loads_in_flight_max,
+        context=context,
+        eos_tokens=eos_tokens,
+        parked_pages_max=config.parked_pages_max,
+        page_wait_max_s=config.page_wait_max_s,
+    )
+    switches = Switches(
+        base_pinned=config.base_slot == "pinned",
+        skip=config.on_miss == "skip",
+        overlap=config.overlap,
+        prefetch_depth=config.prefetch_depth,
+    )
+    sharing = Sharing(
+        park=config.park,
+        quantum_s=config.quantum_s,
+        head_start_s=config.head_start_s,
+        drain_wait_threshold_s=config.drain_wait_threshold_s,
+    )
+    return Scheduler(
+        limits,
+        Pages(page_count, config.page_tokens),
+        residency,
+        costs,
+        switches,
+        sharing,
+        Share(on=config.fair_share),
+    )
