@@ -46,7 +46,8 @@ class EngineConfig:
     drain_wait_threshold_s: without parking, how long an adapter starves before another is drained
     for it; 0: never. eviction: which idle adapter leaves first. page_wait_max_s: how long a prompt
     may be passed over for want of pages before pages are saved for it. fair_share: adapters get
-    batch space in turn, by the tokens they were served.
+    batch space in turn, by the tokens they were served. prefix_cache: prompts that begin alike, for
+    the same version of the same adapter, share the pages of what they have in common.
     """
 
     model: str
@@ -80,6 +81,7 @@ class EngineConfig:
     eviction: Literal["cost", "lru", "fifo"] = "cost"
     page_wait_max_s: float = 2.0
     fair_share: bool = False
+    prefix_cache: bool = True
 
     def __post_init__(self) -> None:
         for name in (

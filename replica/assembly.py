@@ -5,9 +5,10 @@ from cluster.costs import Costs
 from replica.drainer import Sharing
 from replica.eviction import ORDERS
 from replica.extents import Extents
+from replica.loads import Switches
 from replica.pages import Pages
 from replica.residency import Residency
-from replica.scheduler import Limits, Scheduler, Switches
+from replica.scheduler import Limits, Scheduler
 from replica.share import Share
 
 
@@ -55,7 +56,7 @@ def assemble(
     )
     return Scheduler(
         limits,
-        Pages(page_count, config.page_tokens),
+        Pages(page_count, config.page_tokens, config.prefix_cache),
         residency,
         costs,
         switches,

@@ -12,10 +12,11 @@ from cluster.values import LoadReport, Residency, Version
 from replica.assembly import assemble
 from replica.image import Layout
 from replica.loader import Loaded, Loader
+from replica.loads import BASE_PLACE
 from replica.request import Delta, NewRequest, Phase
 from replica.residency import Load
 from replica.runner import Row, Runner
-from replica.scheduler import BASE_PLACE, Chosen, Plan, Work
+from replica.scheduler import Chosen, Plan, Work
 from replica.shape import read_shape
 from replica.story import Happening
 
@@ -130,10 +131,10 @@ class Engine:
 
     def report(self) -> LoadReport:
         scheduler = self.scheduler
-        requests = [*scheduler.waiting, *scheduler.running.values()]
+        requests = [*scheduler.waiting, *scheduler.batch.running.values()]
         extents = scheduler.residency.extents
         return LoadReport(
-            running=len(scheduler.running),
+            running=len(scheduler.batch.running),
             waiting=len(scheduler.waiting),
             queued_tokens=sum(max(len(r.prompt) - r.computed, 0) for r in requests),
             remaining_tokens=sum(r.remaining for r in requests),

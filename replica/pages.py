@@ -1,21 +1,51 @@
-"""KV pages: who holds which, and how many are free."""
+"""KV pages: who holds which, which are free, and which free ones still hold a known prefix.
 
-from collections.abc import Iterable
+    take ──> held ── give_back ──> free, or cached when its tokens were published
+              ^                       │
+              └── match ──────────────┘   (taken for other tokens when no page is free)
+
+A full page is known by the page before it and its own tokens, the first page by its root: the
+adapter's digest, None for the base model. Even an adapter that leaves k and v alone has a root of
+its own, for its other projections change what the next layers see. Keys are exact, not hashes of
+content, so that two prefixes are never taken for one another.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+Root = str | None
+Key = tuple["Root | int", tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """What was found of a prompt. link: names the last page found, or the root."""
+
+    pages: tuple[int, ...]
+    link: Root | int
 
 
 class Pages:
     """A fixed number of pages of `page_tokens` tokens each, handed out by id."""
 
-    def __init__(self, capacity: int, page_tokens: int) -> None:
+    def __init__(self, capacity: int, page_tokens: int, cache: bool = True) -> None:
         assert capacity > 0 and page_tokens > 0
         self.capacity = capacity
         self.page_tokens = page_tokens
+        self._cache = cache
         self._free = list(range(capacity - 1, -1, -1))
-        self._held: set[int] = set()
+        self._unused: OrderedDict[int, None] = OrderedDict()  # cached, held by nobody, oldest first
+        self._holders: dict[int, int] = {}
+        self._known: dict[Key, int] = {}
+        self._keys: dict[int, Key] = {}
+        self._links: dict[int, int] = {}
+        self._next_link = 0
 
     @property
     def free(self) -> int:
-        return len(self._free)
+        """Pages that can be taken; some may hold a prefix that is forgotten then."""
+        return len(self._free) + len(self._unused)
 
     def needed(self, tokens: int) -> int:
         """Pages that hold this many tokens."""
@@ -23,22 +53,77 @@ class Pages:
 
     def take(self, count: int) -> list[int] | None:
         """`count` pages, or None and nothing changed when there are too few."""
-        if count > len(self._free):
+        if count > self.free:
             return None
-        taken = [self._free.pop() for _ in range(count)]
-        self._held.update(taken)
+        taken = []
+        for _ in range(count):
+            if not self._free:
+                self._forget(next(iter(self._unused)))
+            taken.append(self._free.pop())
+        self._holders.update(dict.fromkeys(taken, 1))
         return taken
 
     def give_back(self, pages: Iterable[int]) -> None:
         """Raises AssertionError, before changing anything, for a page that is not held."""
         pages = list(pages)
-        assert len(set(pages)) == len(pages) and self._held.issuperset(pages), pages
-        self._held.difference_update(pages)
-        self._free.extend(pages)
+        assert len(set(pages)) == len(pages) and all(p in self._holders for p in pages), pages
+        # The end of a prefix is of less use than its beginning, and goes first.
+        for page in reversed(pages):
+            self._holders[page] -= 1
+            if self._holders[page]:
+                continue
+            del self._holders[page]
+            if page in self._keys:
+                self._unused[page] = None
+            else:
+                self._free.append(page)
+
+    def match(self, root: Root, tokens: Sequence[int]) -> Prefix:
+        """The longest known run of full pages at the beginning of `tokens`; they are held now."""
+        link: Root | int = root
+        pages: list[int] = []
+        for start in range(0, len(tokens) - self.page_tokens + 1, self.page_tokens):
+            page = self._known.get((link, tuple(tokens[start : start + self.page_tokens])))
+            if page is None:
+                break
+            pages.append(page)
+            link = self._links[page]
+        for page in pages:
+            self._unused.pop(page, None)
+            self._holders[page] = self._holders.get(page, 0) + 1
+        return Prefix(tuple(pages), link)
+
+    def publish(self, link: Root | int, tokens: Sequence[int], page: int) -> Root | int:
+        """A held page was filled with `tokens`, behind `link`. Gives the link of the next one."""
+        assert page in self._holders and len(tokens) == self.page_tokens
+        if not self._cache:
+            return link
+        key = (link, tuple(tokens))
+        known = self._known.setdefault(key, page)
+        if known == page and page not in self._keys:
+            self._keys[page] = key
+            self._links[page] = self._next_link
+            self._next_link += 1
+        return self._links[known]
 
     def check(self, holders: Iterable[Iterable[int]]) -> None:
-        """Every page is free or held by exactly one of `holders`."""
-        held = [page for pages in holders for page in pages]
-        assert len(held) == len(set(held)), "a page has two holders"
-        assert set(held) == self._held, "pages leaked or used without being taken"
-        assert sorted([*self._free, *held]) == list(range(self.capacity))
+        """Every page is free, cached, or held, by exactly those in `holders`."""
+        counts: dict[int, int] = {}
+        for pages in holders:
+            for page in pages:
+                counts[page] = counts.get(page, 0) + 1
+        assert counts == self._holders, "pages leaked or used without being taken"
+        assert all(n == 1 or page in self._keys for page, n in counts.items()), (
+            "a page has two holders though its content is not known"
+        )
+        everywhere = sorted([*self._free, *self._unused, *counts])
+        assert everywhere == list(range(self.capacity)), "a page is lost or in two places"
+        assert {page: key for key, page in self._known.items()} == self._keys
+        assert self._links.keys() == self._keys.keys()
+        assert not self._keys.keys() & set(self._free)
+
+    def _forget(self, page: int) -> None:
+        del self._unused[page]
+        del self._known[self._keys.pop(page)]
+        del self._links[page]
+        self._free.append(page)

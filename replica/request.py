@@ -118,7 +118,8 @@ class Request:
     """A request inside the engine; only the scheduler changes it.
 
     place: the adapter it needs on the device; None when it needs none. computed: tokens of
-    prompt + output whose keys and values lie in `pages`.
+    prompt + output whose keys and values lie in `pages`. cached: prompt tokens that were found
+    there when it began. published: full pages that others can find; link: names the last of them.
     """
 
     id: str
@@ -132,7 +133,9 @@ class Request:
     output: list[int] = field(default_factory=list)
     computed: int = 0
     pages: list[int] = field(default_factory=list)
-    preemptions: int = 0
+    cached: int = 0
+    published: int = 0
+    link: str | int | None = None
 
     @property
     def tokens(self) -> int:

@@ -17,17 +17,15 @@ from dataclasses import dataclass
 from cluster.costs import Costs
 from cluster.errors import AdapterFailed, BadRequest, FleetError, ModelNotFound, QueueFull
 from cluster.values import Tier
-from replica import prefetch
+from replica.batch import Batch
 from replica.drainer import Drainer, Sharing
+from replica.loads import BASE_PLACE, Loads, Switches
 from replica.pages import Pages
 from replica.request import Delta, Finish, NewRequest, Phase, Request, TokenLogprobs
 from replica.residency import Evict, Residency, Room
 from replica.share import Share
 from replica.story import Event, Stories
 from replica.waiting import Waiting
-
-# The place that the base model takes when `base_slot` is shared: no bytes, but a slot.
-BASE_PLACE = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,21 +45,6 @@ class Limits:
     eos_tokens: frozenset[int] = frozenset()
     parked_pages_max: int | None = None
     page_wait_max_s: float = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Switches:
-    """How it decides; the defaults are the best ones, the others what servers did before.
-
-    base_pinned: else the base model competes for a slot. skip: else the first request that cannot
-    run stops the scan. overlap: else a load stops the batch. prefetch_depth: adapters that may be
-    loaded beyond those there is batch space for.
-    """
-
-    base_pinned: bool = True
-    skip: bool = True
-    overlap: bool = True
-    prefetch_depth: int = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,20 +97,33 @@ class Scheduler:
         self.residency = residency
         self.costs = costs or Costs()
         self.switches = switches or Switches()
-        self.drainer = Drainer(sharing or Sharing(), residency, self.costs)
         self.share = share or Share()
         self.stories = Stories()
         self.waiting = Waiting()
-        self.running: dict[str, Request] = {}
-        self.parked: dict[str, Request] = {}
+        self.batch = Batch(
+            limits.batch_rows_max,
+            limits.parked_pages_max,
+            limits.page_wait_max_s if self.switches.skip else None,
+            pages,
+            residency,
+            self.waiting,
+            self.stories,
+        )
+        self.drainer = Drainer(sharing or Sharing(), residency, self.costs)
+        self.loads = Loads(
+            self.switches,
+            limits.loads_in_flight_max,
+            residency,
+            self.waiting,
+            self.batch,
+            self.drainer,
+            self.costs,
+            self.stories,
+        )
         self._requests: dict[str, Request] = {}
         self._evictions: list[Evict] = []
-        self._eta_s: dict[str, float] = {}
-        self._passed_over: tuple[Request, float] | None = None
         if not self.switches.base_pinned:
             residency.register(BASE_PLACE, "", 0, pinned=False, now_s=0.0)
-
-    # ---- what happens to requests and loads
 
     def add(self, new: NewRequest, now_s: float) -> Request:
         """Accept a request, or raise a FleetError and take nothing in."""
@@ -154,22 +150,21 @@ class Scheduler:
         return True
 
     def forget(self, digest: str) -> None:
+        """No new requests for it; it leaves when those that were accepted have ended."""
         self._evictions += self.residency.forget(digest)
 
     def loaded(self, digest: str, now_s: float) -> None:
-        self._eta_s.pop(digest, None)
-        for request in self.waiting.group(digest):
-            self.stories.note(request.id, now_s, Event.LOAD_DONE)
+        self.loads.loaded(digest, now_s)
         self._evictions += self.residency.loaded(digest, now_s)
 
     def load_failed(self, digest: str, reason: str, now_s: float) -> None:
-        self._eta_s.pop(digest, None)
+        self.loads.failed(digest, now_s)
         self.residency.failed(digest, reason, now_s)
 
     def lost(self, digest: str, reason: str, now_s: float) -> list[Delta]:
         """Without overlap: a load planned as done has failed, and so do the rows it was for."""
         error = AdapterFailed(f"the adapter did not load: {reason}", field="model")
-        rows = [r for r in self.running.values() if r.place == digest]
+        rows = [r for r in self.batch.running.values() if r.place == digest]
         failed = [self._fail(request, error, now_s) for request in rows]
         if digest in self.residency.adapters:
             self.residency.lost(digest, reason, now_s)
@@ -184,34 +179,31 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._requests)
 
-    # ---- the step
-
     def step(self, now_s: float) -> Plan:
         failed = self._fail_quarantined(now_s)
         self.drainer.tick()
-        if self._passed_over is not None and not self._placed(self._passed_over[0]):
-            self._passed_over = None  # its adapter left meanwhile: pages would not help it
+        self.batch.begin_step()
         closed: set[str] = set()
-        parks = self.drainer.sharing.park
-        rooms = self._loads(now_s, closed) if self.switches.overlap or parks else []
+        rooms: list[Room] = []
+        if self.switches.overlap or self.drainer.sharing.park:
+            rooms = self.loads.plan(self._first(), now_s, closed)
         rows = self._decodes(now_s)
         budget = self.limits.step_tokens_max - len(rows)
-        for request in [r for r in self.running.values() if not self._decoding(r)]:
+        for request in [r for r in self.batch.running.values() if not _decoding(r)]:
             if budget <= 0:
                 break
             rows.append(self._chunk(request, budget))
             budget -= rows[-1].end - rows[-1].start
-        hold_s = self._hold(now_s)
+        hold_s = self.loads.hold_until(self.limits.step_tokens_max, now_s)
         for request in self._scan():
-            if budget <= 0 or len(self.running) >= self.limits.batch_rows_max:
+            if budget <= 0 or self.batch.full:
                 break
             if request.place in closed or not self.drainer.may_admit(request):
                 continue
-            if hold_s is not None and self._fresh(request):
+            if hold_s is not None and self.loads.holds(request):
                 continue
-            if not self._bring(request, rooms, now_s) or not self._admit(
-                request, now_s, alone=not rows
-            ):
+            placed = self.loads.bring(request, rooms, now_s)
+            if not placed or not self.batch.admit(request, now_s, alone=not rows):
                 if self.switches.skip:
                     continue
                 break
@@ -228,15 +220,20 @@ class Scheduler:
             assert request.phase is Phase.RUNNING and request.computed == work.start
             assert work.sample == (choice is not None)
             request.computed = work.end
+            self.batch.publish(request)
             self.share.served(request.place, work.end - work.start, choice is not None)
             if choice is None:
                 continue
-            if not request.output:
+            first = not request.output
+            if first:
                 self.stories.note(request.id, now_s, Event.FIRST_TOKEN)
             request.output.append(choice.token)
             finish = self._finish(request, choice.token)
             logprobs = () if choice.logprobs is None else (choice.logprobs,)
-            deltas.append(Delta(request.id, (choice.token,), logprobs, finish))
+            cached = request.cached if first else 0
+            deltas.append(
+                Delta(request.id, (choice.token,), logprobs, finish, cached_tokens=cached)
+            )
             if finish is not None:
                 self._end(request, Phase.FINISHED, now_s)
         return deltas
@@ -244,15 +241,15 @@ class Scheduler:
     def check(self) -> None:
         """The invariants; raises AssertionError."""
         waiting = {request.id for request in self.waiting}
-        assert waiting.isdisjoint(self.running)
-        assert set(self.parked) <= waiting
-        assert waiting | set(self.running) == set(self._requests), "a request was lost"
+        assert waiting.isdisjoint(self.batch.running)
+        assert set(self.batch.parked) <= waiting
+        assert waiting | set(self.batch.running) == set(self._requests), "a request was lost"
         assert len(waiting) == len(self.waiting)
         for request in self._requests.values():
             phase = Phase.WAITING
-            if request.id in self.running:
+            if request.id in self.batch.running:
                 phase = Phase.RUNNING
-            elif request.id in self.parked:
+            elif request.id in self.batch.parked:
                 phase = Phase.PARKED
             assert request.phase is phase
             assert bool(request.pages) == (phase is not Phase.WAITING)
@@ -262,14 +259,10 @@ class Scheduler:
         for digest, adapter in self.residency.adapters.items():
             own = [r for r in self._requests.values() if r.place == digest]
             assert adapter.claims == len(own)
-            assert adapter.users == sum(r.id in self.running for r in own)
+            assert adapter.users == sum(r.id in self.batch.running for r in own)
             starves = adapter.wanted and adapter.tier is not Tier.DEVICE
             assert not starves or adapter.starved_s is not None
-        assert len(self.running) <= self.limits.batch_rows_max
-        most = self.limits.parked_pages_max
-        assert most is None or self._parked_pages() <= most
-
-    # ---- who comes in
+        self.batch.check()
 
     def _admissible(self, new: NewRequest) -> None:
         assert new.id not in self._requests and new.prompt and new.sampling.max_tokens > 0
@@ -292,127 +285,15 @@ class Scheduler:
                 raise ModelNotFound(f"adapter {new.digest[:12]} is not registered here")
         if len(self._requests) >= self.limits.queue_max + self.limits.batch_rows_max:
             raise QueueFull(
-                f"{len(self.waiting)} requests wait and {len(self.running)} run already, "
+                f"{len(self.waiting)} requests wait and {len(self.batch.running)} run already, "
                 "the most this engine takes",
                 retry_after_s=self._expected_wait_s(),
             )
 
     def _expected_wait_s(self) -> float:
         """Until a row of the batch comes free: the shortest of what is left, at today's pace."""
-        left = min((r.remaining for r in self.running.values()), default=1)
+        left = min((r.remaining for r in self.batch.running.values()), default=1)
         return max(1.0, left * self.costs.decode_s)
-
-    # ---- adapters
-
-    def _loads(self, now_s: float, closed: set[str]) -> list[Room]:
-        """Begin the loads there is room for; those who find none take a place, or wait."""
-        rooms: list[Room] = []
-        space = self.limits.batch_rows_max - len(self.running) + self.switches.prefetch_depth
-        ahead = prefetch.ahead(self.residency)
-        pinned = self.residency.pinned_elsewhere(now_s)
-        for digest in [*pinned, *self._starving()]:
-            if self.residency.loading >= self.limits.loads_in_flight_max:
-                break
-            keep = self.drainer.kept(digest)
-            if digest not in pinned and self.switches.skip:
-                sooner = prefetch.needed_sooner(digest, self.waiting, self.residency)
-                keep |= sooner - self.drainer.drained_for(digest)
-            victims = self._idle_victims(digest, keep)
-            if victims is None and digest not in pinned:
-                victims = self._take_place(digest, keep, now_s, closed)
-            elif ahead >= space and self.switches.skip:
-                continue
-            if victims is not None:
-                rooms.append(self._begin(digest, victims, now_s))
-                ahead += 1
-        return rooms
-
-    def _starving(self) -> list[str]:
-        """Adapters to bring, in this order; where the first request blocks, only its own."""
-        head_start_s = self.drainer.sharing.head_start_s
-        starving = prefetch.service_order(self.waiting, self.residency, head_start_s)
-        if self.switches.skip:
-            return starving
-        head = next((r for r in self._scan() if self.drainer.may_admit(r)), None)
-        return [digest for digest in starving if head is not None and head.place == digest]
-
-    def _idle_victims(self, digest: str, keep: set[str]) -> list[str] | None:
-        return self.residency.victims_for(digest, keep, spare_fresh=self.switches.skip)
-
-    def _begin(self, digest: str, victims: Sequence[str], now_s: float) -> Room:
-        room = self.residency.make_room(digest, victims, now_s)
-        after_s = max([now_s, *self._eta_s.values()])
-        self._eta_s[digest] = after_s + self.costs.copy_s(room.load.bytes)
-        for request in self.waiting.group(digest):
-            self.stories.note(request.id, now_s, Event.LOAD_STARTED)
-        if not self.switches.overlap:
-            self.loaded(digest, now_s)  # whoever carries out the plan waits for the copy
-        return room
-
-    def _take_place(
-        self, digest: str, keep: set[str], now_s: float, closed: set[str]
-    ) -> list[str] | None:
-        """Another's place for a starving adapter: now (its rows are parked), soon, or not yet."""
-        head = self.waiting.head(digest)
-        if not head.pages and self.pages.free < self.pages.needed(head.tokens):
-            return None  # it starves for pages: a place would not help it
-        way = self.drainer.park(digest, keep, self.running.values(), now_s)
-        if way is None:
-            self._drain(digest, now_s)
-            return None
-        closed |= way.closed
-        rows = [r for r in self.running.values() if r.place in way.victims]
-        held = self._parked_pages() + sum(len(r.pages) for r in rows)
-        if self.limits.parked_pages_max is not None and held > self.limits.parked_pages_max:
-            return None  # rows that lost their pages each time would get nowhere
-        for request in rows:
-            self._park(request, now_s)
-        return list(way.victims) or None
-
-    def _bring(self, request: Request, rooms: list[Room], now_s: float) -> bool:
-        """Whether its adapter is there. Without overlap it is loaded now, and the batch waits."""
-        if self._placed(request):
-            return True
-        assert request.place is not None
-        if self.switches.overlap:
-            return False
-        victims = self._idle_victims(request.place, self.drainer.kept(request.place))
-        if victims is None:
-            self._drain(request.place, now_s)
-            return False
-        rooms.append(self._begin(request.place, victims, now_s))
-        return True
-
-    def _drain(self, digest: str, now_s: float) -> None:
-        """Where the first request blocks the rest, all adapters in use drain by themselves."""
-        if self.switches.skip:
-            self.drainer.drain(digest, self.running.values(), self.waiting, now_s)
-
-    def _hold(self, now_s: float) -> float | None:
-        """Until when prompts of adapters that just came wait for those about to come.
-
-        One prefill of a group costs little more than that of its first member: when the others are
-        there within half its time, waiting wins. None: no need to wait.
-        """
-        if not self._eta_s or not self.switches.overlap:
-            return None
-        fresh = [
-            a
-            for a in self.residency.adapters.values()
-            if a.fresh and a.wanted and a.tier is Tier.DEVICE
-        ]
-        tokens = sum(r.tokens - r.computed for a in fresh for r in self.waiting.group(a.digest))
-        prefill_s = self.costs.prefill_s(min(tokens, self.limits.step_tokens_max))
-        if not fresh or now_s - min(a.since_s for a in fresh) >= prefill_s:
-            return None
-        soon = [eta for eta in self._eta_s.values() if now_s < eta <= now_s + prefill_s / 2]
-        return max(soon, default=None)
-
-    def _placed(self, request: Request) -> bool:
-        return request.place is None or self.residency.usable(request.place)
-
-    def _fresh(self, request: Request) -> bool:
-        return request.place is not None and self.residency.adapters[request.place].fresh
 
     def _fail_quarantined(self, now_s: float) -> list[Delta]:
         """Requests whose adapter could not be loaded fail; after the pause the next one retries."""
@@ -428,136 +309,31 @@ class Scheduler:
                 failed.append(self._fail(request, error, now_s))
         return failed
 
-    # ---- rows
-
     def _decodes(self, now_s: float) -> list[Work]:
         """One token for each request whose prompt is computed, oldest first."""
         rows = []
-        for request in list(self.running.values()):
-            if request.phase is not Phase.RUNNING or not self._decoding(request):
+        for request in list(self.batch.running.values()):
+            if request.phase is not Phase.RUNNING or not _decoding(request):
                 continue
-            if self._grow(request, now_s):
+            if self.batch.grow(request, now_s):
                 rows.append(self._chunk(request, 1))
         return rows
-
-    def _grow(self, request: Request, now_s: float) -> bool:
-        """A page for the next token; parked rows give theirs up, then newer ones, at last this."""
-        while self.pages.needed(request.tokens) > len(request.pages):
-            page = self._take_pages(1, now_s, drop=True)
-            if page is not None:
-                request.pages += page
-                continue
-            newest = next(reversed(self.running.values()))
-            self._preempt(newest, now_s)
-            if newest is request:
-                return False
-        return True
-
-    def _decoding(self, request: Request) -> bool:
-        return request.computed == request.tokens - 1 and bool(request.output)
 
     def _chunk(self, request: Request, budget: int) -> Work:
         end = min(request.tokens, request.computed + budget)
         slot = self.residency.slot(request.digest)
         return Work(request, request.computed, end, slot, sample=end == request.tokens)
 
+    def _first(self) -> str | None:
+        """The adapter of the first request, where that one blocks the rest."""
+        if self.switches.skip:
+            return None
+        return next((r.place for r in self._scan() if self.drainer.may_admit(r)), None)
+
     def _scan(self) -> Iterable[Request]:
         everyone = not self.switches.overlap or not self.switches.skip
         share = self.share.of if self.switches.skip else _nobody
         return self.waiting.in_order(lambda place: everyone or self.residency.usable(place), share)
-
-    def _admit(self, request: Request, now_s: float, alone: bool) -> bool:
-        """Onto the batch. alone: nothing else runs in this step, so parked pages may be dropped."""
-        count = self.pages.needed(request.tokens) - len(request.pages)
-        waited_long = self._saved_for(request, now_s)
-        if count > 0:
-            saved = self._saved(now_s)
-            if saved and not waited_long and self.pages.free - count < saved:
-                return False
-            pages = self._take_pages(count, now_s, drop=alone or waited_long, spare=request)
-            if pages is None:
-                if self._passed_over is None and self.switches.skip:
-                    self._passed_over = (request, now_s)
-                return False
-            request.pages += pages
-        if self._passed_over is not None and self._passed_over[0] is request:
-            self._passed_over = None
-        resumed = self.parked.pop(request.id, None) is not None
-        if request.place is not None:
-            self.residency.acquire(request.place, now_s)
-        self.waiting.remove(request)
-        request.become(Phase.RUNNING)
-        self.running[request.id] = request
-        self.stories.note(request.id, now_s, Event.RESUMED if resumed else Event.RUNNING)
-        return True
-
-    # ---- pages
-
-    def _take_pages(
-        self, count: int, now_s: float, drop: bool, spare: Request | None = None
-    ) -> list[int] | None:
-        """drop: parked rows may lose theirs, the newest first, but never `spare`."""
-        while (pages := self.pages.take(count)) is None:
-            newest = next((r for r in reversed(self.parked.values()) if r is not spare), None)
-            if newest is None or not drop:
-                return None
-            self._drop_pages(newest, now_s)
-        return pages
-
-    def _saved_for(self, request: Request, now_s: float) -> bool:
-        """Whether it was passed over for so long that others must leave it pages."""
-        return (
-            self._passed_over is not None
-            and self._passed_over[0] is request
-            and now_s - self._passed_over[1] > self.limits.page_wait_max_s
-        )
-
-    def _saved(self, now_s: float) -> int:
-        """Pages that are being saved for a request that was passed over for too long."""
-        if self._passed_over is None or not self._saved_for(self._passed_over[0], now_s):
-            return 0
-        request = self._passed_over[0]
-        return self.pages.needed(request.tokens) - len(request.pages)
-
-    def _parked_pages(self) -> int:
-        return sum(len(request.pages) for request in self.parked.values())
-
-    # ---- who leaves
-
-    def _park(self, request: Request, now_s: float) -> None:
-        """Off the batch with its pages, so that its adapter can leave."""
-        assert request.place is not None
-        del self.running[request.id]
-        self.residency.release(request.place, now_s)
-        request.become(Phase.PARKED)
-        self.parked[request.id] = request
-        self.waiting.add(request)
-        self.stories.note(request.id, now_s, Event.PARKED)
-
-    def _drop_pages(self, request: Request, now_s: float) -> None:
-        """A parked request computes its tokens again when its turn comes."""
-        del self.parked[request.id]
-        self._lose_pages(request)
-        request.become(Phase.WAITING)
-        self.stories.note(request.id, now_s, Event.PREEMPTED, "pages dropped while parked")
-
-    def _preempt(self, request: Request, now_s: float) -> None:
-        self._stop(request, now_s)
-        self._lose_pages(request)
-        request.become(Phase.WAITING)
-        self.waiting.add(request)
-        self.stories.note(request.id, now_s, Event.PREEMPTED)
-
-    def _lose_pages(self, request: Request) -> None:
-        self.pages.give_back(request.pages)
-        request.pages = []
-        request.computed = 0
-        request.preemptions += 1
-
-    def _stop(self, request: Request, now_s: float) -> None:
-        del self.running[request.id]
-        if request.place is not None:
-            self.residency.release(request.place, now_s)
 
     def _finish(self, request: Request, token: int) -> Finish | None:
         sampling = request.sampling
@@ -575,15 +351,7 @@ class Scheduler:
         return Delta(request.id, error=error)
 
     def _end(self, request: Request, phase: Phase, now_s: float) -> None:
-        if request.phase is Phase.RUNNING:
-            self._stop(request, now_s)
-        else:
-            self.waiting.remove(request)
-            self.parked.pop(request.id, None)
-        if self._passed_over is not None and self._passed_over[0] is request:
-            self._passed_over = None
-        self.pages.give_back(request.pages)
-        request.pages = []
+        self.batch.end(request, now_s)
         request.become(phase)
         self.waiting.forget(request)
         del self._requests[request.id]
@@ -591,6 +359,10 @@ class Scheduler:
         self.stories.note(request.id, now_s, Event.DONE, phase.value)
         if request.place is not None:
             self._evictions += self.residency.unclaim(request.place)
+
+
+def _decoding(request: Request) -> bool:
+    return request.computed == request.tokens - 1 and bool(request.output)
 
 
 def _nobody(_: str | None) -> float:

@@ -14,9 +14,10 @@ from replica.drainer import Sharing
 from replica.eviction import ORDERS
 from replica.extents import Extents
 from replica.hardware import A100, H200, Card, image_bytes
+from replica.loads import Switches
 from replica.pages import Pages
 from replica.residency import Residency
-from replica.scheduler import Limits, Scheduler, Switches
+from replica.scheduler import Limits, Scheduler
 from replica.twin import Figures, Record, Twin, figures
 from replica.workloads import Arrival, Stream, arrivals
 
@@ -153,7 +154,12 @@ def _scheduler(table: Table, policy: Policy, card: Card, name: str) -> Scheduler
         context=131_072,
     )
     return Scheduler(
-        limits, Pages(card.pages, 16), residency, costs, policy.switches, policy.sharing
+        limits,
+        Pages(card.pages, 16, cache=False),
+        residency,
+        costs,
+        policy.switches,
+        policy.sharing,
     )
 
 

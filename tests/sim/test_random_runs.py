@@ -9,10 +9,11 @@ from cluster.errors import FleetError
 from replica.drainer import Sharing
 from replica.eviction import ORDERS
 from replica.extents import Extents
+from replica.loads import Switches
 from replica.pages import Pages
 from replica.request import NewRequest, Sampling
 from replica.residency import Load, Residency
-from replica.scheduler import Chosen, Limits, Plan, Scheduler, Switches
+from replica.scheduler import Chosen, Limits, Plan, Scheduler, Work
 from replica.share import Share
 
 
@@ -57,6 +58,7 @@ class Run:
         self.core = Scheduler(limits, pages, residency, costs, switches, sharing, share)
         self.loads: list[Load] = []
         self.contents: dict[int, str] = {}  # slot → digest whose weights are there
+        self.cache: dict[tuple[int, int], tuple[str | None, int]] = {}  # page, offset → written
         self.open: set[str] = set()
         self.ended: set[str] = set()
         self.now_s = 0.0
@@ -85,7 +87,8 @@ class Run:
         name = f"r{self.count}"
         self.count += 1
         sampling = Sampling(max_tokens=rng.randint(1, 40))
-        prompt = tuple(range(rng.randint(1, 60)))
+        first = rng.choice([0, 0, 1])
+        prompt = tuple(range(first, first + rng.randint(1, 60)))
         try:
             self.core.add(
                 NewRequest(name, prompt, sampling, digest, rng.choice([0, 0, 1])), self.now_s
@@ -144,6 +147,16 @@ class Run:
         for work in plan.rows:
             weights = self.contents[work.slot] if work.slot else None
             assert weights == work.request.digest, f"{work.request.id} ran with {weights}"
+            self.right_pages(work)
+
+    def right_pages(self, work: Work) -> None:
+        """What it attends to are its own tokens, computed with its own weights."""
+        request, size = work.request, self.core.pages.page_tokens
+        for position, token in enumerate(request.slice(0, work.end)):
+            at = request.pages[position // size], position % size
+            if position >= work.start:
+                self.cache[at] = request.digest, token
+            assert self.cache.get(at) == (request.digest, token), f"{request.id} at {position}"
 
 
 @pytest.mark.parametrize("block", range(10))

@@ -34,7 +34,8 @@ def scheduler(
 
 def new(name: str, digest: str | None = None, prompt: int = 4, **sampling: object) -> NewRequest:
     fields: dict[str, object] = {"max_tokens": 4, **sampling}
-    return NewRequest(name, tuple(range(10, 10 + prompt)), Sampling(**fields), digest)  # type: ignore[arg-type]
+    first = 1000 * sum(map(ord, name))  # no two prompts begin alike
+    return NewRequest(name, tuple(range(first, first + prompt)), Sampling(**fields), digest)  # type: ignore[arg-type]
 
 
 def run(
@@ -241,3 +242,37 @@ def test_a_pinned_adapter_is_loaded_before_anyone_asks() -> None:
     core.residency.register("p", "/p", 40, pinned=True, now_s=0.0)
     plan, _ = run(core)
     assert [room.load.digest for room in plan.rooms] == ["p"]
+
+
+def test_prompts_that_begin_alike_share_pages_within_one_version_only() -> None:
+    core = scheduler(tokens=200, arena=200)
+    prompt = tuple(range(50))
+    for digest in ("a", "b"):
+        core.residency.register(digest, "/", 40, pinned=False, now_s=0.0)
+    core.add(NewRequest("a1", prompt, Sampling(max_tokens=1), "a"), 0.0)
+    core.step(0.0)
+    core.loaded("a", 0.0)
+    run(core)
+    core.add(NewRequest("a2", prompt, Sampling(max_tokens=1), "a"), 0.0)
+    core.add(NewRequest("b1", prompt, Sampling(max_tokens=1), "b"), 0.0)
+    core.add(NewRequest("base", prompt, Sampling(max_tokens=1)), 0.0)
+    plan, deltas = run(core)
+    assert {w.request.id: w.start for w in plan.rows} == {"a2": 48, "base": 0}
+    assert {d.request_id: d.cached_tokens for d in deltas} == {"a2": 48, "base": 0}
+    core.loaded("b", 0.0)
+    plan, _ = run(core)
+    assert [(w.request.id, w.start) for w in plan.rows] == [("b1", 0)]
+
+
+def test_a_prefix_outlives_its_adapter() -> None:
+    core = scheduler(tokens=200)
+    prompt = tuple(range(40))
+    for name in ("first", "again"):
+        core.residency.register("a", "/", 40, pinned=False, now_s=0.0)
+        core.add(NewRequest(name, prompt, Sampling(max_tokens=1), "a"), 0.0)
+        core.step(0.0)
+        core.loaded("a", 0.0)
+        plan, _ = run(core)
+        core.forget("a")
+        assert "a" not in core.residency.adapters
+    assert [w.start for w in plan.rows] == [32]

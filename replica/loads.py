@@ -1,0 +1,176 @@
+"""Which adapters come, and who makes room for them: loads, held prompts, places taken."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cluster.costs import Costs
+from cluster.values import Tier
+from replica import prefetch
+from replica.batch import Batch
+from replica.drainer import Drainer
+from replica.request import Request
+from replica.residency import Residency, Room
+from replica.story import Event, Stories
+from replica.waiting import Waiting
+
+# The place that the base model takes when `base_slot` is shared: no bytes, but a slot.
+BASE_PLACE = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Switches:
+    """How it decides; the defaults are the best ones, the others what servers did before.
+
+    base_pinned: else the base model competes for a slot. skip: else the first request that cannot
+    run stops the scan. overlap: else a load stops the batch. prefetch_depth: adapters that may be
+    loaded beyond those there is batch space for.
+    """
+
+    base_pinned: bool = True
+    skip: bool = True
+    overlap: bool = True
+    prefetch_depth: int = 8
+
+
+class Loads:
+    """Plans loads; `expected` says until when each one in flight is expected to end."""
+
+    def __init__(
+        self,
+        switches: Switches,
+        in_flight_max: int,
+        residency: Residency,
+        waiting: Waiting,
+        batch: Batch,
+        drainer: Drainer,
+        costs: Costs,
+        stories: Stories,
+    ) -> None:
+        self.switches = switches
+        self.expected: dict[str, float] = {}
+        self._in_flight_max = in_flight_max
+        self._residency = residency
+        self._waiting = waiting
+        self._batch = batch
+        self._drainer = drainer
+        self._costs = costs
+        self._stories = stories
+
+    def plan(self, first: str | None, now_s: float, closed: set[str]) -> list[Room]:
+        """Begin the loads there is room for; those who find none take a place, or wait.
+
+        first: where the first request blocks the rest, its adapter alone may come. closed: gets
+        the adapters that take nobody new in this step, for they will end soon.
+        """
+        rooms: list[Room] = []
+        space = self._batch.rows_max - len(self._batch.running) + self.switches.prefetch_depth
+        ahead = prefetch.ahead(self._residency)
+        pinned = self._residency.pinned_elsewhere(now_s)
+        for digest in [*pinned, *self._starving(first)]:
+            if self._residency.loading >= self._in_flight_max:
+                break
+            keep = self._keep(digest, digest in pinned)
+            victims = self._idle_victims(digest, keep)
+            if victims is None and digest not in pinned:
+                victims = self._take_place(digest, keep, now_s, closed)
+            elif ahead >= space and self.switches.skip:
+                continue
+            if victims is not None:
+                rooms.append(self._begin(digest, victims, now_s))
+                ahead += 1
+        return rooms
+
+    def bring(self, request: Request, rooms: list[Room], now_s: float) -> bool:
+        """Whether its adapter is there. Without overlap it is loaded now, and the batch waits."""
+        if self._batch.placed(request):
+            return True
+        assert request.place is not None
+        if self.switches.overlap:
+            return False
+        victims = self._idle_victims(request.place, self._drainer.kept(request.place))
+        if victims is None:
+            self._drain(request.place, now_s)
+            return False
+        rooms.append(self._begin(request.place, victims, now_s))
+        return True
+
+    def hold_until(self, step_tokens_max: int, now_s: float) -> float | None:
+        """Until when prompts of adapters that just came wait for those about to come.
+
+        One prefill of a group costs little more than that of its first member: when the others are
+        there within half its time, waiting wins. None: no need to wait.
+        """
+        if not self.expected or not self.switches.overlap:
+            return None
+        fresh = [
+            a
+            for a in self._residency.adapters.values()
+            if a.fresh and a.wanted and a.tier is Tier.DEVICE
+        ]
+        tokens = sum(r.tokens - r.computed for a in fresh for r in self._waiting.group(a.digest))
+        prefill_s = self._costs.prefill_s(min(tokens, step_tokens_max))
+        if not fresh or now_s - min(a.since_s for a in fresh) >= prefill_s:
+            return None
+        soon = [end for end in self.expected.values() if now_s < end <= now_s + prefill_s / 2]
+        return max(soon, default=None)
+
+    def holds(self, request: Request) -> bool:
+        """It is one of those that `hold_until` is about."""
+        return request.place is not None and self._residency.adapters[request.place].fresh
+
+    def loaded(self, digest: str, now_s: float) -> None:
+        self.expected.pop(digest, None)
+        for request in self._waiting.group(digest):
+            self._stories.note(request.id, now_s, Event.LOAD_DONE)
+
+    def failed(self, digest: str, now_s: float) -> None:
+        self.expected.pop(digest, None)
+        for request in self._waiting.group(digest):
+            self._stories.note(request.id, now_s, Event.LOAD_FAILED)
+
+    def _starving(self, first: str | None) -> list[str]:
+        head_start_s = self._drainer.sharing.head_start_s
+        starving = prefetch.service_order(self._waiting, self._residency, head_start_s)
+        return starving if self.switches.skip else [d for d in starving if d == first]
+
+    def _keep(self, digest: str, pinned: bool) -> set[str]:
+        keep = self._drainer.kept(digest)
+        if pinned or not self.switches.skip:
+            return keep
+        sooner = prefetch.needed_sooner(digest, self._waiting, self._residency)
+        return keep | (sooner - self._drainer.drained_for(digest))
+
+    def _idle_victims(self, digest: str, keep: set[str]) -> list[str] | None:
+        return self._residency.victims_for(digest, keep, spare_fresh=self.switches.skip)
+
+    def _begin(self, digest: str, victims: Sequence[str], now_s: float) -> Room:
+        room = self._residency.make_room(digest, victims, now_s)
+        after_s = max([now_s, *self.expected.values()])
+        self.expected[digest] = after_s + self._costs.copy_s(room.load.bytes)
+        for request in self._waiting.group(digest):
+            self._stories.note(request.id, now_s, Event.LOAD_STARTED)
+        if not self.switches.overlap:  # whoever carries out the plan waits for the copy
+            self.loaded(digest, now_s)
+            evictions = self._residency.loaded(digest, now_s)
+            assert not evictions, "an adapter that someone waits for does not leave"
+        return room
+
+    def _take_place(
+        self, digest: str, keep: set[str], now_s: float, closed: set[str]
+    ) -> list[str] | None:
+        """Another's place for a starving adapter: now (its rows are parked), soon, or not yet."""
+        if not self._batch.has_pages_for(self._waiting.head(digest)):
+            return None  # it starves for pages: a place would not help it
+        way = self._drainer.park(digest, keep, self._batch.running.values(), now_s)
+        if way is None:
+            self._drain(digest, now_s)
+            return None
+        closed |= way.closed
+        if not way.victims or not self._batch.park_all(way.victims, now_s):
+            return None
+        return list(way.victims)
+
+    def _drain(self, digest: str, now_s: float) -> None:
+        """Where the first request blocks the rest, all adapters in use drain by themselves."""
+        if self.switches.skip:
+            self._drainer.drain(digest, self._batch.running.values(), self._waiting, now_s)
