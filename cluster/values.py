@@ -55,6 +55,10 @@ class LoadReport:
     remaining_tokens: upper bound of what running and waiting requests may still generate.
     step_s: smoothed duration of one step. copy_bytes_per_s: smoothed rate of adapter loads.
     steps: steps run since start, so that a reader can tell a stuck engine from an idle one.
+
+    Counted since start: requests for an adapter by where it was when they came (`hits_device`,
+    `hits_loading`, else `misses`), loads, evictions, loads that no row used, drains, rows parked,
+    resumed, and put back to compute their tokens again.
     """
 
     running: int = 0
@@ -68,3 +72,13 @@ class LoadReport:
     free_pages: int = 0
     capacity_pages: int = 0
     steps: int = 0
+    hits_device: int = 0
+    hits_loading: int = 0
+    misses: int = 0
+    loads: int = 0
+    evictions: int = 0
+    wasted_loads: int = 0
+    drains: int = 0
+    parks: int = 0
+    resumes: int = 0
+    preemptions: int = 0

@@ -18,7 +18,7 @@ class Call:
 
     model: the name that was asked for. digest: of its adapter, None for the base model.
     prompts: each gets `n` choices; choice i continues prompt i // n.
-    echoes: for each prompt the text to repeat before the answer.
+    echoes: for each prompt the text to repeat before the answer. priority: higher goes first.
     """
 
     id: str
@@ -31,6 +31,7 @@ class Call:
     include_stop: bool = False
     skip_special_tokens: bool = True
     echoes: tuple[str, ...] = ()
+    priority: int = 0
 
     @property
     def choices(self) -> int:
@@ -47,7 +48,11 @@ class Call:
             seed = (sampling.seed + index % self.n + SEED_RANGE) % (2 * SEED_RANGE) - SEED_RANGE
             sampling = replace(sampling, seed=seed)
         return NewRequest(
-            f"{self.id}-{index}", self.prompts[index // self.n], sampling, self.digest
+            f"{self.id}-{index}",
+            self.prompts[index // self.n],
+            sampling,
+            self.digest,
+            self.priority,
         )
 
 

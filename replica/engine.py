@@ -8,7 +8,7 @@ from collections.abc import Callable
 from cluster.config import EngineConfig
 from cluster.costs import Costs, Smoothed
 from cluster.errors import AdapterRefused
-from cluster.values import LoadReport, Residency, Version
+from cluster.values import LoadReport, Residency, Tier, Version
 from replica.assembly import assemble
 from replica.image import Layout
 from replica.loader import Loaded, Loader
@@ -18,7 +18,7 @@ from replica.residency import Load
 from replica.runner import Row, Runner
 from replica.scheduler import Chosen, Plan, Work
 from replica.shape import read_shape
-from replica.story import Happening
+from replica.story import Event, Happening
 
 
 def _nothing() -> None:
@@ -145,6 +145,20 @@ class Engine:
             free_pages=scheduler.pages.free,
             capacity_pages=scheduler.pages.capacity,
             steps=self.steps,
+            hits_device=scheduler.arrivals[Tier.DEVICE],
+            hits_loading=scheduler.arrivals[Tier.LOADING],
+            misses=sum(
+                count
+                for tier, count in scheduler.arrivals.items()
+                if tier not in (Tier.DEVICE, Tier.LOADING)
+            ),
+            loads=scheduler.residency.loads,
+            evictions=scheduler.residency.evictions,
+            wasted_loads=scheduler.residency.wasted,
+            drains=scheduler.drainer.started,
+            parks=scheduler.stories.counts[Event.PARKED],
+            resumes=scheduler.stories.counts[Event.RESUMED],
+            preemptions=scheduler.stories.counts[Event.PREEMPTED],
         )
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from queue import Empty, SimpleQueue
 
 from cluster.errors import FleetError
 from replica.engine import Engine
-from replica.messages import Cancel, Command, Forget, Hangup, Message, Register, Submit, Wake
+from replica.messages import Cancel, Command, Forget, Hangup, Message, Register, Submit, Tell, Wake
 from replica.request import Delta
 
 # How often an engine at work tells its load; a change of residency is told at once.
@@ -81,6 +81,8 @@ class Server:
             case Forget(call, digest):
                 self._engine.forget(digest)
                 message.done.append((call, None))
+            case Tell(call, request_id):
+                message.done.append((call, self._engine.story(request_id)))
             case Wake():
                 pass
             case Hangup():

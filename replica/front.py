@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from cluster.values import LoadReport, Residency, Version
 from replica.request import Delta, NewRequest
+from replica.story import Happening
 
 
 class Engine(Protocol):
@@ -30,6 +31,9 @@ class Engine(Protocol):
 
     async def forget(self, digest: str) -> None:
         """No new requests for it; it is unloaded when the last running one is done."""
+
+    async def story(self, request_id: str) -> list[Happening]:
+        """What happened to a request, and when; empty when it is unknown or too long ago."""
 
     def residency(self) -> list[Residency]:
         """The last known state of every registered version."""

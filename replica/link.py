@@ -22,12 +22,24 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
+from typing import Any
 
 from cluster.config import EngineConfig
 from cluster.errors import EngineFailed, FleetError, StartupError
 from cluster.values import LoadReport, Residency, Version
-from replica.messages import Cancel, Command, Forget, Hangup, Message, Register, Submit
+from replica.messages import (
+    Cancel,
+    Command,
+    Forget,
+    Hangup,
+    Message,
+    Register,
+    Result,
+    Submit,
+    Tell,
+)
 from replica.request import Delta, NewRequest
+from replica.story import Happening
 
 _STOP_S = 5.0
 
@@ -47,7 +59,7 @@ class EngineLink:
         self._pipe: Connection | None = None
         self._outbox: SimpleQueue[Command] = SimpleQueue()
         self._streams: dict[str, _Stream] = {}
-        self._calls: dict[int, Future[None]] = {}
+        self._calls: dict[int, Future[Any]] = {}
         self._call = 0
         self._lock = threading.Lock()
         self._entries: dict[str, Residency] = {}
@@ -139,6 +151,11 @@ class EngineLink:
     async def forget(self, digest: str) -> None:
         await self._ask(lambda call: Forget(call, digest))
 
+    async def story(self, request_id: str) -> list[Happening]:
+        """Why it waited. Empty when the request is unknown or too long ago."""
+        story: list[Happening] = await self._ask(lambda call: Tell(call, request_id))
+        return story
+
     def residency(self) -> list[Residency]:
         with self._lock:
             return [self._entries[digest] for digest in sorted(self._entries)]
@@ -149,15 +166,15 @@ class EngineLink:
     def on_residency(self, callback: Callable[[list[Residency]], None]) -> None:
         self._callbacks.append(callback)
 
-    async def _ask(self, command: Callable[[int], Command]) -> None:
-        future: Future[None] = Future()
+    async def _ask(self, command: Callable[[int], Command]) -> Any:
+        future: Future[Any] = Future()
         with self._lock:
             if not self._alive:
                 raise EngineFailed("the engine's process is gone")
             self._call += 1
             self._calls[self._call] = future
             self._outbox.put(command(self._call))
-        await asyncio.wrap_future(future)
+        return await asyncio.wrap_future(future)
 
     def _write(self) -> None:
         assert self._pipe is not None
@@ -194,11 +211,11 @@ class EngineLink:
                 if delta.last:
                     del self._streams[delta.request_id]
                 by_loop.setdefault(stream.loop, []).append((stream, delta))
-            done = [(self._calls.pop(call), error) for call, error in message.done]
+            done = [(self._calls.pop(call), result) for call, result in message.done]
         for loop, deltas in by_loop.items():
             _deliver(loop, deltas)
-        for future, error in done:
-            _settle(future, error)
+        for future, result in done:
+            _settle(future, result)
 
     def _take_in_residency(self, entries: list[Residency]) -> None:
         with self._lock:
@@ -232,10 +249,10 @@ def _deliver(loop: asyncio.AbstractEventLoop, deltas: list[tuple[_Stream, Delta]
         loop.call_soon_threadsafe(put)
 
 
-def _settle(future: "Future[None]", error: FleetError | None) -> None:
+def _settle(future: "Future[Any]", result: Result) -> None:
     if not future.set_running_or_notify_cancel():
         return
-    if error is None:
-        future.set_result(None)
+    if isinstance(result, FleetError):
+        future.set_exception(result)
     else:
-        future.set_exception(error)
+        future.set_result(result)

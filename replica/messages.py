@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from cluster.errors import FleetError
 from cluster.values import LoadReport, Residency, Version
 from replica.request import Delta, NewRequest
+from replica.story import Happening
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,14 @@ class Forget:
 
 
 @dataclass(frozen=True, slots=True)
+class Tell:
+    """The story of one request."""
+
+    call: int
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Wake:
     """A load has ended."""
 
@@ -40,17 +49,20 @@ class Hangup:
     """The other side is gone or wants no more."""
 
 
-Command = Submit | Cancel | Register | Forget | Wake | Hangup
+Command = Submit | Cancel | Register | Forget | Tell | Wake | Hangup
+
+
+Result = FleetError | list[Happening] | None
 
 
 @dataclass(slots=True)
 class Message:
-    """What the engine says after a step. done: calls carried out, with the error of each if any."""
+    """What the engine says after a step. done: calls carried out, each with its result or error."""
 
     deltas: list[Delta] = field(default_factory=list)
     residency: list[Residency] = field(default_factory=list)
     report: LoadReport | None = None
-    done: list[tuple[int, FleetError | None]] = field(default_factory=list)
+    done: list[tuple[int, Result]] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.deltas or self.residency or self.report or self.done)

@@ -7,7 +7,21 @@ from collections.abc import Sequence
 from cluster.values import LoadReport, Residency, Tier
 
 CONTENT_TYPE = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
-COUNTERS = frozenset({"steps"})
+COUNTERS = frozenset(
+    {
+        "steps",
+        "hits_device",
+        "hits_loading",
+        "misses",
+        "loads",
+        "evictions",
+        "wasted_loads",
+        "drains",
+        "parks",
+        "resumes",
+        "preemptions",
+    }
+)
 
 
 def render(report: LoadReport, residency: Sequence[Residency], active: int) -> str:

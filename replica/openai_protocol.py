@@ -54,7 +54,6 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "chat_template": (),
     "documents": ([],),
     "cache_salt": (),
-    "priority": (0,),
 }
 
 
@@ -101,6 +100,7 @@ class GenerationRequest(BaseModel):
     seed: Seed | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
+    priority: int | None = None  # as in vLLM: lower is handled earlier
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None

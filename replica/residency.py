@@ -117,6 +117,7 @@ class Residency:
         self.slots = slots
         self.adapters: dict[str, Adapter] = {}
         self.loading = 0
+        self.loads = self.evictions = 0
         self.wasted = 0  # loads that no row ever used
         self._free_slots = list(range(slots, 0, -1))
         self._order = order
@@ -245,6 +246,7 @@ class Residency:
         adapter.tier, adapter.slot, adapter.since_s = Tier.LOADING, self._free_slots.pop(), now_s
         adapter.reason = None
         self.loading += 1
+        self.loads += 1
         self._changed.add(digest)
         load = Load(digest, adapter.path, adapter.slot, offset, adapter.bytes)
         return Room(evictions, moves, load)
@@ -363,6 +365,7 @@ class Residency:
         assert not adapter.pinned or adapter.leaving
         slot = adapter.slot
         self.wasted += adapter.fresh
+        self.evictions += 1
         self._free_slots.append(slot)
         adapter.tier, adapter.slot, adapter.since_s = Tier.DISK, None, now_s
         self._changed.add(adapter.digest)

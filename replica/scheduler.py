@@ -11,6 +11,7 @@ Decode rows come first, then the prompts that have begun, then new ones. A reque
 so. Base requests need no adapter: they wait for pages and batch space alone.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -120,6 +121,7 @@ class Scheduler:
             self.costs,
             self.stories,
         )
+        self.arrivals: Counter[Tier] = Counter()  # by where the adapter was
         self._requests: dict[str, Request] = {}
         self._evictions: list[Evict] = []
         if not self.switches.base_pinned:
@@ -137,7 +139,10 @@ class Scheduler:
         self._requests[new.id] = request
         self.waiting.add(request)
         self.share.enter(place)
-        tier = Tier.DEVICE if place is None else self.residency.adapters[place].tier
+        tier = Tier.DEVICE
+        if place is not None:
+            tier = self.residency.adapters[place].tier
+            self.arrivals[tier] += 1
         self.stories.note(new.id, now_s, Event.QUEUED, f"adapter {tier}")
         return request
 

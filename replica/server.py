@@ -119,6 +119,8 @@ class Server:
         methods = self.routes.get(path)
         if methods is None and path.startswith("/v1/models/"):
             methods = {"GET": self._model}
+        if methods is None and path.startswith("/v1/requests/"):
+            methods = {"GET": self._story}
         if methods is None:
             raise asgi.NoSuchRoute(f"no route {scope['method']} {path}")
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
@@ -273,6 +275,22 @@ class Server:
 
     async def _describe(self, scope: Scope, receive: Receive, send: Send) -> None:
         await asgi.send_json(send, await self._adapters.describe())
+
+    async def _story(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Why did this wait? The timeline of each choice of a response, by the response's id."""
+        response_id = scope["path"].rpartition("/")[2]
+        choices: list[list[dict[str, object]]] = []
+        while story := await self._engine.story(f"{response_id}-{len(choices)}"):
+            began_s = story[0].at_s
+            choices.append(
+                [
+                    {"at_s": round(h.at_s - began_s, 6), "event": h.event, "detail": h.detail}
+                    for h in story
+                ]
+            )
+        if not choices:
+            raise asgi.NoSuchRoute(f"this replica remembers no request {response_id!r}")
+        await asgi.send_json(send, {"id": response_id, "object": "story", "choices": choices})
 
     async def _load_adapter(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = parse(LoadAdapterRequest, await self._body(receive))

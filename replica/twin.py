@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from replica.request import NewRequest, Request, Sampling
+from replica.request import NewRequest, Sampling
 from replica.residency import Load
 from replica.scheduler import Chosen, Plan, Scheduler, Work
 from replica.workloads import Arrival
@@ -55,12 +55,17 @@ class Record:
 
 @dataclass(slots=True)
 class Twin:
-    """ranks: of each adapter. check: the invariants after each step."""
+    """ranks: of each adapter. check: the invariants after each step.
+
+    mixed: prompts and decodes are one batch; else a step computes its prompts first and decodes
+    after, as servers do that give prefill the way and never mix the two.
+    """
 
     scheduler: Scheduler
     model: Model
     ranks: Mapping[str | None, int]
     check: bool = False
+    mixed: bool = True
     now_s: float = 0.0
     steps: int = 0
     _copies_end_s: float = 0.0
@@ -106,19 +111,25 @@ class Twin:
         if not plan.rows:
             self._checked()
             return float("inf") if plan.wake_s is None else plan.wake_s
-        took_s = self.model.step_s(plan.rows, self.ranks)
-        prompt_tokens = sum(w.end - w.start for w in plan.rows if w.end - w.start > 1)
-        self.scheduler.costs.stepped(prompt_tokens, took_s)
-        self.now_s += took_s
+        for batch in self._batches(plan.rows):
+            took_s = self.model.step_s(batch, self.ranks)
+            self.scheduler.costs.stepped(_prompt_tokens(batch), took_s)
+            self.now_s += took_s
+            for work in batch:
+                if work.sample:
+                    self._records[work.request.id].token(self.now_s)
         self.steps += 1
-        for work in plan.rows:
-            if work.sample:
-                self._records[work.request.id].token(self.now_s)
         chosen = [Chosen(0) if work.sample else None for work in plan.rows]
         self.scheduler.commit(plan, chosen, self.now_s)
         self.scheduler.evictions()
         self._checked()
         return None
+
+    def _batches(self, rows: Sequence[Work]) -> list[list[Work]]:
+        prompts = [work for work in rows if work.end - work.start > 1]
+        if self.mixed or not prompts or len(prompts) == len(rows):
+            return [list(rows)]
+        return [prompts, [work for work in rows if work.end - work.start == 1]]
 
     def _make_rooms(self, plan: Plan) -> None:
         for room in plan.rooms:
@@ -137,9 +148,8 @@ class Twin:
             self.scheduler.check()
 
 
-def context(request: Request) -> int:
-    """Tokens whose keys and values a step of this request reads."""
-    return request.tokens
+def _prompt_tokens(rows: Sequence[Work]) -> int:
+    return sum(work.end - work.start for work in rows if work.end - work.start > 1)
 
 
 @dataclass(frozen=True, slots=True)

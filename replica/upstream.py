@@ -27,12 +27,16 @@ SEEDS = 5
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """One server: how it schedules, which eviction it has, and whether it loads as upstream did."""
+    """One server: how it schedules, which eviction it has, and whether it is upstream's.
+
+    upstream: it loads at the measured servers' rate, one adapter at a time, and never computes
+    prompts and decodes in one batch.
+    """
 
     switches: Switches
     sharing: Sharing
     eviction: str
-    upstream_loads: bool
+    upstream: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,7 @@ class Table:
 
 
 _NO_SHARING = Sharing(park=False)
-OURS = Policy(Switches(), Sharing(), "cost", upstream_loads=False)
+OURS = Policy(Switches(), Sharing(), "cost", upstream=False)
 _SKIP = Policy(Switches(overlap=False, prefetch_depth=0), _NO_SHARING, "lru", True)
 _BLOCK = Policy(
     Switches(base_pinned=False, skip=False, overlap=False, prefetch_depth=0),
@@ -124,10 +128,11 @@ def simulate(
 ) -> list[Record]:
     """streams: others than the table's own."""
     chosen = table.policy(policy)
-    card = table.card.as_upstream() if chosen.upstream_loads else table.card
+    card = table.card.as_upstream() if chosen.upstream else table.card
     ranks: dict[str | None, int] = {None: 0}
     ranks.update(table.ranks.items())
-    twin = Twin(_scheduler(table, chosen, card, policy), card, ranks)
+    scheduler = _scheduler(table, chosen, card, policy)
+    twin = Twin(scheduler, card, ranks, mixed=not chosen.upstream)
     coming: list[Arrival] = arrivals(streams or table.streams, seed)
     return twin.run(coming)
 
@@ -150,7 +155,7 @@ def _scheduler(table: Table, policy: Policy, card: Card, name: str) -> Scheduler
         batch_rows_max=256,
         step_tokens_max=8192,
         queue_max=100_000,
-        loads_in_flight_max=8,
+        loads_in_flight_max=1 if policy.upstream else 8,
         context=131_072,
     )
     return Scheduler(

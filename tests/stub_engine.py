@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from cluster.errors import FleetError, ModelNotFound, QueueFull, ShuttingDown
 from cluster.values import LoadReport, Residency, Tier, Version
 from replica.request import Delta, Finish, NewRequest, TokenLogprobs
+from replica.story import Event, Happening
 
 
 @dataclass(slots=True)
@@ -156,6 +157,9 @@ class StubEngine:
     async def forget(self, digest: str) -> None:
         self._registered.pop(digest, None)
         self._tell([Residency(digest, Tier.ABSENT, 0, 0.0)])
+
+    async def story(self, request_id: str) -> list[Happening]:
+        return [Happening(0.0, Event.QUEUED)] if request_id in self.ended else []
 
     def residency(self) -> list[Residency]:
         return [self._entry(version) for version in self._registered.values()]

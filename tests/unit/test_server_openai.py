@@ -429,3 +429,22 @@ async def test_many_streams_at_once_do_not_mix() -> None:
         texts = await asyncio.gather(*(one((BASE, ADAPTER.name)[i % 2]) for i in range(32)))
     assert texts == [PROSE.encode()[:14].decode(), VERSE[:14]] * 16
     assert engine.running == {}
+
+
+async def test_a_lower_priority_number_goes_first_as_in_vllm(
+    client: AsyncOpenAI, engine: StubEngine
+) -> None:
+    await client.completions.create(
+        model=BASE, prompt="x", max_tokens=1, extra_body={"priority": -3}
+    )
+    assert engine.seen[-1].priority == 3
+
+
+async def test_why_did_this_wait(client: AsyncOpenAI, app: Server) -> None:
+    answer = await client.completions.create(model=BASE, prompt="x", max_tokens=2, n=2)
+    async with client_of(app) as http:
+        story = await http.get(f"/v1/requests/{answer.id}")
+        unknown = await http.get("/v1/requests/nobody")
+    assert [len(choice) for choice in story.json()["choices"]] == [1, 1]
+    assert story.json()["choices"][0][0]["event"] == "queued"
+    assert unknown.status_code == 404 and "nobody" in unknown.text
