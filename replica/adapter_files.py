@@ -85,21 +85,30 @@ class AdapterFiles:
     def parameters(self) -> int:
         return sum(pair.a.elements + pair.b.elements for pair in self.pairs.values())
 
+    def hash(self) -> "hashlib._Hash":
+        """SHA-256 begun with the configuration: after the bytes of the tensors file, the digest."""
+        return hashlib.sha256(b"%d:%b" % (len(self.canonical_config), self.canonical_config))
+
 
 def inspect(path: str, shape: ModelShape, rank_max: int) -> AdapterInfo:
     """Raises AdapterRefused naming what and where. Reads the whole tensors file for its digest."""
     files = read_adapter(path, shape)
+    check_ranks(files, rank_max)
+    try:
+        digest = _digest(files)
+    except OSError as error:
+        raise _refused(files.tensors_path, str(error)) from error
+    return AdapterInfo(digest, files.rank, files.parameters)
+
+
+def check_ranks(files: AdapterFiles, rank_max: int) -> None:
+    """Raises AdapterRefused."""
     for (layer, projection), pair in files.pairs.items():
         if pair.rank > rank_max:
             raise _refused(
                 files.tensors_path,
                 f"layer {layer} {projection} has rank {pair.rank}, the maximum is {rank_max}",
             )
-    try:
-        digest = _digest(files)
-    except OSError as error:
-        raise _refused(files.tensors_path, str(error)) from error
-    return AdapterInfo(digest, files.rank, files.parameters)
 
 
 def read_adapter(path: str, shape: ModelShape) -> AdapterFiles:
@@ -249,7 +258,7 @@ def _canonical(config: Mapping[str, Any]) -> bytes:
 
 
 def _digest(files: AdapterFiles) -> str:
-    digest = hashlib.sha256(b"%d:%b" % (len(files.canonical_config), files.canonical_config))
+    digest = files.hash()
     with open_regular(files.tensors_path) as file:
         while piece := file.read(2**20):
             digest.update(piece)

@@ -1,13 +1,15 @@
 """Device memory for adapter images, and the directory that says where each slot's matrices lie."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
 from lora_kernels.ops import Lora
 from lora_kernels.reference import Directory
-from replica.image import PIECE_ELEMENTS, Image, Layout
+from replica.image import Image, Layout
 from replica.shape import GROUPS, PROJECTIONS, ModelShape
 
 ALIGNMENT_BYTES = 256
@@ -18,7 +20,8 @@ class Arena:
     """`memory` is one flat tensor of the device's dtype. Slot 0 is the base model: rank 0, always.
 
     Which bytes are free is the scheduler's to know (`extents.py`); here it is only asserted that
-    nothing lands on a placed image. Everything but `copy_in` belongs to the engine's thread.
+    nothing lands on a placed image. Everything but `copy_in` and `writing` belongs to the engine's
+    thread.
     """
 
     alignment = ALIGNMENT_BYTES
@@ -50,19 +53,19 @@ class Arena:
     def copy_in(self, offset: int, image: Image) -> None:
         """The image's bytes to `offset` bytes. Runs on the loader's thread beside steps."""
         assert image.flat.dtype == self.memory.dtype
-        span = (offset, image.bytes)
+        with self.writing(offset, image.bytes) as target:
+            target.copy_(image.flat)
+
+    @contextmanager
+    def writing(self, offset: int, bytes: int) -> Iterator[torch.Tensor]:
+        """That much memory from `offset` bytes on, for a loader's thread to fill beside steps."""
+        span = (offset, bytes)
         with self._lock:
             self._assert_free(span, list(self._placed.values()) + self._copies)
             self._copies.append(span)
         try:
-            start = offset // self.memory.element_size()
-            target = self.memory[start : start + image.flat.numel()]
-            if self.memory.is_cuda:
-                target.copy_(image.flat)
-            else:
-                for begin in range(0, target.numel(), PIECE_ELEMENTS):
-                    end = begin + PIECE_ELEMENTS
-                    target[begin:end].copy_(image.flat[begin:end])
+            element = self.memory.element_size()
+            yield self.memory[offset // element : (offset + bytes) // element]
         finally:
             with self._lock:
                 self._copies.remove(span)

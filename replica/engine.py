@@ -54,6 +54,7 @@ class Engine:
             config.rank_max,
             config.loads_in_flight_max,
             wake,
+            self.runner.busy,
         )
         self.idle = True
         self.wake_s: float | None = None

@@ -6,6 +6,7 @@ A is [rank, in], B is [out, rank], both row by row as PEFT stores them, each pro
 rank; what an adapter leaves alone takes nothing.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -15,8 +16,8 @@ import numpy.typing as npt
 import torch
 
 from cluster.errors import AdapterFailed, AdapterRefused
-from replica.adapter_files import AdapterFiles, read_adapter
-from replica.safetensors_header import TensorSpan, open_regular
+from replica.adapter_files import AdapterFiles, check_ranks, read_adapter
+from replica.safetensors_header import open_regular
 from replica.shape import PROJECTIONS, ModelShape
 
 # Below ATen's grain size: an operation on a piece runs on the calling thread alone. The pool of
@@ -41,30 +42,51 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """flat: 1-D, on the CPU, in the device's dtype."""
+    """flat: 1-D, on the CPU, in the device's dtype. digest: of the files, as they were read."""
 
     flat: torch.Tensor
     layout: Layout
+    digest: str = ""
 
     @property
     def bytes(self) -> int:
         return self.flat.numel() * self.flat.element_size()
 
 
-def read_image(path: str, shape: ModelShape, dtype: torch.dtype) -> Image:
-    """Meant for a loader's thread: reads and converts piece by piece, on that thread alone.
+def _nothing() -> None:
+    pass
 
-    Raises AdapterFailed when the files are broken or hold values that are not finite.
+
+def read_image(
+    path: str,
+    shape: ModelShape,
+    dtype: torch.dtype,
+    *,
+    into: torch.Tensor | None = None,
+    rank_max: int | None = None,
+    pause: Callable[[], None] = _nothing,
+) -> Image:
+    """Meant for a loader's thread: reads, hashes and converts in pieces, on that thread alone.
+
+    into: where the image goes; None: memory of its own. pause: called after every piece.
+    Raises AdapterFailed when the files are broken, do not fit or hold values that are not finite.
     """
     try:
         files = read_adapter(path, shape)
+        if rank_max is not None:
+            check_ranks(files, rank_max)
+        if into is None:
+            into = torch.empty(files.parameters, dtype=dtype)
+        if into.numel() < files.parameters:
+            raise AdapterFailed(f"{path}: larger than when it was registered")
+        flat = into[: files.parameters]
         with open_regular(files.tensors_path) as file:
-            flat = _read_flat(file, files, dtype)
+            digest = _read_flat(file, files, flat, pause)
     except AdapterRefused as error:
         raise AdapterFailed(error.message) from error
     except OSError as error:
         raise AdapterFailed(f"{path}: {error}") from error
-    return Image(flat, _layout(files, shape))
+    return Image(flat, _layout(files, shape), digest)
 
 
 def _layout(files: AdapterFiles, shape: ModelShape) -> Layout:
@@ -86,38 +108,41 @@ def _layout(files: AdapterFiles, shape: ModelShape) -> Layout:
     return layout
 
 
-def _read_flat(file: BinaryIO, files: AdapterFiles, dtype: torch.dtype) -> torch.Tensor:
-    flat = torch.empty(files.parameters, dtype=dtype)
-    piece = bytearray(PIECE_ELEMENTS * 4)
+def _read_flat(
+    file: BinaryIO, files: AdapterFiles, flat: torch.Tensor, pause: Callable[[], None]
+) -> str:
+    """The digest. Reads the file once, from its first byte to its last."""
+    places = []
     offset = 0
-    for (layer, projection), pair in files.pairs.items():
+    for where, pair in files.pairs.items():
         for span in (pair.a, pair.b):
-            target = flat[offset : offset + span.elements]
-            if not _read_tensor(file, span, target, piece):
+            places.append((span, flat[offset : offset + span.elements], where))
+            offset += span.elements
+    places.sort(key=lambda place: place[0].begin)
+    digest = files.hash()
+    piece = memoryview(bytearray(PIECE_ELEMENTS * 4))
+    # There are no holes: the header ends where the first tensor begins.
+    header_bytes = places[0][0].begin
+    for start in range(0, header_bytes, len(piece)):
+        view = piece[: header_bytes - start]
+        _fill(file.readinto, view)  # type: ignore[attr-defined]
+        digest.update(view)
+    for span, target, (layer, projection) in places:
+        stored = _STORED[span.dtype]
+        for part in torch.split(target, PIECE_ELEMENTS):
+            view = piece[: part.numel() * stored.itemsize]
+            _fill(file.readinto, view)  # type: ignore[attr-defined]
+            digest.update(view)
+            part.copy_(torch.frombuffer(view, dtype=stored))
+            # Such a value would reach other adapters' rows: one matmul covers them all, and
+            # 0 · inf is nan. A sum is finite only if all its terms are.
+            if not math.isfinite(part.sum(dtype=torch.float32).item()):
                 raise AdapterFailed(
                     f"{files.tensors_path}: layer {layer} {projection} holds values that are not "
-                    f"finite in {str(dtype).removeprefix('torch.')}"
+                    f"finite in {str(flat.dtype).removeprefix('torch.')}"
                 )
-            offset += span.elements
-    return flat
-
-
-def _read_tensor(file: BinaryIO, span: TensorSpan, target: torch.Tensor, piece: bytearray) -> bool:
-    """False when a value is not finite.
-
-    Such a value would reach other adapters' rows: one matmul covers them all, and 0 · inf is nan.
-    """
-    stored = _STORED[span.dtype]
-    file.seek(span.begin)
-    for start in range(0, span.elements, PIECE_ELEMENTS):
-        part = target[start : start + PIECE_ELEMENTS]
-        view = memoryview(piece)[: part.numel() * stored.itemsize]
-        _fill(file.readinto, view)  # type: ignore[attr-defined]
-        part.copy_(torch.frombuffer(view, dtype=stored))
-        # A sum is finite only if all its terms are.
-        if not torch.isfinite(part.sum(dtype=torch.float32)):
-            return False
-    return True
+            pause()
+    return digest.hexdigest()
 
 
 def _fill(readinto: Callable[[memoryview], int], view: memoryview) -> None:

@@ -1,6 +1,5 @@
 """Loads adapter images beside the running batch: threads that read files and copy to the device."""
 
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -11,15 +10,16 @@ from queue import Empty, SimpleQueue
 import torch
 
 from cluster.errors import AdapterFailed, FleetError
-from replica.adapter_files import inspect
 from replica.arena import Arena
-from replica.image import Layout, read_image
+from replica.image import Image, Layout, read_image
 from replica.residency import Load
 from replica.shape import ModelShape
 
-# Beside a batch that uses every core, a loader at the same priority doubles the step. 10 leaves it
-# about a tenth of a core when there is competition, and a whole one when there is none.
-_NICENESS = 10
+# While batches run, a load works this long and then rests. Every core computes, and where one core
+# is late the whole batch is. (A lower priority instead would be worse: a thread that waits for a
+# core while it holds the interpreter's lock holds up everybody.)
+_WORK_S = 0.0003
+_REST_S = 0.002
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,10 @@ class Loaded:
 
 
 class Loader:
-    """At most `threads` loads at a time. wake: called, on a loader thread, when one has ended."""
+    """At most `threads` loads at a time.
+
+    wake: called, on a loader thread, when one has ended. busy: whether batches run meanwhile.
+    """
 
     def __init__(
         self,
@@ -43,21 +46,25 @@ class Loader:
         rank_max: int,
         threads: int,
         wake: Callable[[], None],
+        busy: Callable[[], bool],
     ) -> None:
         self._shape = shape
         self._dtype = dtype
         self._arena = arena
         self._rank_max = rank_max
         self._wake = wake
+        self._busy = busy
+        self._active = 0
+        self._lock = threading.Lock()
         self._done: SimpleQueue[Loaded] = SimpleQueue()
-        self._threads = ThreadPoolExecutor(threads, "adapter-loader", initializer=_step_back)
+        self._threads = ThreadPoolExecutor(threads, "adapter-loader")
 
     def begin(self, load: Load) -> None:
         self._threads.submit(self._run, load)
 
     def run(self, load: Load) -> Loaded:
         """The same, while the caller waits."""
-        return self._threads.submit(self._load, load).result()
+        return self._threads.submit(self._load, load, _no_pause).result()
 
     def ended(self) -> list[Loaded]:
         """The loads that ended since the last call."""
@@ -72,22 +79,61 @@ class Loader:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _run(self, load: Load) -> None:
-        self._done.put(self._load(load))
+        self._count(1)
+        ended = self._load(load, self._pauses())
+        self._count(-1)
+        self._done.put(ended)
         self._wake()
 
-    def _load(self, load: Load) -> Loaded:
+    def _load(self, load: Load, pause: Callable[[], None]) -> Loaded:
         start_s = time.monotonic()
         try:
-            image = read_image(load.path, self._shape, self._dtype)
-            if inspect(load.path, self._shape, self._rank_max).digest != load.digest:
-                raise AdapterFailed(f"{load.path}: the files changed since they were registered")
-            assert image.bytes <= load.bytes, f"{image.bytes} bytes for a place of {load.bytes}"
-            self._arena.copy_in(load.offset, image)
-            return Loaded(load, image.layout, time.monotonic() - start_s)
+            layout = self._copy(load, pause)
+            return Loaded(load, layout, time.monotonic() - start_s)
         except (FleetError, OSError, MemoryError, RuntimeError) as error:
             # Whatever one adapter's files or the device's memory do, only its requests suffer.
             return Loaded(load, None, time.monotonic() - start_s, str(error) or repr(error))
 
+    def _copy(self, load: Load, pause: Callable[[], None]) -> Layout:
+        if not self._arena.memory.is_cpu:
+            image = self._read(load, None, pause)
+            self._arena.copy_in(load.offset, image)
+            return image.layout
+        # Without a copy, and without memory that the system would have to give and take back.
+        with self._arena.writing(load.offset, load.bytes) as target:
+            return self._read(load, target, pause).layout
 
-def _step_back() -> None:
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+    def _read(self, load: Load, into: torch.Tensor | None, pause: Callable[[], None]) -> Image:
+        image = read_image(
+            load.path,
+            self._shape,
+            self._dtype,
+            into=into,
+            rank_max=self._rank_max,
+            pause=pause,
+        )
+        if image.digest != load.digest:
+            raise AdapterFailed(f"{load.path}: the files changed since they were registered")
+        assert image.bytes <= load.bytes, f"{image.bytes} bytes for a place of {load.bytes}"
+        return image
+
+    def _count(self, change: int) -> None:
+        with self._lock:
+            self._active += change
+
+    def _pauses(self) -> Callable[[], None]:
+        """To be called often while one load works: rests for as long as batches need it."""
+        since_s = time.monotonic()
+
+        def pause() -> None:
+            nonlocal since_s
+            if time.monotonic() - since_s >= _WORK_S:
+                if self._busy():
+                    time.sleep(_REST_S * self._active)
+                since_s = time.monotonic()
+
+        return pause
+
+
+def _no_pause() -> None:
+    pass

@@ -1,6 +1,7 @@
 """One step on the device: rows of tokens in, sampled tokens out."""
 
 import itertools
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -74,6 +75,12 @@ class Runner:
             for group in GROUPS
         ]
         self._lora = ops.Lora(self.arena.directory, self.arena.memory, groups)
+        self._running = False
+        self._ran_s = float("-inf")
+
+    def busy(self) -> bool:
+        """Whether batches run, one after the other. Any thread may ask."""
+        return self._running or time.monotonic() - self._ran_s < _BETWEEN_BATCHES_S
 
     @property
     def image_dtype_bytes(self) -> int:
@@ -94,9 +101,17 @@ class Runner:
             )
         return pages
 
-    @torch.inference_mode()
     def run(self, rows: Sequence[Row]) -> list[Sampled | None]:
         """One packed batch, prefill chunks and decodes mixed; a token where one is wanted."""
+        self._running = True
+        try:
+            return self._run(rows)
+        finally:
+            self._ran_s = time.monotonic()
+            self._running = False
+
+    @torch.inference_mode()
+    def _run(self, rows: Sequence[Row]) -> list[Sampled | None]:
         # Single tokens first, neighbours in length: they attend together.
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i].tokens) > 1, rows[i].position))
         packed = [rows[i] for i in order]
@@ -191,6 +206,9 @@ def _cuts(counts: NDArray[np.int64], used: NDArray[np.int64]) -> Iterator[tuple[
             begin, held = row, pages
     yield begin, len(counts)
 
+
+_BETWEEN_BATCHES_S = 0.02
+"""Batches that follow each other within this are one piece of work to whoever works beside them."""
 
 # About the pages whose copying takes as long as the calls of one more span.
 _PADDING_PAGES = 64
