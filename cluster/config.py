@@ -29,7 +29,9 @@ class EngineConfig:
     model: directory of an HF checkpoint. served_model_name: the base model's name on the API
     (default: the directory's name). dtype auto: what the checkpoint says.
     adapter_memory: bytes of device memory for adapter images. slots_max: how many adapters may be
-    resident; None: as many as fit the bytes, up to `directory_slots`.
+    resident; None: as many as fit the bytes, up to `directory_slots`. host_memory: bytes of host
+    memory for images that left the device (page-locked on CUDA), so that they come back without
+    their files; 0: none.
     kv_memory: bytes of device memory for keys and values; None: room for `batch_rows_max` sequences
     of 2,048 tokens, or of the model's whole context where that is shorter.
     step_tokens_max: prompt and decode tokens computed in one step (prefill is cut into chunks).
@@ -55,6 +57,7 @@ class EngineConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     adapter_memory: int = 64 * 2**20
+    host_memory: int = 256 * 2**20
     rank_max: int = 256
     slots_max: int | None = None
     directory_slots: int = 256

@@ -1,10 +1,13 @@
 """Measured rates, smoothed: what a load, a step, an eviction costs.
 
 A step of d decode rows and p prompt tokens is taken to last `decode_s + p × prefill_token_s`, a
-copy of b bytes b / `copy_bytes_per_s`. Each starts from a prior and follows what is measured.
+copy of b bytes b ÷ the rate from where they lie. Each starts from a prior and follows what is
+measured; until something was copied from a tier, the rate from the other one stands in.
 """
 
 from dataclasses import dataclass
+
+from cluster.values import Tier
 
 # Weight of the newest measurement. After ten of them the prior counts for a third.
 _WEIGHT = 0.1
@@ -34,13 +37,15 @@ class Costs:
         decode_s: float = 0.02,
         prefill_token_s: float = 1e-4,
     ) -> None:
-        self._copy_s_per_byte = Smoothed(1.0 / copy_bytes_per_s)
+        self._copy_s_per_byte = {
+            tier: Smoothed(1.0 / copy_bytes_per_s) for tier in (Tier.HOST, Tier.DISK)
+        }
         self._decode_s = Smoothed(decode_s)
         self._prefill_token_s = Smoothed(prefill_token_s)
 
-    def copied(self, size: int, seconds: float) -> None:
+    def copied(self, size: int, source: Tier, seconds: float) -> None:
         if size > 0:
-            self._copy_s_per_byte.take_in(max(seconds, 1e-9) / size)
+            self._copy_s_per_byte[source].take_in(max(seconds, 1e-9) / size)
 
     def stepped(self, prompt_tokens: int, seconds: float) -> None:
         if prompt_tokens == 0:
@@ -51,15 +56,21 @@ class Costs:
 
     @property
     def copy_bytes_per_s(self) -> float:
-        return 1.0 / self._copy_s_per_byte.value
+        """From where most adapters lie that nobody used lately."""
+        return 1.0 / self._rate(Tier.DISK).value
 
     @property
     def decode_s(self) -> float:
         """One decode step."""
         return self._decode_s.value
 
-    def copy_s(self, size: int) -> float:
-        return size * self._copy_s_per_byte.value
+    def copy_s(self, size: int, source: Tier = Tier.DISK) -> float:
+        return size * self._rate(source).value
+
+    def _rate(self, source: Tier) -> Smoothed:
+        own = self._copy_s_per_byte[source]
+        other = self._copy_s_per_byte[Tier.HOST if source is Tier.DISK else Tier.DISK]
+        return other if other.count and not own.count else own
 
     def prefill_s(self, tokens: int) -> float:
         return self.decode_s + tokens * self._prefill_token_s.value

@@ -1,7 +1,7 @@
 """Device memory for adapter images, and the directory that says where each slot's matrices lie."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 
 from lora_kernels.ops import Lora
 from lora_kernels.reference import Directory
-from replica.image import Image, Layout
+from replica.image import PIECE_ELEMENTS, Image, Layout
 from replica.shape import GROUPS, PROJECTIONS, ModelShape
 
 ALIGNMENT_BYTES = 256
@@ -50,11 +50,20 @@ class Arena:
         groups = [[(order[name], *sizes[order[name]]) for name in group] for group in GROUPS]
         return Lora(self.directory, self.memory, groups)
 
-    def copy_in(self, offset: int, image: Image) -> None:
-        """The image's bytes to `offset` bytes. Runs on the loader's thread beside steps."""
+    def copy_in(self, offset: int, image: Image, pause: Callable[[], None] = lambda: None) -> None:
+        """The image's bytes to `offset` bytes. Runs on the loader's thread beside steps.
+
+        pause: called between the pieces that memory of the CPU is copied in.
+        """
         assert image.flat.dtype == self.memory.dtype
         with self.writing(offset, image.bytes) as target:
-            target.copy_(image.flat)
+            if not self.memory.is_cpu:
+                target.copy_(image.flat)
+                return
+            for start in range(0, target.numel(), PIECE_ELEMENTS):
+                piece = slice(start, start + PIECE_ELEMENTS)
+                target[piece].copy_(image.flat[piece])
+                pause()
 
     @contextmanager
     def writing(self, offset: int, bytes: int) -> Iterator[torch.Tensor]:

@@ -5,6 +5,7 @@ from cluster.costs import Costs
 from replica.drainer import Sharing
 from replica.eviction import ORDERS
 from replica.extents import Extents
+from replica.host_tier import HostTier
 from replica.loads import Switches
 from replica.pages import Pages
 from replica.residency import Residency
@@ -31,6 +32,7 @@ def assemble(
         costs.copy_s,
         config.load_retry_s,
         config.load_retry_max_s,
+        HostTier(config.host_memory),
     )
     limits = Limits(
         batch_rows_max=config.batch_rows_max,

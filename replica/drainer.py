@@ -116,10 +116,10 @@ class Drainer:
             return None
         left = _longest(running)
         adapter = self._residency.adapters[digest]
-        copy_s = self._costs.copy_s
+        copy_s = self._residency.copy_s
         over, ending = [], []
         for victim in self._in_use():
-            copies_s = copy_s(victim.bytes) + copy_s(adapter.bytes)
+            copies_s = copy_s(victim) + copy_s(adapter)
             if left[victim.digest] * self._costs.decode_s <= copies_s:
                 ending.append(victim)
             elif now_s - victim.slice_s >= self.slice_s(copies_s):

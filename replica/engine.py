@@ -10,7 +10,7 @@ from cluster.costs import Costs, Smoothed
 from cluster.errors import AdapterRefused
 from cluster.values import LoadReport, Residency, Tier, Version
 from replica.assembly import assemble
-from replica.image import Layout
+from replica.image import Image, Layout
 from replica.loader import Loaded, Loader
 from replica.loads import BASE_PLACE
 from replica.request import Delta, NewRequest, Phase
@@ -58,6 +58,7 @@ class Engine:
         )
         self.idle = True
         self.wake_s: float | None = None
+        self._images: dict[str, Image] = {}  # the host tier
         self._seeds: dict[str, int] = {}
         self._random = random.Random(config.seed)
         self.steps = 0
@@ -191,16 +192,18 @@ class Engine:
                 if self.config.overlap:
                     self.scheduler.loaded(BASE_PLACE, time.monotonic())
             elif self.config.overlap:
-                self._loader.begin(room.load)
+                self._loader.begin(room.load, *self._from_host(room.load))
             else:
-                failed += self._take_in_blocking(self._loader.run(room.load))
+                failed += self._take_in_blocking(
+                    self._loader.run(room.load, *self._from_host(room.load))
+                )
         return failed
 
     def _take_in_blocking(self, ended: Loaded) -> list[Delta]:
         """The scheduler has planned as if the load had succeeded."""
         if ended.layout is None:
             return self.scheduler.lost(ended.load.digest, ended.error or "", time.monotonic())
-        self._place(ended.load, ended.layout, ended.seconds)
+        self._place(ended, ended.layout)
         return []
 
     def _without_lost(self, plan: Plan) -> Plan:
@@ -213,13 +216,25 @@ class Engine:
             if ended.layout is None:
                 self.scheduler.load_failed(ended.load.digest, ended.error or "", now_s)
             else:
-                self._place(ended.load, ended.layout, ended.seconds)
+                self._place(ended, ended.layout)
                 self.scheduler.loaded(ended.load.digest, now_s)
         self._clear_slots()
 
-    def _place(self, load: Load, layout: Layout, seconds: float) -> None:
+    def _place(self, ended: Loaded, layout: Layout) -> None:
+        load = ended.load
         self.runner.arena.place(load.slot, load.offset, layout)
-        self.scheduler.costs.copied(load.bytes, seconds)
+        self.scheduler.costs.copied(load.bytes, load.source, ended.seconds)
+        if ended.image is not None and load.digest not in self.scheduler.residency.host:
+            self.scheduler.residency.keep_on_host(load.digest)
+            self._images[load.digest] = ended.image
+
+    def _from_host(self, load: Load) -> tuple[Image | None, bool]:
+        """What host memory holds of it, and whether it is to hold it from now on."""
+        host = self.scheduler.residency.host
+        for digest in [digest for digest in self._images if digest not in host]:
+            del self._images[digest]
+        image = self._images.get(load.digest)
+        return image, image is None and host.fits(load.bytes)
 
     def _measured(self, plan: Plan, seconds: float) -> None:
         prompt_tokens = sum(w.end - w.start for w in plan.rows if w.end - w.start > 1)

@@ -24,12 +24,13 @@ _REST_S = 0.002
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """How one load ended: with a layout, or with an error."""
+    """How one load ended: with a layout, or with an error. image: when it was asked for."""
 
     load: Load
     layout: Layout | None
     seconds: float
     error: str | None = None
+    image: Image | None = None
 
 
 class Loader:
@@ -59,12 +60,13 @@ class Loader:
         self._done: SimpleQueue[Loaded] = SimpleQueue()
         self._threads = ThreadPoolExecutor(threads, "adapter-loader")
 
-    def begin(self, load: Load) -> None:
-        self._threads.submit(self._run, load)
+    def begin(self, load: Load, image: Image | None, keep: bool) -> None:
+        """image: what host memory holds of it. keep: give the image back, to be kept there."""
+        self._threads.submit(self._run, load, image, keep)
 
-    def run(self, load: Load) -> Loaded:
+    def run(self, load: Load, image: Image | None, keep: bool) -> Loaded:
         """The same, while the caller waits."""
-        return self._threads.submit(self._load, load, _no_pause).result()
+        return self._threads.submit(self._load, load, image, keep, _no_pause).result()
 
     def ended(self) -> list[Loaded]:
         """The loads that ended since the last call."""
@@ -78,28 +80,32 @@ class Loader:
     def close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _run(self, load: Load) -> None:
+    def _run(self, load: Load, image: Image | None, keep: bool) -> None:
         self._count(1)
-        ended = self._load(load, self._pauses())
+        ended = self._load(load, image, keep, self._pauses())
         self._count(-1)
         self._done.put(ended)
         self._wake()
 
-    def _load(self, load: Load, pause: Callable[[], None]) -> Loaded:
+    def _load(
+        self, load: Load, image: Image | None, keep: bool, pause: Callable[[], None]
+    ) -> Loaded:
         start_s = time.monotonic()
         try:
-            layout = self._copy(load, pause)
-            return Loaded(load, layout, time.monotonic() - start_s)
+            if image is None and not keep and self._arena.memory.is_cpu:
+                layout = self._read_in_place(load, pause)
+            else:
+                image = image or self._read(load, None, pause)
+                self._arena.copy_in(load.offset, image, pause)
+                layout = image.layout
+            seconds = time.monotonic() - start_s
+            return Loaded(load, layout, seconds, image=image if keep else None)
         except (FleetError, OSError, MemoryError, RuntimeError) as error:
             # Whatever one adapter's files or the device's memory do, only its requests suffer.
             return Loaded(load, None, time.monotonic() - start_s, str(error) or repr(error))
 
-    def _copy(self, load: Load, pause: Callable[[], None]) -> Layout:
-        if not self._arena.memory.is_cpu:
-            image = self._read(load, None, pause)
-            self._arena.copy_in(load.offset, image)
-            return image.layout
-        # Without a copy, and without memory that the system would have to give and take back.
+    def _read_in_place(self, load: Load, pause: Callable[[], None]) -> Layout:
+        """Without a copy, and without memory that the system would have to give and take back."""
         with self._arena.writing(load.offset, load.bytes) as target:
             return self._read(load, target, pause).layout
 

@@ -146,7 +146,7 @@ class Loads:
     def _begin(self, digest: str, victims: Sequence[str], now_s: float) -> Room:
         room = self._residency.make_room(digest, victims, now_s)
         after_s = max([now_s, *self.expected.values()])
-        self.expected[digest] = after_s + self._costs.copy_s(room.load.bytes)
+        self.expected[digest] = after_s + self._costs.copy_s(room.load.bytes, room.load.source)
         for request in self._waiting.group(digest):
             self._stories.note(request.id, now_s, Event.LOAD_STARTED)
         if not self.switches.overlap:  # whoever carries out the plan waits for the copy

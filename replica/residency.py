@@ -1,10 +1,10 @@
 """Which adapters are on the device, loading or leaving, and who keeps them there.
 
-    DISK ── make_room ──> LOADING ── loaded ──> DEVICE ── evict ──> DISK
-                           │    ^
-                    failed │    │ make_room, once `retry_s` has come
-                           v    │
-                           FAILED
+    DISK or HOST ── make_room ──> LOADING ── loaded ──> DEVICE ── evict ──> HOST if kept, else DISK
+                                   │    ^
+                            failed │    │ make_room, once `retry_s` has come
+                                   v    │
+                                   FAILED
 
 Slot 0 of the device directory is the base model and is not kept here: it needs no load.
 An adapter that is forgotten while requests claim it or a copy is in flight leaves when the last is
@@ -19,6 +19,7 @@ from cluster.values import Residency as Entry
 from cluster.values import Tier
 from replica.eviction import Candidate, Order
 from replica.extents import Extents, Slide
+from replica.host_tier import HostTier
 
 _HALF_LIFE_S = 60.0
 
@@ -60,13 +61,14 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Copy the image of `digest` to byte `offset` of the arena; it will be `slot`."""
+    """Copy the image of `digest` from `source` to byte `offset` of the arena; it will be `slot`."""
 
     digest: str
     path: str
     slot: int
     offset: int
     bytes: int
+    source: Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ class Residency:
     """The device directory and the arena's bytes.
 
     slots: rows of the directory besides the base's. order: which to evict first. copy_s: seconds
-    that a load of so many bytes is expected to take.
+    that a load of so many bytes from a tier is expected to take. host: none kept where it is None.
     """
 
     def __init__(
@@ -109,11 +111,13 @@ class Residency:
         extents: Extents,
         slots: int,
         order: Order,
-        copy_s: Callable[[int], float],
+        copy_s: Callable[[int, Tier], float],
         retry_s: float,
         retry_max_s: float,
+        host: HostTier | None = None,
     ) -> None:
         self.extents = extents
+        self.host = host or HostTier(0)
         self.slots = slots
         self.adapters: dict[str, Adapter] = {}
         self.loading = 0
@@ -158,7 +162,7 @@ class Residency:
             if a.pinned
             and not a.leaving
             and not a.wanted
-            and (a.tier is Tier.DISK or (a.tier is Tier.FAILED and now_s >= a.retry_s))
+            and (a.tier in (Tier.DISK, Tier.HOST) or (a.tier is Tier.FAILED and now_s >= a.retry_s))
         ]
 
     def slot(self, digest: str | None) -> int:
@@ -232,7 +236,7 @@ class Residency:
     def make_room(self, digest: str, victims: Sequence[str], now_s: float) -> Room:
         """Begin a load in the place of `victims`, as `victims_for` gave them."""
         adapter = self.adapters[digest]
-        assert adapter.tier in (Tier.DISK, Tier.FAILED)
+        assert adapter.tier in (Tier.DISK, Tier.HOST, Tier.FAILED)
         evictions = tuple(self._evict(self.adapters[v], now_s) for v in victims)
         for victim in victims:
             self.extents.give_back(victim)
@@ -248,8 +252,24 @@ class Residency:
         self.loading += 1
         self.loads += 1
         self._changed.add(digest)
-        load = Load(digest, adapter.path, adapter.slot, offset, adapter.bytes)
+        source = self._away(digest)
+        if source is Tier.HOST:
+            self.host.touch(digest)
+        load = Load(digest, adapter.path, adapter.slot, offset, adapter.bytes, source)
         return Room(evictions, moves, load)
+
+    def keep_on_host(self, digest: str) -> None:
+        """Host memory holds its image from now on; others may have to go for it."""
+        adapter = self.adapters[digest]
+        for dropped in self.host.keep(digest, adapter.bytes):
+            gone = self.adapters.get(dropped)
+            if gone is not None and gone.tier is Tier.HOST:
+                gone.tier = Tier.DISK
+                self._changed.add(dropped)
+
+    def copy_s(self, adapter: Adapter) -> float:
+        """Seconds that bringing it to the device is expected to take, from where it would lie."""
+        return self._copy_s(adapter.bytes, self._away(adapter.digest))
 
     def loaded(self, digest: str, now_s: float) -> list[Evict]:
         adapter = self.adapters[digest]
@@ -310,6 +330,11 @@ class Residency:
 
     def check(self) -> None:
         self.extents.check()
+        self.host.check()
+        for adapter in self.adapters.values():
+            kept = adapter.digest in self.host
+            assert kept or adapter.tier is not Tier.HOST
+            assert not kept or adapter.tier is not Tier.DISK
         placed = [a for a in self.adapters.values() if a.slot is not None]
         slots = [a.slot for a in placed if a.slot is not None]
         assert sorted([*slots, *self._free_slots]) == list(range(1, self.slots + 1))
@@ -329,7 +354,7 @@ class Residency:
                 a.since_s,
                 a.used_s,
                 a.wanted,
-                a.frequency * self._copy_s(a.bytes) / max(a.bytes, 1),
+                a.frequency * self.copy_s(a) / max(a.bytes, 1),
             )
             for a in self.adapters.values()
             if a.tier is Tier.DEVICE
@@ -337,6 +362,9 @@ class Residency:
             and not a.pinned
             and not (spare_fresh and a.fresh and a.wanted)
         ]
+
+    def _away(self, digest: str) -> Tier:
+        return Tier.HOST if digest in self.host else Tier.DISK
 
     def _loading(self) -> list[str]:
         return [a.digest for a in self.adapters.values() if a.tier is Tier.LOADING]
@@ -367,7 +395,7 @@ class Residency:
         self.wasted += adapter.fresh
         self.evictions += 1
         self._free_slots.append(slot)
-        adapter.tier, adapter.slot, adapter.since_s = Tier.DISK, None, now_s
+        adapter.tier, adapter.slot, adapter.since_s = self._away(adapter.digest), None, now_s
         self._changed.add(adapter.digest)
         self._starve(adapter, now_s)
         return Evict(adapter.digest, slot)
@@ -381,6 +409,8 @@ class Residency:
             evictions.append(self._evict(adapter, adapter.since_s))
             self.extents.give_back(adapter.digest)
         del self.adapters[adapter.digest]
+        if adapter.digest in self.host:
+            self.host.drop(adapter.digest)
         self._changed.add(adapter.digest)
         return evictions
 

@@ -101,7 +101,7 @@ class Twin:
     def _end_copies(self) -> None:
         while self._copies and self._copies[0][0] <= self.now_s:
             _, _, load, copy_s = heapq.heappop(self._copies)
-            self.scheduler.costs.copied(load.bytes, copy_s)
+            self.scheduler.costs.copied(load.bytes, load.source, copy_s)
             self.scheduler.loaded(load.digest, self.now_s)
 
     def _step(self) -> float | None:
@@ -140,7 +140,7 @@ class Twin:
                 entry = (self._copies_end_s, room.load.slot, room.load, copy_s)
                 heapq.heappush(self._copies, entry)
             else:
-                self.scheduler.costs.copied(room.load.bytes, copy_s)
+                self.scheduler.costs.copied(room.load.bytes, room.load.source, copy_s)
                 self.now_s += copy_s
 
     def _checked(self) -> None:

@@ -1,6 +1,7 @@
 """A real engine in this process under churn: every token is its own adapter's."""
 
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -182,4 +183,84 @@ def test_the_seed_decides_the_draw_whatever_runs_beside(
     made.add(NewRequest("r", PROMPTS[0], sampling))
     drive(made, beside)
     assert beside["r"] == alone["r"]
+    made.close()
+
+
+def test_an_image_in_host_memory_comes_back_without_its_files(
+    model: str, versions: list[Version], tmp_path: Path
+) -> None:
+    first, second = versions[0], versions[4]  # of the same rank
+    made = engine(model, [second], adapter_memory=first.parameters * 4 + 2**10)
+    moved = tmp_path / "moved"
+    shutil.copytree(first.uri, moved)
+    made.register(first, str(moved))
+    answers = []
+    for n, version in enumerate((first, second, first)):
+        got: dict[str, list[int]] = {}
+        made.add(NewRequest(f"r{n}", PROMPTS[0], GREEDY, version.digest))
+        drive(made, got)
+        answers.append(got[f"r{n}"])
+        if n == 1:
+            tiers = {e.digest: e.tier for e in made.residency()}
+            assert tiers == {first.digest: Tier.HOST, second.digest: Tier.DEVICE}
+            shutil.rmtree(moved)
+    assert answers[0] == answers[2] != answers[1]
+    made.close()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"overlap": False},
+        {"on_miss": "block", "base_slot": "shared", "park": False, "overlap": False},
+        {"park": False, "drain_wait_threshold_s": 0.01},
+        {"quantum_s": 0.001, "host_memory": 0},
+        {"eviction": "lru", "prefetch_depth": 0, "prefix_cache": False},
+        {"fair_share": True, "parked_pages_max": 4, "quantum_s": 0.001},
+    ],
+    ids=lambda settings: "-".join(f"{k}={v}" for k, v in settings.items()),
+)
+def test_tokens_are_the_same_whatever_the_switches(
+    model: str,
+    versions: list[Version],
+    expected: dict[tuple[str | None, int], list[int]],
+    settings: dict[str, object],
+) -> None:
+    made = engine(model, versions, slots_max=3, batch_rows_max=6, **settings)
+    rng = random.Random(1)
+    asked = {
+        f"r{n}": (rng.choice([None, *(v.digest for v in versions)]), rng.randrange(4))
+        for n in range(60)
+    }
+    for name, (digest, i) in asked.items():
+        made.add(NewRequest(name, PROMPTS[i], GREEDY, digest))
+    got: dict[str, list[int]] = {}
+    drive(made, got)
+    assert got == {name: expected[about] for name, about in asked.items()}
+    made.close()
+
+
+def test_a_load_that_fails_without_overlap_hurts_only_its_own_requests(
+    model: str, versions: list[Version], tmp_path: Path
+) -> None:
+    made = engine(model, versions[:1], overlap=False)
+    made.register(Version("gone", "0" * 64, "", 8, 1000), str(tmp_path / "gone"))
+    made.add(NewRequest("r", (5,), GREEDY, "0" * 64))
+    made.add(NewRequest("ok", (5,), GREEDY, versions[0].digest))
+    ended: dict[str, Delta] = {}
+    while made.has_work:
+        ended |= {d.request_id: d for d in made.step() if d.last}
+        made.scheduler.check()
+    assert ended["r"].error is not None and ended["r"].error.status == 503
+    assert ended["ok"].error is None
+    made.close()
+
+
+def test_a_story_says_why_a_request_waited(model: str, versions: list[Version]) -> None:
+    made = engine(model, versions)
+    made.add(NewRequest("r", (5, 6), GREEDY, versions[0].digest))
+    drive(made, {})
+    events = [happening.event.value for happening in made.story("r")]
+    assert events == ["queued", "load started", "load done", "running", "first token", "done"]
+    assert made.report().misses == 1 and made.report().loads == 1
     made.close()

@@ -10,7 +10,12 @@ from replica.residency import Evict, Residency, Room
 
 def residency(capacity: int = 100, slots: int = 8) -> Residency:
     return Residency(
-        Extents(capacity, alignment=1), slots, eviction.lru, lambda size: size * 0.01, 1.0, 8.0
+        Extents(capacity, alignment=1),
+        slots,
+        eviction.lru,
+        lambda size, _: size / 100,
+        1.0,
+        8.0,
     )
 
 

@@ -26,7 +26,7 @@ def scheduler(
     loads: int = 2,
 ) -> Scheduler:
     limits = Limits(rows, tokens, queue, loads, context=128, eos_tokens=frozenset({EOS}))
-    residency = Residency(Extents(arena, 1), 8, eviction.lru, lambda size: size * 0.01, 1.0, 8.0)
+    residency = Residency(Extents(arena, 1), 8, eviction.lru, lambda size, _: size / 100, 1.0, 8.0)
     for digest in "abcd":
         residency.register(digest, f"/{digest}", 40, pinned=False, now_s=0.0)
     return Scheduler(limits, Pages(pages, 16), residency, Costs(copy_bytes_per_s=100.0))

@@ -1,0 +1,40 @@
+"""Which images host memory keeps, so that an adapter comes back without its files: least recently
+used out first."""
+
+from collections import OrderedDict
+
+
+class HostTier:
+    """Accounts for bytes only; the images themselves are the engine's."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.used = 0
+        self._sizes: OrderedDict[str, int] = OrderedDict()
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._sizes
+
+    def fits(self, size: int) -> bool:
+        return size <= self.capacity
+
+    def keep(self, digest: str, size: int) -> list[str]:
+        """Keep an image, as the most recently used one. Gives those that had to go for it."""
+        assert self.fits(size) and digest not in self
+        self._sizes[digest] = size
+        self.used += size
+        dropped = []
+        while self.used > self.capacity:
+            oldest = next(iter(self._sizes))
+            self.drop(oldest)
+            dropped.append(oldest)
+        return dropped
+
+    def touch(self, digest: str) -> None:
+        self._sizes.move_to_end(digest)
+
+    def drop(self, digest: str) -> None:
+        self.used -= self._sizes.pop(digest)
+
+    def check(self) -> None:
+        assert self.used == sum(self._sizes.values()) <= self.capacity
