@@ -28,8 +28,8 @@ class Batch:
         self.rows_max = rows_max
         self.running: dict[str, Request] = {}
         self.parked: dict[str, Request] = {}
+        self.page_wait_max_s = page_wait_max_s
         self._parked_pages_max = parked_pages_max
-        self._page_wait_max_s = page_wait_max_s
         self._pages = pages
         self._residency = residency
         self._waiting = waiting
@@ -167,10 +167,10 @@ class Batch:
 
     def _saves_for(self, request: Request, now_s: float) -> bool:
         """Whether it was passed over for so long that others must leave it pages."""
-        if self._passed_over is None or self._page_wait_max_s is None:
+        if self._passed_over is None or self.page_wait_max_s is None:
             return False
         waiter, since_s = self._passed_over
-        return waiter is request and now_s - since_s > self._page_wait_max_s
+        return waiter is request and now_s - since_s > self.page_wait_max_s
 
     def _saved(self, now_s: float) -> int:
         """Pages that are being saved for a request that was passed over for too long."""

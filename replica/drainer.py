@@ -130,6 +130,17 @@ class Drainer:
         victims = self._victims(digest, keep, over)
         return None if victims is None else Way(victims=tuple(victims))
 
+    def saves_for(self, digest: str, keep: set[str], now_s: float) -> bool:
+        """Whether nobody else may take a place, for this one found none for longer than a slice.
+
+        Small images would for ever take, one by one, the places that a large one needs together.
+        """
+        adapter = self._residency.adapters[digest]
+        slice_s = self.slice_s(2 * self._costs.copy_s(adapter.bytes))
+        if adapter.starved_s is None or now_s - adapter.starved_s <= slice_s:
+            return False
+        return self._victims(digest, keep, self._in_use()) is not None
+
     def slice_s(self, copies_s: float) -> float:
         """copies_s: one image in and the other back."""
         return max(self.sharing.quantum_s, _COPIES_A_SLICE * copies_s)
@@ -147,7 +158,7 @@ class Drainer:
         return self._residency.adapters[digest].tier is Tier.LOADING
 
     def _in_use(self) -> list[Adapter]:
-        adapters = self._residency.adapters.values()
+        adapters = self._residency.placed.values()
         return [a for a in adapters if a.tier is Tier.DEVICE and a.users > 0 and not a.pinned]
 
     def _victims(self, digest: str, keep: set[str], in_use: Sequence[Adapter]) -> list[str] | None:

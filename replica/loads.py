@@ -1,6 +1,8 @@
 """Which adapters come, and who makes room for them: loads, held prompts, places taken."""
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cluster.costs import Costs
@@ -8,6 +10,7 @@ from cluster.values import Tier
 from replica import prefetch
 from replica.batch import Batch
 from replica.drainer import Drainer
+from replica.prefetch import ServiceOrder
 from replica.request import Request
 from replica.residency import Residency, Room
 from replica.story import Event, Stories
@@ -48,6 +51,7 @@ class Loads:
     ) -> None:
         self.switches = switches
         self.expected: dict[str, float] = {}
+        self.order = ServiceOrder(waiting, residency, drainer.sharing.head_start_s)
         self._in_flight_max = in_flight_max
         self._residency = residency
         self._waiting = waiting
@@ -66,15 +70,30 @@ class Loads:
         space = self._batch.rows_max - len(self._batch.running) + self.switches.prefetch_depth
         ahead = prefetch.ahead(self._residency)
         pinned = self._residency.pinned_elsewhere(now_s)
-        for digest in [*pinned, *self._starving(first)]:
+        none_idle = none_used = math.inf  # bytes from which on nobody finds such victims any more
+        for digest in itertools.chain(pinned, self._starving(first)):
             if self._residency.loading >= self._in_flight_max:
                 break
-            keep = self._keep(digest, digest in pinned)
-            victims = self._idle_victims(digest, keep)
-            if victims is None and digest not in pinned:
-                victims = self._take_place(digest, keep, now_s, closed)
-            elif ahead >= space and self.switches.skip:
+            size = self._residency.adapters[digest].bytes
+            mine = bool(self._drainer.drained_for(digest))
+            unasked = digest in pinned
+            if size >= none_idle and not mine and (unasked or size >= none_used):
                 continue
+            keep, victims = self._keep(digest, unasked), None
+            if size < none_idle or mine:
+                victims = self._idle_victims(digest, keep)
+            if victims is not None:
+                if ahead >= space and self.switches.skip:
+                    continue
+            elif not unasked:
+                none_idle = min(none_idle, size)
+                if not self._has_pages(digest, now_s):
+                    continue  # it starves for pages: a place would not help it
+                victims = self._take_place(digest, keep, now_s, closed)
+                if victims is None and self._drainer.sharing.park:
+                    none_used = min(none_used, size)
+                    if self._drainer.saves_for(digest, keep, now_s):
+                        break
             if victims is not None:
                 rooms.append(self._begin(digest, victims, now_s))
                 ahead += 1
@@ -104,7 +123,7 @@ class Loads:
             return None
         fresh = [
             a
-            for a in self._residency.adapters.values()
+            for a in self._residency.placed.values()
             if a.fresh and a.wanted and a.tier is Tier.DEVICE
         ]
         tokens = sum(r.tokens - r.computed for a in fresh for r in self._waiting.group(a.digest))
@@ -128,9 +147,8 @@ class Loads:
         for request in self._waiting.group(digest):
             self._stories.note(request.id, now_s, Event.LOAD_FAILED)
 
-    def _starving(self, first: str | None) -> list[str]:
-        head_start_s = self._drainer.sharing.head_start_s
-        starving = prefetch.service_order(self._waiting, self._residency, head_start_s)
+    def _starving(self, first: str | None) -> Iterable[str]:
+        starving = self.order.digests()
         return starving if self.switches.skip else [d for d in starving if d == first]
 
     def _keep(self, digest: str, pinned: bool) -> set[str]:
@@ -159,16 +177,25 @@ class Loads:
         self, digest: str, keep: set[str], now_s: float, closed: set[str]
     ) -> list[str] | None:
         """Another's place for a starving adapter: now (its rows are parked), soon, or not yet."""
-        if not self._batch.has_pages_for(self._waiting.head(digest)):
-            return None  # it starves for pages: a place would not help it
         way = self._drainer.park(digest, keep, self._batch.running.values(), now_s)
         if way is None:
             self._drain(digest, now_s)
             return None
         closed |= way.closed
-        if not way.victims or not self._batch.park_all(way.victims, now_s):
+        if not way.victims:
+            return None
+        if not self._batch.park_all(way.victims, now_s):
+            self._drain(digest, now_s)
             return None
         return list(way.victims)
+
+    def _has_pages(self, digest: str, now_s: float) -> bool:
+        """Or waited so long that pages are to be saved for it, which takes a place first."""
+        if self._batch.has_pages_for(self._waiting.head(digest)):
+            return True
+        starved_s = self._residency.adapters[digest].starved_s
+        patience_s = self._batch.page_wait_max_s
+        return starved_s is not None and patience_s is not None and now_s - starved_s > patience_s
 
     def _drain(self, digest: str, now_s: float) -> None:
         """Where the first request blocks the rest, all adapters in use drain by themselves."""

@@ -1,26 +1,61 @@
 """Which adapters to bring next, and what must stay for those that are needed sooner."""
 
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+
 from cluster.values import Tier
 from replica.residency import Residency
 from replica.waiting import Key, Waiting
 
+_Rank = tuple[int, float, Key, str]
 
-def service_order(waiting: Waiting, residency: Residency, head_start_s: float) -> list[str]:
+
+class ServiceOrder:
     """Adapters that are waited for and not on the device: by priority, then who starved longest.
 
     A parked adapter starves from when it was parked, so that all of them take turns; one with a
-    request that has no token yet goes before those that starved up to `head_start_s` longer.
+    request that has no token yet goes before those that starved up to `head_start_s` longer. The
+    order does not depend on the time, so only what changed since is put in its place again.
     """
-    starving: list[tuple[int, float, Key, str]] = []
-    for digest in waiting.places():
-        adapter = residency.adapters[digest]
-        if adapter.tier in (Tier.DISK, Tier.HOST, Tier.FAILED):
-            assert adapter.starved_s is not None
-            head = waiting.key(waiting.head(digest))
-            begun = all(request.output for request in waiting.group(digest))
-            since_s = adapter.starved_s + (head_start_s if begun else 0.0)
-            starving.append((head[0], since_s, head, digest))
-    return [digest for *_, digest in sorted(starving)]
+
+    def __init__(self, waiting: Waiting, residency: Residency, head_start_s: float) -> None:
+        self._waiting = waiting
+        self._residency = residency
+        self._head_start_s = head_start_s
+        self._ranks: dict[str, _Rank] = {}
+        self._ordered: list[_Rank] = []
+
+    def digests(self) -> Iterator[str]:
+        self._settle()
+        return (rank[-1] for rank in self._ordered)
+
+    def _settle(self) -> None:
+        touched = self._waiting.touched | self._residency.touched
+        self._waiting.touched.clear()
+        self._residency.touched.clear()
+        for digest in sorted(touched):
+            old, new = self._ranks.pop(digest, None), self._rank(digest)
+            if old is not None:
+                del self._ordered[bisect_left(self._ordered, old)]
+            if new is not None:
+                insort(self._ordered, new)
+                self._ranks[digest] = new
+
+    def check(self) -> None:
+        self._settle()
+        ranks = filter(None, map(self._rank, self._waiting.places()))
+        assert sorted(ranks) == self._ordered, "an adapter starves unseen"
+
+    def _rank(self, digest: str) -> _Rank | None:
+        adapter = self._residency.adapters.get(digest)
+        if adapter is None or adapter.tier in (Tier.DEVICE, Tier.LOADING):
+            return None
+        if not self._waiting.waited_for(digest):
+            return None
+        assert adapter.starved_s is not None
+        key = self._waiting.key(self._waiting.head(digest))
+        begun = self._waiting.all_begun(digest)
+        return key[0], adapter.starved_s + (self._head_start_s if begun else 0.0), key, digest
 
 
 def needed_sooner(digest: str, waiting: Waiting, residency: Residency) -> set[str]:
@@ -28,7 +63,7 @@ def needed_sooner(digest: str, waiting: Waiting, residency: Residency) -> set[st
     head = waiting.key(waiting.head(digest))
     return {
         a.digest
-        for a in residency.adapters.values()
+        for a in residency.placed.values()
         if a.tier is Tier.DEVICE
         and a.users == 0
         and a.wanted
@@ -39,5 +74,5 @@ def needed_sooner(digest: str, waiting: Waiting, residency: Residency) -> set[st
 def ahead(residency: Residency) -> int:
     """Adapters on their way or placed that no row has used yet."""
     return residency.loading + sum(
-        a.fresh and a.wanted for a in residency.adapters.values() if a.tier is Tier.DEVICE
+        a.fresh and a.wanted for a in residency.placed.values() if a.tier is Tier.DEVICE
     )

@@ -120,6 +120,9 @@ class Residency:
         self.host = host or HostTier(0)
         self.slots = slots
         self.adapters: dict[str, Adapter] = {}
+        self.placed: dict[str, Adapter] = {}  # those that hold a slot
+        self.quarantined: set[str] = set()
+        self.touched: set[str] = set()  # may start or stop to starve; `ServiceOrder` empties it
         self.loading = 0
         self.loads = self.evictions = 0
         self.wasted = 0  # loads that no row ever used
@@ -129,6 +132,7 @@ class Residency:
         self._first_retry_s = retry_s
         self._retry_max_s = retry_max_s
         self._changed: set[str] = set()
+        self._pinned: set[str] = set()
 
     def register(self, digest: str, path: str, size: int, pinned: bool, now_s: float) -> None:
         """`size`: bytes of the image, at most the arena's capacity."""
@@ -141,7 +145,8 @@ class Residency:
             adapter.path = path
             adapter.pinned = pinned
             adapter.leaving = False
-        self._changed.add(digest)
+        (self._pinned.add if pinned else self._pinned.discard)(digest)
+        self._touch(digest)
 
     def forget(self, digest: str) -> list[Evict]:
         adapter = self.adapters.get(digest)
@@ -158,9 +163,8 @@ class Residency:
         """Pinned adapters that are not on the device; they are loaded before anyone asks."""
         return [
             a.digest
-            for a in self.adapters.values()
-            if a.pinned
-            and not a.leaving
+            for a in map(self.adapters.__getitem__, sorted(self._pinned))
+            if not a.leaving
             and not a.wanted
             and (a.tier in (Tier.DISK, Tier.HOST) or (a.tier is Tier.FAILED and now_s >= a.retry_s))
         ]
@@ -186,6 +190,7 @@ class Residency:
         adapter.claims -= 1
         if not adapter.wanted:
             adapter.starved_s = None
+            self.touched.add(digest)
         return self._leave(adapter)
 
     def acquire(self, digest: str, now_s: float) -> None:
@@ -221,7 +226,7 @@ class Residency:
         """
         idle = self._order(self._candidates(spare_fresh))
         candidates = [c.digest for c in idle if c.digest not in keep]
-        candidates += parkable
+        candidates += [victim for victim in parkable if victim not in keep]
         victims: list[str] = []
         while not self._fits(digest, victims):
             if not candidates:
@@ -248,10 +253,12 @@ class Residency:
         assert offset is not None, "the victims were not enough"
         moves = tuple(Move(self.slot(s.digest), s.source, s.target, s.bytes) for s in slides)
         adapter.tier, adapter.slot, adapter.since_s = Tier.LOADING, self._free_slots.pop(), now_s
+        self.placed[digest] = adapter
+        self.quarantined.discard(digest)
         adapter.reason = None
         self.loading += 1
         self.loads += 1
-        self._changed.add(digest)
+        self._touch(digest)
         source = self._away(digest)
         if source is Tier.HOST:
             self.host.touch(digest)
@@ -277,7 +284,7 @@ class Residency:
         self.loading -= 1
         adapter.tier, adapter.since_s, adapter.used_s = Tier.DEVICE, now_s, now_s
         adapter.fresh, adapter.failures, adapter.starved_s = True, 0, None
-        self._changed.add(digest)
+        self._touch(digest)
         return self._leave(adapter)
 
     def failed(self, digest: str, reason: str, now_s: float) -> None:
@@ -297,13 +304,15 @@ class Residency:
         assert adapter.slot is not None
         self.extents.give_back(adapter.digest)
         self._free_slots.append(adapter.slot)
+        del self.placed[adapter.digest]
         adapter.tier, adapter.slot, adapter.since_s = Tier.FAILED, None, now_s
         adapter.fresh = False
         pause_s = min(self._first_retry_s * 2.0 ** min(adapter.failures, 62), self._retry_max_s)
         adapter.retry_s = now_s + pause_s
         adapter.failures += 1
+        self.quarantined.add(adapter.digest)
         adapter.reason = reason
-        self._changed.add(adapter.digest)
+        self._touch(adapter.digest)
         self._starve(adapter, now_s)
         self._leave(adapter)
 
@@ -336,6 +345,10 @@ class Residency:
             assert kept or adapter.tier is not Tier.HOST
             assert not kept or adapter.tier is not Tier.DISK
         placed = [a for a in self.adapters.values() if a.slot is not None]
+        assert {a.digest: a for a in placed} == self.placed
+        failed = {a.digest for a in self.adapters.values() if a.tier is Tier.FAILED}
+        assert failed == self.quarantined
+        assert self._pinned == {a.digest for a in self.adapters.values() if a.pinned}
         slots = [a.slot for a in placed if a.slot is not None]
         assert sorted([*slots, *self._free_slots]) == list(range(1, self.slots + 1))
         assert all(a.tier in (Tier.DEVICE, Tier.LOADING) for a in placed)
@@ -345,6 +358,10 @@ class Residency:
             assert 0 <= adapter.users <= adapter.claims
             assert adapter.users == 0 or adapter.tier is Tier.DEVICE, "rows run without weights"
         assert self.extents.free == self.extents.capacity - sum(a.bytes for a in placed)
+
+    def _touch(self, digest: str) -> None:
+        self._changed.add(digest)
+        self.touched.add(digest)
 
     def _candidates(self, spare_fresh: bool) -> list[Candidate]:
         return [
@@ -356,7 +373,7 @@ class Residency:
                 a.wanted,
                 a.frequency * self.copy_s(a) / max(a.bytes, 1),
             )
-            for a in self.adapters.values()
+            for a in self.placed.values()
             if a.tier is Tier.DEVICE
             and a.users == 0
             and not a.pinned
@@ -367,7 +384,7 @@ class Residency:
         return Tier.HOST if digest in self.host else Tier.DISK
 
     def _loading(self) -> list[str]:
-        return [a.digest for a in self.adapters.values() if a.tier is Tier.LOADING]
+        return [a.digest for a in self.placed.values() if a.tier is Tier.LOADING]
 
     def _fits(self, digest: str, victims: Sequence[str]) -> bool:
         """Whether the image finds a slot and a hole, after sliding if need be."""
@@ -387,6 +404,7 @@ class Residency:
     def _starve(self, adapter: Adapter, now_s: float) -> None:
         if adapter.wanted and adapter.tier is not Tier.DEVICE and adapter.starved_s is None:
             adapter.starved_s = now_s
+            self.touched.add(adapter.digest)
 
     def _evict(self, adapter: Adapter, now_s: float) -> Evict:
         assert adapter.users == 0 and adapter.tier is Tier.DEVICE and adapter.slot is not None
@@ -395,8 +413,9 @@ class Residency:
         self.wasted += adapter.fresh
         self.evictions += 1
         self._free_slots.append(slot)
+        del self.placed[adapter.digest]
         adapter.tier, adapter.slot, adapter.since_s = self._away(adapter.digest), None, now_s
-        self._changed.add(adapter.digest)
+        self._touch(adapter.digest)
         self._starve(adapter, now_s)
         return Evict(adapter.digest, slot)
 
@@ -409,9 +428,11 @@ class Residency:
             evictions.append(self._evict(adapter, adapter.since_s))
             self.extents.give_back(adapter.digest)
         del self.adapters[adapter.digest]
+        self._pinned.discard(adapter.digest)
+        self.quarantined.discard(adapter.digest)
         if adapter.digest in self.host:
             self.host.drop(adapter.digest)
-        self._changed.add(adapter.digest)
+        self._touch(adapter.digest)
         return evictions
 
 

@@ -192,17 +192,15 @@ class Scheduler:
         rooms: list[Room] = []
         if self.switches.overlap or self.drainer.sharing.park:
             rooms = self.loads.plan(self._first(), now_s, closed)
-        rows = self._decodes(now_s)
+        rows, begun = self._decodes(now_s)
         budget = self.limits.step_tokens_max - len(rows)
-        for request in [r for r in self.batch.running.values() if not _decoding(r)]:
+        for request in begun:
             if budget <= 0:
                 break
             rows.append(self._chunk(request, budget))
             budget -= rows[-1].end - rows[-1].start
         hold_s = self.loads.hold_until(self.limits.step_tokens_max, now_s)
-        for request in self._scan():
-            if budget <= 0 or self.batch.full:
-                break
+        for request in self._scan() if budget > 0 and not self.batch.full else ():
             if request.place in closed or not self.drainer.may_admit(request):
                 continue
             if hold_s is not None and self.loads.holds(request):
@@ -214,19 +212,24 @@ class Scheduler:
                 break
             rows.append(self._chunk(request, budget))
             budget -= rows[-1].end - rows[-1].start
+            if budget <= 0 or self.batch.full:
+                break
         wake_s = None if rows else hold_s
         return Plan(tuple(rooms), tuple(rows), tuple(failed), wake_s)
 
     def commit(self, plan: Plan, chosen: Sequence[Chosen | None], now_s: float) -> list[Delta]:
         """`chosen`: one for each row of the plan, None where it did not sample."""
         deltas = []
+        page_tokens = self.pages.page_tokens
         for work, choice in zip(plan.rows, chosen, strict=True):
             request = work.request
             assert request.phase is Phase.RUNNING and request.computed == work.start
             assert work.sample == (choice is not None)
             request.computed = work.end
-            self.batch.publish(request)
-            self.share.served(request.place, work.end - work.start, choice is not None)
+            if work.end // page_tokens > request.published:
+                self.batch.publish(request)
+            if self.share.on:
+                self.share.served(request.place, work.end - work.start, choice is not None)
             if choice is None:
                 continue
             first = not request.output
@@ -236,9 +239,7 @@ class Scheduler:
             finish = self._finish(request, choice.token)
             logprobs = () if choice.logprobs is None else (choice.logprobs,)
             cached = request.cached if first else 0
-            deltas.append(
-                Delta(request.id, (choice.token,), logprobs, finish, cached_tokens=cached)
-            )
+            deltas.append(Delta(request.id, (choice.token,), logprobs, finish, None, cached))
             if finish is not None:
                 self._end(request, Phase.FINISHED, now_s)
         return deltas
@@ -268,6 +269,7 @@ class Scheduler:
             starves = adapter.wanted and adapter.tier is not Tier.DEVICE
             assert not starves or adapter.starved_s is not None
         self.batch.check()
+        self.loads.order.check()
 
     def _admissible(self, new: NewRequest) -> None:
         assert new.id not in self._requests and new.prompt and new.sampling.max_tokens > 0
@@ -303,9 +305,9 @@ class Scheduler:
     def _fail_quarantined(self, now_s: float) -> list[Delta]:
         """Requests whose adapter could not be loaded fail; after the pause the next one retries."""
         failed = []
-        for digest in self.waiting.places():
+        for digest in sorted(self.residency.quarantined):
             adapter = self.residency.adapters[digest]
-            if adapter.tier is not Tier.FAILED or now_s >= adapter.retry_s:
+            if now_s >= adapter.retry_s:
                 continue
             left_s = adapter.retry_s - now_s
             message = f"the adapter did not load: {adapter.reason}; retried in {left_s:.1f} s"
@@ -314,15 +316,24 @@ class Scheduler:
                 failed.append(self._fail(request, error, now_s))
         return failed
 
-    def _decodes(self, now_s: float) -> list[Work]:
-        """One token for each request whose prompt is computed, oldest first."""
-        rows = []
+    def _decodes(self, now_s: float) -> tuple[list[Work], list[Request]]:
+        """One token for each request whose prompt is computed, oldest first; and the others.
+
+        This and `commit` run once a row and step: they are written for speed.
+        """
+        rows, begun = [], []
+        page_tokens, slot = self.pages.page_tokens, self.residency.slot
         for request in list(self.batch.running.values()):
-            if request.phase is not Phase.RUNNING or not _decoding(request):
+            tokens = request.tokens
+            if request.computed != tokens - 1 or not request.output:
+                begun.append(request)
                 continue
-            if self.batch.grow(request, now_s):
-                rows.append(self._chunk(request, 1))
-        return rows
+            if tokens > len(request.pages) * page_tokens and (
+                request.phase is not Phase.RUNNING or not self.batch.grow(request, now_s)
+            ):
+                continue  # it lost its pages to an older one
+            rows.append(Work(request, tokens - 1, tokens, slot(request.digest), True))
+        return rows, [request for request in begun if request.phase is Phase.RUNNING]
 
     def _chunk(self, request: Request, budget: int) -> Work:
         end = min(request.tokens, request.computed + budget)
@@ -336,9 +347,11 @@ class Scheduler:
         return next((r.place for r in self._scan() if self.drainer.may_admit(r)), None)
 
     def _scan(self) -> Iterable[Request]:
-        everyone = not self.switches.overlap or not self.switches.skip
-        share = self.share.of if self.switches.skip else _nobody
-        return self.waiting.in_order(lambda place: everyone or self.residency.usable(place), share)
+        places = None
+        if self.switches.overlap and self.switches.skip:
+            placed = self.residency.placed.values()
+            places = [None, *(a.digest for a in placed if a.tier is Tier.DEVICE)]
+        return self.waiting.in_order(places, self.share.of if self.switches.skip else _nobody)
 
     def _finish(self, request: Request, token: int) -> Finish | None:
         sampling = request.sampling
@@ -347,7 +360,8 @@ class Scheduler:
             or (token in self.limits.eos_tokens and not sampling.ignore_eos)
         ):
             return Finish.STOP
-        if request.remaining <= 0 or request.tokens >= self.limits.context:
+        generated = len(request.output)
+        if generated >= sampling.max_tokens or request.tokens >= self.limits.context:
             return Finish.LENGTH
         return None
 
@@ -364,10 +378,6 @@ class Scheduler:
         self.stories.note(request.id, now_s, Event.DONE, phase.value)
         if request.place is not None:
             self._evictions += self.residency.unclaim(request.place)
-
-
-def _decoding(request: Request) -> bool:
-    return request.computed == request.tokens - 1 and bool(request.output)
 
 
 def _nobody(_: str | None) -> float:

@@ -15,17 +15,17 @@ class Share:
     """weights: by digest, 1 where none is given. Off, every adapter's share is the same."""
 
     def __init__(self, weights: Mapping[str | None, float] | None = None, on: bool = False) -> None:
-        self._on = on
+        self.on = on
         self._weights = dict(weights or {})
         self._had: dict[str | None, float] = {}
         self._present: dict[str | None, int] = {}
 
     def of(self, place: str | None) -> float:
-        return self._had.get(place, 0.0) if self._on else 0.0
+        return self._had.get(place, 0.0) if self.on else 0.0
 
     def enter(self, place: str | None) -> None:
         """A request of it was accepted."""
-        if not self._on:
+        if not self.on:
             return
         if place not in self._present:
             least = min((self._had[other] for other in self._present), default=0.0)
@@ -33,7 +33,7 @@ class Share:
         self._present[place] = self._present.get(place, 0) + 1
 
     def leave(self, place: str | None) -> None:
-        if not self._on:
+        if not self.on:
             return
         self._present[place] -= 1
         if not self._present[place]:
@@ -41,6 +41,6 @@ class Share:
 
     def served(self, place: str | None, tokens: int, sampled: bool) -> None:
         """tokens: computed in one step. sampled: one of them is the model's own."""
-        if self._on:
+        if self.on:
             cost = tokens + (_OUTPUT_WEIGHT if sampled else 0.0)
             self._had[place] = self._had.get(place, 0.0) + cost / self._weights.get(place, 1.0)

@@ -6,7 +6,7 @@ back (parked or preempted) keeps its number and so stands before those that came
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from replica.request import Request
 
@@ -20,6 +20,8 @@ class Waiting:
         self._groups: dict[str | None, list[tuple[Key, Request]]] = {}
         self._keys: dict[str, Key] = {}
         self._count = 0
+        self._begun: dict[str | None, int] = {}  # those that have tokens already
+        self.touched: set[str] = set()  # its first request may be another; see `ServiceOrder`
         self._next = 0
 
     def __len__(self) -> int:
@@ -37,6 +39,7 @@ class Waiting:
             self._next += 1
         insort(self._groups.setdefault(request.place, []), (key, request), key=lambda e: e[0])
         self._count += 1
+        self._count_begun(request, 1)
 
     def remove(self, request: Request) -> None:
         group = self._groups[request.place]
@@ -46,6 +49,16 @@ class Waiting:
         if not group:
             del self._groups[request.place]
         self._count -= 1
+        self._count_begun(request, -1)
+
+    def _count_begun(self, request: Request, change: int) -> None:
+        place = request.place
+        if request.output:
+            self._begun[place] = self._begun.get(place, 0) + change
+            if not self._begun[place]:
+                del self._begun[place]
+        if place is not None:
+            self.touched.add(place)
 
     def forget(self, request: Request) -> None:
         """It has ended and will not return."""
@@ -61,21 +74,28 @@ class Waiting:
         """Adapters that are waited for, in no particular order."""
         return [place for place in self._groups if place is not None]
 
+    def all_begun(self, place: str | None) -> bool:
+        """Each of its requests has a token already."""
+        return self._begun.get(place, 0) == len(self._groups[place])
+
+    def waited_for(self, place: str | None) -> bool:
+        return place in self._groups
+
     def group(self, place: str | None) -> list[Request]:
         return [request for _, request in self._groups.get(place, ())]
 
     def in_order(
-        self, wanted: Callable[[str], bool], share: Callable[[str | None], float]
+        self, places: Iterable[str | None] | None, share: Callable[[str | None], float]
     ) -> Iterator[Request]:
-        """Base requests and those of wanted adapters: by priority, then share, then arrival.
+        """The requests of these places, None: of all: by priority, then share, then arrival.
 
         share: what an adapter has had so far; less goes first. The caller may remove a request that
         it was given while it goes on.
         """
         groups = [
-            (place, list(group))
-            for place, group in self._groups.items()
-            if place is None or wanted(place)
+            (place, list(self._groups[place]))
+            for place in (self._groups if places is None else places)
+            if place in self._groups
         ]
         heap = [
             (group[0][0][0], share(place), group[0][0][1], index, 0)
