@@ -33,6 +33,10 @@ adapters_cli = typer.Typer(
     help="Add, remove and list the adapters of a running fleet.", no_args_is_help=True
 )
 cli.add_typer(adapters_cli, name="adapters")
+simulate_cli = typer.Typer(
+    help="Run the scheduler on a virtual clock; no model or GPU is needed.", no_args_is_help=True
+)
+cli.add_typer(simulate_cli, name="simulate")
 
 
 def app(arguments: dict[str, Any]) -> Any:
@@ -282,6 +286,30 @@ def ls(url: Url = LOCAL_URL, api_key: ApiKey = None) -> None:
             adapter["id"], str(adapter["rank"]), adapter["digest"][:12], devices, adapter["path"]
         )
     Console().print(table)
+
+
+@simulate_cli.callback()
+def _simulate() -> None:
+    """Without it typer takes the only command for the whole of `simulate`."""
+
+
+@simulate_cli.command()
+def upstream(
+    json_only: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs, of which the median is taken.")] = 5,
+) -> None:
+    """Replay the published upstream tables: before and after them, and ours (under a minute)."""
+    import json
+
+    from replica.comparison import HEADER, as_json, compare, lines
+    from replica.upstream import TABLES
+
+    if json_only:
+        print(json.dumps(as_json([compare(name, seeds) for name in TABLES]), indent=2))
+        return
+    print(HEADER)
+    for name in TABLES:
+        print("", *lines(compare(name, seeds)), sep="\n", flush=True)
 
 
 def _listen(host: str, port: int) -> socket.socket:

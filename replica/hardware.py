@@ -6,13 +6,24 @@ all seven projections is 5.24 MB × r. Kernels reach about 80% of the memory ban
 has a fixed price besides (launches, sampling, the server's Python):
 
     step = fixed + (15.0 GB + 128 KiB × context + 5.24 MB × Σ ranks) ÷ (0.8 × bandwidth)
-                 + prompt tokens × 2 × 8.03 G FLOP ÷ (0.5 × peak)
+                 + prompt tokens × 2 × 8.03 G FLOP ÷ (0.7 × peak)
 
 Copies from pinned host memory run at PCIe's rate: 55 GB/s for gen5 (H200), 25 GB/s for gen4 (A100).
 The bandwidth and peak are 4.8 TB/s and 990 TFLOP/s (H200), 2.04 TB/s and 312 TFLOP/s (A100 80 GB).
+A prefill of 2,048 tokens takes 1.28 ms a layer on an H200, which is 70% of the peak.
 
-`fixed_s` and `upstream_bytes_per_s`, the rate at which the measured servers brought an adapter,
-are no hardware figures: per card, each is set from one published figure (see `upstream.py`).
+The measured servers brought an adapter tensor by tensor, 448 of them at about 50 µs each, from
+memory that is not pinned:
+
+    upstream's load = 448 × 50 µs + bytes ÷ upstream rate
+
+`fixed_s` and `upstream_bytes_per_s` are no hardware figures. Each card's two are set on two
+published figures; all the others are predicted (`upstream.py` compares them):
+
+    H200  fixed_s 4.5 ms: 14795's mean E2E of the base stream without LoRA traffic, 4,829 ms
+          upstream rate 11 GB/s: 15512-large's mean TTFT before, 2,221 ms
+    A100  fixed_s 4.7 ms: 17913's mean E2E − mean TTFT before, 4,150 ms
+          upstream rate 3 GB/s: the same after, 4,223 ms
 """
 
 import dataclasses
@@ -25,13 +36,14 @@ WEIGHT_BYTES = 15.0e9
 KV_TOKEN_BYTES = 2 * 32 * 8 * 128 * 2
 RANK_BYTES = 5.24e6
 TOKEN_FLOP = 2 * 8.03e9
+UPSTREAM_LOAD_S = 448 * 50e-6
 _BANDWIDTH_SHARE = 0.8
-_PEAK_SHARE = 0.5
+_PEAK_SHARE = 0.7
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """bytes_per_s: memory bandwidth. copy_bytes_per_s: host to device."""
+    """bytes_per_s: memory bandwidth. copy_bytes_per_s: host to device. load_s: of any load."""
 
     name: str
     bytes_per_s: float
@@ -40,6 +52,7 @@ class Card:
     fixed_s: float
     upstream_bytes_per_s: float
     memory_bytes: float
+    load_s: float = 0.0
 
     def step_s(self, rows: Sequence[Work], ranks: Mapping[str | None, int]) -> float:
         """ranks: by adapter. Each active adapter is read once, however many rows it has."""
@@ -48,19 +61,24 @@ class Card:
         rank_sum = sum(ranks[digest] for digest in active if digest is not None)
         read = WEIGHT_BYTES + KV_TOKEN_BYTES * context + RANK_BYTES * rank_sum
         prompt_tokens = sum(w.end - w.start for w in rows if w.end - w.start > 1)
-        flop = TOKEN_FLOP * prompt_tokens
         return (
             self.fixed_s
             + read / (_BANDWIDTH_SHARE * self.bytes_per_s)
-            + flop / (_PEAK_SHARE * self.flop_per_s)
+            + self.prompt_s(prompt_tokens)
         )
 
+    def prompt_s(self, tokens: int) -> float:
+        """What prompt tokens add to a step."""
+        return TOKEN_FLOP * tokens / (_PEAK_SHARE * self.flop_per_s)
+
     def copy_s(self, size: int) -> float:
-        return size / self.copy_bytes_per_s
+        return self.load_s + size / self.copy_bytes_per_s
 
     def as_upstream(self) -> "Card":
         """The same card, loading at the rate the measured servers did."""
-        return dataclasses.replace(self, copy_bytes_per_s=self.upstream_bytes_per_s)
+        return dataclasses.replace(
+            self, copy_bytes_per_s=self.upstream_bytes_per_s, load_s=UPSTREAM_LOAD_S
+        )
 
     @property
     def pages(self) -> int:
@@ -68,8 +86,8 @@ class Card:
         return int((self.memory_bytes - WEIGHT_BYTES) / 2 / KV_TOKEN_BYTES / 16)
 
 
-H200 = Card("h200-llama8b", 4.8e12, 990e12, 55e9, 0.004, 2.4e9, 141e9)
-A100 = Card("a100-llama8b", 2.04e12, 312e12, 25e9, 0.004, 2.4e9, 80e9)
+H200 = Card("h200-llama8b", 4.8e12, 990e12, 55e9, 0.0045, 11e9, 141e9)
+A100 = Card("a100-llama8b", 2.04e12, 312e12, 25e9, 0.0047, 3e9, 80e9)
 CARDS = {card.name: card for card in (H200, A100)}
 
 

@@ -5,6 +5,7 @@
 Deterministic: the same scheduler, arrivals and model give the same records.
 """
 
+import dataclasses
 import heapq
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,8 +58,8 @@ class Record:
 class Twin:
     """ranks: of each adapter. check: the invariants after each step.
 
-    mixed: prompts and decodes are one batch; else a step computes its prompts first and decodes
-    after, as servers do that give prefill the way and never mix the two.
+    mixed: prompts and decodes are one batch; else a step that has prompts computes them alone, as
+    servers do that never mix the two and decode only while no prompt can be computed.
     """
 
     scheduler: Scheduler
@@ -111,25 +112,21 @@ class Twin:
         if not plan.rows:
             self._checked()
             return float("inf") if plan.wake_s is None else plan.wake_s
-        for batch in self._batches(plan.rows):
-            took_s = self.model.step_s(batch, self.ranks)
-            self.scheduler.costs.stepped(_prompt_tokens(batch), took_s)
-            self.now_s += took_s
-            for work in batch:
-                if work.sample:
-                    self._records[work.request.id].token(self.now_s)
+        prompts = tuple(work for work in plan.rows if work.end - work.start > 1)
+        if prompts and not self.mixed:
+            plan = dataclasses.replace(plan, rows=prompts)
+        took_s = self.model.step_s(plan.rows, self.ranks)
+        self.scheduler.costs.stepped(sum(work.end - work.start for work in prompts), took_s)
+        self.now_s += took_s
         self.steps += 1
+        for work in plan.rows:
+            if work.sample:
+                self._records[work.request.id].token(self.now_s)
         chosen = [Chosen(0) if work.sample else None for work in plan.rows]
         self.scheduler.commit(plan, chosen, self.now_s)
         self.scheduler.evictions()
         self._checked()
         return None
-
-    def _batches(self, rows: Sequence[Work]) -> list[list[Work]]:
-        prompts = [work for work in rows if work.end - work.start > 1]
-        if self.mixed or not prompts or len(prompts) == len(rows):
-            return [list(rows)]
-        return [prompts, [work for work in rows if work.end - work.start == 1]]
 
     def _make_rooms(self, plan: Plan) -> None:
         for room in plan.rooms:
@@ -146,10 +143,6 @@ class Twin:
     def _checked(self) -> None:
         if self.check:
             self.scheduler.check()
-
-
-def _prompt_tokens(rows: Sequence[Work]) -> int:
-    return sum(work.end - work.start for work in rows if work.end - work.start > 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,26 @@
 """The published tables this project answers to, replayed: upstream before, upstream after, ours.
 
 Three pull requests of SGLang (14795, 17913, 15512) gave figures of a server before and after a
-change of its adapter scheduling. Each workload here is theirs; what a table does not state (adapter
-ranks, places) is set as named below and is the same for all three policies.
+change of its adapter scheduling (`published.py`). Each workload here is theirs. What the tables do
+not state is set here: the adapters' ranks, the places of 14795 (its default of eight slots), and
+how long 17913 waited before it drained (3 s, as its own tests do). The places and ranks are the
+same for all three policies.
+
+Upstream's server, as simulated: an adapter scan over the queue at each step; least recently used
+adapters leave first; a load stops the batch (15512 after: not); one load at a time; a step of up to
+8,192 prompt tokens is computed alone, and decodes wait while prompts can be computed.
+
+    14795 before  the base model takes a slot while in use, and the scan stops at the first miss
+          after   the base model has its own place, and the scan goes on
+    17913 before  as 14795 after
+          after   and an adapter in use is drained for one that starved 3 s
+    15512 before  as 14795 after
+          after   and loads overlap with the batch
 """
 
+import dataclasses
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from cluster.costs import Costs
@@ -18,11 +32,11 @@ from replica.loads import Switches
 from replica.pages import Pages
 from replica.residency import Residency
 from replica.scheduler import Limits, Scheduler
-from replica.twin import Figures, Record, Twin, figures
-from replica.workloads import Arrival, Stream, arrivals
+from replica.twin import Figures, Twin, figures
+from replica.workloads import Stream, arrivals
 
 POLICIES = ("before", "after", "ours")
-SEEDS = 5
+CHUNK_TOKENS = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +57,26 @@ class Policy:
 class Table:
     """One row of the published figures.
 
-    places: adapters that fit by count; None: by bytes alone (`arena_ranks`, in ranks).
+    places: adapters that fit; for ours, where `packed`, the bytes of as many of the largest rank.
     """
 
     name: str
+    title: str
     card: Card
     streams: tuple[Stream, ...]
     ranks: Mapping[str, int]
-    places: int | None
+    places: int
     before: Policy
     after: Policy
-    arena_ranks: int | None = None
+    packed: bool = False
 
     def policy(self, name: str) -> Policy:
         return {"before": self.before, "after": self.after, "ours": OURS}[name]
+
+    def all_base(self) -> "Table":
+        """The same requests, all of which name the base model."""
+        streams = tuple(dataclasses.replace(s, adapters=()) for s in self.streams)
+        return dataclasses.replace(self, streams=streams)
 
 
 _NO_SHARING = Sharing(park=False)
@@ -70,7 +90,7 @@ _BLOCK = Policy(
 )
 _DRAIN = Policy(
     Switches(overlap=False, prefetch_depth=0),
-    Sharing(park=False, drain_wait_threshold_s=1.0),
+    Sharing(park=False, drain_wait_threshold_s=3.0),
     "lru",
     True,
 )
@@ -98,52 +118,99 @@ TABLES = {
     for t in (
         Table(
             "14795",
+            "H200, 16 adapters of rank 16 on 7 places beside the base model, 2 + 2 requests/s",
             H200,
             (_BASE, Stream("lora", 100, 2.0, 2048, 1024, _names(16))),
             _cycled(16, 16),
-            # Eight slots, of which the base model took one.
-            7,
+            7,  # of eight slots, the base model has one
             _BLOCK,
             _SKIP,
         ),
-        Table("17913", A100, (_SIX,), _cycled(6, 64), 3, _SKIP, _DRAIN),
+        Table(
+            "17913",
+            "A100, 6 adapters of rank 64 on 3 places, 4 requests/s",
+            A100,
+            (_SIX,),
+            _cycled(6, 64),
+            3,
+            _SKIP,
+            _DRAIN,
+        ),
         Table(
             "17913-packed",
+            "A100, 6 adapters of ranks 4 to 64 in the bytes of 3 of rank 64, 4 requests/s",
             A100,
             (_SIX,),
             _ranks(4, 8, 16, 16, 32, 64),
             3,
             _SKIP,
             _DRAIN,
-            arena_ranks=3 * 64,
+            packed=True,
         ),
-        Table("15512-large", H200, (_SIXTEEN,), _cycled(16, 256), 8, _SKIP, _OVERLAP),
-        Table("15512-small", H200, (_SIXTEEN,), _cycled(16, 8, 16, 32, 64), 8, _SKIP, _OVERLAP),
+        Table(
+            "15512-large",
+            "H200, 16 adapters of rank 256 (1.34 GB) on 8 places, 4 requests/s",
+            H200,
+            (_SIXTEEN,),
+            _cycled(16, 256),
+            8,
+            _SKIP,
+            _OVERLAP,
+        ),
+        Table(
+            "15512-small",
+            "H200, 16 adapters of ranks 8 to 64 (42 to 336 MB) on 8 places, 4 requests/s",
+            H200,
+            (_SIXTEEN,),
+            _cycled(16, 8, 16, 32, 64),
+            8,
+            _SKIP,
+            _OVERLAP,
+        ),
     )
 }
 
 
-def simulate(
-    table: Table, policy: str, seed: int, streams: tuple[Stream, ...] | None = None
-) -> list[Record]:
-    """streams: others than the table's own."""
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """figures: of each stream, one for each seed."""
+
+    figures: Mapping[str, Sequence[Figures]]
+
+    def median(self, stream: str) -> Figures:
+        """Each figure's own median over the seeds."""
+        each = self.figures[stream]
+        return Figures(
+            **{f.name: statistics.median(getattr(e, f.name) for e in each) for f in fields(Figures)}
+        )
+
+
+def replay(table: Table, policy: str, seeds: Iterable[int]) -> Replay:
+    runs = [twin(table, policy).run(arrivals(table.streams, seed)) for seed in seeds]
+    return Replay(
+        {
+            stream.name: [
+                figures([r for r in run if r.arrival.stream == stream.name]) for run in runs
+            ]
+            for stream in table.streams
+        }
+    )
+
+
+def twin(table: Table, policy: str, check: bool = False) -> Twin:
+    """A server of this table and policy, before its first request."""
     chosen = table.policy(policy)
     card = table.card.as_upstream() if chosen.upstream else table.card
-    ranks: dict[str | None, int] = {None: 0}
-    ranks.update(table.ranks.items())
-    scheduler = _scheduler(table, chosen, card, policy)
-    twin = Twin(scheduler, card, ranks, mixed=not chosen.upstream)
-    coming: list[Arrival] = arrivals(streams or table.streams, seed)
-    return twin.run(coming)
+    ranks: dict[str | None, int] = {None: 0} | dict(table.ranks.items())
+    scheduler = _scheduler(table, chosen, card)
+    return Twin(scheduler, card, ranks, check=check, mixed=not chosen.upstream)
 
 
-def _scheduler(table: Table, policy: Policy, card: Card, name: str) -> Scheduler:
+def _scheduler(table: Table, policy: Policy, card: Card) -> Scheduler:
     costs = Costs(card.copy_bytes_per_s, decode_s=0.01, prefill_token_s=5e-5)
-    packed = table.arena_ranks is not None and name == "ours"
-    largest = max(table.ranks.values())
-    places = table.places if table.places is not None else len(table.ranks)
-    ranks = table.arena_ranks if packed and table.arena_ranks else places * largest
-    slots = len(table.ranks) if packed else places
+    packed = table.packed and not policy.upstream
+    ranks = table.places * max(table.ranks.values())
+    slots = len(table.ranks) if packed else table.places
     if not policy.switches.base_pinned:
         slots += 1  # the base model has one of them while it is in use
     residency = Residency(
@@ -153,7 +220,7 @@ def _scheduler(table: Table, policy: Policy, card: Card, name: str) -> Scheduler
         residency.register(adapter, "", image_bytes(rank), pinned=False, now_s=0.0)
     limits = Limits(
         batch_rows_max=256,
-        step_tokens_max=8192,
+        step_tokens_max=CHUNK_TOKENS,
         queue_max=100_000,
         loads_in_flight_max=1 if policy.upstream else 8,
         context=131_072,
@@ -165,27 +232,4 @@ def _scheduler(table: Table, policy: Policy, card: Card, name: str) -> Scheduler
         costs,
         policy.switches,
         policy.sharing,
-    )
-
-
-def median_figures(table: Table, policy: str, seeds: int = SEEDS) -> dict[str, Figures]:
-    """Stream → the median of each figure over the seeds."""
-    runs = [simulate(table, policy, seed) for seed in range(seeds)]
-    return {stream.name: _median(runs, stream.name) for stream in table.streams}
-
-
-def all_base(table: Table, seeds: int = SEEDS) -> Figures:
-    """The figures of the base stream when every stream names the base model, under our policy."""
-    streams = tuple(
-        Stream(s.name, s.requests, s.rate, s.prompt_tokens_max, s.output_tokens_max)
-        for s in table.streams
-    )
-    runs = [simulate(table, "ours", seed, streams) for seed in range(seeds)]
-    return _median(runs, "base")
-
-
-def _median(runs: list[list[Record]], stream: str) -> Figures:
-    each = [figures([r for r in run if r.arrival.stream == stream]) for run in runs]
-    return Figures(
-        **{f.name: statistics.median(getattr(e, f.name) for e in each) for f in fields(Figures)}
     )
