@@ -1,0 +1,106 @@
+"""A scheduler of small numbers, and how tests drive it. No clock: the time is passed in.
+
+Adapters a, b, c, d of 40 bytes; an arena of 100 bytes has two places for them. A copy of one takes
+10 ms, a decode step 50 ms.
+"""
+
+from collections.abc import Callable, Mapping
+
+from cluster.costs import Costs
+from replica import eviction
+from replica.drainer import Sharing
+from replica.extents import Extents
+from replica.loads import Switches
+from replica.pages import Pages
+from replica.request import Delta, NewRequest, Sampling
+from replica.residency import Residency
+from replica.scheduler import Chosen, Limits, Plan, Scheduler
+from replica.share import Share
+
+EOS = 2
+STEP_S = 0.05
+SIZES = dict.fromkeys("abcd", 40)
+
+
+def scheduler(
+    *,
+    rows: int = 8,
+    tokens: int = 64,
+    queue: int = 100,
+    pages: int = 64,
+    arena: int = 100,
+    slots: int = 8,
+    loads: int = 2,
+    context: int = 128,
+    sizes: Mapping[str, int] = SIZES,
+    pinned: str = "",
+    copy_bytes_per_s: float = 4000.0,
+    switches: Switches | None = None,
+    sharing: Sharing | None = None,
+    share: Share | None = None,
+    order: eviction.Order = eviction.lru,
+    parked_pages_max: int | None = None,
+    page_wait_max_s: float = 2.0,
+) -> Scheduler:
+    limits = Limits(
+        rows, tokens, queue, loads, context, frozenset({EOS}), parked_pages_max, page_wait_max_s
+    )
+    costs = Costs(copy_bytes_per_s=copy_bytes_per_s, decode_s=STEP_S, prefill_token_s=1e-3)
+    residency = Residency(Extents(arena, 1), slots, order, costs.copy_s, 1.0, 8.0)
+    for digest, size in sizes.items():
+        residency.register(digest, f"/{digest}", size, pinned=digest in pinned, now_s=0.0)
+    return Scheduler(limits, Pages(pages, 16), residency, costs, switches, sharing, share)
+
+
+def new(
+    name: str, digest: str | None = None, prompt: int = 4, priority: int = 0, **sampling: object
+) -> NewRequest:
+    fields: dict[str, object] = {"max_tokens": 4, **sampling}
+    first = 1000 * sum(map(ord, name))  # no two prompts begin alike
+    tokens = tuple(range(first, first + prompt))
+    return NewRequest(name, tokens, Sampling(**fields), digest, priority)  # type: ignore[arg-type]
+
+
+def run(
+    core: Scheduler, now_s: float = 0.0, token: Callable[[str], int] = lambda _: 7
+) -> tuple[Plan, list[Delta]]:
+    """One step, with every invariant checked."""
+    plan = core.step(now_s)
+    core.check()
+    chosen = [Chosen(token(w.request.id)) if w.sample else None for w in plan.rows]
+    deltas = core.commit(plan, chosen, now_s)
+    core.check()
+    return plan, [*plan.failed, *deltas]
+
+
+def settle(core: Scheduler, now_s: float) -> tuple[Plan, list[Delta]]:
+    """One step; the loads that it begins are done after it."""
+    plan, deltas = run(core, now_s)
+    for room in plan.rooms:
+        if core.switches.overlap:
+            core.loaded(room.load.digest, now_s)
+    core.check()
+    return plan, deltas
+
+
+def begin(core: Scheduler, *requests: NewRequest, now_s: float = 0.0) -> None:
+    """Accept them and step until each of them runs."""
+    for request in requests:
+        core.add(request, now_s)
+    for _ in range(10):
+        if all(request.id in core.batch.running for request in requests):
+            return
+        settle(core, now_s)
+    raise AssertionError("they do not run")
+
+
+def ran(plan: Plan) -> list[str]:
+    return [work.request.id for work in plan.rows]
+
+
+def loaded(plan: Plan) -> list[str]:
+    return [room.load.digest for room in plan.rooms]
+
+
+def evicted(plan: Plan) -> list[str]:
+    return [evict.digest for room in plan.rooms for evict in room.evictions]
