@@ -1,4 +1,4 @@
-"""A request's life is a table: the legal steps, and that the illegal ones raise and change nothing."""
+"""A request's life is a table: the illegal steps raise and change nothing."""
 
 import pytest
 

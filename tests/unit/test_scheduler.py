@@ -1,11 +1,13 @@
 """What runs next, and what never waits for what."""
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 
 from cluster.costs import Costs
 from cluster.errors import AdapterFailed, BadRequest, ModelNotFound, QueueFull
+from cluster.values import Tier
 from replica import eviction
 from replica.extents import Extents
 from replica.pages import Pages
@@ -276,3 +278,59 @@ def test_a_prefix_outlives_its_adapter() -> None:
         core.forget("a")
         assert "a" not in core.residency.adapters
     assert [w.start for w in plan.rows] == [32]
+
+
+def test_a_higher_priority_goes_first() -> None:
+    core = scheduler(rows=1)
+    for name, priority in (("first", 0), ("urgent", 2), ("soon", 1)):
+        core.add(dataclasses.replace(new(name, max_tokens=1), priority=priority), 0.0)
+    assert [ran(run(core)[0]) for _ in range(3)] == [["urgent"], ["soon"], ["first"]]
+
+
+def test_retry_after_is_until_the_first_row_comes_free() -> None:
+    core = scheduler(rows=2, queue=0)
+    core.costs.stepped(0, 0.5)
+    core.add(new("long", max_tokens=80), 0.0)
+    core.add(new("short", max_tokens=20), 0.0)
+    run(core)
+    with pytest.raises(QueueFull) as raised:
+        core.add(new("late"), 0.0)
+    assert raised.value.retry_after_s == pytest.approx(19 * 0.5)
+
+
+def test_a_batch_takes_no_more_rows_than_it_may() -> None:
+    core = scheduler(rows=2)
+    for i in range(4):
+        core.add(new(f"r{i}", max_tokens=2), 0.0)
+    assert ran(run(core)[0]) == ["r0", "r1"]
+    assert ran(run(core)[0]) == ["r0", "r1"]
+    assert ran(run(core)[0]) == ["r2", "r3"]
+
+
+def test_a_step_computes_no_more_tokens_than_it_may() -> None:
+    core = scheduler(tokens=20)
+    for i in range(4):
+        core.add(new(f"r{i}", prompt=15, max_tokens=30), 0.0)
+    for _ in range(10):
+        plan, _ = run(core)
+        assert sum(w.end - w.start for w in plan.rows) <= 20
+    assert len(core.batch.running) == 4
+
+
+def test_a_finished_request_can_be_asked_for_again_under_its_name() -> None:
+    core = scheduler()
+    for _ in range(2):
+        core.add(new("r", max_tokens=1), 0.0)
+        run(core)
+    assert not core.has_work and not core.cancel("r", 0.0)
+
+
+def test_arrivals_are_counted_by_where_the_adapter_was() -> None:
+    core = scheduler()
+    core.add(new("base"), 0.0)
+    core.add(new("x", "a"), 0.0)
+    run(core)
+    core.add(new("y", "a"), 0.0)
+    core.loaded("a", 0.0)
+    core.add(new("z", "a"), 0.0)
+    assert core.arrivals == {Tier.DISK: 1, Tier.LOADING: 1, Tier.DEVICE: 1}
