@@ -152,7 +152,8 @@ class Residency:
         adapter = self.adapters.get(digest)
         if adapter is None:
             return []
-        adapter.leaving = True
+        adapter.leaving, adapter.pinned = True, False
+        self._pinned.discard(digest)
         return self._leave(adapter)
 
     def usable(self, digest: str) -> bool:
@@ -164,8 +165,7 @@ class Residency:
         return [
             a.digest
             for a in map(self.adapters.__getitem__, sorted(self._pinned))
-            if not a.leaving
-            and not a.wanted
+            if not a.wanted
             and (a.tier in (Tier.DISK, Tier.HOST) or (a.tier is Tier.FAILED and now_s >= a.retry_s))
         ]
 
@@ -408,7 +408,7 @@ class Residency:
 
     def _evict(self, adapter: Adapter, now_s: float) -> Evict:
         assert adapter.users == 0 and adapter.tier is Tier.DEVICE and adapter.slot is not None
-        assert not adapter.pinned or adapter.leaving
+        assert not adapter.pinned
         slot = adapter.slot
         self.wasted += adapter.fresh
         self.evictions += 1

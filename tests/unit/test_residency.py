@@ -217,3 +217,16 @@ def test_illegal_steps_raise_and_change_nothing() -> None:
             illegal()
         directory.check()
         assert directory.adapters["a"].tier is Tier.DISK
+
+
+def test_a_pin_ends_when_the_adapter_is_forgotten_even_if_requests_are_left() -> None:
+    directory = registered("b", capacity=40)
+    directory.register("a", "/a", 40, pinned=True, now_s=0.0)
+    bring(directory, "a", 0.0)
+    directory.claim("a", 0.0)
+    directory.acquire("a", 1.0)
+    directory.release("a", 2.0)
+    assert room_for(directory, "b", 3.0) is None
+    directory.forget("a")
+    assert room_for(directory, "b", 3.0) is not None
+    directory.check()
