@@ -1,0 +1,88 @@
+"""No adapter waits longer for a place than the stated bound, whatever the arrivals; by seed.
+
+Requests have pages and batch space, so that residency is all they wait for. Beside the bound of
+`Drainer.bound_s` a wait has what any decision has: the step under way, and the head start that
+another with no token yet may be given.
+"""
+
+import random
+
+import pytest
+
+from replica.drainer import Sharing
+from replica.scheduler import Scheduler
+from tests.core import STEP_S, new, run, scheduler
+
+
+class Crowd:
+    """Long requests of more adapters than there are places, on a virtual clock."""
+
+    def __init__(self, seed: int, sizes: dict[str, int], arena: int) -> None:
+        self.rng = random.Random(seed)
+        self.sizes = sizes
+        self.arena = arena
+        self.copies: list[tuple[float, str]] = []
+        self.waits_s: list[float] = []
+        self.now_s = 0.0
+        self.count = 0
+        self.core: Scheduler = scheduler(
+            rows=400,
+            tokens=1000,
+            pages=4000,
+            arena=arena,
+            slots=len(sizes),
+            sizes=sizes,
+            copy_bytes_per_s=self.rng.choice([1000.0, 10000.0]),
+            sharing=Sharing(quantum_s=self.rng.choice([0.3, 0.5])),
+            loads=4,
+        )
+
+    def live(self, steps: int) -> None:
+        for _ in range(steps):
+            if self.rng.random() < 0.4:
+                digest = self.rng.choice(sorted(self.sizes))
+                name = f"r{self.count}"
+                self.count += 1
+                self.core.add(new(name, digest, max_tokens=self.rng.randint(1, 100)), self.now_s)
+            self.step()
+
+    def step(self) -> None:
+        core = self.core
+        for end_s, digest in list(self.copies):
+            if end_s <= self.now_s:
+                self.copies.remove((end_s, digest))
+                core.loaded(digest, self.now_s)
+        since = {d: a.starved_s for d, a in core.residency.adapters.items()}
+        plan, _ = run(core, self.now_s)
+        for room in plan.rooms:
+            begun_s = max([self.now_s, *(end_s for end_s, _ in self.copies)])
+            copy_s = core.costs.copy_s(room.load.bytes)
+            self.copies.append((begun_s + copy_s, room.load.digest))
+            starved_s = since[room.load.digest]
+            assert starved_s is not None
+            self.waits_s.append(self.now_s - starved_s)
+        self.now_s += STEP_S
+
+    def bound_s(self) -> float:
+        """A place holds the largest image; the others may share one, and never need more."""
+        largest = max(self.sizes.values())
+        drainer = self.core.drainer
+        bound_s = drainer.bound_s(len(self.sizes), self.arena // largest, largest)
+        return bound_s + drainer.sharing.head_start_s + 2 * STEP_S
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_equal_images_wait_within_the_bound(seed: int) -> None:
+    crowd = Crowd(seed, dict.fromkeys("abcdefgh", 40), arena=120)
+    crowd.live(400)
+    assert len(crowd.waits_s) > 20
+    assert max(crowd.waits_s) <= crowd.bound_s(), f"seed {seed}"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_large_image_among_small_ones_waits_within_the_bound(seed: int) -> None:
+    sizes = {**dict.fromkeys("abcdef", 10), "large": 40, "middle": 25}
+    crowd = Crowd(seed, sizes, arena=45)
+    crowd.live(600)
+    assert len(crowd.waits_s) > 20
+    assert max(crowd.waits_s) <= crowd.bound_s(), f"seed {seed}"

@@ -1,0 +1,145 @@
+"""The published tables replayed: the invariants hold, and the effects have the published sign."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+import pytest
+from typer.testing import CliRunner
+
+from lorafleet import cli
+from replica.comparison import REPORTED, Compared, as_json, claims, itl_bound_ms, lines
+from replica.published import PUBLISHED
+from replica.twin import Figures, Record
+from replica.upstream import POLICIES, TABLES, Replay, Table, replay, twin
+from replica.workloads import arrivals
+
+
+def shortened(table: Table, requests: int) -> Table:
+    streams = tuple(dataclasses.replace(s, requests=requests) for s in table.streams)
+    return dataclasses.replace(table, streams=streams)
+
+
+@pytest.fixture(scope="module")
+def compared() -> dict[str, Compared]:
+    """Two seeds of each table, with fewer requests than published."""
+    found = {}
+    for name, full in TABLES.items():
+        table = shortened(full, 60)
+        replays = {policy: replay(table, policy, range(2)) for policy in POLICIES}
+        all_base = replay(table.all_base(), "ours", range(2)) if name == "14795" else None
+        found[name] = Compared(table, replays, all_base)
+    return found
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", TABLES)
+def test_the_invariants_hold_after_each_step_and_every_arrival_ends(name: str, policy: str) -> None:
+    table = shortened(TABLES[name], 20)
+    run = twin(table, policy, check=True)
+    coming = arrivals(table.streams, 0)
+    records = run.run(coming)
+    assert [r.arrival for r in records] == coming
+    assert all(r.tokens == r.arrival.output_tokens for r in records)
+    assert not run.scheduler.has_work
+
+
+def test_the_same_seed_gives_the_same_figures() -> None:
+    table = shortened(TABLES["17913"], 20)
+
+    def lives(seed: int) -> list[tuple[float | None, float]]:
+        records: Sequence[Record] = twin(table, "ours").run(arrivals(table.streams, seed))
+        return [(r.first_s, r.last_s) for r in records]
+
+    assert lives(0) == lives(0) != lives(1)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_upstream_changed_helps_as_published(name: str, compared: dict[str, Compared]) -> None:
+    before, after = (compared[name].median(p, "lora") for p in ("before", "after"))
+    assert after.ttft_mean_ms < before.ttft_mean_ms
+    assert after.e2e_mean_ms < before.e2e_mean_ms
+
+
+def test_a_pinned_base_model_waits_for_no_adapter(compared: dict[str, Compared]) -> None:
+    found = compared["14795"]
+    assert found.all_base is not None
+    alone = found.all_base.median("base")
+    assert found.median("before", "base").ttft_mean_ms > 10 * alone.ttft_mean_ms
+    assert found.median("after", "base").ttft_mean_ms < 1.5 * alone.ttft_mean_ms
+    assert found.median("ours", "base").ttft_mean_ms < 1.1 * alone.ttft_mean_ms
+
+
+def test_draining_trades_the_median_for_the_tail(compared: dict[str, Compared]) -> None:
+    before, after = (compared["17913"].median(p, "lora") for p in ("before", "after"))
+    assert after.ttft_p99_ms < before.ttft_p99_ms
+    assert after.ttft_p50_ms > before.ttft_p50_ms
+
+
+def test_loads_that_overlap_stop_no_decode(compared: dict[str, Compared]) -> None:
+    found = compared["15512-large"]
+    assert found.median("before", "lora").itl_max_ms > 300
+    assert found.median("after", "lora").itl_max_ms < 100
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_ours_beats_both_to_the_first_token(name: str, compared: dict[str, Compared]) -> None:
+    ours = compared[name].median("ours", "lora")
+    for policy in ("before", "after"):
+        theirs = compared[name].median(policy, "lora")
+        assert ours.ttft_mean_ms < theirs.ttft_mean_ms / 2
+        assert ours.ttft_p99_ms < theirs.ttft_p99_ms / 2
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_no_gap_between_tokens_is_longer_than_the_turns_of_the_others(
+    name: str, compared: dict[str, Compared]
+) -> None:
+    most = itl_bound_ms(TABLES[name])
+    for figures in compared[name].replays["ours"].figures.values():
+        assert max(f.itl_max_ms for f in figures) <= most
+
+
+def test_a_packed_arena_holds_all_six(compared: dict[str, Compared]) -> None:
+    packed, counted = (compared[n].median("ours", "lora") for n in ("17913-packed", "17913"))
+    assert packed.e2e_mean_ms < 0.8 * counted.e2e_mean_ms
+
+
+def test_a_median_is_taken_figure_by_figure() -> None:
+    low = Figures(1, 2, 3, 4, 5, 6)
+    high = Figures(3, 4, 5, 6, 7, 8)
+    assert Replay({"s": [low, high]}).median("s") == Figures(2, 3, 4, 5, 6, 7)
+
+
+def test_a_claim_that_does_not_hold_is_said_not_to() -> None:
+    table = TABLES["17913"]
+    good, bad = Figures(1, 1, 1, 1, 1, 1), Figures(900, 900, 9000, 9000, 9000, 9)
+    replays = {
+        "before": Replay({"lora": [bad]}),
+        "after": Replay({"lora": [good]}),
+        "ours": Replay({"lora": [bad]}),
+    }
+    found = Compared(table, replays, None)
+    assert not any(check.holds for check in claims(found))
+    assert any("✗ lora TTFT P99: 9,000 ≤ 800 (the goal)" in line for line in lines(found))
+
+
+def test_the_json_has_each_table_policy_and_figure(compared: dict[str, Compared]) -> None:
+    found = json.loads(json.dumps(as_json(list(compared.values()))))
+    assert list(found) == list(TABLES)
+    for name, policies in found.items():
+        assert list(policies) == ["before", "after", "ours"]
+        for figures in policies.values():
+            streams = figures.values() if name == "14795" else [figures]
+            assert all(set(stream) == set(REPORTED) for stream in streams)
+    assert set(found["14795"]["ours"]) == {"base", "lora"}
+
+
+def test_the_command_prints_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one short table: the whole takes half a minute."""
+    monkeypatch.setattr("replica.upstream.TABLES", {"15512-small": None})
+    small = shortened(TABLES["15512-small"], 10)
+    monkeypatch.setitem(TABLES, "15512-small", small)
+    result = CliRunner().invoke(cli, ["simulate", "upstream", "--json", "--seeds", "1"])
+    assert result.exit_code == 0, result.output
+    assert set(json.loads(result.output)) == {"15512-small"}
