@@ -15,8 +15,14 @@ from replica.upstream import POLICIES, TABLES, Replay, Table, replay, twin
 from replica.workloads import arrivals
 
 
-def shortened(table: Table, requests: int) -> Table:
-    streams = tuple(dataclasses.replace(s, requests=requests) for s in table.streams)
+# What draining is for builds up slowly: 17913 needs all of its requests.
+REQUESTS = {"17913": 200}
+
+
+def shortened(table: Table, requests: int, faster: float = 1.0) -> Table:
+    streams = tuple(
+        dataclasses.replace(s, requests=requests, rate=s.rate * faster) for s in table.streams
+    )
     return dataclasses.replace(table, streams=streams)
 
 
@@ -25,7 +31,7 @@ def compared() -> dict[str, Compared]:
     """Two seeds of each table, with fewer requests than published."""
     found = {}
     for name, full in TABLES.items():
-        table = shortened(full, 60)
+        table = shortened(full, REQUESTS.get(name, 50))
         replays = {policy: replay(table, policy, range(2)) for policy in POLICIES}
         all_base = replay(table.all_base(), "ours", range(2)) if name == "14795" else None
         found[name] = Compared(table, replays, all_base)
@@ -35,7 +41,9 @@ def compared() -> dict[str, Compared]:
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", TABLES)
 def test_the_invariants_hold_after_each_step_and_every_arrival_ends(name: str, policy: str) -> None:
-    table = shortened(TABLES[name], 20)
+    """On a card with so little memory that pages run short, too."""
+    table = shortened(TABLES[name], 16, faster=4.0)
+    table = dataclasses.replace(table, card=dataclasses.replace(table.card, memory_bytes=22e9))
     run = twin(table, policy, check=True)
     coming = arrivals(table.streams, 0)
     records = run.run(coming)

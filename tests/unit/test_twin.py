@@ -15,7 +15,8 @@ from replica.scheduler import Limits, Scheduler, Work
 from replica.twin import Record, Twin, figures, percentile
 from replica.workloads import Arrival, Stream, arrivals
 
-STREAMS = (Stream("base", 30, 5.0, 60, 30), Stream("lora", 60, 10.0, 60, 30, tuple("abcd")))
+ADAPTERS = tuple("abcd")
+STREAMS = (Stream("base", 30, 5.0, 60, 30), Stream("lora", 60, 10.0, 60, 30, ADAPTERS))
 
 
 class Device:
@@ -29,13 +30,13 @@ class Device:
         return size * 5e-3
 
 
-def twin(mixed: bool = True, rows: int = 16, adapters: str = "abcd", **switches: bool) -> Twin:
+def twin(mixed: bool = True, **switches: bool) -> Twin:
     costs = Costs(copy_bytes_per_s=200.0, decode_s=0.01, prefill_token_s=1e-4)
     residency = Residency(Extents(20, 1), 2, ORDERS["cost"], costs.copy_s, 1.0, 60.0)
-    for adapter in adapters:
+    for adapter in ADAPTERS:
         residency.register(adapter, "", 10, pinned=False, now_s=0.0)
     limits = Limits(
-        batch_rows_max=rows,
+        batch_rows_max=16,
         step_tokens_max=64,
         queue_max=1000,
         loads_in_flight_max=2,
@@ -45,7 +46,7 @@ def twin(mixed: bool = True, rows: int = 16, adapters: str = "abcd", **switches:
     core = Scheduler(
         limits, Pages(60, 16, cache=False), residency, costs, Switches(**switches), sharing
     )
-    return Twin(core, Device(), {None: 0, **dict.fromkeys(adapters, 1)}, check=True, mixed=mixed)
+    return Twin(core, Device(), {None: 0, **dict.fromkeys(ADAPTERS, 1)}, check=True, mixed=mixed)
 
 
 def lives(records: Sequence[Record]) -> list[tuple[float | None, float, float, int]]:

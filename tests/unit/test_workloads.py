@@ -1,5 +1,6 @@
 """Arrivals by seed: the distributions that the published tables were measured with."""
 
+import itertools
 import statistics
 from collections import Counter
 
@@ -27,7 +28,7 @@ def test_all_streams_come_in_order_of_time() -> None:
 
 def test_gaps_are_exponential_with_the_stated_rate() -> None:
     times = [a.at_s for a in arrivals([MANY], 1)]
-    gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    gaps = [after - before for before, after in itertools.pairwise(times)]
     mean = statistics.fmean(gaps)
     assert abs(mean - 0.25) < 0.01
     assert abs(statistics.pstdev(gaps) - mean) < 0.01  # exponential: they are equal
@@ -60,7 +61,7 @@ def test_skewed_names_each_so_much_rarer_than_the_one_before() -> None:
     counts = Counter(
         a.adapter for a in arrivals([Stream("s", 20_000, 4.0, 8, 8, NAMES, "skewed", 3.0)], 1)
     )
-    for often, rare in zip(NAMES, NAMES[1:], strict=False):
+    for often, rare in itertools.pairwise(NAMES):
         assert 2.5 < counts[often] / counts[rare] < 3.5
 
 
