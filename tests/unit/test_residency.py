@@ -230,3 +230,20 @@ def test_a_pin_ends_when_the_adapter_is_forgotten_even_if_requests_are_left() ->
     directory.forget("a")
     assert room_for(directory, "b", 3.0) is not None
     directory.check()
+
+
+def test_what_is_being_copied_does_not_slide_with_the_others() -> None:
+    directory = registered("a", "b", "c", "d", "e", size=20)
+    bring(directory, "a", 0.0)
+    assert room_for(directory, "b", 1.0) is not None  # its copy goes on
+    for digest in "cde":
+        bring(directory, digest, 2.0)
+    for digest in "ace":
+        directory.forget(digest)
+    directory.register("large", "/large", 40, pinned=False, now_s=4.0)
+    assert directory.victims_for("large") == []
+    room = directory.make_room("large", [], 4.0)
+    assert [(m.slot, m.source, m.target) for m in room.moves] == [(4, 60, 40)]
+    assert room.load.offset == 60
+    directory.loaded("b", 5.0)
+    directory.check()

@@ -1,0 +1,400 @@
+"""Break the core by hand, ten ways a part, and see a test fail for each: `python -m tests.sim.faults`.
+
+Each fault is a text in a file and what takes its place, applied to a copy of the tree.
+"""
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+COPIED = ("cluster", "replica", "tests", "kernels", "pyproject.toml", "lorafleet.py")
+_CORE = "scheduler batch loads drainer prefetch residency pages extents waiting share story request"
+TESTS = [f"tests/unit/test_{name}.py" for name in _CORE.split()]
+TESTS += ["tests/sim/test_bounds.py", "tests/sim/test_random_runs.py", "tests/sim/test_stateful.py"]
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    part: str
+    what: str
+    file: str
+    text: str
+    instead: str
+
+
+def _fault(part: str, what: str, file: str, text: str, instead: str) -> Fault:
+    return Fault(part, what, f"replica/{file}.py", text, instead)
+
+
+FAULTS = (
+    # Scheduler, batch, loads
+    _fault(
+        "scheduler",
+        "one that cannot run stops the scan",
+        "scheduler",
+        "                if self.switches.skip:\n                    continue\n                break",
+        "                break",
+    ),
+    _fault(
+        "scheduler",
+        "an ended request keeps its claim on the adapter",
+        "scheduler",
+        "self._evictions += self.residency.unclaim(request.place)",
+        "pass",
+    ),
+    _fault(
+        "scheduler",
+        "prompts wait for company though base does not need any",
+        "loads",
+        "return request.place is not None and self._residency.adapters[request.place].fresh",
+        "return True",
+    ),
+    _fault(
+        "scheduler",
+        "the whole prompt at once, beyond the step's tokens",
+        "scheduler",
+        "end = min(request.tokens, request.computed + budget)",
+        "end = request.tokens",
+    ),
+    _fault(
+        "scheduler",
+        "a page is looked for one token late",
+        "scheduler",
+        "if tokens > len(request.pages) * page_tokens and (",
+        "if tokens - 1 > len(request.pages) * page_tokens and (",
+    ),
+    _fault(
+        "scheduler",
+        "the end token counts before min_tokens",
+        "scheduler",
+        "if len(request.output) > sampling.min_tokens and (",
+        "if len(request.output) > 0 and (",
+    ),
+    _fault(
+        "scheduler",
+        "an older row gives way when pages run out",
+        "batch",
+        "newest = next(reversed(self.running.values()))",
+        "newest = next(iter(self.running.values()))",
+    ),
+    _fault(
+        "scheduler",
+        "a row that lost its pages does not compute them again",
+        "batch",
+        "        request.computed = request.published = 0",
+        "        request.published = 0",
+    ),
+    _fault(
+        "scheduler",
+        "a parked row gives its pages back",
+        "batch",
+        "            self.parked[request.id] = request\n",
+        "            self.parked[request.id] = request\n            self._forget_pages(request)\n",
+    ),
+    _fault(
+        "scheduler",
+        "pages are saved for nobody",
+        "batch",
+        "saved = 0 if patient else self._saved(now_s)",
+        "saved = 0",
+    ),
+    _fault(
+        "scheduler",
+        "a cold request with a large prompt gets no place, and so no pages, for ever",
+        "loads",
+        "        if self._batch.has_pages_for(self._waiting.head(digest)):\n"
+        "            return True\n",
+        "        return self._batch.has_pages_for(self._waiting.head(digest))\n",
+    ),
+    _fault(
+        "scheduler",
+        "more loads at once than there may be",
+        "loads",
+        "if self._residency.loading >= self._in_flight_max:",
+        "if self._residency.loading > self._in_flight_max:",
+    ),
+    _fault(
+        "scheduler",
+        "parked rows lose their pages whenever a new request wants them",
+        "batch",
+        "drop=alone or patient, spare=request",
+        "drop=True, spare=request",
+    ),
+    # Drainer
+    _fault(
+        "drainer",
+        "a draining adapter takes everyone who was waiting",
+        "drainer",
+        "if r.place == victim and r.remaining <= left.get(victim, 0)",
+        "if r.place == victim",
+    ),
+    _fault(
+        "drainer",
+        "a draining adapter takes whoever is short enough by now",
+        "drainer",
+        "return drain is None or request.id in drain.admitted",
+        "return drain is None or request.remaining < 100",
+    ),
+    _fault(
+        "drainer",
+        "the place that was freed is anybody's",
+        "drainer",
+        "return {victim for victim, drain in self.drains.items() if drain.starving != digest}",
+        "return set()",
+    ),
+    _fault(
+        "drainer",
+        "a drain goes on after its waiter was cancelled",
+        "drainer",
+        "waits = starving is not None and starving.starved_s is not None",
+        "waits = True",
+    ),
+    _fault(
+        "drainer",
+        "the threshold is not waited for",
+        "drainer",
+        "if not threshold_s or starved_s is None or now_s - starved_s < threshold_s:",
+        "if not threshold_s or starved_s is None:",
+    ),
+    _fault(
+        "drainer",
+        "a slice is as short as a copy",
+        "drainer",
+        "return max(self.sharing.quantum_s, _COPIES_A_SLICE * copies_s)",
+        "return copies_s",
+    ),
+    _fault(
+        "drainer",
+        "five copies do not lengthen a slice",
+        "drainer",
+        "return max(self.sharing.quantum_s, _COPIES_A_SLICE * copies_s)",
+        "return self.sharing.quantum_s",
+    ),
+    _fault(
+        "drainer",
+        "it parks who would have ended sooner",
+        "drainer",
+        "if left[victim.digest] * self._costs.decode_s <= copies_s:",
+        "if False:",
+    ),
+    _fault(
+        "drainer",
+        "one that will end soon takes new requests",
+        "drainer",
+        "return Way(closed=frozenset(wait_out) & {victim.digest for victim in ending})",
+        "return Way()",
+    ),
+    _fault(
+        "drainer",
+        "pinned adapters are victims",
+        "drainer",
+        "a.users > 0 and not a.pinned]",
+        "a.users > 0]",
+    ),
+    _fault(
+        "drainer",
+        "small images take a large one's places for ever",
+        "drainer",
+        "return self._victims(digest, keep, self._in_use()) is not None",
+        "return False",
+    ),
+    # Residency
+    _fault(
+        "residency",
+        "one in use is an idle candidate",
+        "residency",
+        "            and a.users == 0\n            and not a.pinned",
+        "            and not a.pinned",
+    ),
+    _fault(
+        "residency",
+        "a pin protects nothing",
+        "residency",
+        "            and not a.pinned\n            and not (spare_fresh",
+        "            and not (spare_fresh",
+    ),
+    _fault(
+        "residency",
+        "one that was loaded for a request and has not run is evicted",
+        "residency",
+        "and not (spare_fresh and a.fresh and a.wanted)",
+        "and True",
+    ),
+    _fault(
+        "residency",
+        "the slice starts at the load",
+        "residency",
+        "        if adapter.fresh:\n            adapter.fresh, adapter.slice_s = False, now_s",
+        "        if adapter.fresh:\n            adapter.fresh, adapter.slice_s = False, adapter.since_s",
+    ),
+    _fault(
+        "residency",
+        "the slice starts anew with each row",
+        "residency",
+        "        if adapter.fresh:\n            adapter.fresh, adapter.slice_s = False, now_s",
+        "        adapter.fresh, adapter.slice_s = False, now_s",
+    ),
+    _fault(
+        "residency",
+        "an image that is being copied slides",
+        "residency",
+        "slides = self.extents.slide(immovable=self._loading())",
+        "slides = self.extents.slide(immovable=())",
+    ),
+    _fault(
+        "residency",
+        "a failed load keeps its bytes",
+        "residency",
+        "        assert adapter.slot is not None\n        self.extents.give_back(adapter.digest)\n",
+        "        assert adapter.slot is not None\n",
+    ),
+    _fault(
+        "residency",
+        "a failed load is tried again at once",
+        "residency",
+        "adapter.retry_s = now_s + pause_s",
+        "adapter.retry_s = now_s",
+    ),
+    _fault(
+        "residency",
+        "a forgotten adapter leaves under its requests",
+        "residency",
+        "if not adapter.leaving or adapter.claims or adapter.tier is Tier.LOADING:",
+        "if not adapter.leaving or adapter.users or adapter.tier is Tier.LOADING:",
+    ),
+    _fault(
+        "residency",
+        "more is evicted than the bytes ask for",
+        "residency",
+        "            if self._fits(digest, others):\n                victims = others",
+        "            if not others:\n                victims = others",
+    ),
+    _fault(
+        "residency",
+        "one that is evicted does not starve",
+        "residency",
+        "        self._starve(adapter, now_s)\n        return Evict(adapter.digest, slot)",
+        "        return Evict(adapter.digest, slot)",
+    ),
+    # Pages
+    _fault(
+        "pages",
+        "a prefix of any version will do",
+        "pages",
+        "        link: Root | int = root\n        pages: list[int] = []",
+        "        link: Root | int = None\n        pages: list[int] = []",
+    ),
+    _fault(
+        "pages",
+        "a prefix is found whatever came before it",
+        "pages",
+        "            pages.append(page)\n            link = self._links[page]",
+        "            pages.append(page)",
+    ),
+    _fault(
+        "pages",
+        "the whole prompt is found, and no token left to compute",
+        "batch",
+        "request.slice(0, request.tokens - 1)",
+        "request.slice(0, request.tokens)",
+    ),
+    _fault(
+        "pages",
+        "a found page is not held",
+        "pages",
+        "            self._holders[page] = self._holders.get(page, 0) + 1",
+        "            self._holders.setdefault(page, 1)",
+    ),
+    _fault(
+        "pages",
+        "a found page stays free",
+        "pages",
+        "            self._unused.pop(page, None)\n",
+        "",
+    ),
+    _fault(
+        "pages",
+        "a page with a second holder is given away",
+        "pages",
+        "            if self._holders[page]:\n                continue\n",
+        "",
+    ),
+    _fault(
+        "pages",
+        "a page that is taken anew keeps its old name",
+        "pages",
+        "        del self._known[self._keys.pop(page)]\n",
+        "        self._keys.pop(page)\n",
+    ),
+    _fault(
+        "pages",
+        "the youngest prefix is forgotten first",
+        "pages",
+        "self._forget(next(iter(self._unused)))",
+        "self._forget(next(reversed(self._unused)))",
+    ),
+    _fault(
+        "pages",
+        "the beginning of a prefix goes before its end",
+        "pages",
+        "for page in reversed(pages):",
+        "for page in pages:",
+    ),
+    _fault(
+        "pages",
+        "the last page is taken though there is one too few",
+        "pages",
+        "        if count > self.free:\n            return None\n",
+        "        if count > self.free:\n            count = self.free\n",
+    ),
+)
+
+
+def first_failure(fault: Fault) -> str | None:
+    """The first test that fails with the fault; None when all pass."""
+    with tempfile.TemporaryDirectory() as directory:
+        for name in COPIED:
+            source = ROOT / name
+            copy = shutil.copytree if source.is_dir() else shutil.copy
+            copy(source, Path(directory) / name)
+        file = Path(directory) / fault.file
+        text = file.read_text()
+        assert text.count(fault.text) == 1, f"{fault.file}: not there once: {fault.text!r}"
+        file.write_text(text.replace(fault.text, fault.instead))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        command += [test for test in TESTS if (ROOT / test).exists()]
+        environment = {**os.environ, "PYTHONPATH": directory, "PYTHONDONTWRITEBYTECODE": "1"}
+        run = subprocess.run(
+            command, cwd=directory, env=environment, capture_output=True, text=True, check=False
+        )
+    if run.returncode == 0:
+        return None
+    failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    assert failed and run.returncode == 1, run.stdout + run.stderr
+    return failed[0].split()[1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--only", default="", help="a part, or words of a fault")
+    options = parser.parse_args()
+    faults = [f for f in FAULTS if options.only in f"{f.part}: {f.what}"]
+    missed = 0
+    with multiprocessing.Pool(options.processes) as pool:
+        for fault, failure in zip(faults, pool.imap(first_failure, faults), strict=True):
+            missed += failure is None
+            print(f"{fault.part}: {fault.what}\n    {failure or 'NOT FOUND'}", flush=True)
+    print(f"{len(faults) - missed} of {len(faults)} faults found")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,337 @@
+"""Rules in any order, the invariants after each: Hypothesis looks for a run that breaks one.
+
+Derandomized: the same runs every time, as many as take a few seconds.
+"""
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
+
+from cluster.errors import FleetError
+from cluster.values import Tier
+from replica import eviction
+from replica.drainer import Sharing
+from replica.extents import Extents
+from replica.host_tier import HostTier
+from replica.loads import Switches
+from replica.pages import Pages
+from replica.request import NewRequest, Sampling
+from replica.residency import Residency
+from replica.scheduler import Chosen, Scheduler
+from tests.core import STEP_S, scheduler
+
+SETTINGS = settings(
+    max_examples=60,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+DIGESTS = st.sampled_from("abcdef")
+
+
+class PagesMachine(RuleBasedStateMachine):
+    """Against a model: what each page was last filled with, and behind what."""
+
+    held = Bundle("held")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pages = Pages(8, page_tokens=2)
+        self.holders: list[list[int]] = []
+        self.filled: dict[int, tuple[str | None, tuple[int, ...]]] = {}
+
+    @rule(target=held, root=st.sampled_from([None, "x", "y"]), length=st.integers(1, 4))
+    def compute(self, root: str | None, length: int) -> object:
+        """A prompt of few different tokens: what is found, then the rest, published."""
+        tokens = [(i * length) % 3 for i in range(2 * length)]
+        prefix = self.pages.match(root, tokens)
+        for index, page in enumerate(prefix.pages):
+            assert self.filled[page] == (root, tuple(tokens[: 2 * index + 2])), "a wrong prefix"
+        free = self.pages.free
+        rest = self.pages.take(length - len(prefix.pages))
+        if rest is None:
+            assert length - len(prefix.pages) > free == self.pages.free
+            self.pages.give_back(prefix.pages)
+            return multiple()
+        link = prefix.link
+        for index, page in enumerate(rest, len(prefix.pages)):
+            self.filled[page] = root, tuple(tokens[: 2 * index + 2])
+            link = self.pages.publish(link, tokens[2 * index : 2 * index + 2], page)
+        pages = [*prefix.pages, *rest]
+        self.holders.append(pages)
+        return pages
+
+    @rule(pages=consumes(held))
+    def end(self, pages: list[int]) -> None:
+        self.holders.remove(pages)
+        self.pages.give_back(pages)
+
+    @invariant()
+    def nothing_is_lost(self) -> None:
+        self.pages.check(self.holders)
+
+
+class ResidencyMachine(RuleBasedStateMachine):
+    """Claims, rows, loads and evictions in any legal order; bytes are written where it says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_s = 0.0
+        self.directory = Residency(
+            Extents(100, 1), 4, eviction.cost, lambda size, _: size / 100, 1.0, 8.0, HostTier(60)
+        )
+        self.contents: dict[int, str] = {}
+        self.in_flight: set[str] = set()
+
+    def wanted(self) -> list[str]:
+        return sorted(d for d, a in self.directory.adapters.items() if a.wanted)
+
+    def used(self) -> list[str]:
+        return sorted(d for d, a in self.directory.adapters.items() if a.users)
+
+    @rule(digest=DIGESTS, size=st.integers(1, 60), pinned=st.booleans())
+    def register(self, digest: str, size: int, pinned: bool) -> None:
+        self.directory.register(digest, "/", size, pinned, self.now_s)
+
+    @rule(digest=DIGESTS)
+    def forget(self, digest: str) -> None:
+        self.clear(self.directory.forget(digest))
+
+    @rule(digest=DIGESTS)
+    def claim(self, digest: str) -> None:
+        adapter = self.directory.adapters.get(digest)
+        if adapter is not None and not adapter.leaving:
+            self.directory.claim(digest, self.now_s)
+
+    @precondition(lambda self: self.wanted())
+    @rule(data=st.data(), dt=st.floats(0, 2))
+    def run_or_cancel(self, data: st.DataObject, dt: float) -> None:
+        self.now_s += dt
+        digest = data.draw(st.sampled_from(self.wanted()))
+        if self.directory.usable(digest) and data.draw(st.booleans()):
+            assert self.contents[self.directory.slot(digest)] == digest
+            self.directory.acquire(digest, self.now_s)
+        else:
+            self.clear(self.directory.unclaim(digest))
+
+    @precondition(lambda self: self.used())
+    @rule(data=st.data(), ends=st.booleans())
+    def stop(self, data: st.DataObject, ends: bool) -> None:
+        digest = data.draw(st.sampled_from(self.used()))
+        self.directory.release(digest, self.now_s)
+        if ends:
+            self.clear(self.directory.unclaim(digest))
+
+    @rule(digest=DIGESTS)
+    def load(self, digest: str) -> None:
+        adapter = self.directory.adapters.get(digest)
+        if adapter is None or adapter.tier in (Tier.DEVICE, Tier.LOADING):
+            return
+        victims = self.directory.victims_for(digest)
+        if victims is None:
+            return
+        for victim in victims:
+            gone = self.directory.adapters[victim]
+            assert not gone.users and not gone.pinned and gone.tier is Tier.DEVICE
+            assert not (gone.fresh and gone.wanted), "it was loaded for someone"
+        room = self.directory.make_room(digest, victims, self.now_s)
+        assert [e.digest for e in room.evictions] == victims
+        self.clear(room.evictions)
+        busy = {self.directory.slot(d) for d in self.in_flight}
+        assert busy.isdisjoint(m.slot for m in room.moves), "a copy's target moved"
+        assert room.load.slot not in self.contents
+        self.in_flight.add(digest)
+
+    @precondition(lambda self: self.in_flight)
+    @rule(data=st.data(), good=st.booleans(), kept=st.booleans())
+    def copied(self, data: st.DataObject, good: bool, kept: bool) -> None:
+        digest = data.draw(st.sampled_from(sorted(self.in_flight)))
+        self.in_flight.remove(digest)
+        adapter = self.directory.adapters[digest]
+        if not good:
+            self.directory.failed(digest, "broken", self.now_s)
+            return
+        if kept and digest not in self.directory.host and adapter.bytes <= 60:
+            self.directory.keep_on_host(digest)
+        self.contents[self.directory.slot(digest)] = digest
+        self.clear(self.directory.loaded(digest, self.now_s))
+
+    @invariant()
+    def whole(self) -> None:
+        self.directory.check()
+        for adapter in self.directory.adapters.values():
+            starves = adapter.wanted and adapter.tier is not Tier.DEVICE
+            assert (adapter.starved_s is not None) == starves
+
+    def clear(self, evictions: object) -> None:
+        for evict in evictions:  # type: ignore[attr-defined]
+            assert self.contents.pop(evict.slot) == evict.digest
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """One scheduler in any of its settings; every request ends once, with its own weights."""
+
+    sharing = Sharing()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_s = 0.0
+        self.number = 0
+        self.contents: dict[int, str] = {}
+        self.copies: list[tuple[int, str]] = []
+        self.open: set[str] = set()
+
+    @initialize(
+        skip=st.booleans(),
+        overlap=st.booleans(),
+        pinned=st.booleans(),
+        rows=st.integers(1, 4),
+        pages=st.integers(5, 12),
+        parked=st.sampled_from([None, 0, 4]),
+    )
+    def assemble(
+        self, skip: bool, overlap: bool, pinned: bool, rows: int, pages: int, parked: int | None
+    ) -> None:
+        self.core: Scheduler = scheduler(
+            rows=rows,
+            tokens=24,
+            queue=6,
+            pages=pages,
+            slots=3,
+            context=64,
+            sizes=dict(zip("abcdef", (40, 40, 20, 60, 90, 10), strict=True)),
+            switches=Switches(base_pinned=pinned, skip=skip, overlap=overlap, prefetch_depth=2),
+            sharing=self.sharing,
+            parked_pages_max=parked,
+            page_wait_max_s=0.2,
+        )
+
+    @rule(
+        digest=st.one_of(st.none(), DIGESTS),
+        prompt=st.integers(1, 40),
+        tokens=st.integers(1, 24),
+        priority=st.integers(0, 1),
+    )
+    def arrive(self, digest: str | None, prompt: int, tokens: int, priority: int) -> None:
+        name = f"r{self.number}"
+        self.number += 1
+        new = NewRequest(name, tuple(range(prompt)), Sampling(max_tokens=tokens), digest, priority)
+        try:
+            self.core.add(new, self.now_s)
+        except FleetError:
+            return
+        self.open.add(name)
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.open)))
+        assert self.core.cancel(name, self.now_s)
+        self.open.remove(name)
+
+    @rule(steps=st.integers(1, 8), copies=st.booleans())
+    def go_on(self, steps: int, copies: bool) -> None:
+        for _ in range(steps):
+            if copies:
+                self.end_copies(good=True)
+            self.step()
+
+    @precondition(lambda self: self.copies)
+    @rule(good=st.booleans())
+    def end_copies(self, good: bool) -> None:
+        for slot, digest in self.copies:
+            if good:
+                self.contents[slot] = digest
+                self.core.loaded(digest, self.now_s)
+            else:
+                self.core.load_failed(digest, "broken", self.now_s)
+        self.copies = []
+
+    def step(self) -> None:
+        core = self.core
+        plan = core.step(self.now_s)
+        core.check()
+        for room in plan.rooms:
+            for evict in room.evictions:
+                assert self.contents.pop(evict.slot) == evict.digest
+            if core.switches.overlap:
+                self.copies.append((room.load.slot, room.load.digest))
+            else:
+                self.contents[room.load.slot] = room.load.digest
+        for work in plan.rows:
+            weights = self.contents[work.slot] if work.slot else None
+            assert weights == work.request.digest, "another's weights"
+        chosen = [Chosen(7) if work.sample else None for work in plan.rows]
+        for delta in [*plan.failed, *core.commit(plan, chosen, self.now_s)]:
+            if delta.last:
+                self.open.remove(delta.request_id)
+        self.now_s += STEP_S
+
+    @invariant()
+    def whole(self) -> None:
+        if hasattr(self, "core"):
+            self.core.check()
+            assert {r.id for r in self.core.waiting} | set(self.core.batch.running) == self.open
+
+    def teardown(self) -> None:
+        """With no more faults all work ends."""
+        if not hasattr(self, "core"):
+            return
+        for _ in range(3000):
+            if not self.core.has_work:
+                break
+            self.end_copies(good=True)
+            self.step()
+        assert not self.open, f"{sorted(self.open)} never ended"
+
+
+class DrainerMachine(SchedulerMachine):
+    """The same without parking: who is drained for gets the place, and every drain ends."""
+
+    sharing = Sharing(park=False, drain_wait_threshold_s=0.1)
+
+    @invariant()
+    def drains_are_right(self) -> None:
+        if not hasattr(self, "core"):
+            return
+        residency, drains = self.core.residency, self.core.drainer.drains
+        for victim, drain in drains.items():
+            assert victim != drain.starving, "it drains itself"
+            adapter = residency.adapters.get(victim)
+            assert adapter is None or not adapter.pinned
+
+    def step(self) -> None:
+        drainer = self.core.drainer
+        before = dict(drainer.drains)
+        running = set(self.core.batch.running)
+        super().step()
+        for request in self.core.batch.running.values():
+            drain = before.get(request.place or "none")
+            still = drain is not None and drainer.drains.get(request.place or "none") == drain
+            if still and request.id not in running:
+                assert drain is not None and request.id in drain.admitted, "it was not to enter"
+        for victim, drain in before.items():
+            starving = self.core.residency.adapters.get(drain.starving)
+            if starving is not None and starving.wanted and starving.slot is None:
+                gone = not self.core.residency.usable(victim)
+                assert not gone, "its place went to another than it was freed for"
+
+
+PagesMachine.TestCase.settings = SETTINGS
+ResidencyMachine.TestCase.settings = SETTINGS
+SchedulerMachine.TestCase.settings = settings(SETTINGS, max_examples=40, stateful_step_count=25)
+DrainerMachine.TestCase.settings = settings(SETTINGS, max_examples=40, stateful_step_count=25)
+TestPages = PagesMachine.TestCase
+TestResidency = ResidencyMachine.TestCase
+TestScheduler = SchedulerMachine.TestCase
+TestDrainer = DrainerMachine.TestCase
