@@ -53,6 +53,9 @@ class Policy:
     upstream: bool
 
 
+OURS = Policy(Switches(), Sharing(), "cost", upstream=False)
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
     """One row of the published figures.
@@ -69,9 +72,10 @@ class Table:
     before: Policy
     after: Policy
     packed: bool = False
+    ours: Policy = OURS
 
     def policy(self, name: str) -> Policy:
-        return {"before": self.before, "after": self.after, "ours": OURS}[name]
+        return {"before": self.before, "after": self.after, "ours": self.ours}[name]
 
     def all_base(self) -> "Table":
         """The same requests, all of which name the base model."""
@@ -80,7 +84,6 @@ class Table:
 
 
 _NO_SHARING = Sharing(park=False)
-OURS = Policy(Switches(), Sharing(), "cost", upstream=False)
 _SKIP = Policy(Switches(overlap=False, prefetch_depth=0), _NO_SHARING, "lru", True)
 _BLOCK = Policy(
     Switches(base_pinned=False, skip=False, overlap=False, prefetch_depth=0),
