@@ -27,10 +27,10 @@ from replica.upstream import POLICIES, TABLES, Policy, Table
 from replica.workloads import Arrival, Stream, arrivals
 
 _LENGTHS = 8
-_SPEEDUP = 16.0
-# Ranks of the toy model per rank of Llama-3.1-8B: images of a size whose load takes a few steps.
-_RANKS = 1
-_HIDDEN, _LAYERS, _CONTEXT = 128, 4, 512
+_SPEEDUP = 4.0
+# The toy is a sixteenth as wide as Llama-3.1-8B. Ranks shrink less, so that loads are still felt.
+_RANKS = 8
+_HIDDEN, _LAYERS, _CONTEXT = 256, 4, 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ def _run(table: Table, policy: str, toys: _Toys, seed: int) -> tuple[Replay, int
     coming: list[Arrival] = arrivals(streams, seed)
     rng = random.Random(seed)
     prompts = [tuple(rng.randrange(3, 512) for _ in range(a.prompt_tokens)) for a in coming]
-    versions = {name: toys.version(name, rank * _RANKS) for name, rank in table.ranks.items()}
+    versions = {name: toys.version(name, rank // _RANKS or 1) for name, rank in table.ranks.items()}
     woken = threading.Event()
     name = "ours" if policy == "all base" else policy
     engine = Engine(_config(table, table.policy(name), name, toys, versions), wake=woken.set)
@@ -119,14 +119,13 @@ def _config(
     table: Table, policy: Policy, name: str, toys: _Toys, versions: Mapping[str, Version]
 ) -> EngineConfig:
     largest = max(version.parameters for version in versions.values()) * 4
-    places = table.places if table.places is not None else len(versions)
-    packed = table.arena_ranks is not None and name == "ours"
-    slots = len(versions) if packed else places + (not policy.switches.base_pinned)
+    packed = table.packed and name == "ours"
+    slots = len(versions) if packed else table.places + (not policy.switches.base_pinned)
     return EngineConfig(
         toys.model,
         device="cpu",
         threads=toys.threads,
-        adapter_memory=places * (largest + 256),
+        adapter_memory=table.places * (largest + 256),
         host_memory=0,
         slots_max=slots,
         directory_slots=64,
