@@ -234,7 +234,7 @@ def _allocate(size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     elements = math.prod(size)
     if not elements:
         return torch.empty(size, dtype=dtype)
-    memory = mmap.mmap(-1, elements * dtype.itemsize)
+    memory = mmap.mmap(-1, elements * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # The kernel has none.
             memory.madvise(mmap.MADV_HUGEPAGE)
