@@ -20,6 +20,8 @@ from replica.shape import ModelShape
 # core while it holds the interpreter's lock holds up everybody.)
 _WORK_S = 0.0003
 _REST_S = 0.002
+# A small image is there sooner than a step ends: the first so many seconds go without a rest.
+_HEAD_START_S = 0.004
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +131,12 @@ class Loader:
 
     def _pauses(self) -> Callable[[], None]:
         """To be called often while one load works: rests for as long as batches need it."""
-        since_s = time.monotonic()
+        start_s = since_s = time.monotonic()
 
         def pause() -> None:
             nonlocal since_s
             if time.monotonic() - since_s >= _WORK_S:
-                if self._busy():
+                if self._busy() and since_s - start_s >= _HEAD_START_S:
                     time.sleep(_REST_S * self._active)
                 since_s = time.monotonic()
 
