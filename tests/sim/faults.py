@@ -1,4 +1,4 @@
-"""Break the core by hand, ten ways a part, and see a test fail for each: `python -m tests.sim.faults`.
+"""Break the core by hand, ten ways a part, and see a test fail: `python -m tests.sim.faults`.
 
 Each fault is a text in a file and what takes its place, applied to a copy of the tree.
 """
@@ -39,7 +39,9 @@ FAULTS = (
         "scheduler",
         "one that cannot run stops the scan",
         "scheduler",
-        "                if self.switches.skip:\n                    continue\n                break",
+        "                if self.switches.skip:\n"
+        "                    continue\n"
+        "                break",
         "                break",
     ),
     _fault(
@@ -232,7 +234,8 @@ FAULTS = (
         "the slice starts at the load",
         "residency",
         "        if adapter.fresh:\n            adapter.fresh, adapter.slice_s = False, now_s",
-        "        if adapter.fresh:\n            adapter.fresh, adapter.slice_s = False, adapter.since_s",
+        "        if adapter.fresh:\n"
+        "            adapter.fresh, adapter.slice_s = False, adapter.since_s",
     ),
     _fault(
         "residency",

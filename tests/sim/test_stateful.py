@@ -30,7 +30,7 @@ from replica.scheduler import Chosen, Scheduler
 from tests.core import STEP_S, scheduler
 
 SETTINGS = settings(
-    max_examples=60,
+    max_examples=200,
     stateful_step_count=40,
     deadline=None,
     derandomize=True,
@@ -329,8 +329,8 @@ class DrainerMachine(SchedulerMachine):
 
 PagesMachine.TestCase.settings = SETTINGS
 ResidencyMachine.TestCase.settings = SETTINGS
-SchedulerMachine.TestCase.settings = settings(SETTINGS, max_examples=40, stateful_step_count=25)
-DrainerMachine.TestCase.settings = settings(SETTINGS, max_examples=40, stateful_step_count=25)
+SchedulerMachine.TestCase.settings = settings(SETTINGS, max_examples=150, stateful_step_count=30)
+DrainerMachine.TestCase.settings = settings(SETTINGS, max_examples=150, stateful_step_count=30)
 TestPages = PagesMachine.TestCase
 TestResidency = ResidencyMachine.TestCase
 TestScheduler = SchedulerMachine.TestCase

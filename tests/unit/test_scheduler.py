@@ -334,3 +334,11 @@ def test_arrivals_are_counted_by_where_the_adapter_was() -> None:
     core.loaded("a", 0.0)
     core.add(new("z", "a"), 0.0)
     assert core.arrivals == {Tier.DISK: 1, Tier.LOADING: 1, Tier.DEVICE: 1}
+
+
+def test_of_a_prompt_that_is_known_to_its_end_the_last_page_is_computed_again() -> None:
+    core = scheduler()
+    for name in ("first", "again"):
+        core.add(NewRequest(name, tuple(range(32)), Sampling(max_tokens=1)), 0.0)
+        plan, _ = run(core)
+    assert [(w.start, w.end, w.sample) for w in plan.rows] == [(16, 32, True)]
