@@ -391,13 +391,13 @@ class Residency:
         if not self._free_slots and not victims:
             return False
         size = self.adapters[digest].bytes
+        if self.extents.free + sum(self.adapters[victim].bytes for victim in victims) < size:
+            return False
         trial = self.extents.copy()
         for victim in victims:
             trial.give_back(victim)
         if trial.take(digest, size) is not None:
             return True
-        if trial.free < size:
-            return False
         trial.slide(immovable=self._loading())
         return trial.take(digest, size) is not None
 

@@ -171,7 +171,7 @@ class Scheduler:
         error = AdapterFailed(f"the adapter did not load: {reason}", field="model")
         rows = [r for r in self.batch.running.values() if r.place == digest]
         failed = [self._fail(request, error, now_s) for request in rows]
-        if digest in self.residency.adapters:
+        if self.residency.usable(digest):  # else the same plan had it evicted again
             self.residency.lost(digest, reason, now_s)
         return failed
 

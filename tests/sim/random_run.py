@@ -125,8 +125,8 @@ class Run:
         self.clear()
 
     def clear(self) -> None:
+        """One whose load was lost may leave a slot that nothing came to."""
         for evict in self.core.evictions():
-            # One whose load was lost may leave a slot that nothing came to.
             assert self.contents.pop(evict.slot, evict.digest) == evict.digest
 
     def step(self, faults: bool) -> None:
@@ -135,7 +135,7 @@ class Run:
         self.core.check()
         for room in plan.rooms:
             for evict in room.evictions:
-                assert self.contents.pop(evict.slot) == evict.digest
+                assert self.contents.pop(evict.slot, evict.digest) == evict.digest
             in_flight = {load.slot for load in self.loads}
             moved = {move.slot for move in room.moves}
             assert in_flight.isdisjoint(moved), "a copy's target moved"

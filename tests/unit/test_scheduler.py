@@ -342,3 +342,10 @@ def test_of_a_prompt_that_is_known_to_its_end_the_last_page_is_computed_again() 
         core.add(NewRequest(name, tuple(range(32)), Sampling(max_tokens=1)), 0.0)
         plan, _ = run(core)
     assert [(w.start, w.end, w.sample) for w in plan.rows] == [(16, 32, True)]
+
+
+def test_a_load_that_was_lost_after_its_own_plan_evicted_it_again_is_no_matter() -> None:
+    core = scheduler()
+    core.add(new("r", "a"), 0.0)
+    assert core.lost("a", "broken", 0.0) == []
+    core.check()
