@@ -37,6 +37,8 @@ simulate_cli = typer.Typer(
     help="Run the scheduler on a virtual clock; no model or GPU is needed.", no_args_is_help=True
 )
 cli.add_typer(simulate_cli, name="simulate")
+bench_cli = typer.Typer(help="Measure the real engine on this machine.", no_args_is_help=True)
+cli.add_typer(bench_cli, name="bench")
 
 
 def app(arguments: dict[str, Any]) -> Any:
@@ -91,6 +93,13 @@ AdapterMemory = Annotated[
         help="Device memory for adapters, by replica, such as 64MiB or 8GiB (default: 64MiB).",
     ),
 ]
+HostMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Host memory for adapters that left the device, by replica (default: 256MiB).",
+    ),
+]
 KvMemory = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help="Device memory for keys and values (default: by batch)."),
@@ -134,6 +143,7 @@ def serve(
     served_model_name: ServedModelName = None,
     adapter_root: AdapterRoot = None,
     adapter_memory: AdapterMemory = None,
+    host_memory: HostMemory = None,
     kv_memory: KvMemory = None,
     rank_max: RankMax = None,
     slots_max: SlotsMax = None,
@@ -183,6 +193,7 @@ def replica(
     served_model_name: ServedModelName = None,
     adapter_root: AdapterRoot = None,
     adapter_memory: AdapterMemory = None,
+    host_memory: HostMemory = None,
     kv_memory: KvMemory = None,
     rank_max: RankMax = None,
     slots_max: SlotsMax = None,
@@ -310,6 +321,33 @@ def upstream(
     print(HEADER)
     for name in TABLES:
         print("", *lines(compare(name, seeds)), sep="\n", flush=True)
+
+
+@bench_cli.callback()
+def _bench() -> None:
+    """Without it typer takes the only command for the whole of `bench`."""
+
+
+@bench_cli.command("upstream")
+def bench_upstream(
+    tables: Annotated[list[str] | None, typer.Argument(help="Which tables (default: all).")] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Runs, of which the median is taken.")] = 3,
+    threads: Threads = 1,
+) -> None:
+    """Replay the upstream workloads, scaled down, on a toy model (about ten minutes on a CPU)."""
+    from replica.bench import lines
+    from replica.bench import upstream as measure
+    from replica.upstream import TABLES
+
+    for name in tables or []:
+        if name not in TABLES:
+            raise ConfigError(f"tables: {name!r} is not one of {', '.join(TABLES)}")
+    for result in measure(list(tables or TABLES), runs, threads, _tell):
+        print("", *lines(result), sep="\n", flush=True)
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _listen(host: str, port: int) -> socket.socket:

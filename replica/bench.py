@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from replica.upstream import POLICIES, TABLES, Policy, Table
 from replica.workloads import Arrival, Stream, arrivals
 
 _LENGTHS = 8
-_SPEEDUP = 4.0
+_SPEEDUP = 8.0
 # The toy is a sixteenth as wide as Llama-3.1-8B. Ranks shrink less, so that loads are still felt.
 _RANKS = 8
 _HIDDEN, _LAYERS, _CONTEXT = 256, 4, 512
@@ -44,12 +44,34 @@ class Result:
 
 
 def upstream(
-    names: list[str], runs: int, threads: int | None, tell: Callable[[str], None]
-) -> list[Result]:
+    names: Sequence[str], runs: int, threads: int | None, tell: Callable[[str], None]
+) -> Iterator[Result]:
     """tell: gets a line about each run. The policies take turns, run by run."""
     with tempfile.TemporaryDirectory() as directory:
         toys = _Toys(Path(directory), threads)
-        return [_table(TABLES[name], toys, runs, tell) for name in names]
+        for name in names:
+            yield _table(TABLES[name], toys, runs, tell)
+
+
+def lines(result: Result) -> Iterator[str]:
+    """The figures of one table, in milliseconds, a policy and stream a line."""
+    yield (
+        f"{result.table:22} {'TTFT mean':>10} {'median':>8} {'P99':>8} "
+        f"{'E2E mean':>9} {'ITL max':>8} {'loads':>6}"
+    )
+    for policy, streams in result.figures.items():
+        for stream, f in streams.items():
+            yield (
+                f"  {policy:10} {stream:9} {f.ttft_mean_ms:10.0f} {f.ttft_p50_ms:8.0f} "
+                f"{f.ttft_p99_ms:8.0f} {f.e2e_mean_ms:9.0f} {f.itl_max_ms:8.0f} "
+                f"{result.loads[policy]:6}"
+            )
+    if "all base" in result.figures:
+        ours, base = result.figures["ours"]["base"], result.figures["all base"]["base"]
+        ratio = ours.ttft_mean_ms / base.ttft_mean_ms
+        yield f"  base TTFT beside adapters / with base alone: {ratio:.2f} (target 1.30 at most)"
+    same = "the same" if result.same_tokens else "DIFFERENT"
+    yield f"  tokens of all policies: {same}"
 
 
 class _Toys:
