@@ -19,6 +19,9 @@ from replica.waiting import Waiting
 # The place that the base model takes when `base_slot` is shared: no bytes, but a slot.
 BASE_PLACE = ""
 
+# A copy that is not there when it was expected is given this part of a prefill more.
+_LATE = 0.1
+
 
 @dataclass(frozen=True, slots=True)
 class Switches:
@@ -116,8 +119,9 @@ class Loads:
     def hold_until(self, step_tokens_max: int, now_s: float) -> float | None:
         """Until when prompts of adapters that just came wait for those about to come.
 
-        One prefill of a group costs little more than that of its first member: when the others are
-        there within half its time, waiting wins. None: no need to wait.
+        One prefill of a group costs little more than that of its first member. Of waiting for none,
+        one, … all of those on their way, the way with the least sum of waits is taken, and none is
+        taken for longer than the prefill of all of them. None: no need to wait.
         """
         if not self.expected or not self.switches.overlap:
             return None
@@ -126,12 +130,23 @@ class Loads:
             for a in self._residency.placed.values()
             if a.fresh and a.wanted and a.tier is Tier.DEVICE
         ]
-        tokens = sum(r.tokens - r.computed for a in fresh for r in self._waiting.group(a.digest))
-        prefill_s = self._costs.prefill_s(min(tokens, step_tokens_max))
-        if not fresh or now_s - min(a.since_s for a in fresh) >= prefill_s:
+        here = [r.tokens - r.computed for a in fresh for r in self._waiting.group(a.digest)]
+        if not here:
             return None
-        soon = [end for end in self.expected.values() if now_s < end <= now_s + prefill_s / 2]
-        return max(soon, default=None)
+        prefill_s = self._costs.prefill_s(min(max(here), step_tokens_max))
+        if now_s - min(a.since_s for a in fresh) >= prefill_s:
+            return None
+        late_s = prefill_s * _LATE
+        expected = ((end if end > now_s else end + late_s, d) for d, end in self.expected.items())
+        coming = sorted((end, digest) for end, digest in expected if end > now_s)
+        ends = [end for end, _ in coming]
+        counts = [len(here), *(len(self._waiting.group(digest)) for _, digest in coming)]
+        ways = [
+            (_ends_sum_s(start_s, awaited, counts, ends, prefill_s), start_s)
+            for awaited, start_s in enumerate([now_s, *ends])
+        ]
+        start_s = min(ways)[1]
+        return None if start_s == now_s else start_s
 
     def holds(self, request: Request) -> bool:
         """It is one of those that `hold_until` is about."""
@@ -201,3 +216,24 @@ class Loads:
         """Where the first request blocks the rest, all adapters in use drain by themselves."""
         if self.switches.skip:
             self._drainer.drain(digest, self._batch.running.values(), self._waiting, now_s)
+
+
+def _ends_sum_s(
+    start_s: float, awaited: int, counts: Sequence[int], ends: Sequence[float], prefill_s: float
+) -> float:
+    """Sum of the times at which all prefills end, when the first one starts with `awaited` more.
+
+    counts: requests that are here, then those that come at each of `ends`. After the first prefill
+    each of the following takes what has come by then.
+    """
+    now_s, total_s = start_s, 0.0
+    taken, here = 0, awaited + 1
+    while taken < len(counts):
+        while here < len(counts) and ends[here - 1] <= now_s:
+            here += 1
+        if here == taken:
+            now_s, here = ends[taken - 1], taken + 1
+        now_s += prefill_s
+        total_s += sum(counts[taken:here]) * now_s
+        taken = here
+    return total_s
