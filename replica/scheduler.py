@@ -14,6 +14,7 @@ so. Base requests need no adapter: they wait for pages and batch space alone.
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cluster.costs import Costs
 from cluster.errors import AdapterFailed, BadRequest, FleetError, ModelNotFound, QueueFull
@@ -48,9 +49,11 @@ class Limits:
     page_wait_max_s: float = 2.0
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Compute tokens [start, end) of one request; `sample`: and choose the token that follows."""
+class Work(NamedTuple):
+    """Compute tokens [start, end) of one request; `sample`: and choose the token that follows.
+
+    A tuple, for one is made for each row and step.
+    """
 
     request: Request
     start: int
