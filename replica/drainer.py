@@ -139,7 +139,9 @@ class Drainer:
         slice_s = self.slice_s(2 * self._costs.copy_s(adapter.bytes))
         if adapter.starved_s is None or now_s - adapter.starved_s <= slice_s:
             return False
-        return self._victims(digest, keep, self._in_use()) is not None
+        placed = self._residency.placed.values()
+        room = sum(a.bytes for a in placed if not a.pinned and a.digest not in keep)
+        return self._residency.extents.free + room >= adapter.bytes
 
     def slice_s(self, copies_s: float) -> float:
         """copies_s: one image in and the other back."""

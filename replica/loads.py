@@ -73,6 +73,7 @@ class Loads:
         space = self._batch.rows_max - len(self._batch.running) + self.switches.prefetch_depth
         ahead = prefetch.ahead(self._residency)
         pinned = self._residency.pinned_elsewhere(now_s)
+        idle_unused = -1
         none_idle = none_used = math.inf  # bytes from which on nobody finds such victims any more
         for digest in itertools.chain(pinned, self._starving(first)):
             if self._residency.loading >= self._in_flight_max:
@@ -80,6 +81,8 @@ class Loads:
             size = self._residency.adapters[digest].bytes
             mine = bool(self._drainer.drained_for(digest))
             unasked = digest in pinned
+            if size <= idle_unused:
+                continue  # there is a place for it, but no space in the batch yet
             if size >= none_idle and not mine and (unasked or size >= none_used):
                 continue
             keep, victims = self._keep(digest, unasked), None
@@ -87,6 +90,7 @@ class Loads:
                 victims = self._idle_victims(digest, keep)
             if victims is not None:
                 if ahead >= space and self.switches.skip:
+                    idle_unused = max(idle_unused, size)
                     continue
             elif not unasked:
                 none_idle = min(none_idle, size)
