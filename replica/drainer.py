@@ -139,9 +139,7 @@ class Drainer:
         slice_s = self.slice_s(2 * self._costs.copy_s(adapter.bytes))
         if adapter.starved_s is None or now_s - adapter.starved_s <= slice_s:
             return False
-        placed = self._residency.placed.values()
-        room = sum(a.bytes for a in placed if not a.pinned and a.digest not in keep)
-        return self._residency.extents.free + room >= adapter.bytes
+        return self._victims(digest, keep, self._in_use()) is not None
 
     def slice_s(self, copies_s: float) -> float:
         """copies_s: one image in and the other back."""

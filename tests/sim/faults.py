@@ -204,7 +204,7 @@ FAULTS = (
         "drainer",
         "small images take a large one's places for ever",
         "drainer",
-        "return self._residency.extents.free + room >= adapter.bytes",
+        "return self._victims(digest, keep, self._in_use()) is not None",
         "return False",
     ),
     # Residency
