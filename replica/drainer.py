@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 from cluster.costs import Costs
 from cluster.values import Tier
+from replica.adapter import Adapter
 from replica.request import Request
-from replica.residency import Adapter, Residency
+from replica.residency import Residency
 
 # A slice lasts at least so many times as long as bringing one image in and the other back.
 _COPIES_A_SLICE = 5

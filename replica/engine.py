@@ -9,12 +9,12 @@ from cluster.config import EngineConfig
 from cluster.costs import Costs, Smoothed
 from cluster.errors import AdapterRefused
 from cluster.values import LoadReport, Residency, Tier, Version
+from replica.adapter import Load
 from replica.assembly import assemble
 from replica.image import Image, Layout
 from replica.loader import Loaded, Loader
 from replica.loads import BASE_PLACE
 from replica.request import Delta, NewRequest, Phase
-from replica.residency import Load
 from replica.runner import Row, Runner
 from replica.scheduler import Chosen, Plan, Work
 from replica.shape import read_shape

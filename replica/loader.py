@@ -10,9 +10,9 @@ from queue import Empty, SimpleQueue
 import torch
 
 from cluster.errors import AdapterFailed, FleetError
+from replica.adapter import Load
 from replica.arena import Arena
 from replica.image import Image, Layout, read_image
-from replica.residency import Load
 from replica.shape import ModelShape
 
 # While batches run, a load works this long and then rests. Every core computes, and where one core

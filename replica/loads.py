@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from cluster.costs import Costs
 from cluster.values import Tier
 from replica import prefetch
+from replica.adapter import Room
 from replica.batch import Batch
 from replica.drainer import Drainer
 from replica.prefetch import ServiceOrder
 from replica.request import Request
-from replica.residency import Residency, Room
+from replica.residency import Residency
 from replica.story import Event, Stories
 from replica.waiting import Waiting
 

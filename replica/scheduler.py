@@ -19,12 +19,13 @@ from typing import NamedTuple
 from cluster.costs import Costs
 from cluster.errors import AdapterFailed, BadRequest, FleetError, ModelNotFound, QueueFull
 from cluster.values import Tier
+from replica.adapter import Evict, Room
 from replica.batch import Batch
 from replica.drainer import Drainer, Sharing
 from replica.loads import BASE_PLACE, Loads, Switches
 from replica.pages import Pages
 from replica.request import Delta, Finish, NewRequest, Phase, Request, TokenLogprobs
-from replica.residency import Evict, Residency, Room
+from replica.residency import Residency
 from replica.share import Share
 from replica.story import Event, Stories
 from replica.waiting import Waiting

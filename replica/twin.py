@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from replica.adapter import Load
 from replica.request import NewRequest, Sampling
-from replica.residency import Load
 from replica.scheduler import Chosen, Plan, Scheduler, Work
 from replica.workloads import Arrival
 

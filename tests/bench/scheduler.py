@@ -15,12 +15,13 @@ from dataclasses import dataclass
 
 from cluster.costs import Costs
 from replica import eviction
+from replica.adapter import Load
 from replica.drainer import Sharing
 from replica.extents import Extents
 from replica.loads import Switches
 from replica.pages import Pages
 from replica.request import NewRequest, Sampling
-from replica.residency import Load, Residency
+from replica.residency import Residency
 from replica.scheduler import Chosen, Limits, Scheduler
 from replica.share import Share
 from replica.story import Event

@@ -8,6 +8,7 @@ import random
 
 from cluster.costs import Costs
 from cluster.errors import FleetError
+from replica.adapter import Load
 from replica.drainer import Sharing
 from replica.eviction import ORDERS
 from replica.extents import Extents
@@ -15,7 +16,7 @@ from replica.host_tier import HostTier
 from replica.loads import Switches
 from replica.pages import Pages
 from replica.request import NewRequest, Phase, Sampling
-from replica.residency import Load, Residency
+from replica.residency import Residency
 from replica.scheduler import Chosen, Limits, Plan, Scheduler, Work
 from replica.share import Share
 

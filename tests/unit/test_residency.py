@@ -4,8 +4,9 @@ import pytest
 
 from cluster.values import Tier
 from replica import eviction
+from replica.adapter import Evict, Room
 from replica.extents import Extents
-from replica.residency import Evict, Residency, Room
+from replica.residency import Residency
 
 
 def residency(capacity: int = 100, slots: int = 8) -> Residency:
