@@ -23,7 +23,9 @@ RECOMMENDED: Mapping[str, str] = {
 }
 
 
-def local(directory: str, stats_port: int, metrics_port: int, drain_s: float) -> dict[str, str]:
+def local(
+    directory: str, stats_port: int, metrics_port: int, replica_ports: range, drain_s: float
+) -> dict[str, str]:
     """For a fleet on this machine alone: nothing shared with another fleet, and a quick end."""
     return {
         **REQUIRED,
@@ -35,6 +37,8 @@ def local(directory: str, stats_port: int, metrics_port: int, drain_s: float) ->
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{directory}/metrics.sock",
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replica_ports.start),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(replica_ports.stop - 1),
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(max(1, round(drain_s))),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(drain_s),
         "RAY_SERVE_LOG_TO_STDERR": "0",

