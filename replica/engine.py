@@ -66,14 +66,10 @@ class Engine:
 
     def register(self, version: Version, path: str) -> None:
         """From now on requests may name `version.digest`. Raises AdapterRefused."""
-        extents = self.scheduler.residency.extents
         size = version.parameters * self.runner.image_dtype_bytes
-        if extents.aligned(size) > extents.capacity:
-            raise AdapterRefused(
-                f"lora_path: the image of {version.name!r} takes {size} bytes; "
-                f"adapter_memory holds {extents.capacity}",
-                field="lora_path",
-            )
+        refusal = self.scheduler.residency.refusal(version.digest, size, version.pinned)
+        if refusal is not None:
+            raise AdapterRefused(f"lora_path: {version.name!r} has {refusal}", field="lora_path")
         self.scheduler.residency.register(
             version.digest, path, size, version.pinned, time.monotonic()
         )

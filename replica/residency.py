@@ -73,6 +73,24 @@ class Residency:
         (self._pinned.add if pinned else self._pinned.discard)(digest)
         self._touch(digest)
 
+    def refusal(self, digest: str, size: int, pinned: bool) -> str | None:
+        """Why it can never be served here, in words; None when it can.
+
+        Pinned images together must leave room for the largest of the others.
+        """
+        size = self.extents.aligned(size)
+        others = [a for a in self.adapters.values() if a.digest != digest]
+        kept = [a.bytes for a in others if a.pinned] + [size] * pinned
+        largest = max([a.bytes for a in others if not a.pinned] + [size] * (not pinned), default=0)
+        if sum(kept) + largest > self.extents.capacity:
+            return (
+                f"an image of {size} bytes; adapter_memory holds {self.extents.capacity}, of which "
+                f"pinned adapters take {sum(kept)} and the largest other one {largest}"
+            )
+        if len(kept) + bool(largest) > self.slots:
+            return f"{len(kept)} pinned adapters; there are {self.slots} places"
+        return None
+
     def forget(self, digest: str) -> list[Evict]:
         adapter = self.adapters.get(digest)
         if adapter is None:

@@ -248,3 +248,16 @@ def test_what_is_being_copied_does_not_slide_with_the_others() -> None:
     assert room.load.offset == 60
     directory.loaded("b", 5.0)
     directory.check()
+
+
+def test_pins_leave_room_for_the_largest_other_image() -> None:
+    directory = registered("a", size=40, slots=3)
+    assert directory.refusal("a", 40, pinned=True) is None
+    assert "100" in (directory.refusal("huge", 101, pinned=False) or "")
+    assert directory.refusal("p", 60, pinned=True) is None
+    assert "pinned adapters take 61" in (directory.refusal("p", 61, pinned=True) or "")
+    directory.register("p", "/p", 60, pinned=True, now_s=0.0)
+    assert "largest other one 41" in (directory.refusal("b", 41, pinned=False) or "")
+    for digest in "qr":
+        directory.register(digest, "/", 0, pinned=True, now_s=0.0)
+    assert "3 places" in (directory.refusal("s", 0, pinned=True) or "")
