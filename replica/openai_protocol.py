@@ -177,7 +177,10 @@ def parse(kind: type[Request], body: bytes) -> Request:
 
 def shown(value: object) -> str:
     """A value as JSON, cut short."""
-    text = orjson.dumps(value, default=repr).decode()
+    try:
+        text = orjson.dumps(value, default=repr).decode()
+    except TypeError:  # orjson reads deeper nesting than it writes
+        text = f"a {type(value).__name__} nested too deep to show"
     return text if len(text) <= SHOWN_VALUE_MAX else f"{text[:SHOWN_VALUE_MAX]}…"
 
 

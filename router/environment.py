@@ -39,7 +39,6 @@ def local(
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replica_ports.start),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(replica_ports.stop - 1),
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(max(1, round(drain_s))),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(drain_s),
         "RAY_SERVE_LOG_TO_STDERR": "0",
     }

@@ -31,11 +31,14 @@ _REPLICA_PORTS = range(30_000, 32_720, 40)
 ENGINE = "replica.link:EngineLink"
 
 # Serve offers HAProxy's statistics on every interface, and has no setting for it. It starts
-# HAProxy as `haproxy -db -f CONFIG ...`, each time it has written CONFIG anew.
+# HAProxy as `haproxy -db -f CONFIG ...`, each time it has written CONFIG anew, and would leave it
+# running, with the port, if it was itself killed: the kernel kills it with its parent (prctl 1, 9).
 _LAUNCHER = """#!/bin/sh
 sed -i -e 's/bind \\*:{stats}$/bind 127.0.0.1:{stats}/' \\
     -e 's/bind :{metrics}$/bind 127.0.0.1:{metrics}/' "$3"
-exec '{haproxy}' "$@"
+exec '{python}' -c 'import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)
+os.execv(sys.argv[1], sys.argv[1:])' '{haproxy}' "$@"
 """
 
 
@@ -79,6 +82,7 @@ class LocalFleet:
             import ray
             from ray import serve
 
+            _finish_streams(self._directory, self.config.drain_s)
             if ray.is_initialized():
                 with contextlib.suppress(Exception):
                     # Whatever is wrong with Serve by now, Ray takes all its processes down.
@@ -126,7 +130,12 @@ class LocalFleet:
         )
         launcher = Path(self._directory) / "haproxy"
         launcher.write_text(
-            _LAUNCHER.format(haproxy=get_haproxy_binary(), stats=stats_port, metrics=metrics_port)
+            _LAUNCHER.format(
+                python=sys.executable,
+                haproxy=get_haproxy_binary(),
+                stats=stats_port,
+                metrics=metrics_port,
+            )
         )
         launcher.chmod(0o700)
         return {**variables, "RAY_SERVE_HAPROXY_BINARY_PATH": str(launcher)}
@@ -247,14 +256,31 @@ def _reason(error: RuntimeError) -> str:
     return named[-1] if named else (lines[-1] if lines else "Serve could not start the replicas")
 
 
+def _finish_streams(directory: str, drain_s: float) -> None:
+    """HAProxy takes no new connections and ends when those it has are done, or after `drain_s`."""
+    proxies = [pid for pid, command in _processes_of(directory) if b"haproxy -db" in command]
+    for pid in proxies:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGUSR1)
+    deadline_s = time.monotonic() + drain_s
+    while time.monotonic() < deadline_s and any(Path(f"/proc/{pid}").exists() for pid in proxies):
+        time.sleep(0.02)
+
+
 def _kill_all_of(directory: str) -> None:
-    """Processes that were started with a file of this fleet's directory on their command line."""
+    for pid, _ in _processes_of(directory):
+        with contextlib.suppress(OSError):  # it has ended by itself, or is not ours
+            os.kill(pid, signal.SIGKILL)
+
+
+def _processes_of(directory: str) -> list[tuple[int, bytes]]:
+    """Those started with a file of this fleet's directory on their command line."""
+    found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
-        try:
-            command = (entry / "cmdline").read_bytes()
+        with contextlib.suppress(OSError):
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ")
             if directory.encode() in command:
-                os.kill(int(entry.name), signal.SIGKILL)
-        except OSError:
-            continue  # it has ended by itself, or is not ours
+                found.append((int(entry.name), command))
+    return found

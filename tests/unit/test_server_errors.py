@@ -383,3 +383,12 @@ async def test_bad_adapter_requests(path: str, body: dict[str, Any], field: str)
         answer = await client.post(path, json=body)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == field
+
+
+@pytest.mark.parametrize("field", ["model", "stop", "logit_bias", "tools"])
+@pytest.mark.parametrize("depth", [200, 300, 1000, 1100])
+async def test_deep_nesting_is_the_clients_error(field: str, depth: int) -> None:
+    body = b'{"model": "tiny", "%s": %b%b}' % (field.encode(), b"[" * depth, b"]" * depth)
+    async with client_of(await app_with(StubEngine())) as client:
+        answer = await client.post("/v1/chat/completions", content=body)
+    assert answer.status_code == 400, answer.text
