@@ -206,6 +206,20 @@ async def test_64_slow_requests_are_in_the_engines_at_once_and_the_bound_is_ours
     await asyncio.to_thread(eventually, lambda: inside() == 0, 10, "the engines are empty")
 
 
+async def long_stream(http: httpx.AsyncClient) -> tuple[str, str]:
+    """Who answered a stream of some seconds, and its last line."""
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 200, "n": 16, "ignore_eos": True}
+    replica, last = "", ""
+    try:
+        async with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
+            replica = answer.headers["x-lorafleet-replica"]
+            async for line in answer.aiter_lines():
+                last = line or last
+    except httpx.HTTPError as error:
+        last = repr(error)
+    return replica, last
+
+
 async def keep_asking(
     http: httpx.AsyncClient, model: str, until_s: float, log: list[tuple[float, bool]]
 ) -> None:
