@@ -31,8 +31,10 @@ class Costs:
     """What is assumed where nothing is measured, and how the engine is set.
 
     slowdown_steps: steps over which a request feels its neighbours in the batch; a full batch is
-    taken to double a step. margin_s: what a replica without the adapter must save before it is
-    worth a second copy. retry_s: what sending to a replica where the load failed costs.
+    taken to double a step. margin_s and margin_steps (of the slowest replica): what a replica
+    without the adapter must save before it is worth a second copy; picks that ended are believed in
+    for a moment longer, and a few of those must not count as load. retry_s: what sending to a
+    replica where the load failed costs.
     """
 
     step_tokens: int = 512
@@ -42,14 +44,19 @@ class Costs:
     image_bytes: int = 32 * 2**20
     slowdown_steps: int = 64
     margin_s: float = 0.05
+    margin_steps: int = 8
     retry_s: float = 10.0
 
 
 def rank(candidates: Sequence[Candidate], key: str, costs: Costs) -> list[Candidate]:
     """Best first. Ties go by rendezvous hash of `key`, so that routers agree without talking."""
 
+    slowest_s = max((c.step_s for c in candidates), default=0.0)
+
     def order(candidate: Candidate) -> tuple[bool, float, int]:
         wait_s = queue_s(candidate, costs) + load_s(candidate, costs)
+        if candidate.tier in (Tier.HOST, Tier.DISK, Tier.ABSENT):
+            wait_s += costs.margin_s + costs.margin_steps * slowest_s
         return (not candidate.known, wait_s, -rendezvous(key, candidate.replica_id))
 
     return sorted(candidates, key=order)
@@ -76,7 +83,7 @@ def load_s(candidate: Candidate, costs: Costs) -> float:
             return costs.retry_s
         case Tier.HOST | Tier.DISK | Tier.ABSENT:
             evicts = candidate.free_bytes < image_bytes
-            return copy_s * (2 if evicts else 1) + costs.margin_s
+            return copy_s * (2 if evicts else 1)
 
 
 def rendezvous(key: str, replica_id: str) -> int:
