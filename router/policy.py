@@ -44,7 +44,7 @@ class Costs:
     image_bytes: int = 32 * 2**20
     slowdown_steps: int = 64
     margin_s: float = 0.05
-    margin_steps: int = 8
+    margin_steps: int = 32
     retry_s: float = 10.0
 
 

@@ -54,7 +54,7 @@ def test_a_little_more_work_does_not_make_it_spill() -> None:
 
 def test_a_large_adapter_spills_later_than_a_small_one() -> None:
     def spills(image_bytes: int) -> bool:
-        holder = Candidate("a", requests=12, step_s=0.02, image_bytes=image_bytes)
+        holder = Candidate("a", requests=60, step_s=0.02, image_bytes=image_bytes)
         idle = Candidate("b", tier=Tier.ABSENT, free_bytes=2**34, image_bytes=image_bytes)
         return first(holder, idle) == "b"
 
