@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from cluster.config import EngineConfig
 from cluster.errors import ConfigError
-from lora_kernels import ops
+from lora_kernels.ops import Lora
 from replica.arena import Arena
 from replica.decoder import Batch, Decoder, Span, rotary_tables
 from replica.request import Sampling
 from replica.sampling import Draw, Sampled, sample
-from replica.shape import GROUPS, PROJECTIONS, ModelShape
+from replica.shape import ModelShape
 from replica.weights import load_weights
 
 
@@ -70,11 +70,7 @@ class Runner:
         self.arena = Arena(
             shape, config.adapter_memory, config.directory_slots, self.dtype, self.device
         )
-        groups = [
-            [(PROJECTIONS.index(name), *shape.projections[name]) for name in group]
-            for group in GROUPS
-        ]
-        self._lora = ops.Lora(self.arena.directory, self.arena.memory, groups)
+        self._lora = self.arena.lora()
         self._running = False
         self._ran_s = float("-inf")
 
@@ -128,7 +124,7 @@ class Runner:
                 results[i] = next(tokens)
         return results
 
-    def _deltas(self, rows: Sequence[Row]) -> ops.Lora | None:
+    def _deltas(self, rows: Sequence[Row]) -> Lora | None:
         if not any(row.slot for row in rows):
             return None
         self._lora.begin([row.slot for row in rows for _ in row.tokens])
