@@ -7,12 +7,11 @@ once, how long a copy takes against a step), its size is not: lengths are an eig
 
 import dataclasses
 import random
-import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.config import EngineConfig
@@ -22,7 +21,7 @@ from replica.engine import Engine
 from replica.replay import Replay, replay
 from replica.shape import ModelShape
 from replica.toys import toy_adapter, toy_model
-from replica.twin import Figures, Record, figures
+from replica.twin import Figures, Record, figures, median_figures
 from replica.upstream import POLICIES, TABLES, Policy, Table
 from replica.workloads import Arrival, Stream, arrivals
 
@@ -111,7 +110,9 @@ def _table(table: Table, toys: _Toys, runs: int, tell: Callable[[str], None]) ->
                 tokens[policy].append(run.tokens)
             tell(f"{table.name} {policy} run {seed}: {time.monotonic() - start_s:.1f} s")
     medians = {
-        policy: {stream.name: _median([f[stream.name] for f in found]) for stream in table.streams}
+        policy: {
+            stream.name: median_figures([f[stream.name] for f in found]) for stream in table.streams
+        }
         for policy, found in each.items()
     }
     same = all(tokens[policy] == tokens["ours"] for policy in POLICIES)
@@ -182,9 +183,3 @@ def _by_stream(table: Table, records: list[Record]) -> dict[str, Figures]:
         stream.name: figures([r for r in records if r.arrival.stream == stream.name])
         for stream in table.streams
     }
-
-
-def _median(each: list[Figures]) -> Figures:
-    return Figures(
-        **{f.name: statistics.median(getattr(e, f.name) for e in each) for f in fields(Figures)}
-    )

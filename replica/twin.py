@@ -9,7 +9,7 @@ import dataclasses
 import heapq
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Protocol
 
 from replica.adapter import Load
@@ -167,6 +167,13 @@ def figures(records: Sequence[Record]) -> Figures:
         e2e_mean_ms=statistics.fmean(r.e2e_s * 1e3 for r in records),
         itl_max_ms=max(r.gap_max_s * 1e3 for r in records),
         tpot_p50_ms=statistics.median(tpot),
+    )
+
+
+def median_figures(each: Sequence[Figures]) -> Figures:
+    """Each figure's own median over several runs."""
+    return Figures(
+        **{f.name: statistics.median(getattr(e, f.name) for e in each) for f in fields(Figures)}
     )
 
 

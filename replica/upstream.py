@@ -19,9 +19,8 @@ adapters leave first; a load stops the batch (15512 after: not); one load at a t
 """
 
 import dataclasses
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from cluster.costs import Costs
 from replica.drainer import Sharing
@@ -32,7 +31,7 @@ from replica.loads import Switches
 from replica.pages import Pages
 from replica.residency import Residency
 from replica.scheduler import Limits, Scheduler
-from replica.twin import Figures, Twin, figures
+from replica.twin import Figures, Twin, figures, median_figures
 from replica.workloads import Stream, arrivals
 
 POLICIES = ("before", "after", "ours")
@@ -182,10 +181,7 @@ class Replay:
 
     def median(self, stream: str) -> Figures:
         """Each figure's own median over the seeds."""
-        each = self.figures[stream]
-        return Figures(
-            **{f.name: statistics.median(getattr(e, f.name) for e in each) for f in fields(Figures)}
-        )
+        return median_figures(self.figures[stream])
 
 
 def replay(table: Table, policy: str, seeds: Iterable[int]) -> Replay:
