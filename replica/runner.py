@@ -1,5 +1,6 @@
 """One step on the device: rows of tokens in, sampled tokens out."""
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ class Row:
     tokens: one to decode, a chunk to prefill. position: of tokens[0]; everything before it lies in
     `pages`, which also have room for `tokens`. slot: 0 is the base model. sampling: None when no
     token is wanted, for the chunk does not end the prompt. generated: tokens generated so far.
+    carry: tokens[0] is whatever that row of the previous launch samples, and 0 here.
     """
 
     tokens: Sequence[int]
@@ -36,6 +38,18 @@ class Row:
     sampling: Sampling | None
     seed: int
     generated: int
+    carry: int | None = None
+
+
+class Ticket:
+    """A batch that was launched."""
+
+    def __init__(self, sampled: list[Sampled | None]) -> None:
+        self._sampled = sampled
+
+    def results(self) -> list[Sampled | None]:
+        """A token where one is wanted, in the order of the rows; waits for them."""
+        return self._sampled
 
 
 class Runner:
@@ -73,6 +87,7 @@ class Runner:
         self._lora = self.arena.lora()
         self._running = False
         self._ran_s = float("-inf")
+        self._previous: list[Sampled | None] = []
 
     def busy(self) -> bool:
         """Whether batches run, one after the other. Any thread may ask."""
@@ -99,12 +114,25 @@ class Runner:
 
     def run(self, rows: Sequence[Row]) -> list[Sampled | None]:
         """One packed batch, prefill chunks and decodes mixed; a token where one is wanted."""
+        return self.launch(rows).results()
+
+    def launch(self, rows: Sequence[Row]) -> Ticket:
+        """The same, without waiting for the tokens; batches run in the order of their launches."""
         self._running = True
         try:
-            return self._run(rows)
+            known = [row if row.carry is None else self._carried(row) for row in rows]
+            self._previous = self._run(known)
         finally:
             self._ran_s = time.monotonic()
             self._running = False
+        return Ticket(self._previous)
+
+    def _carried(self, row: Row) -> Row:
+        """A launch has computed when it returns: the tokens of the previous one are known."""
+        assert row.carry is not None
+        sampled = self._previous[row.carry]
+        assert sampled is not None, "the row it carries from sampled nothing"
+        return dataclasses.replace(row, tokens=[sampled.token, *row.tokens[1:]])
 
     @torch.inference_mode()
     def _run(self, rows: Sequence[Row]) -> list[Sampled | None]:

@@ -251,3 +251,25 @@ def test_a_step_without_a_wanted_token_gives_none(tmp_path: Path) -> None:
     runner = load(make_model(tmp_path))
     (text,) = prompts(10)
     assert runner.run([Row(text, 0, [0], 0, None, 0, 0)]) == [None]
+
+
+def test_a_token_that_is_not_known_yet_is_carried_from_the_launch_before(tmp_path: Path) -> None:
+    runner = load(make_model(tmp_path))
+    texts = prompts(9, 4, 13)
+    expected = generate(runner, texts, 6, 1000, GREEDY)
+    pages = [[2 * i, 2 * i + 1] for i in range(3)]
+    tickets = [runner.launch([Row(t, 0, pages[i], 0, GREEDY, 0, 0) for i, t in enumerate(texts)])]
+    order = [0, 1, 2]
+    for step in range(5):  # in another order each time
+        before, order = order, [order[1], order[2], order[0]]
+        rows = [
+            Row([0], len(texts[i]) + step, pages[i], 0, GREEDY, 0, step + 1, before.index(i))
+            for i in order
+        ]
+        tickets.append(runner.launch(rows))
+    found: list[list[int]] = [[], [], []]
+    for step, ticket in enumerate(tickets):
+        for row, sampled in enumerate(ticket.results()):
+            assert sampled is not None
+            found[(row + step) % 3].append(sampled.token)
+    assert found == expected
