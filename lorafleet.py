@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -111,6 +112,12 @@ SlotsMax = Annotated[
 BatchRowsMax = Annotated[
     int | None, typer.Option(help="Most requests computed in one step (default: 64).")
 ]
+FairShare = Annotated[
+    bool | None,
+    typer.Option(
+        "--fair-share", help="Adapters get batch space in turn, by their weights (default: no)."
+    ),
+]
 QueueMax = Annotated[
     int | None,
     typer.Option(help="Waiting requests, by replica, beyond which come 429s (default: 1024)."),
@@ -149,6 +156,7 @@ def serve(
     slots_max: SlotsMax = None,
     batch_rows_max: BatchRowsMax = None,
     queue_max: QueueMax = None,
+    fair_share: FairShare = None,
     threads: Threads = None,
     redis_url: Annotated[
         str | None,
@@ -199,6 +207,7 @@ def replica(
     slots_max: SlotsMax = None,
     batch_rows_max: BatchRowsMax = None,
     queue_max: QueueMax = None,
+    fair_share: FairShare = None,
     threads: Threads = None,
     config: Config = None,
 ) -> None:
@@ -244,9 +253,8 @@ def status(url: Url = LOCAL_URL, api_key: ApiKey = None) -> None:
         tier_table.add_column(_short(entry["id"]))
     for adapter in found["data"]:
         held = [adapter["residency"].get(entry["id"]) for entry in found["replicas"]]
-        pin = " (pinned)" if adapter["pinned"] else ""
         tier_table.add_row(
-            adapter["id"] + pin, *(entry["tier"] if entry else "-" for entry in held)
+            adapter["id"] + _pin(adapter), *(entry["tier"] if entry else "-" for entry in held)
         )
     console = Console()
     console.print(load_table)
@@ -260,6 +268,12 @@ def add(
     replace: Annotated[
         bool, typer.Option("--replace", help="Point an existing name at this adapter.")
     ] = False,
+    pinned: Annotated[
+        bool, typer.Option("--pinned", help="Load it at once, and keep it on every device.")
+    ] = False,
+    weight: Annotated[
+        float, typer.Option(help="Its share of the batch against others', with --fair-share.")
+    ] = 1.0,
     url: Url = LOCAL_URL,
     api_key: ApiKey = None,
 ) -> None:
@@ -267,7 +281,10 @@ def add(
 
     Example: lorafleet adapters add fr ./adapters/french
     """
+    if not math.isfinite(weight):  # JSON has no word for it
+        raise ConfigError(f"--weight {weight}: must be a finite number", field="weight")
     body = {"lora_name": name, "lora_path": absolute(path), "load_inplace": replace}
+    body |= {"pinned": pinned, "weight": weight}
     print(_call(url, api_key, "POST", "/v1/load_lora_adapter", body).text)
 
 
@@ -283,18 +300,22 @@ def rm(
 
 @adapters_cli.command()
 def ls(url: Url = LOCAL_URL, api_key: ApiKey = None) -> None:
-    """List the adapters: name, rank, version, on how many devices, files."""
+    """List the adapters: name, rank, weight, version, on how many devices, files."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table()
-    for heading in ("adapter", "rank", "version", "on device", "path"):
+    for heading in ("adapter", "rank", "weight", "version", "on device", "path"):
         table.add_column(heading)
     for adapter in _call(url, api_key, "GET", "/v1/adapters").json()["data"]:
         tiers = [entry["tier"] for entry in adapter["residency"].values()]
-        devices = str(tiers.count("device"))
         table.add_row(
-            adapter["id"], str(adapter["rank"]), adapter["digest"][:12], devices, adapter["path"]
+            adapter["id"] + _pin(adapter),
+            str(adapter["rank"]),
+            f"{adapter['weight']:g}",
+            adapter["digest"][:12],
+            str(tiers.count("device")),
+            adapter["path"],
         )
     Console().print(table)
 
@@ -410,6 +431,10 @@ def _call(
     except (ValueError, KeyError, TypeError):
         message = response.text.strip() or response.reason_phrase
     raise FleetError(f"{response.status_code}: {message}")
+
+
+def _pin(adapter: dict[str, Any]) -> str:
+    return " (pinned)" if adapter["pinned"] else ""
 
 
 def _short(replica_id: str) -> str:

@@ -23,6 +23,7 @@ class Version:
     uri: where the files are, as the operator named them (a path or a URL).
     rank: the largest rank of any of its projections.
     parameters: weights in its image; times the size of the dtype it is the image's bytes.
+    pinned: never evicted. weight: of its requests where the batch is shared fairly.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Version:
     rank: int
     parameters: int
     pinned: bool = False
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

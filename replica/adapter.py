@@ -1,5 +1,6 @@
 """One adapter on one device, and what is to be done to bring it there or let it go."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cluster.values import Tier
@@ -78,3 +79,23 @@ class Room:
     evictions: tuple[Evict, ...]
     moves: tuple[Move, ...]
     load: Load
+
+
+def no_room(
+    size: int, pinned: bool, others: Iterable[tuple[int, bool]], capacity: int, slots: int
+) -> str | None:
+    """Why an image can never be served beside `others` (bytes, pinned), in words; None if it can.
+
+    Pinned images together must leave room for the largest of the others.
+    """
+    images = [*others, (size, pinned)]
+    kept = [bytes for bytes, pin in images if pin]
+    largest = max((bytes for bytes, pin in images if not pin), default=0)
+    if sum(kept) + largest > capacity:
+        return (
+            f"an image of {size} bytes; adapter_memory holds {capacity}, of which pinned adapters "
+            f"take {sum(kept)} and the largest other one {largest}"
+        )
+    if len(kept) + bool(largest) > slots:
+        return f"{len(kept)} pinned adapters; there are {slots} places"
+    return None

@@ -29,6 +29,7 @@ def _entry(version: Version, residency: Mapping[str, Mapping[str, Residency]]) -
         "parameters": version.parameters,
         "path": version.uri,
         "pinned": version.pinned,
+        "weight": version.weight,
         "residency": {
             replica_id: _where(held[version.digest])
             for replica_id, held in sorted(residency.items())

@@ -73,6 +73,7 @@ class Engine:
         self.scheduler.residency.register(
             version.digest, path, size, version.pinned, time.monotonic()
         )
+        self.scheduler.share.weigh(version.digest, version.weight)
 
     def forget(self, digest: str) -> None:
         """No new requests for it. Those that were accepted still run with it."""

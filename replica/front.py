@@ -69,6 +69,7 @@ class Adapters(Protocol):
         *,
         load_inplace: bool = False,
         pinned: bool = False,
+        weight: float = 1.0,
         trusted: bool = False,
     ) -> Acknowledgement:
         """Raises AdapterRefused, BadRequest or CatalogUnavailable; then nothing has changed.

@@ -16,7 +16,8 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, TypeVar
 
 from cluster.catalog import Catalog
@@ -156,10 +157,14 @@ class Membership:
         *,
         load_inplace: bool = False,
         pinned: bool = False,
+        weight: float = 1.0,
         trusted: bool = False,
     ) -> Acknowledgement:
         self._catalog.book.check_add(name, load_inplace=load_inplace)
-        return await self._there(self._add(name, path, load_inplace, pinned, trusted))
+        check = partial(
+            self._validation.version, name, path, pinned=pinned, weight=weight, trusted=trusted
+        )
+        return await self._there(self._add(check, load_inplace))
 
     async def remove(self, name: str) -> Acknowledgement:
         return await self._there(self._remove(name))
@@ -231,7 +236,7 @@ class Membership:
             try:
                 check_name(name, self._config.engine.base_name)
                 version = await asyncio.to_thread(
-                    self._validation.version, name, path, pinned=False, trusted=True
+                    self._validation.version, name, path, trusted=True
                 )
             except (BadRequest, AdapterFailed) as error:
                 key = f"adapters.{name}"
@@ -265,14 +270,12 @@ class Membership:
             # The fleet goes on with what it knows.
         return self._catalog.book.get(name)
 
-    async def _add(
-        self, name: str, path: str, load_inplace: bool, pinned: bool, trusted: bool
-    ) -> Acknowledgement:
-        version = await asyncio.to_thread(
-            self._validation.version, name, path, pinned=pinned, trusted=trusted
-        )
+    async def _add(self, check: Callable[[], Version], load_inplace: bool) -> Acknowledgement:
+        version = await asyncio.to_thread(check)
+        self._validation.check_room(version, self._catalog.book.by_name())
         sequence, _ = await self._catalog.put(version, load_inplace=load_inplace)
-        return Acknowledgement(name, version.digest, sequence, await self._pending(sequence))
+        pending = await self._pending(sequence)
+        return Acknowledgement(version.name, version.digest, sequence, pending)
 
     async def _remove(self, name: str) -> Acknowledgement:
         sequence, digest = await self._catalog.remove(name)

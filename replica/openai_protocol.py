@@ -145,6 +145,8 @@ class LoadAdapterRequest(BaseModel):
     lora_name: Annotated[str, Field(min_length=1)]
     lora_path: Annotated[str, Field(min_length=1)]
     load_inplace: bool = False
+    pinned: bool = False
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 
 
 class UnloadAdapterRequest(BaseModel):

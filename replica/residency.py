@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 from cluster.values import Residency as Entry
 from cluster.values import Tier
-from replica.adapter import Adapter, Evict, Load, Move, Room
+from replica.adapter import Adapter, Evict, Load, Move, Room, no_room
 from replica.eviction import Candidate, Order
 from replica.extents import Extents, Slide
 from replica.host_tier import HostTier
@@ -74,22 +74,10 @@ class Residency:
         self._touch(digest)
 
     def refusal(self, digest: str, size: int, pinned: bool) -> str | None:
-        """Why it can never be served here, in words; None when it can.
-
-        Pinned images together must leave room for the largest of the others.
-        """
+        """Why it can never be served here, in words; None when it can."""
         size = self.extents.aligned(size)
-        others = [a for a in self.adapters.values() if a.digest != digest]
-        kept = [a.bytes for a in others if a.pinned] + [size] * pinned
-        largest = max([a.bytes for a in others if not a.pinned] + [size] * (not pinned), default=0)
-        if sum(kept) + largest > self.extents.capacity:
-            return (
-                f"an image of {size} bytes; adapter_memory holds {self.extents.capacity}, of which "
-                f"pinned adapters take {sum(kept)} and the largest other one {largest}"
-            )
-        if len(kept) + bool(largest) > self.slots:
-            return f"{len(kept)} pinned adapters; there are {self.slots} places"
-        return None
+        others = [(a.bytes, a.pinned) for a in self.adapters.values() if a.digest != digest]
+        return no_room(size, pinned, others, self.extents.capacity, self.slots)
 
     def forget(self, digest: str) -> list[Evict]:
         adapter = self.adapters.get(digest)

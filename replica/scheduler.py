@@ -160,6 +160,7 @@ class Scheduler:
 
     def forget(self, digest: str) -> None:
         """No new requests for it; it leaves when those that were accepted have ended."""
+        self.share.forget(digest)
         self._evictions += self.residency.forget(digest)
 
     def loaded(self, digest: str, now_s: float) -> None:

@@ -296,7 +296,11 @@ class Server:
         request = parse(LoadAdapterRequest, await self._body(receive))
         self._check_name(request.lora_name)
         done = await self._adapters.add(
-            request.lora_name, request.lora_path, load_inplace=request.load_inplace
+            request.lora_name,
+            request.lora_path,
+            load_inplace=request.load_inplace,
+            pinned=request.pinned,
+            weight=request.weight,
         )
         await _acknowledge(send, f"Success: LoRA adapter '{done.name}' added successfully.", done)
 

@@ -84,7 +84,10 @@ class Settling:
             names[version.name] = version.digest
             other = wanted.get(version.digest)
             pinned = version.pinned or (other is not None and other.pinned)
-            wanted[version.digest] = dataclasses.replace(other or version, pinned=pinned)
+            weight = max(version.weight, other.weight if other is not None else 0.0)
+            wanted[version.digest] = dataclasses.replace(
+                other or version, pinned=pinned, weight=weight
+            )
         repointed = {old for name, old in self._names.items() if names.get(name, old) != old}
         self._wanted, self._names, self._sequence = wanted, names, sequence
         self._failed = {d: failure for d, failure in self._failed.items() if d in wanted}

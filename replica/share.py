@@ -5,6 +5,7 @@ least goes first. One that was away comes back at the level of the least busy on
 it cannot save up (Sheng et al., Fairness in Serving Large Language Models, OSDI 2024).
 """
 
+import math
 from collections.abc import Mapping
 
 # A generated token holds its row for a whole step; a prompt token shares one with many.
@@ -17,8 +18,20 @@ class Share:
     def __init__(self, weights: Mapping[str | None, float] | None = None, on: bool = False) -> None:
         self.on = on
         self._weights = dict(weights or {})
+        self._leaving: set[str | None] = set()
         self._had: dict[str | None, float] = {}
         self._present: dict[str | None, int] = {}
+
+    def weigh(self, place: str, weight: float) -> None:
+        """From now on what it is served counts a `weight`th."""
+        assert 0 < weight < math.inf
+        self._weights[place] = weight
+        self._leaving.discard(place)
+
+    def forget(self, place: str) -> None:
+        """It is no longer registered; what is known of it goes with its last request."""
+        self._leaving.add(place)
+        self._leave(place)
 
     def of(self, place: str | None) -> float:
         return self._had.get(place, 0.0) if self.on else 0.0
@@ -38,6 +51,13 @@ class Share:
         self._present[place] -= 1
         if not self._present[place]:
             del self._present[place]
+            self._leave(place)
+
+    def _leave(self, place: str | None) -> None:
+        if place in self._leaving and place not in self._present:
+            self._leaving.discard(place)
+            self._weights.pop(place, None)
+            self._had.pop(place, None)
 
     def served(self, place: str | None, tokens: int, sampled: bool) -> None:
         """tokens: computed in one step. sampled: one of them is the model's own."""

@@ -57,12 +57,18 @@ class Standalone:
         *,
         load_inplace: bool = False,
         pinned: bool = False,
+        weight: float = 1.0,
         trusted: bool = False,
     ) -> Acknowledgement:
         async with self._change:
             self._book.check_add(name, load_inplace=load_inplace)
             version = await asyncio.to_thread(
-                self._validation.version, name, path, pinned=pinned, trusted=trusted
+                self._validation.version,
+                name,
+                path,
+                pinned=pinned,
+                weight=weight,
+                trusted=trusted,
             )
             local = await asyncio.to_thread(
                 self._validation.store.fetch, version.uri, version.digest

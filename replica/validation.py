@@ -1,9 +1,12 @@
 """May this adapter be served here? Path rules, files, shapes and sizes, before anything changes."""
 
+from collections.abc import Iterable
+
 from cluster.config import FleetConfig
 from cluster.errors import AdapterRefused
 from cluster.store import Store, check_allowed, is_url, local_path
 from cluster.values import Version
+from replica.adapter import no_room
 from replica.adapter_files import inspect
 from replica.shape import ModelShape
 
@@ -23,7 +26,15 @@ class Validation:
             f"{config.directory}/adapters", lambda path: inspect(path, shape, rank_max).digest
         )
 
-    def version(self, name: str, path: str, *, pinned: bool, trusted: bool) -> Version:
+    def version(
+        self,
+        name: str,
+        path: str,
+        *,
+        pinned: bool = False,
+        weight: float = 1.0,
+        trusted: bool = False,
+    ) -> Version:
         """Raises AdapterRefused, BadRequest or AdapterFailed, naming what and where."""
         if not trusted:
             check_allowed(path, self._config.adapter_roots)
@@ -37,4 +48,23 @@ class Validation:
                 field="lora_path",
             )
         uri = path if is_url(path) else local_path(path)
-        return Version(name, info.digest, uri, info.rank, info.parameters, pinned)
+        return Version(name, info.digest, uri, info.rank, info.parameters, pinned, weight)
+
+    def check_room(self, version: Version, versions: Iterable[Version]) -> None:
+        """Raises AdapterRefused when no replica can serve it beside what is pinned."""
+        others: dict[str, tuple[int, bool]] = {}
+        for other in versions:
+            if other.digest != version.digest:
+                pinned = other.pinned or others.get(other.digest, (0, False))[1]
+                others[other.digest] = other.parameters * self._weight_bytes, pinned
+        engine = self._config.engine
+        slots = engine.directory_slots - 1
+        refusal = no_room(
+            version.parameters * self._weight_bytes,
+            version.pinned,
+            others.values(),
+            engine.adapter_memory,
+            min(engine.slots_max or slots, slots),
+        )
+        if refusal is not None:
+            raise AdapterRefused(f"lora_path: {version.name!r} has {refusal}", field="lora_path")

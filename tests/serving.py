@@ -16,6 +16,7 @@ import uvicorn
 
 from cluster.errors import BadRequest, FleetError, ModelNotFound
 from cluster.values import Version
+from replica.catalog_page import catalog_page
 from replica.front import Acknowledgement
 from replica.server import Server, ServerConfig, build_app
 from replica.text import Text
@@ -61,13 +62,14 @@ class Book:
         *,
         load_inplace: bool = False,
         pinned: bool = False,
+        weight: float = 1.0,
         trusted: bool = False,
     ) -> Acknowledgement:
         if self.refusal is not None:
             raise self.refusal
         if name in self._versions and not load_inplace:
             raise BadRequest(f"lora_name: {name!r} is taken", field="lora_name")
-        self._versions[name] = replace(ADAPTER, name=name, uri=path)
+        self._versions[name] = replace(ADAPTER, name=name, uri=path, pinned=pinned, weight=weight)
         return Acknowledgement(name, ADAPTER.digest, 1, self.pending)
 
     async def remove(self, name: str) -> Acknowledgement:
@@ -77,7 +79,7 @@ class Book:
         return Acknowledgement(name, version.digest, 2, self.pending)
 
     async def describe(self) -> dict[str, Any]:
-        return {"object": "list", "sequence": 1, "data": [], "replicas": []}
+        return catalog_page(self.versions(), 1, {}, [])
 
 
 async def app_with(

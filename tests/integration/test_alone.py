@@ -62,13 +62,24 @@ def test_it_answers_takes_adapters_and_ends_quietly(
 
     assert complete("base").status_code == complete("fr").status_code == 200
     assert complete("de").status_code == 404
-    status, said = cli("adapters", "add", "de", str(files / "de"))
+    add = ("adapters", "add", "de", str(files / "de"))
+    status, said = cli(*add, "--weight", "0")
+    assert status == 1 and said.startswith("lorafleet: 400: weight: "), said
+    status, said = cli(*add, "--weight", "nan")
+    assert status == 2 and said.startswith("lorafleet: --weight nan: "), said
+    status, said = cli(*add, "--pinned", "--weight", "2.5")
     assert (status, "'de' added" in said) == (0, True), said
     assert complete("de").status_code == 200
     status, said = cli("adapters", "ls")
     assert status == 0
     assert "fr" in said
-    assert "de" in said
+    assert "de (pinned)" in said
+    assert "2.5" in said
+    listed = httpx.get(f"{url}/v1/adapters").json()["data"]
+    assert [(e["id"], e["pinned"], e["weight"]) for e in listed] == [
+        ("de", True, 2.5),
+        ("fr", False, 1.0),
+    ]
     status, said = cli("status")
     assert status == 0
     assert "device" in said

@@ -1,5 +1,6 @@
 """A real engine in this process under churn: every token is its own adapter's."""
 
+import dataclasses
 import random
 import shutil
 import time
@@ -263,4 +264,22 @@ def test_a_story_says_why_a_request_waited(model: str, versions: list[Version]) 
     events = [happening.event.value for happening in made.story("r")]
     assert events == ["queued", "load started", "load done", "running", "first token", "done"]
     assert made.report().misses == 1 and made.report().loads == 1
+    made.close()
+
+
+def test_a_versions_weight_reaches_the_share_of_the_batch(
+    model: str, versions: list[Version]
+) -> None:
+    """One row, two adapters with as many requests each; one has thrice the other's weight."""
+    made = engine(model, [], fair_share=True, batch_rows_max=1, context_tokens_max=64)
+    for version, weight in zip(versions, (3.0, 1.0), strict=False):
+        made.register(dataclasses.replace(version, weight=weight, pinned=True), version.uri)
+    while made.scheduler.residency.loading or made.scheduler.residency.pinned_elsewhere(0.0):
+        made.step()
+    sampling = Sampling(max_tokens=1, temperature=0.0, ignore_eos=True)
+    for i in range(20):
+        for which in range(2):
+            made.add(NewRequest(f"{which}-{i}", (5, 6 + i), sampling, versions[which].digest))
+    ended = [delta.request_id[0] for _ in range(20) for delta in made.step() if delta.last]
+    assert ended.count("0") == pytest.approx(15, abs=1)
     made.close()

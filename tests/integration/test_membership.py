@@ -325,7 +325,7 @@ async def test_what_is_described_is_what_the_engines_hold(
 ) -> None:
     one, first = await running.replica(shared_redis, "r1")
     other, second = await running.replica(shared_redis, "r2")
-    await one.add("a", running.adapter("a"), pinned=True)
+    await one.add("a", running.adapter("a"), pinned=True, weight=2.0)
     await other.add("b", running.adapter("b", rank=4, seed=1))
     await one.add("c", running.adapter("c", seed=2))
     await one.remove("c")
@@ -337,9 +337,9 @@ async def test_what_is_described_is_what_the_engines_hold(
     await until(described)
     page = await one.describe()
     assert page["object"] == "list" and page["sequence"] == 4
-    assert [(e["id"], e["rank"], e["pinned"]) for e in page["data"]] == [
-        ("a", 2, True),
-        ("b", 4, False),
+    assert [(e["id"], e["rank"], e["pinned"], e["weight"]) for e in page["data"]] == [
+        ("a", 2, True, 2.0),
+        ("b", 4, False, 1.0),
     ]
     assert page["data"][0]["path"] == str(running.root / "a")
     for replica_id, engine in (("r1", first), ("r2", second)):
@@ -351,6 +351,42 @@ async def test_what_is_described_is_what_the_engines_hold(
     assert [r["id"] for r in page["replicas"]] == ["r1", "r2"]
     assert page["replicas"][0]["incarnation"] == one.incarnation
     assert page["replicas"][0]["load"] == dataclasses.asdict(first.report())
+
+
+async def test_a_pin_that_leaves_no_room_is_refused_and_nothing_registered(
+    shared_redis: str, running: Fleet
+) -> None:
+    path, other = running.adapter("a"), running.adapter("b", seed=1)
+    one, _ = await running.replica(shared_redis)
+    await one.add("a", path)
+    (version,) = one.versions()
+    size = version.parameters * 4
+    memory = dataclasses.replace(running.config.engine, adapter_memory=size * 2 - 1)
+    two, _ = await running.replica(shared_redis, "r2", engine=memory)
+    with pytest.raises(AdapterRefused, match=f"pinned adapters take {size}") as caught:
+        await two.add("b", other, pinned=True)
+    assert caught.value.field == "lora_path"
+    assert [v.name for v in two.versions()] == ["a"]
+    await two.add("b", other)
+    assert [v.name for v in two.versions()] == ["a", "b"]
+
+
+async def test_two_names_of_one_version_share_the_pin_and_the_larger_weight(
+    shared_redis: str, running: Fleet
+) -> None:
+    class Told(StubEngine):
+        told: list[Version]
+
+        async def register(self, version: Version, path: str) -> None:
+            self.told = [*getattr(self, "told", []), version]
+            await super().register(version, path)
+
+    one, engine = await running.replica(shared_redis, engine_kind=Told)
+    path = running.adapter("a")
+    await one.add("a", path, pinned=True, weight=0.5)
+    await one.add("b", path, weight=2.0)
+    assert isinstance(engine, Told)
+    assert [(v.pinned, v.weight) for v in engine.told] == [(True, 0.5), (True, 2.0)]
 
 
 async def test_a_name_whose_message_was_lost_is_served(shared_redis: str, running: Fleet) -> None:

@@ -385,6 +385,30 @@ async def test_bad_adapter_requests(path: str, body: dict[str, Any], field: str)
     assert answer.json()["error"]["param"] == field
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("weight", "0"),
+        ("weight", "-0.5"),
+        ("weight", "-1e+300"),
+        ("weight", '"2"'),
+        ("weight", "null"),
+        ("pinned", "1"),
+        ("pinned", '"yes"'),
+    ],
+)
+async def test_a_wrong_weight_or_pin_is_named_with_its_value(field: str, value: str) -> None:
+    book = Book()
+    body = f'{{"lora_name": "a", "lora_path": "/a", "{field}": {value}}}'
+    async with client_of(await app_with(StubEngine(), book)) as client:
+        answer = await client.post("/v1/load_lora_adapter", content=body.encode())
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, field)
+    assert error["message"].startswith(f"{field}: "), error
+    assert f"(got {value})" in error["message"], error
+    assert book.versions() == []
+
+
 @pytest.mark.parametrize("field", ["model", "stop", "logit_bias", "tools"])
 @pytest.mark.parametrize("depth", [200, 300, 1000, 1100])
 async def test_deep_nesting_is_the_clients_error(field: str, depth: int) -> None:

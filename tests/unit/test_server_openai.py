@@ -407,6 +407,24 @@ async def test_adapters_come_and_go() -> None:
         assert missing.status_code == 404
 
 
+async def test_an_adapter_is_pinned_and_weighed_when_it_is_added() -> None:
+    async with client_of(await app_with(await scripted(), Book())) as client:
+        body: dict[str, Any] = {"lora_name": "a", "lora_path": "/a"}
+        await client.post("/v1/load_lora_adapter", json=body | {"pinned": True, "weight": 2.5})
+        await client.post("/v1/load_lora_adapter", json=body | {"lora_name": "b", "weight": 3})
+        await client.post("/v1/load_lora_adapter", json=body | {"lora_name": "c"})
+        listed = (await client.get("/v1/adapters")).json()["data"]
+        again = await client.post("/v1/load_lora_adapter", json=body | {"load_inplace": True})
+        assert again.status_code == 200
+        after = (await client.get("/v1/adapters")).json()["data"][0]
+    assert [(e["id"], e["pinned"], e["weight"]) for e in listed] == [
+        ("a", True, 2.5),
+        ("b", False, 3.0),
+        ("c", False, 1.0),
+    ]
+    assert (after["pinned"], after["weight"]) == (False, 1.0)
+
+
 async def test_metrics_are_prometheus_text(app: Server) -> None:
     async with client_of(app) as client:
         answer = await client.get("/metrics")

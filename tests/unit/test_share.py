@@ -85,6 +85,46 @@ def test_who_comes_first_is_not_behind_and_who_leaves_is_forgotten() -> None:
     assert share.of("c") == 60.0
 
 
+def test_a_weight_may_change_and_is_forgotten_with_the_last_request() -> None:
+    share = Share(on=True)
+    share.weigh("a", 4.0)
+    share.enter("a")
+    share.served("a", 100, sampled=False)
+    assert share.of("a") == 25.0
+    share.weigh("a", 2.0)
+    share.served("a", 100, sampled=False)
+    assert share.of("a") == 75.0
+    share.forget("a")
+    share.served("a", 100, sampled=False)
+    assert share.of("a") == 125.0, "a request that was accepted keeps its weight"
+    share.leave("a")
+    assert share.of("a") == 0.0
+    share.enter("a")
+    share.served("a", 100, sampled=False)
+    assert share.of("a") == 100.0
+
+
+def test_one_that_is_registered_again_in_time_is_not_forgotten() -> None:
+    share = Share(on=True)
+    share.weigh("a", 4.0)
+    share.enter("a")
+    share.forget("a")
+    share.weigh("a", 4.0)
+    share.leave("a")
+    share.served("a", 100, sampled=False)
+    assert share.of("a") == 25.0
+
+
+def test_a_forgotten_adapters_weight_goes_with_it() -> None:
+    core = both_resident(Share({"a": 2.0}, on=True))
+    core.add(new("last", "a", max_tokens=1), 0.0)
+    core.forget("a")
+    before = core.share.of("a")
+    run(core)
+    assert not core.has_work and before > 0.0
+    assert core.share.of("a") == 0.0
+
+
 def test_a_priority_goes_before_every_share() -> None:
     core = both_resident(Share(on=True))
     core.share.served("a", 1000, sampled=False)

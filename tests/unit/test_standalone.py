@@ -90,10 +90,12 @@ async def test_of_two_adds_of_one_name_at_once_one_wins(
 
 async def test_it_describes_itself_as_a_fleet_of_one(config: FleetConfig, tmp_path: Path) -> None:
     adapters = Standalone(StubEngine(), config, "local")
-    done = await adapters.add("a", write_adapter(tmp_path / "adapters" / "a"), pinned=True)
+    path = write_adapter(tmp_path / "adapters" / "a")
+    done = await adapters.add("a", path, pinned=True, weight=2.0)
     page = await adapters.describe()
     (entry,) = page["data"]
-    assert (entry["id"], entry["digest"], entry["pinned"]) == ("a", done.digest, True)
+    assert (entry["id"], entry["digest"]) == ("a", done.digest)
+    assert (entry["pinned"], entry["weight"]) == (True, 2.0)
     assert entry["residency"]["local"]["tier"] == "device"
     assert (page["object"], page["sequence"]) == ("list", 1)
     assert page["replicas"][0]["id"] == "local"
