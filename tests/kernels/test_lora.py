@@ -1,7 +1,7 @@
 """Every path of `ops.Lora` against `reference.lora`, and no row ever sees another's weights."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -124,16 +124,6 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     kind = request.param
     assert isinstance(kind, torch.dtype)
     return kind
-
-
-@pytest.fixture(autouse=True)
-def one_thread_without_gradients() -> Iterator[None]:
-    """Tiny matmuls on two threads mostly wait for each other when the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        yield
-    torch.set_num_threads(threads)
 
 
 def placed(bench: Bench, ranks: Sequence[int]) -> None:
