@@ -35,6 +35,7 @@ class EngineConfig:
     kv_memory: bytes of device memory for keys and values; None: room for `batch_rows_max` sequences
     of 2,048 tokens, or of the model's whole context where that is shorter.
     step_tokens_max: prompt and decode tokens computed in one step (prefill is cut into chunks).
+    load_bytes_per_s: loads together go no faster than that; None: as fast as they can.
     queue_max: requests beyond a full batch; when there are as many, new ones are answered 429.
     threads: CPU threads for compute; None: what torch takes.
 
@@ -70,6 +71,7 @@ class EngineConfig:
     load_retry_s: float = 1.0
     load_retry_max_s: float = 60.0
     loads_in_flight_max: int = 2
+    load_bytes_per_s: int | None = None
     threads: int | None = None
     seed: int | None = None
     base_slot: Literal["pinned", "shared"] = "pinned"
@@ -99,7 +101,7 @@ class EngineConfig:
             "quantum_s",
         ):
             _positive(name, getattr(self, name))
-        for name in ("slots_max", "kv_memory", "context_tokens_max", "threads"):
+        for name in ("slots_max", "kv_memory", "context_tokens_max", "load_bytes_per_s", "threads"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
 

@@ -1,8 +1,13 @@
 """The published workloads on a real engine, small and fast enough for a CPU.
 
-The shape of each workload is kept (how many adapters on how many places, how many requests run at
-once, how long a copy takes against a step), its size is not: lengths are an eighth, rates
-`_SPEEDUP` times as high, quantum and thresholds as much shorter, on a toy model.
+The shape of each workload is kept, its size is not: lengths are an eighth, on a toy model, and
+everything that is a time is `scale` times shorter (gaps between arrivals, quantum, thresholds,
+loads). The scale of a table is found first: with it, and with all adapters resident, a request
+takes as long against the gaps between arrivals as it does on the table's card (`twin.py`). A load
+takes, for every policy alike, what the measured servers' took: the loader waits for the rest of
+that time, as it would for a bus, and leaves the cores alone.
+
+15512 before and after is blocking against overlapping, all else equal.
 """
 
 import dataclasses
@@ -17,26 +22,36 @@ from pathlib import Path
 from cluster.config import EngineConfig
 from cluster.values import Version
 from replica.adapter_files import inspect
+from replica.comparison import TITLES
 from replica.engine import Engine
+from replica.hardware import image_bytes
+from replica.published import published
 from replica.replay import Replay, replay
 from replica.shape import ModelShape
 from replica.toys import toy_adapter, toy_model
 from replica.twin import Figures, Record, figures, median_figures
-from replica.upstream import POLICIES, TABLES, Policy, Table
+from replica.upstream import OURS, POLICIES, TABLES, Policy, Table
+from replica.upstream import replay as simulate
 from replica.workloads import Arrival, Stream, arrivals
 
+ALL_BASE, ALL_FIT = "all base", "all fit"
 _LENGTHS = 8
-_SPEEDUP = 8.0
-# The toy is a sixteenth as wide as Llama-3.1-8B. Ranks shrink less, so that loads are still felt.
+_SCALE_ROUNDS = 6
+# Small enough that a step's time hardly grows with its rows, as on a card, where it is spent on
+# reading weights; here it is spent on calls.
 _RANKS = 8
-_HIDDEN, _LAYERS, _CONTEXT = 256, 4, 512
+_HIDDEN, _LAYERS, _CONTEXT = 128, 6, 512
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """policy → stream → figures. same_tokens: every policy gave every request the same tokens."""
+    """policy → stream → figures. same_tokens: every policy gave every request the same tokens.
 
-    table: str
+    scale: how many times shorter everything was that is a time.
+    """
+
+    table: Table
+    scale: float
     figures: Mapping[str, Mapping[str, Figures]]
     same_tokens: bool
     loads: Mapping[str, int]
@@ -55,22 +70,44 @@ def upstream(
 def lines(result: Result) -> Iterator[str]:
     """The figures of one table, in milliseconds, a policy and stream a line."""
     yield (
-        f"{result.table:22} {'TTFT mean':>10} {'median':>8} {'P99':>8} "
-        f"{'E2E mean':>9} {'ITL max':>8} {'loads':>6}"
+        f"{result.table.name:22} {'TTFT mean':>10} {'median':>8} {'P99':>8} "
+        f"{'E2E mean':>9} {'TPOT p50':>8} {'ITL max':>8} {'loads':>6}"
     )
     for policy, streams in result.figures.items():
         for stream, f in streams.items():
             yield (
-                f"  {policy:10} {stream:9} {f.ttft_mean_ms:10.0f} {f.ttft_p50_ms:8.0f} "
-                f"{f.ttft_p99_ms:8.0f} {f.e2e_mean_ms:9.0f} {f.itl_max_ms:8.0f} "
-                f"{result.loads[policy]:6}"
+                f"  {policy:13} {stream:6} {f.ttft_mean_ms:10.0f} {f.ttft_p50_ms:8.0f} "
+                f"{f.ttft_p99_ms:8.0f} {f.e2e_mean_ms:9.0f} {f.tpot_p50_ms:8.1f} "
+                f"{f.itl_max_ms:8.0f} {result.loads[policy]:6}"
             )
-    if "all base" in result.figures:
-        ours, base = result.figures["ours"]["base"], result.figures["all base"]["base"]
+    yield f"  times {result.scale:.1f} times shorter than on the card"
+    yield from (f"  {line}" for line in _directions(result))
+    if ALL_BASE in result.figures:
+        ours, base = result.figures["ours"]["base"], result.figures[ALL_BASE]["base"]
         ratio = ours.ttft_mean_ms / base.ttft_mean_ms
         yield f"  base TTFT beside adapters / with base alone: {ratio:.2f} (target 1.30 at most)"
     same = "the same" if result.same_tokens else "DIFFERENT"
     yield f"  tokens of all policies: {same}"
+
+
+def _directions(result: Result) -> Iterator[str]:
+    """Whether upstream's change moved its figures as published, and where ours is behind it."""
+    for stream, after in result.figures["after"].items():
+        before, ours = result.figures["before"][stream], result.figures["ours"][stream]
+        stated = [published(result.table.name, policy, stream) for policy in POLICIES[:2]]
+        against = [
+            f"; {TITLES[name]} {getattr(before, name):.0f} → {getattr(after, name):.0f}, published "
+            f"{stated[0][name]:.0f} → {stated[1][name]:.0f}"
+            for name in stated[0]
+            if (stated[0][name] > stated[1][name]) != (getattr(before, name) > getattr(after, name))
+        ]
+        if stated[0]:
+            held = len(stated[0]) - len(against)
+            yield f"{stream}: {held} of {len(stated[0])} move as published{''.join(against)}"
+        for name in ("ttft_mean_ms", "ttft_p50_ms", "ttft_p99_ms"):
+            best, own = min(getattr(before, name), getattr(after, name)), getattr(ours, name)
+            if own > best:
+                yield f"{stream}: ours is behind in {TITLES[name]}: {own:.0f} against {best:.0f}"
 
 
 class _Toys:
@@ -95,19 +132,19 @@ class _Toys:
 
 
 def _table(table: Table, toys: _Toys, runs: int, tell: Callable[[str], None]) -> Result:
-    policies = [*POLICIES, "all base"] if table.name == "14795" else list(POLICIES)
+    scale = _scale(table, toys, tell)
+    policies = list(POLICIES)
+    if any(stream.name == "base" for stream in table.streams):
+        policies.append(ALL_BASE)
     each: dict[str, list[dict[str, Figures]]] = {policy: [] for policy in policies}
-    tokens: dict[str, list[list[list[int]]]] = {policy: [] for policy in POLICIES}
+    tokens: dict[str, list[list[list[int]]]] = {policy: [] for policy in policies}
     loads: dict[str, int] = {}
-    for seed in range(runs + 1):
+    for seed in range(1, runs + 1):
         for policy in policies:
             start_s = time.monotonic()
-            run, loads[policy] = _run(table, policy, toys, seed)
-            if seed == 0:
-                continue  # warms up
+            run, loads[policy] = _run(table, policy, toys, seed, scale)
             each[policy].append(_by_stream(table, run.records))
-            if policy in tokens:
-                tokens[policy].append(run.tokens)
+            tokens[policy].append(run.tokens)
             tell(f"{table.name} {policy} run {seed}: {time.monotonic() - start_s:.1f} s")
     medians = {
         policy: {
@@ -115,19 +152,33 @@ def _table(table: Table, toys: _Toys, runs: int, tell: Callable[[str], None]) ->
         }
         for policy, found in each.items()
     }
-    same = all(tokens[policy] == tokens["ours"] for policy in POLICIES)
-    return Result(table.name, medians, same, loads)
+    same = all(tokens[policy] == tokens["ours"] for policy in policies if policy != ALL_BASE)
+    return Result(table, scale, medians, same, loads)
 
 
-def _run(table: Table, policy: str, toys: _Toys, seed: int) -> tuple[Replay, int]:
-    streams = tuple(_scaled(s, policy == "all base") for s in table.streams)
+def _scale(table: Table, toys: _Toys, tell: Callable[[str], None]) -> float:
+    """Found from above and below by turns: a request takes longer the closer the others come."""
+    fitting = dataclasses.replace(table, places=len(table.ranks))
+    simulated = simulate(fitting, "ours", range(3))
+    wanted_s = sum(simulated.median(s.name).e2e_mean_ms for s in table.streams) / 1e3
+    scale = float(_LENGTHS)
+    for _ in range(_SCALE_ROUNDS):
+        run, _ = _run(fitting, ALL_FIT, toys, 0, scale)
+        by_stream = _by_stream(table, run.records)
+        found_s = sum(f.e2e_mean_ms for f in by_stream.values()) / 1e3
+        tell(f"{table.name} times {scale:.1f} times shorter: {wanted_s / found_s:.1f} wanted")
+        scale *= (wanted_s / found_s / scale) ** (1 / 3)
+    return scale
+
+
+def _run(table: Table, policy: str, toys: _Toys, seed: int, scale: float) -> tuple[Replay, int]:
+    streams = tuple(_scaled(s, scale, policy == ALL_BASE) for s in table.streams)
     coming: list[Arrival] = arrivals(streams, seed)
     rng = random.Random(seed)
     prompts = [tuple(rng.randrange(3, 512) for _ in range(a.prompt_tokens)) for a in coming]
     versions = {name: toys.version(name, rank // _RANKS or 1) for name, rank in table.ranks.items()}
     woken = threading.Event()
-    name = "ours" if policy == "all base" else policy
-    engine = Engine(_config(table, table.policy(name), name, toys, versions), wake=woken.set)
+    engine = Engine(_config(table, policy, toys, versions, scale), wake=woken.set)
     digests: dict[str | None, str | None] = {None: None}
     for adapter, version in versions.items():
         engine.register(version, version.uri)
@@ -139,17 +190,21 @@ def _run(table: Table, policy: str, toys: _Toys, seed: int) -> tuple[Replay, int
 
 
 def _config(
-    table: Table, policy: Policy, name: str, toys: _Toys, versions: Mapping[str, Version]
+    table: Table, name: str, toys: _Toys, versions: Mapping[str, Version], scale: float
 ) -> EngineConfig:
+    policy = _policy(table, name)
     largest = max(version.parameters for version in versions.values()) * 4
-    packed = table.packed and name == "ours"
+    load_s = table.card.as_upstream().copy_s(image_bytes(max(table.ranks.values()))) / scale
+    packed = table.packed and not policy.upstream
     slots = len(versions) if packed else table.places + (not policy.switches.base_pinned)
     return EngineConfig(
         toys.model,
         device="cpu",
         threads=toys.threads,
         adapter_memory=table.places * (largest + 256),
-        host_memory=0,
+        host_memory=len(versions) * (largest + 256),
+        loads_in_flight_max=1 if policy.upstream else 8,
+        load_bytes_per_s=None if name == ALL_FIT else int(largest / load_s),
         slots_max=slots,
         directory_slots=64,
         batch_rows_max=64,
@@ -160,18 +215,22 @@ def _config(
         overlap=policy.switches.overlap,
         prefetch_depth=policy.switches.prefetch_depth,
         park=policy.sharing.park,
-        quantum_s=policy.sharing.quantum_s / _SPEEDUP,
-        head_start_s=policy.sharing.head_start_s / _SPEEDUP,
-        drain_wait_threshold_s=policy.sharing.drain_wait_threshold_s / _SPEEDUP,
+        quantum_s=policy.sharing.quantum_s / scale,
+        head_start_s=policy.sharing.head_start_s / scale,
+        drain_wait_threshold_s=policy.sharing.drain_wait_threshold_s / scale,
         eviction="cost" if policy.eviction == "cost" else "lru",
         prefix_cache=False,
     )
 
 
-def _scaled(stream: Stream, base: bool) -> Stream:
+def _policy(table: Table, name: str) -> Policy:
+    return OURS if name in (ALL_BASE, ALL_FIT) else table.policy(name)
+
+
+def _scaled(stream: Stream, scale: float, base: bool) -> Stream:
     return dataclasses.replace(
         stream,
-        rate=stream.rate * _SPEEDUP,
+        rate=stream.rate * scale,
         prompt_tokens_max=stream.prompt_tokens_max // _LENGTHS,
         output_tokens_max=stream.output_tokens_max // _LENGTHS,
         adapters=() if base else stream.adapters,

@@ -55,6 +55,7 @@ class Engine:
             config.loads_in_flight_max,
             wake,
             self.runner.busy,
+            config.load_bytes_per_s,
         )
         self.idle = True
         self.wake_s: float | None = None

@@ -39,6 +39,7 @@ class Loader:
     """At most `threads` loads at a time.
 
     wake: called, on a loader thread, when one has ended. busy: whether batches run meanwhile.
+    bytes_per_s: what they share; None: as much as there is.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Loader:
         threads: int,
         wake: Callable[[], None],
         busy: Callable[[], bool],
+        bytes_per_s: int | None = None,
     ) -> None:
         self._shape = shape
         self._dtype = dtype
@@ -58,6 +60,8 @@ class Loader:
         self._wake = wake
         self._busy = busy
         self._active = 0
+        self._bytes_per_s = bytes_per_s
+        self._free_s = 0.0
         self._lock = threading.Lock()
         self._done: SimpleQueue[Loaded] = SimpleQueue()
         self._threads = ThreadPoolExecutor(threads, "adapter-loader")
@@ -100,6 +104,7 @@ class Loader:
                 image = image or self._read(load, None, pause)
                 self._arena.copy_in(load.offset, image, pause)
                 layout = image.layout
+            self._keep_to_rate(load.bytes, start_s)
             seconds = time.monotonic() - start_s
             return Loaded(load, layout, seconds, image=image if keep else None)
         except (FleetError, OSError, MemoryError, RuntimeError) as error:
@@ -124,6 +129,13 @@ class Loader:
             raise AdapterFailed(f"{load.path}: the files changed since they were registered")
         assert image.bytes <= load.bytes, f"{image.bytes} bytes for a place of {load.bytes}"
         return image
+
+    def _keep_to_rate(self, size: int, start_s: float) -> None:
+        if self._bytes_per_s is not None:
+            with self._lock:
+                self._free_s = max(self._free_s, start_s) + size / self._bytes_per_s
+                rest_s = self._free_s - time.monotonic()
+            time.sleep(max(rest_s, 0.0))
 
     def _count(self, change: int) -> None:
         with self._lock:

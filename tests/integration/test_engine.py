@@ -151,6 +151,19 @@ def test_decoding_goes_on_while_adapters_load(model: str, versions: list[Version
     made.close()
 
 
+def test_loads_share_the_rate_they_may_go_at(model: str, versions: list[Version]) -> None:
+    size = versions[0].parameters * 4
+    made = engine(model, versions, load_bytes_per_s=10 * size, loads_in_flight_max=2)
+    same = [v for v in versions if v.rank == versions[0].rank][:3]
+    for i, version in enumerate(same):
+        made.add(NewRequest(str(i), PROMPTS[0], GREEDY, version.digest))
+    start_s = time.monotonic()
+    drive(made, {})
+    assert time.monotonic() - start_s >= 0.1 * len(same)
+    assert made.scheduler.costs.copy_bytes_per_s < 11 * size
+    made.close()
+
+
 def test_a_broken_adapter_hurts_only_its_own_requests(
     model: str, versions: list[Version], tmp_path: Path
 ) -> None:
