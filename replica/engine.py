@@ -12,10 +12,11 @@ from cluster.values import LoadReport, Residency, Tier, Version
 from replica.adapter import Load
 from replica.assembly import assemble
 from replica.image import Image, Layout
+from replica.launch import Row
 from replica.loader import Loaded, Loader
 from replica.loads import BASE_PLACE
 from replica.request import Delta, NewRequest, Phase
-from replica.runner import Row, Runner
+from replica.runner import Runner
 from replica.scheduler import Chosen, Plan, Work
 from replica.shape import read_shape
 from replica.story import Event, Happening

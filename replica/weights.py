@@ -19,6 +19,9 @@ from replica.shape import GROUPS, ModelShape
 _MODULES = ("self_attn", "self_attn", "mlp", "mlp")
 """Where the projections of each group lie in a layer of the checkpoint."""
 
+_DUMMY_STD = 0.02
+"""As models of these architectures are initialised: what comes out stays finite."""
+
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 """x [tokens, in_features] → [tokens, out_features], without the bias."""
@@ -70,25 +73,36 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     linear: Callable[[torch.Tensor], Linear] = linear,
+    dummy_seed: int | None = None,
 ) -> Weights:
-    """linear: makes a matmul of a weight [out_features, in_features].
+    """linear: makes a matmul of a weight [out_features, in_features]. dummy_seed: of random
+    weights, for which no file is read; None: the checkpoint's.
 
     Raises ModelUnsupported naming a file or tensor that is missing, misshapen or unknown."""
+    if dummy_seed is not None:
+        return _weights(_Dummy(dummy_seed, dtype, device), shape, linear)
     with _Checkpoint(Path(model_dir), dtype, device) as checkpoint:
-        embeddings = checkpoint.take("model.embed_tokens.weight", (shape.vocab, shape.hidden))
-        layers = tuple(_layer(checkpoint, shape, layer, linear) for layer in range(shape.layers))
-        norm = checkpoint.take("model.norm.weight", (shape.hidden,))
-        if shape.tied_embeddings:
-            head = linear(embeddings)
-            checkpoint.leave("lm_head.weight")
-        else:
-            head = linear(checkpoint.take("lm_head.weight", (shape.vocab, shape.hidden)))
+        weights = _weights(checkpoint, shape, linear)
         checkpoint.check_empty()
+    return weights
+
+
+def _weights(
+    source: "_Checkpoint | _Dummy", shape: ModelShape, linear: Callable[[torch.Tensor], Linear]
+) -> Weights:
+    embeddings = source.take("model.embed_tokens.weight", (shape.vocab, shape.hidden))
+    layers = tuple(_layer(source, shape, layer, linear) for layer in range(shape.layers))
+    norm = source.take("model.norm.weight", (shape.hidden,))
+    if shape.tied_embeddings:
+        head = linear(embeddings)
+        source.leave("lm_head.weight")
+    else:
+        head = linear(source.take("lm_head.weight", (shape.vocab, shape.hidden)))
     return Weights(embeddings, layers, norm, head)
 
 
 def _layer(
-    checkpoint: "_Checkpoint",
+    source: "_Checkpoint | _Dummy",
     shape: ModelShape,
     layer: int,
     linear: Callable[[torch.Tensor], Linear],
@@ -99,17 +113,15 @@ def _layer(
     biases: list[torch.Tensor | None] = []
     for group, module, bias in zip(GROUPS, _MODULES, has_bias, strict=True):
         parts = [(f"{prefix}.{module}.{name}", *shape.projections[name]) for name in group]
-        weights = [checkpoint.take(f"{n}.weight", (out, wide)) for n, wide, out in parts]
+        weights = [source.take(f"{n}.weight", (out, wide)) for n, wide, out in parts]
         matmuls.append(linear(torch.cat(weights)))
         biases.append(
-            torch.cat([checkpoint.take(f"{n}.bias", (out,)) for n, _, out in parts])
-            if bias
-            else None
+            torch.cat([source.take(f"{n}.bias", (out,)) for n, _, out in parts]) if bias else None
         )
-    checkpoint.leave(f"{prefix}.self_attn.rotary_emb.inv_freq")  # Old Llamas store it: computed.
+    source.leave(f"{prefix}.self_attn.rotary_emb.inv_freq")  # Old Llamas store it: computed.
 
     def norm(name: str, size: int) -> torch.Tensor:
-        return checkpoint.take(f"{prefix}.{name}.weight", (size,))
+        return source.take(f"{prefix}.{name}.weight", (size,))
 
     return Layer(
         matmuls=tuple(matmuls),
@@ -174,6 +186,23 @@ class _Checkpoint:
                 f"{self._path}: tensor {min(self._where)!r} is not part of the architecture",
                 field="model",
             )
+
+
+class _Dummy:
+    """Random tensors of any name and size, the same for the same seed and device."""
+
+    def __init__(self, seed: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
+        self._generator = torch.Generator(device).manual_seed(seed)
+
+    def take(self, name: str, size: tuple[int, ...]) -> torch.Tensor:
+        tensor = torch.empty(size, dtype=self._dtype, device=self._device)
+        if len(size) == 1:
+            return tensor.fill_(0.0 if name.endswith("bias") else 1.0)
+        return tensor.normal_(0.0, _DUMMY_STD, generator=self._generator)
+
+    def leave(self, name: str) -> None:
+        """Nothing is there that is not taken."""
 
 
 def _file_names(path: Path) -> list[str]:

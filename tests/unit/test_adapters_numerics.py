@@ -11,8 +11,9 @@ import torch
 
 from cluster.config import EngineConfig
 from replica.image import read_image
+from replica.launch import Row
 from replica.request import Sampling
-from replica.runner import Row, Runner
+from replica.runner import Runner
 from replica.shape import read_shape
 from tests.models import make_adapter, make_model
 

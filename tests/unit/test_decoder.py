@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from cluster.config import EngineConfig
+from replica.gather_executor import GatherExecutor, _cuts
+from replica.launch import Row
 from replica.request import Sampling, TokenLogprobs
-from replica.runner import Row, Runner, _cuts
+from replica.runner import Runner
 from replica.shape import read_shape
 from tests.models import make_model
 
@@ -197,7 +199,8 @@ def test_what_a_former_owner_left_in_a_page_does_not_matter(tmp_path: Path) -> N
     texts = prompts(20, 5)
     before = replay(runner, texts, 3, 1000)
     # All pages but the one that pads: an adapter gone wrong may leave anything.
-    runner._cache[:, :, :, : runner.page_count] = float("nan")
+    assert isinstance(runner._executor, GatherExecutor)
+    runner._executor.cache[:, :, :, : runner.page_count] = float("nan")
     for chunk in (1000, 2):
         after = replay(runner, texts, 3, chunk)
         for own, expected in zip(after, before, strict=True):

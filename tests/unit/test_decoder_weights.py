@@ -96,3 +96,19 @@ def test_a_weight_laid_out_anew_multiplies_the_same(dtype: torch.dtype, rows: in
     x = torch.randn(rows, 64, generator=generator).to(dtype)
     with torch.inference_mode():
         torch.testing.assert_close(linear(weight)(x), F.linear(x, weight))
+
+
+def test_dummy_weights_need_no_files_and_are_the_same_by_seed(tmp_path: Path) -> None:
+    path = Path(make_model(tmp_path, "qwen2"))
+    for file in path.glob("*.safetensors"):
+        file.unlink()
+    shape, cpu = read_shape(str(path)), torch.device("cpu")
+
+    def first(seed: int) -> torch.Tensor:
+        weights = load_weights(str(path), shape, torch.float32, cpu, dummy_seed=seed)
+        out = weights.layers[-1].matmuls[2](torch.ones(1, shape.hidden))
+        assert out.isfinite().all() and out.abs().sum() > 0
+        return out
+
+    torch.testing.assert_close(first(3), first(3), atol=0, rtol=0)
+    assert not torch.equal(first(3), first(4))

@@ -33,7 +33,9 @@ SHELLS = frozenset(
         "replica.engine",
         "replica.engine_process",
         "replica.front",
+        "replica.gather_executor",
         "replica.image",
+        "replica.launch",
         "replica.link",
         "replica.loader",
         "replica.membership",
@@ -74,7 +76,8 @@ BELOW = {
 ENGINE_SIDE = """
     cluster.values cluster.errors cluster.config replica.request replica.scheduler
     replica.residency replica.pages replica.engine replica.engine_process replica.link
-    replica.shape replica.weights replica.decoder replica.runner replica.sampling replica.image
+    replica.shape replica.weights replica.decoder replica.gather_executor
+    replica.runner replica.sampling replica.image
     replica.arena replica.adapter_files lora_kernels.reference lora_kernels.ops
 """.split()  # noqa: SIM905
 
