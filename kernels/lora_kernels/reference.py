@@ -1,4 +1,4 @@
-"""The specification in plain torch: what a LoRA launch computes, row by row."""
+"""The specification in plain torch: what a launch computes, row by row."""
 
 from collections.abc import Sequence
 
@@ -92,3 +92,66 @@ def matrices(
         arena[a : a + rank * inputs].view(rank, inputs),
         arena[b : b + rank * outputs].view(outputs, rank),
     )
+
+
+def attention(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    table: torch.Tensor,
+    starts: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Causal attention of each row's last queries over its keys, which lie in pages.
+
+    q: [tokens, heads, head_dim], row r's are starts[r] to starts[r + 1]. keys, values: [pages,
+    kv_heads, page_tokens, head_dim]. table: [rows, pages_max]. lengths: keys of each row, those of
+    its queries included. window: how many tokens, itself included, a token sees. A query that
+    sees no key gives zeros.
+    """
+    out = torch.zeros_like(q)
+    kv_heads, page_tokens, head_dim = keys.shape[1:]
+    for row, length in enumerate(lengths.tolist()):
+        begin, end = starts[row : row + 2].tolist()
+        pages = table[row, : -(-length // page_tokens)].long()
+        # [kv_heads, keys, head_dim]
+        k, v = (side[pages].transpose(0, 1).flatten(1, 2)[:, :length] for side in (keys, values))
+        own = q[begin:end].reshape(end - begin, kv_heads, q.shape[1] // kv_heads, head_dim)
+        scores = torch.einsum("qhgd,hkd->hgqk", own.float(), k.float()) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        position = torch.arange(length - (end - begin), length, device=q.device)[:, None]
+        distance = position - torch.arange(length, device=q.device)
+        seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num(0.0)
+        mixed = torch.einsum("hgqk,hkd->qhgd", weights, v.float())
+        out[begin:end] = mixed.flatten(1, 2).to(q.dtype)
+    return out
+
+
+def attention_floor(
+    chunks: Sequence[int],
+    lengths: Sequence[int],
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    element_size: int,
+    window: int | None = None,
+) -> tuple[int, int]:
+    """The bytes that one launch cannot but move, and the floating-point operations of its products.
+
+    chunks: queries of each row (1 in decode). lengths: keys of each row, its queries included.
+    Each key and value is read once a row, each query read and each result written once.
+    """
+    pairs = 0
+    keys = 0
+    for chunk, length in zip(chunks, lengths, strict=True):
+        reach = length if window is None else window
+        pairs += sum(min(reach, position + 1) for position in range(length - chunk, length))
+        keys += min(length, reach + chunk - 1)
+    moved = 2 * (keys * kv_heads + sum(chunks) * heads) * head_dim * element_size
+    # Two products, each a multiplication and an addition for each pair and element.
+    return moved, 4 * pairs * heads * head_dim

@@ -1,0 +1,336 @@
+"""Paged attention, decode and prefill, against the reference; on CPU in Triton's interpreter."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lora_kernels import attention, reference
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+LAYERS, LAYER = 2, 1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a batch over one layer's view of a page-major cache, and their queries."""
+
+    q: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    table: torch.Tensor
+    starts: torch.Tensor
+    lengths: torch.Tensor
+
+    def expected(
+        self, scale: float, window: int | None = None, softcap: float | None = None
+    ) -> torch.Tensor:
+        return reference.attention(
+            self.q,
+            self.keys,
+            self.values,
+            self.table,
+            self.starts,
+            self.lengths,
+            scale,
+            window,
+            softcap,
+        )
+
+    def decoded(
+        self,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        scratch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        rows, heads, head_dim = self.q.shape
+        if scratch is None:
+            scratch = attention.decode_scratch(rows, heads, head_dim, DEVICE).fill_(float("nan"))
+        out = torch.full_like(self.q, float("nan"))
+        attention.decode(
+            self.q,
+            self.keys,
+            self.values,
+            self.table,
+            self.lengths,
+            scale,
+            window,
+            softcap,
+            out,
+            scratch,
+        )
+        return out
+
+    def prefilled(
+        self, scale: float, window: int | None = None, softcap: float | None = None
+    ) -> torch.Tensor:
+        out = torch.full_like(self.q, float("nan"))
+        attention.prefill(
+            self.q,
+            self.keys,
+            self.values,
+            self.table,
+            self.starts,
+            self.lengths,
+            int(self.starts.diff().max()),
+            scale,
+            window,
+            softcap,
+            out,
+        )
+        return out
+
+
+def make_rows(
+    lengths: Sequence[int],
+    chunks: Sequence[int] | None = None,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 64,
+    page_tokens: int = 16,
+    dtype: torch.dtype = torch.float32,
+    pages_max: int | None = None,
+    seed: int = 0,
+) -> Rows:
+    """Random contents; what lies past a row's last key, and in pages of no row, is NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    chunks = [1] * len(lengths) if chunks is None else chunks
+    needed = [-(-length // page_tokens) for length in lengths]
+    cache = torch.full(
+        (sum(needed) + 1, LAYERS, 2, kv_heads, page_tokens, head_dim), float("nan"), dtype=dtype
+    )
+    # An entry past a row's pages must not even be followed.
+    table = torch.full((len(lengths), pages_max or max(needed) + 1), 2**30, dtype=torch.int32)
+    order = torch.randperm(sum(needed), generator=generator).int()
+    for row, (length, pages) in enumerate(zip(lengths, order.split(needed), strict=True)):
+        table[row, : len(pages)] = pages
+        for at, page in enumerate(pages.tolist()):
+            filled = min(length - at * page_tokens, page_tokens)
+            contents = torch.randn(2, kv_heads, filled, head_dim, generator=generator)
+            cache[page, LAYER, :, :, :filled] = contents.to(dtype)
+    # As they lie in the output of one projection of q, k and v.
+    qkv = torch.randn(sum(chunks), heads + 2 * kv_heads, head_dim, generator=generator).to(dtype)
+    starts = torch.tensor([0, *chunks]).cumsum(0).int()
+    on_device = cache.to(DEVICE)
+    return Rows(
+        qkv.to(DEVICE)[:, :heads],
+        on_device[:, LAYER, 0],
+        on_device[:, LAYER, 1],
+        table.to(DEVICE),
+        starts.to(DEVICE),
+        torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
+    )
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    tolerance = TOLERANCE[got.dtype]
+    torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
+
+
+# Around the borders of pages and of blocks of keys.
+LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 64, 65, 100)
+
+
+# The reference
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_the_reference_is_what_torch_computes(window: int | None) -> None:
+    rows = make_rows([40], [12], heads=4, kv_heads=2)
+    pages = rows.table[0, :3].long()
+    keys, values = (
+        side[pages].transpose(0, 1).flatten(1, 2)[:, :40].repeat_interleave(2, 0)
+        for side in (rows.keys, rows.values)
+    )
+    position = torch.arange(28, 40)[:, None]
+    seen = (torch.arange(40) <= position) & (torch.arange(40) > position - (window or 40))
+    expected = F.scaled_dot_product_attention(
+        rows.q.transpose(0, 1).cpu(), keys.cpu(), values.cpu(), attn_mask=seen, scale=0.3
+    )
+    torch.testing.assert_close(rows.expected(0.3, window).cpu(), expected.transpose(0, 1))
+
+
+# Decode
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (8, 2), (8, 1)])
+def test_decode_with_1_4_and_8_heads_a_kv_head(
+    heads: int, kv_heads: int, kernel_dtype: torch.dtype
+) -> None:
+    rows = make_rows(LENGTHS, heads=heads, kv_heads=kv_heads, dtype=kernel_dtype)
+    assert_close(rows.decoded(0.125), rows.expected(0.125))
+
+
+def test_decode_with_more_heads_a_kv_head_than_a_tile_has_rows() -> None:
+    rows = make_rows([17, 40], heads=40, kv_heads=2)
+    assert_close(rows.decoded(0.125), rows.expected(0.125))
+
+
+@pytest.mark.parametrize("head_dim", [80, 96, 128, 256])
+def test_decode_and_prefill_of_other_head_sizes(head_dim: int) -> None:
+    rows = make_rows([17, 40], head_dim=head_dim)
+    assert_close(rows.decoded(0.1), rows.expected(0.1))
+    rows = make_rows([17, 40], [17, 9], head_dim=head_dim)
+    assert_close(rows.prefilled(0.1), rows.expected(0.1))
+
+
+@pytest.mark.parametrize("page_tokens", [1, 4, 16, 64])
+def test_decode_and_prefill_with_pages_of_other_sizes(page_tokens: int) -> None:
+    rows = make_rows([1, 63, 64, 70], page_tokens=page_tokens)
+    assert_close(rows.decoded(0.125), rows.expected(0.125))
+    rows = make_rows([1, 64, 70], [1, 9, 70], page_tokens=page_tokens)
+    assert_close(rows.prefilled(0.125), rows.expected(0.125))
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("window", [None, 1, 16, 40])
+def test_decode_with_a_sliding_window_and_softcap(
+    window: int | None, softcap: float | None
+) -> None:
+    rows = make_rows(LENGTHS)
+    assert_close(rows.decoded(0.5, window, softcap), rows.expected(0.5, window, softcap))
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_long_rows_are_cut_into_segments_and_short_ones_beside_them_are_not(
+    window: int | None,
+) -> None:
+    lengths = [1, 128, 129, 517, 900]
+    rows = make_rows(lengths, heads=2, kv_heads=1, pages_max=64)
+    assert attention.split(len(lengths), 1, 64 * 16).segments == 8
+    assert_close(rows.decoded(0.125, window), rows.expected(0.125, window))
+
+
+def test_many_rows_are_not_cut() -> None:
+    rows = make_rows([3 + 7 * (row % 5) for row in range(260)], heads=1, kv_heads=1)
+    assert attention.split(260, 1, 10**4).segments == 1
+    assert_close(rows.decoded(0.125), rows.expected(0.125))
+
+
+def test_many_rows_in_a_wide_table_are_cut_coarsely(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert attention.split(64, 8, 131_072) == attention.Split(8, 8192)
+    # Eight thousand keys are too many for the interpreter.
+    monkeypatch.setattr(attention, "_PROGRAMS", 1)
+    monkeypatch.setattr(attention, "_LONG_SEGMENT_KEYS", 64)
+    rows = make_rows([1, 64, 65, 200], heads=2, kv_heads=1, pages_max=20)
+    assert_close(rows.decoded(0.125), rows.expected(0.125))
+
+
+def test_the_split_depends_on_shapes_alone_and_its_results_fit_the_scratch() -> None:
+    for rows in (1, 2, 4, 8, 16, 24, 64, 128, 256):
+        for programs in (1, 2, 8, 32):
+            for keys_max in (16, 1024, 8192, 131_072):
+                cut = attention.split(rows, programs, keys_max)
+                assert 1 <= cut.segments <= 64
+                scratch = attention.decode_scratch(rows, 2, 4, torch.device("cpu"))
+                assert rows * cut.segments * 2 * (4 + 2) <= scratch.numel()
+
+
+def test_one_scratch_serves_other_rows_and_lengths_as_a_replayed_graph_would() -> None:
+    scratch = attention.decode_scratch(3, 2, 64, DEVICE).fill_(float("nan"))
+    for seed, lengths in enumerate(([900, 300, 1], [1, 1, 1], [130, 0, 700], [512, 256, 513])):
+        rows = make_rows(lengths, heads=2, kv_heads=1, pages_max=64, seed=seed)
+        got = rows.decoded(0.125, scratch=scratch)
+        assert_close(got, rows.expected(0.125))
+        # The same row by itself, which is cut otherwise, also fits: rows were 3 at most.
+        alone = Rows(
+            rows.q[2:], rows.keys, rows.values, rows.table[2:], rows.starts[:2], rows.lengths[2:]
+        )
+        assert_close(alone.decoded(0.125, scratch=scratch), got[2:])
+
+
+def test_padding_rows_give_zeros() -> None:
+    rows = make_rows([0, 5, 0], pages_max=20)
+    got = rows.decoded(0.125)
+    assert not got[0].any() and not got[2].any()
+    assert_close(got, rows.expected(0.125))
+    rows = make_rows([0, 30, 0], [0, 5, 1])
+    assert_close(rows.prefilled(0.125), rows.expected(0.125))
+
+
+def test_offsets_beyond_two_to_the_31_elements() -> None:
+    """Pages lie far apart, in memory that is reserved but never touched."""
+    if DEVICE.type != "cpu":
+        pytest.skip("a card may not have the memory")
+    heads, head_dim, page_tokens, stride = 2, 64, 16, 2**28
+    memory = torch.empty(9 * stride, dtype=torch.float16)
+    keys = memory.as_strided((9, 1, page_tokens, head_dim), (stride, 2048, head_dim, 1))
+    values = memory[1024:].as_strided(keys.shape, keys.stride())
+    generator = torch.Generator().manual_seed(0)
+    for side in (keys, values):
+        side[8] = torch.randn(side[8].shape, generator=generator)
+    q = torch.randn(1, heads, head_dim, generator=generator).half()
+    table = torch.tensor([[8, 0]], dtype=torch.int32)
+    rows = Rows(q, keys, values, table, torch.tensor([0, 1]).int(), torch.tensor([16]).int())
+    assert_close(rows.decoded(0.125), rows.expected(0.125))
+    assert_close(rows.prefilled(0.125), rows.expected(0.125))
+
+
+# Prefill
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (8, 2), (8, 1), (6, 2)])
+def test_prefill_of_ragged_chunks_with_and_without_context(
+    heads: int, kv_heads: int, kernel_dtype: torch.dtype
+) -> None:
+    rows = make_rows(
+        [1, 16, 17, 40, 33, 70], [1, 16, 3, 33, 1, 70], heads, kv_heads, dtype=kernel_dtype
+    )
+    assert_close(rows.prefilled(0.125), rows.expected(0.125))
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("window", [1, 7, 16, 40, 200])
+def test_prefill_with_a_sliding_window_and_softcap(window: int, softcap: float | None) -> None:
+    rows = make_rows([90, 120, 20], [90, 30, 1])
+    assert_close(rows.prefilled(0.5, window, softcap), rows.expected(0.5, window, softcap))
+
+
+def test_prefill_of_one_row_and_of_many_tiny_ones() -> None:
+    rows = make_rows([50], [50])
+    assert_close(rows.prefilled(0.125), rows.expected(0.125))
+    chunks = [1 + row % 3 for row in range(21)]
+    rows = make_rows([chunk + 5 for chunk in chunks], chunks)
+    assert_close(rows.prefilled(0.125), rows.expected(0.125))
+
+
+def test_prefill_with_more_heads_a_kv_head_than_a_tile_has_rows() -> None:
+    rows = make_rows([20], [5], heads=71, kv_heads=1)
+    assert_close(rows.prefilled(0.125), rows.expected(0.125))
+
+
+@pytest.mark.parametrize("window", [None, 10])
+def test_prefill_in_two_chunks_equals_one(window: int | None) -> None:
+    whole = make_rows([60], [60])
+    at_once = whole.prefilled(0.125, window)
+    for cut in (1, 16, 37):
+        lengths, starts = torch.tensor([cut, 60]).int(), torch.tensor([0, cut, 60]).int()
+        halves = Rows(
+            whole.q,
+            whole.keys,
+            whole.values,
+            whole.table.repeat(2, 1),
+            starts.to(DEVICE),
+            lengths.to(DEVICE),
+        )
+        assert_close(halves.prefilled(0.125, window), at_once)
+
+
+def test_the_last_token_prefilled_equals_it_decoded() -> None:
+    chunk = make_rows([20, 65], [20, 65], heads=8)
+    last = chunk.starts[1:].long() - 1
+    decode = Rows(chunk.q[last], chunk.keys, chunk.values, chunk.table, chunk.starts, chunk.lengths)
+    assert_close(decode.decoded(0.125), chunk.prefilled(0.125)[last])
+
+
+def test_large_tiles_are_for_long_chunks_that_fill_the_device() -> None:
+    def queries(tokens: int, chunk: int) -> int:
+        return attention.prefill_tile(2, 128, tokens, 32, chunk * 4).queries
+
+    assert queries(8192, 8192) == 128
+    assert queries(256, 256) == 64
+    assert queries(8192, 16) == 64
