@@ -85,6 +85,11 @@ class AdapterFiles:
     def parameters(self) -> int:
         return sum(pair.a.elements + pair.b.elements for pair in self.pairs.values())
 
+    def parameters_of(self, shape: ModelShape) -> int:
+        """In the image of one rank. shape: the model's, divided by the ranks."""
+        widths = {name: sum(sizes) for name, sizes in shape.projections.items()}
+        return sum(pair.rank * widths[name] for (_, name), pair in self.pairs.items())
+
     def hash(self) -> "hashlib._Hash":
         """SHA-256 begun with the configuration: after the bytes of the tensors file, the digest."""
         return hashlib.sha256(b"%d:%b" % (len(self.canonical_config), self.canonical_config))

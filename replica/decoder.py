@@ -162,8 +162,7 @@ def _project(
     y = layer.matmuls[group](x)
     if deltas is not None:
         deltas.add(x, y, index, group)
-    bias = layer.biases[group]
-    return y if bias is None else y.add_(bias)
+    return layer.complete(y, group)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,7 @@ class GatherExecutor:
         self._shape = shape
         self._decoder = Decoder(shape, weights, cos_sin)
         self._lora = lora
+        self._ranks = weights.ranks
         self._device, self._dtype = weights.embeddings.device, weights.embeddings.dtype
         self._page_count, self._page_tokens = page_count, page_tokens
         size = (shape.layers, 2, shape.kv_heads, page_count + 1, page_tokens, shape.head_dim)
@@ -70,12 +71,25 @@ class GatherExecutor:
             for row in packed
             if row.sampling is not None
         ]
-        tokens = iter(sample(logits, draws, self._shape.eos_tokens))
+        tokens = iter(self._sample(logits, draws))
         results: list[Sampled | None] = [None] * len(rows)
         for i, row in zip(order, packed, strict=True):
             if row.sampling is not None:
                 results[i] = next(tokens)
         return results
+
+    def _sample(self, logits: torch.Tensor, draws: Sequence[Draw]) -> list[Sampled]:
+        """Rank 0 draws and tells the others, whose next rows may carry on from it."""
+        ranks = self._ranks
+        if ranks is None or not draws:
+            return sample(logits, draws, self._shape.eos_tokens)
+        if ranks.shard.rank:
+            tokens = torch.empty(len(draws), dtype=torch.int64, device=self._device)
+            ranks.share(tokens)
+            return [Sampled(token) for token in tokens.tolist()]
+        sampled = sample(logits, draws, self._shape.eos_tokens)
+        ranks.share(torch.tensor([s.token for s in sampled], device=self._device))
+        return sampled
 
     def _deltas(self, rows: Sequence[Row]) -> Lora | None:
         if not any(row.slot for row in rows):

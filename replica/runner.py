@@ -11,6 +11,7 @@ from replica.arena import Arena
 from replica.decoder import rotary_tables
 from replica.gather_executor import GatherExecutor
 from replica.launch import Row, Ticket
+from replica.ranks import Ranks
 from replica.sampling import Sampled
 from replica.shape import ModelShape
 from replica.weights import load_weights
@@ -20,13 +21,17 @@ _BETWEEN_BATCHES_S = 0.02
 
 
 class Runner:
-    """Weights, KV pages and adapter arena of one device."""
+    """Weights, KV pages and adapter arena of one device.
 
-    def __init__(self, config: EngineConfig, shape: ModelShape) -> None:
+    whole: the model's shape. ranks: with tensor parallelism, who computes the same rows with the
+    other parts of the model. `shape` is that of the part which is here.
+    """
+
+    def __init__(self, config: EngineConfig, whole: ModelShape, ranks: Ranks | None = None) -> None:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        self.shape = shape
-        self.device = _device(config)
+        self.shape = shape = whole.divided(1 if ranks is None else ranks.shard.ranks)
+        self.device = _device(config) if ranks is None else ranks.device
         self.dtype = getattr(torch, shape.dtype if config.dtype == "auto" else config.dtype)
         assert isinstance(self.dtype, torch.dtype)
         self.page_tokens = config.page_tokens
@@ -34,10 +39,11 @@ class Runner:
         self.page_count = self._pages_that_fit(config, context)
         weights = load_weights(
             config.model,
-            shape,
+            whole,
             self.dtype,
             self.device,
             dummy_seed=(config.seed or 0) if config.load_format == "dummy" else None,
+            ranks=ranks,
         )
         cos_sin = rotary_tables(shape, context, self.dtype, self.device)
         self.arena = Arena(

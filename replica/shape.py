@@ -2,21 +2,37 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import ModelUnsupported
+from cluster.errors import ConfigError, ModelUnsupported
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """Projections that share an input: one matmul, and one LoRA launch, covers a group."""
+ROW_PARALLEL = ("o_proj", "down_proj")
+"""With tensor parallelism each rank has a part of their inputs, and of all others' outputs."""
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 # `dynamic` and `longrope` turn the same position differently as a sequence grows: cached keys
 # would be wrong then.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Which part of the model this rank of `ranks` holds: whole heads, and a cut of the MLP."""
+
+    rank: int = 0
+    ranks: int = 1
+
+    def cut(self, size: int) -> slice:
+        """This rank's of `size` rows or columns that all ranks share equally."""
+        assert size % self.ranks == 0
+        part = size // self.ranks
+        return slice(self.rank * part, (self.rank + 1) * part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +78,24 @@ class ModelShape:
             "up_proj": (self.hidden, self.intermediate),
             "down_proj": (self.intermediate, self.hidden),
         }
+
+    def divided(self, ranks: int) -> "ModelShape":
+        """What one of `ranks` ranks computes: a model of its own, but for the sums that `o_proj`
+        and `down_proj` give (Shoeybi et al., Megatron-LM, 2019). Raises ConfigError.
+        """
+        for name in ("heads", "kv_heads", "intermediate"):
+            if getattr(self, name) % ranks:
+                raise ConfigError(
+                    f"tensor_parallel: {ranks} ranks cannot share the model's {name} equally, "
+                    f"there are {getattr(self, name)}",
+                    field="tensor_parallel",
+                )
+        return replace(
+            self,
+            heads=self.heads // ranks,
+            kv_heads=self.kv_heads // ranks,
+            intermediate=self.intermediate // ranks,
+        )
 
 
 def read_shape(model_dir: str) -> ModelShape:

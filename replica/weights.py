@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch.nn import functional as F
 
 from cluster.errors import ModelUnsupported
-from replica.shape import GROUPS, ModelShape
+from replica.ranks import Ranks
+from replica.shape import GROUPS, ROW_PARALLEL, ModelShape, Shard
 
 _MODULES = ("self_attn", "self_attn", "mlp", "mlp")
 """Where the projections of each group lie in a layer of the checkpoint."""
@@ -29,7 +30,10 @@ Linear = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One decoder block. matmuls and biases: one a group of `GROUPS`, in that order."""
+    """One decoder block. matmuls and biases: one a group of `GROUPS`, in that order.
+
+    ranks: who has the rest of it; None: nobody.
+    """
 
     matmuls: tuple[Linear, ...]
     biases: tuple[torch.Tensor | None, ...]
@@ -37,14 +41,27 @@ class Layer:
     mlp_norm: torch.Tensor
     query_norm: torch.Tensor | None
     key_norm: torch.Tensor | None
+    ranks: Ranks | None = None
+
+    def complete(self, y: torch.Tensor, group: int) -> torch.Tensor:
+        """y: the group's matmul with the deltas added. In place: what the other ranks computed of
+        it, deltas and all, and once the bias.
+        """
+        if self.ranks is not None and GROUPS[group][0] in ROW_PARALLEL:
+            self.ranks.add_up(y)
+        bias = self.biases[group]
+        return y if bias is None else y.add_(bias)
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
+    """head: gives logits of the whole vocabulary. ranks: as in `Layer`."""
+
     embeddings: torch.Tensor
     layers: tuple[Layer, ...]
     norm: torch.Tensor
     head: Linear
+    ranks: Ranks | None = None
 
 
 def linear(weight: torch.Tensor) -> Linear:
@@ -74,31 +91,40 @@ def load_weights(
     device: torch.device,
     linear: Callable[[torch.Tensor], Linear] = linear,
     dummy_seed: int | None = None,
+    ranks: Ranks | None = None,
 ) -> Weights:
     """linear: makes a matmul of a weight [out_features, in_features]. dummy_seed: of random
-    weights, for which no file is read; None: the checkpoint's.
+    weights, for which no file is read; None: the checkpoint's. ranks: with whom the model of this
+    shape is shared; None: it is all here.
 
     Raises ModelUnsupported naming a file or tensor that is missing, misshapen or unknown."""
     if dummy_seed is not None:
-        return _weights(_Dummy(dummy_seed, dtype, device), shape, linear)
+        return _weights(_Dummy(dummy_seed, dtype, device), shape, linear, ranks)
     with _Checkpoint(Path(model_dir), dtype, device) as checkpoint:
-        weights = _weights(checkpoint, shape, linear)
+        weights = _weights(checkpoint, shape, linear, ranks)
         checkpoint.check_empty()
     return weights
 
 
 def _weights(
-    source: "_Checkpoint | _Dummy", shape: ModelShape, linear: Callable[[torch.Tensor], Linear]
+    source: "_Checkpoint | _Dummy",
+    shape: ModelShape,
+    linear: Callable[[torch.Tensor], Linear],
+    ranks: Ranks | None,
 ) -> Weights:
-    embeddings = source.take("model.embed_tokens.weight", (shape.vocab, shape.hidden))
-    layers = tuple(_layer(source, shape, layer, linear) for layer in range(shape.layers))
+    size = (shape.vocab, shape.hidden)
+    rows = slice(None) if ranks is None else ranks.vocab_rows(shape.vocab)
+    embeddings = source.take("model.embed_tokens.weight", size)
+    layers = tuple(_layer(source, shape, layer, linear, ranks) for layer in range(shape.layers))
     norm = source.take("model.norm.weight", (shape.hidden,))
     if shape.tied_embeddings:
-        head = linear(embeddings)
+        head = linear(embeddings[rows])
         source.leave("lm_head.weight")
     else:
-        head = linear(source.take("lm_head.weight", (shape.vocab, shape.hidden)))
-    return Weights(embeddings, layers, norm, head)
+        head = linear(source.take("lm_head.weight", size, (rows,)))
+    if ranks is not None:
+        head = ranks.whole_head(head, shape.vocab)
+    return Weights(embeddings, layers, norm, head, ranks)
 
 
 def _layer(
@@ -106,18 +132,25 @@ def _layer(
     shape: ModelShape,
     layer: int,
     linear: Callable[[torch.Tensor], Linear],
+    ranks: Ranks | None,
 ) -> Layer:
+    shard = Shard() if ranks is None else ranks.shard
     prefix = f"model.layers.{layer}"
     has_bias = (shape.qkv_bias, shape.output_bias, shape.mlp_bias, shape.mlp_bias)
     matmuls: list[Linear] = []
     biases: list[torch.Tensor | None] = []
     for group, module, bias in zip(GROUPS, _MODULES, has_bias, strict=True):
         parts = [(f"{prefix}.{module}.{name}", *shape.projections[name]) for name in group]
-        weights = [source.take(f"{n}.weight", (out, wide)) for n, wide, out in parts]
+        by_inputs = group[0] in ROW_PARALLEL
+        weights, bias_parts = [], []
+        for name, inputs, outputs in parts:
+            columns = shard.cut(inputs) if by_inputs else slice(None)
+            rows = slice(None) if by_inputs else shard.cut(outputs)
+            weights.append(source.take(f"{name}.weight", (outputs, inputs), (rows, columns)))
+            if bias:
+                bias_parts.append(source.take(f"{name}.bias", (outputs,), (rows,)))
         matmuls.append(linear(torch.cat(weights)))
-        biases.append(
-            torch.cat([source.take(f"{n}.bias", (out,)) for n, _, out in parts]) if bias else None
-        )
+        biases.append(torch.cat(bias_parts) if bias else None)
     source.leave(f"{prefix}.self_attn.rotary_emb.inv_freq")  # Old Llamas store it: computed.
 
     def norm(name: str, size: int) -> torch.Tensor:
@@ -130,6 +163,7 @@ def _layer(
         mlp_norm=norm("post_attention_layernorm", shape.hidden),
         query_norm=norm("self_attn.q_norm", shape.head_dim) if shape.qk_norm else None,
         key_norm=norm("self_attn.k_norm", shape.head_dim) if shape.qk_norm else None,
+        ranks=ranks,
     )
 
 
@@ -162,17 +196,23 @@ class _Checkpoint:
     ) -> None:
         self._files.close()
 
-    def take(self, name: str, size: tuple[int, ...]) -> torch.Tensor:
+    def take(self, name: str, size: tuple[int, ...], part: tuple[slice, ...] = ()) -> torch.Tensor:
+        """size: of the whole tensor. part: what is wanted of it, by dimension."""
         file = self._where.pop(name, None)
         if file is None:
             raise ModelUnsupported(f"{self._path}: no tensor {name!r}", field="model")
-        tensor: torch.Tensor = file.get_tensor(name)  # type: ignore[no-untyped-call]
-        if tuple(tensor.shape) != size:
+        stored = file.get_slice(name)  # type: ignore[no-untyped-call]
+        found = tuple(stored.get_shape())
+        if found != size:
             raise ModelUnsupported(
-                f"{self._path}: tensor {name!r} has shape {tuple(tensor.shape)}, "
-                f"config.json says {size}",
+                f"{self._path}: tensor {name!r} has shape {found}, config.json says {size}",
                 field="model",
             )
+        tensor: torch.Tensor
+        if _is_whole(part):
+            tensor = file.get_tensor(name)  # type: ignore[no-untyped-call]
+        else:
+            tensor = stored[part]
         return tensor.to(self._device, self._dtype)
 
     def leave(self, name: str) -> None:
@@ -189,20 +229,27 @@ class _Checkpoint:
 
 
 class _Dummy:
-    """Random tensors of any name and size, the same for the same seed and device."""
+    """Random tensors of any name and size, the same for the same seed and kind of device."""
 
     def __init__(self, seed: int, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, device
         self._generator = torch.Generator(device).manual_seed(seed)
 
-    def take(self, name: str, size: tuple[int, ...]) -> torch.Tensor:
+    def take(self, name: str, size: tuple[int, ...], part: tuple[slice, ...] = ()) -> torch.Tensor:
+        """All of it is drawn, so that ranks have parts of one model."""
         tensor = torch.empty(size, dtype=self._dtype, device=self._device)
         if len(size) == 1:
-            return tensor.fill_(0.0 if name.endswith("bias") else 1.0)
-        return tensor.normal_(0.0, _DUMMY_STD, generator=self._generator)
+            tensor.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            tensor.normal_(0.0, _DUMMY_STD, generator=self._generator)
+        return tensor if _is_whole(part) else tensor[part].clone()
 
     def leave(self, name: str) -> None:
         """Nothing is there that is not taken."""
+
+
+def _is_whole(part: tuple[slice, ...]) -> bool:
+    return all(cut == slice(None) for cut in part)
 
 
 def _file_names(path: Path) -> list[str]:

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from cluster.errors import AdapterFailed
 from replica import image as image_module
-from replica.adapter_files import TENSORS_FILE
-from replica.image import PIECE_ELEMENTS, read_image
-from replica.shape import PROJECTIONS, read_shape
-from tests.models import make_adapter, make_model
+from replica.adapter_files import TENSORS_FILE, read_adapter
+from replica.image import PIECE_ELEMENTS, Image, read_image
+from replica.shape import PROJECTIONS, ROW_PARALLEL, Shard, read_shape
+from tests.models import edit_tensors, make_adapter, make_model
 
 PREFIX = "base_model.model.model"
 
@@ -81,3 +81,55 @@ def test_a_value_too_large_for_the_device_dtype(tmp_path: Path) -> None:
 def test_a_load_works_in_pieces_too_small_for_the_pool() -> None:
     """ATen spreads an operation over the decoding loop's threads from 32,768 elements on."""
     assert PIECE_ELEMENTS < 32_768
+
+
+@pytest.mark.parametrize("piece", [PIECE_ELEMENTS, 100, 7])
+def test_images_of_the_ranks_side_by_side_are_the_whole_one(
+    piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(tmp_path / "model")
+    shape = read_shape(model)
+    path = make_adapter(tmp_path / "adapter", model, rank=3, rank_pattern={"down_proj": 5})
+    whole = read_image(path, shape, torch.float32)
+    monkeypatch.setattr(image_module, "PIECE_ELEMENTS", piece)
+    parts = [read_image(path, shape, torch.float32, shard=Shard(rank, 2)) for rank in range(2)]
+    sizes = shape.divided(2).projections
+    for layer in range(shape.layers):
+        for index, name in enumerate(PROJECTIONS):
+            a, b = _matrices(whole, layer, index, shape.projections[name])
+            own = [_matrices(part, layer, index, sizes[name]) for part in parts]
+            if name in ROW_PARALLEL:
+                assert torch.equal(torch.cat([part[0] for part in own], 1), a)
+                assert all(torch.equal(part[1], b) for part in own)
+            else:
+                assert all(torch.equal(part[0], a) for part in own)
+                assert torch.equal(torch.cat([part[1] for part in own]), b)
+    assert [part.digest for part in parts] == [whole.digest] * 2
+    assert [part.bytes for part in parts] == [
+        read_adapter(path, shape).parameters_of(shape.divided(2)) * 4
+    ] * 2
+
+
+def _matrices(
+    image: Image, layer: int, index: int, sizes: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    layout, (inputs, outputs) = image.layout, sizes
+    rank = int(layout.rank[layer, index])
+    a, b = int(layout.a_offset[layer, index]), int(layout.b_offset[layer, index])
+    return (
+        image.flat[a : a + rank * inputs].view(rank, inputs),
+        image.flat[b : b + rank * outputs].view(outputs, rank),
+    )
+
+
+def test_a_value_that_is_not_finite_is_found_by_the_rank_that_would_use_it(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    shape = read_shape(model)
+    path = make_adapter(tmp_path / "adapter", model, rank=4)
+    name = f"{PREFIX}.layers.2.self_attn.o_proj.lora_A.weight"
+    broken = load_file(Path(path) / TENSORS_FILE)[name]
+    broken[1, -1] = float("inf")
+    edit_tensors(path, TENSORS_FILE, **{name: broken})
+    read_image(path, shape, torch.float32, shard=Shard(0, 2))
+    with pytest.raises(AdapterFailed, match=r"layer 2 o_proj .* not finite"):
+        read_image(path, shape, torch.float32, shard=Shard(1, 2))

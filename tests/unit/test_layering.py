@@ -40,6 +40,7 @@ SHELLS = frozenset(
         "replica.loader",
         "replica.membership",
         "replica.openai_protocol",
+        "replica.ranks",
         "replica.replay",
         "replica.runner",
         "replica.safetensors_header",
