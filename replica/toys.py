@@ -32,18 +32,31 @@ def toy_model(directory: Path, hidden: int, layers: int, context: int) -> ModelS
     return read_shape(str(directory))
 
 
-def toy_adapter(directory: Path, shape: ModelShape, rank: int, seed: int) -> str:
-    """PEFT's files of an adapter over all projections that visibly changes the logits."""
-    generator = torch.Generator().manual_seed(seed)
+def toy_adapter(
+    directory: Path,
+    shape: ModelShape,
+    rank: int,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> str:
+    """PEFT's files of an adapter over all projections that visibly changes the logits.
+
+    device: where its numbers are drawn, which for a large one takes long on a CPU.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(*size: int) -> torch.Tensor:
+        drawn = torch.randn(size, generator=generator, device=device, dtype=dtype)
+        return drawn.mul_(0.3 / rank**0.5).cpu()
+
     tensors = {}
     for layer in range(shape.layers):
         for name in PROJECTIONS:
             fan_in, fan_out = shape.projections[name]
             prefix = f"base_model.model.model.layers.{layer}.{_BLOCK[name]}.{name}"
-            a = torch.randn(rank, fan_in, generator=generator)
-            b = torch.randn(fan_out, rank, generator=generator)
-            tensors[f"{prefix}.lora_A.weight"] = a * 0.3 / rank**0.5
-            tensors[f"{prefix}.lora_B.weight"] = b * 0.3 / rank**0.5
+            tensors[f"{prefix}.lora_A.weight"] = draw(rank, fan_in)
+            tensors[f"{prefix}.lora_B.weight"] = draw(fan_out, rank)
     directory.mkdir(parents=True)
     save_file(tensors, directory / "adapter_model.safetensors")
     config = {

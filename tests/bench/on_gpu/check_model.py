@@ -1,0 +1,83 @@
+"""A small model with adapters through the whole engine on the device: the tokens of plain torch on
+the CPU, in float32, greedily.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.config import EngineConfig
+from cluster.values import Version
+from replica.toys import toy_model
+from replica.workloads import Arrival
+from tests.bench.on_gpu.models import Adapters
+from tests.bench.on_gpu.served import served
+from tests.bench.on_gpu.setting import Setting, has_field
+
+SECTION = "check"
+# Where two tokens are about as likely, the order of a sum decides.
+DIFFERENT_PERCENT = 2.0
+
+
+def run(setting: Setting) -> None:
+    directory = setting.directory / "small"
+    hidden, layers = (64, 2) if setting.tiny else (512, 4)
+    shape = toy_model(directory, hidden, layers, context=256)
+    adapters = Adapters(setting.directory, shape, torch.float32, torch.device("cpu"))
+    versions = adapters.versions({"a": 4, "b": 8, "c": 8, "d": 16})
+    cpu = torch.device("cpu")
+    wanted = _tokens(setting, directory, cpu, versions, {"kernels": "torch"})
+    for name, fields in _ways().items():
+        found = _tokens(setting, directory, setting.device, versions, fields)
+        pairs = [(f, w) for own, right in zip(found, wanted, strict=True)
+                 for f, w in zip(own, right, strict=True)]  # fmt: skip
+        different = sum(f != w for f, w in pairs) / len(pairs)
+        setting.report.add(
+            SECTION,
+            f"engine, {name}: tokens that are not those of the CPU",
+            100 * different,
+            "%",
+            most=DIFFERENT_PERCENT,
+            beside=f"{len(pairs)} tokens",
+        )
+
+
+def _ways() -> Mapping[str, Mapping[str, Any]]:
+    if not has_field("plan_depth"):
+        return {"Triton": {"kernels": "triton"}}
+    return {
+        "Triton": {"kernels": "triton", "plan_depth": 1},
+        "Triton, planned ahead": {"kernels": "triton", "plan_depth": 2},
+        "torch": {"kernels": "torch"},
+    }
+
+
+def _tokens(
+    setting: Setting,
+    directory: Path,
+    device: torch.device,
+    versions: Mapping[str, Version],
+    fields: Mapping[str, Any],
+) -> list[list[int]]:
+    """Of requests for all adapters and the base, on places for half of them."""
+    size = max(version.parameters for version in versions.values()) * 4
+    config = EngineConfig(
+        str(directory),
+        device="cuda" if device.type == "cuda" else "cpu",
+        adapter_memory=2 * (size + 256),
+        slots_max=2,
+        kv_memory=2**20 if setting.tiny else 2**26,
+        batch_rows_max=8,
+        step_tokens_max=64,
+        **{name: value for name, value in fields.items() if has_field(name)},
+    )
+    tokens = 4 if setting.tiny else 32
+    names = (None, "a", "b", "c", "d")
+    coming = [
+        Arrival(0.0, name, 3 + 7 * i % 50, tokens, "check")
+        for i, name in enumerate(names * (1 if setting.tiny else 4))
+    ]
+    with served(config, versions, device) as server:
+        return server.replay(coming, setting.seed).tokens

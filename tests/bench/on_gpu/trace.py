@@ -1,0 +1,175 @@
+"""How long the device waits for work while large adapters are copied in under running batches.
+
+Base rows decode all the while. Adapters of over 1 GB have half as many places as there are of them;
+requests come for all those that are not there, and again, until sixteen were copied in. Marks on
+the device's own queue before and after each batch give the gaps between batches. A batch that was
+put on the queue when the one before had already ended counts the host's time for that as idle too,
+for the mark before it cannot tell.
+"""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from cluster.values import Tier
+from replica.engine import Engine
+from replica.request import NewRequest, Sampling
+from tests.bench.on_gpu.figures import gaps, idle_share, median
+from tests.bench.on_gpu.floors import image_bytes
+from tests.bench.on_gpu.models import Adapters, scratch
+from tests.bench.on_gpu.served import Served, counted, served
+from tests.bench.on_gpu.setting import Setting
+from tests.bench.on_gpu.timing import Spans
+
+SECTION = "trace"
+GOAL_PERCENT = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """rows: of the base model, each with `prompt` tokens before it decodes."""
+
+    loads: int
+    adapters: int
+    rank: int
+    places: int
+    rows: int
+    prompt: int
+    calm_steps: int
+
+
+FULL = Sizes(loads=16, adapters=16, rank=256, places=8, rows=32, prompt=1024, calm_steps=100)
+TINY = Sizes(loads=4, adapters=4, rank=8, places=2, rows=2, prompt=8, calm_steps=4)
+
+
+@dataclass(slots=True)
+class Watch:
+    """Stands before a runner's `launch`. late_s: see the module."""
+
+    device: torch.device
+    launch: Callable[..., Any]
+    spans: Spans = field(init=False)
+    late_s: float = 0.0
+    _ended: torch.cuda.Event | None = None
+
+    def __post_init__(self) -> None:
+        self.spans = Spans(self.device)
+
+    def start(self) -> None:
+        self.late_s = 0.0
+        self.spans.start()
+
+    def __call__(self, rows: Sequence[Any]) -> Any:
+        start_s = time.perf_counter()
+        ticket = self.spans.around(lambda: self.launch(rows))
+        if self.device.type == "cuda":
+            if self._ended is not None and self._ended.query():
+                self.late_s += time.perf_counter() - start_s
+            self._ended = self.spans.last_end()
+        return ticket
+
+    def idle(self) -> tuple[float, list[float], float]:
+        """The share of the time since `start` that the device waited, its gaps, and that time."""
+        mark = self.spans.mark()
+        busy = self.spans.read()
+        whole_s = self.spans.since_start(mark)
+        return idle_share(busy, 0.0, whole_s) + self.late_s / whole_s, gaps(busy), whole_s
+
+
+def run(setting: Setting) -> None:
+    sizes = TINY if setting.tiny else FULL
+    size = image_bytes(setting.shape, sizes.rank, setting.itemsize)
+    with scratch(2 * size) as directory:
+        adapters = Adapters(directory, setting.shape, setting.dtype, setting.device)
+        versions = adapters.versions({f"a{i}": sizes.rank for i in range(sizes.adapters)})
+        config = setting.config(
+            adapter_memory=sizes.places * (size + 256),
+            kv_memory=2**21 if setting.tiny else 16 * 2**30,
+            host_memory=sizes.adapters * (size + 2**20),
+            slots_max=sizes.places,
+            directory_slots=2 * sizes.adapters,
+            loads_in_flight_max=4,
+            batch_rows_max=8 if setting.tiny else 64,
+            step_tokens_max=64 if setting.tiny else 2048,
+            context_tokens_max=256 if setting.tiny else 4096,
+            prefix_cache=False,
+        )
+        with served(config, versions, setting.device) as server:
+            server.warm([sizes.prompt // 8, sizes.prompt], 2, setting.seed)
+            _measure(setting, server, sizes, size)
+
+
+def _measure(setting: Setting, server: Served, sizes: Sizes, size: int) -> None:
+    engine = server.engine
+    watch = Watch(setting.device, engine.runner.launch)
+    engine.runner.launch = watch  # type: ignore[method-assign]
+    rng = random.Random(setting.seed)
+    for i in range(sizes.rows):
+        _ask(engine, rng, f"base {i}", sizes.prompt, 3 * sizes.prompt - 2, None)
+    _until_first(engine, {f"base {i}" for i in range(sizes.rows)})
+
+    watch.start()
+    for _ in range(sizes.calm_steps):
+        engine.step()
+    calm, calm_gaps, calm_s = watch.idle()
+
+    watch.start()
+    before = engine.report()
+    asked = 0
+    while engine.report().loads - before.loads < sizes.loads:
+        absent = {
+            f"{asked}: {entry.digest}": entry.digest
+            for entry in engine.residency()
+            if entry.tier is not Tier.DEVICE
+        }
+        for name, digest in absent.items():
+            _ask(engine, rng, name, sizes.prompt // 8, 2, digest)
+        _until_first(engine, set(absent))
+        asked += 1
+    idle, idle_gaps, took_s = watch.idle()
+    counts = counted(before, engine.report())
+
+    copied = counts["loads"] * size
+    setting.report.add(
+        SECTION,
+        f"device idle during {counts['loads']} loads of {size / 1e9:.2f} GB",
+        100 * idle,
+        "%",
+        most=GOAL_PERCENT,
+        beside=f"{took_s:.2f} s, {copied / took_s / 1e9:.1f} GB/s copied, "
+        f"longest gap {1e3 * max(idle_gaps, default=0.0):.2f} ms",
+        counts=counts,
+        gaps_s=idle_gaps,
+        late_s=watch.late_s,
+    )
+    setting.report.add(
+        SECTION,
+        "device idle without loads",
+        100 * calm,
+        "%",
+        beside=f"{calm_s / sizes.calm_steps * 1e3:.2f} ms a step, "
+        f"median gap {1e6 * median(calm_gaps or [0.0]):.0f} µs",
+        gaps_s=calm_gaps,
+    )
+
+
+def _ask(
+    engine: Engine, rng: random.Random, name: str, prompt: int, output: int, digest: str | None
+) -> None:
+    tokens = tuple(rng.randrange(3, engine.shape.vocab) for _ in range(max(prompt, 1)))
+    sampling = Sampling(max_tokens=output, temperature=0.0, ignore_eos=True)
+    engine.add(NewRequest(name, tokens, sampling, digest))
+
+
+def _until_first(engine: Engine, names: set[str]) -> None:
+    """Steps until each has its first token."""
+    waiting = set(names)
+    while waiting:
+        for delta in engine.step():
+            if delta.error is not None:
+                raise delta.error
+            waiting.discard(delta.request_id)

@@ -1,0 +1,172 @@
+"""The pure parts of `tests/bench/gpu.py`: floors, figures, what is measured, what is printed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from replica.adapter_files import inspect
+from replica.hardware import KV_TOKEN_BYTES, RANK_BYTES, WEIGHT_BYTES
+from replica.image import read_image
+from replica.shape import ModelShape
+from tests.bench.on_gpu import floors
+from tests.bench.on_gpu.figures import gaps, idle_share, medians, over
+from tests.bench.on_gpu.floors import Cost, Rates
+from tests.bench.on_gpu.models import LLAMA_8B, TINY, Adapters, layout, write_model
+from tests.bench.on_gpu.report import Report
+
+ROOT = Path(__file__).parents[2]
+ON_GPU = sorted(path.stem for path in (ROOT / "tests/bench/on_gpu").glob("*.py"))
+# They need Triton, which a CPU install may not have.
+KERNELS = {"check", "check_attention", "check_fused", "check_lora", "times"}
+BF16 = 2
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> ModelShape:
+    return write_model(tmp_path / "llama", LLAMA_8B)
+
+
+def test_floors_of_llama_8b_are_those_of_the_hardware_arithmetic(llama: ModelShape) -> None:
+    assert floors.streamed_parameters(llama) * BF16 == pytest.approx(WEIGHT_BYTES, rel=0.01)
+    assert floors.kv_token_bytes(llama, BF16) == KV_TOKEN_BYTES
+    assert floors.image_bytes(llama, 16, BF16) == pytest.approx(16 * RANK_BYTES, rel=0.01)
+
+
+@pytest.mark.parametrize(("ranks", "percent"), [([16] * 8, 2.8), ([64] * 8, 11.4)])
+def test_what_adapters_add_to_a_decode_step(
+    llama: ModelShape, ranks: list[int], percent: float
+) -> None:
+    share = floors.lora_share(llama, BF16, [1024] * 64, ranks)
+    assert share * 100 == pytest.approx(percent, abs=0.1)
+
+
+def test_a_prefill_computes_two_operations_a_parameter_and_token(llama: ModelShape) -> None:
+    cost = floors.matmul_cost(llama, BF16, 2048, 1)
+    assert cost.flop == pytest.approx(2 * 2048 * 6.98e9, rel=0.01)
+
+
+def test_decode_attention_reads_each_key_once_and_prefill_sees_half(llama: ModelShape) -> None:
+    layer = floors.kv_token_bytes(llama, BF16) // llama.layers
+    decode = floors.attention_cost(llama, BF16, [(1, 1024)] * 64)
+    queries = 64 * 2 * llama.heads * llama.head_dim * BF16
+    assert decode.bytes == 64 * 1024 * layer + queries
+    assert decode.flop == 64 * 4 * 1024 * llama.heads * llama.head_dim
+    whole = floors.attention_cost(llama, BF16, [(2048, 2048)], causal=False)
+    half = floors.attention_cost(llama, BF16, [(2048, 2048)])
+    assert half.flop / whole.flop == pytest.approx(0.5, rel=1e-3)
+
+
+def test_lora_reads_each_adapter_once_and_y_twice() -> None:
+    group = [(64, 32), (64, 16)]
+    cost = floors.lora_cost(group, [(8, 3), (4, 1)], BF16)
+    weights = (8 + 4) * (64 + 32 + 64 + 16)
+    assert cost.bytes == BF16 * (weights + (3 + 1) * (64 + 2 * 48))
+    assert cost.flop == 2 * (3 * 8 + 1 * 4) * (64 + 32 + 64 + 16)
+
+
+def test_the_larger_of_two_times_is_the_floor() -> None:
+    rates = Rates(bytes_per_s=100.0, flop_per_s=1000.0, copy_in_bytes_per_s=1.0)
+    assert Cost(50, 100).floor_s(rates) == 0.5
+    assert Cost(50, 100).bound_by(rates) == "bytes"
+    assert Cost(50, 2000).floor_s(rates) == 2.0
+    assert Cost(50, 2000).bound_by(rates) == "flop"
+
+
+def test_idle_is_what_no_batch_covers() -> None:
+    busy = [(0.0, 1.0), (0.5, 2.0), (3.0, 4.0), (9.0, 20.0)]
+    assert idle_share(busy, 0.0, 10.0) == pytest.approx(0.6)
+    assert idle_share([], 0.0, 1.0) == 1.0
+    assert gaps(busy) == [1.0, 5.0]
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    rounds = [{"base": 1.0, "lora": 1.1}, {"base": 2.0, "lora": 2.2}, {"base": 3.0, "lora": 9.0}]
+    assert over(rounds, "lora", "base") == pytest.approx(0.1)
+    assert medians(rounds) == {"base": 2.0, "lora": 2.2}
+
+
+def test_adapters_of_a_rank_share_their_tensors_and_not_their_digests(tmp_path: Path) -> None:
+    shape = write_model(tmp_path / "model", TINY)
+    adapters = Adapters(tmp_path, shape, torch.float32, torch.device("cpu"))
+    versions = adapters.versions({"a": 2, "b": 2, "c": 4})
+    assert len({version.digest for version in versions.values()}) == 3
+    a, b = (Path(versions[name].uri) / "adapter_model.safetensors" for name in "ab")
+    assert os.path.samefile(a, b)
+    assert inspect(versions["b"].uri, shape, 2).digest == versions["b"].digest
+    sizes = {n: v.parameters * 4 for n, v in versions.items()}
+    assert sizes == {n: floors.image_bytes(shape, r, 4) for n, r in (("a", 2), ("b", 2), ("c", 4))}
+
+
+def test_a_made_up_layout_is_that_of_an_image(tmp_path: Path) -> None:
+    shape = write_model(tmp_path / "model", {**TINY, "num_hidden_layers": 2})
+    adapters = Adapters(tmp_path, shape, torch.float32, torch.device("cpu"))
+    image = read_image(adapters.versions({"a": 2})["a"].uri, shape, torch.float32)
+    made, elements = layout(shape, 2)
+    assert elements == len(image.flat)
+    for name in ("a_offset", "b_offset", "rank", "scale"):
+        found, wanted = getattr(made, name), getattr(image.layout, name)
+        assert found.dtype == wanted.dtype
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_report_is_written_as_it_comes_and_ends_in_a_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: list[str] = []
+    report = Report(tmp_path, told.append)
+    report.add("decode", "step", 1.2, " ×", most=1.35, beside="5 ms", rounds=[1, 2])
+    report.add("decode", "other", float("nan"), "%", most=5)
+    report.add("decode", "detail", 1e-5, short=False)
+    try:
+        raise ValueError("broken")
+    except ValueError as error:
+        report.failed("time", "attention", error)
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [line.get("holds") for line in lines] == [True, False, None, None]
+    assert "ValueError: broken" in lines[3]["error"]
+    report.finish(["a card"])
+    printed = capsys.readouterr().out
+    assert "ok ≤ 1.35 ×" in printed and "MISSED ≤ 5%" in printed
+    assert "1 of 2 goals held" in printed and "FAILED or left out: time attention" in printed
+    assert "detail" not in printed and "detail" in (tmp_path / "table.md").read_text()
+
+
+def test_the_bench_imports_nothing_of_the_servers() -> None:
+    """What is not on the GPU machine, or not under the name that we know."""
+    refused = [
+        "ray",
+        "redis",
+        "pydantic",
+        "fastapi",
+        "starlette",
+        "typer",
+        "yaml",
+        "pytest",
+        "peft",
+    ]
+    modules = [f"tests.bench.on_gpu.{name}" for name in ON_GPU if name not in KERNELS]
+    code = f"""
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {refused}:
+            raise ImportError(f"{{name}} is not on the GPU machine")
+sys.meta_path.insert(0, Refuse())
+for name in {modules}: __import__(name)
+"""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
