@@ -155,3 +155,70 @@ def attention_floor(
     moved = 2 * (keys * kv_heads + sum(chunks) * heads) * head_dim * element_size
     # Two products, each a multiplication and an addition for each pair and element.
     return moved, 4 * pairs * heads * head_dim
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x: [..., hidden]. All in float32, rounded once to x's type."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale * weight.float()).to(x.dtype)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """Adds x to `residual` in place, and gives the norm of what that is now."""
+    residual += x
+    return rms_norm(residual, weight, eps)
+
+
+def rotary_store(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    targets: torch.Tensor,
+    query_norm: torch.Tensor | None = None,
+    key_norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """Turns the queries in `qkv` in place; turned keys, and values as they are, go to the cache.
+
+    qkv: [tokens, heads + 2 · kv_heads, head_dim]. positions, targets: [tokens]; targets: page ·
+    page_tokens + offset. cos, sin: [context, head_dim], sin with its first half negated.
+    keys, values: [pages, kv_heads, page_tokens, head_dim].
+    """
+    kv_heads, page_tokens = keys.shape[1], keys.shape[2]
+    queries, own_keys = qkv[:, : -2 * kv_heads], qkv[:, -2 * kv_heads : -kv_heads]
+    if query_norm is not None and key_norm is not None:
+        queries.copy_(rms_norm(queries, query_norm, eps))
+        own_keys = rms_norm(own_keys, key_norm, eps)
+    queries.copy_(_turned(queries, cos[positions], sin[positions]))
+    pages, offsets = targets // page_tokens, targets % page_tokens
+    keys[pages, :, offsets] = _turned(own_keys, cos[positions], sin[positions])
+    values[pages, :, offsets] = qkv[:, -kv_heads:]
+
+
+def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x: [tokens, heads, head_dim]. In float32, rounded once."""
+    wide, across = x.float(), x.roll(x.shape[-1] // 2, -1).float()
+    return (wide * cos[:, None].float() + across * sin[:, None].float()).to(x.dtype)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """[rows, 2 · inner], gates then ups → [rows, inner]. In float32, rounded once."""
+    gate, up = gate_up.float().chunk(2, -1)
+    return (gate * gate.sigmoid() * up).to(gate_up.dtype)
+
+
+def choose(logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """A token a row: where temperature [rows] is 0 the first of the largest, else the one in whose
+    share of softmax(logits / temperature) `uniform` [rows] lies.
+    """
+    heat = torch.where(temperature > 0, temperature, 1.0)[:, None]
+    sums = (logits.float() / heat).softmax(-1).cumsum(-1)
+    drawn = torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)[:, 0]
+    greedy = logits.max(-1).indices
+    return torch.where(temperature > 0, drawn.clamp(max=logits.shape[1] - 1), greedy)

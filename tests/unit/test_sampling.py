@@ -164,6 +164,17 @@ def test_logprobs_only_where_asked_for_and_as_many() -> None:
     assert [len(s.logprobs.top) for s in found[1:] if s.logprobs is not None] == [0, 2, 3]
 
 
+def test_each_row_reports_its_own_logprobs() -> None:
+    values = torch.cat([logits(0.5, 0.3, 0.2), logits(0.1, 0.2, 0.7), logits(0.4, 0.6, 0.0)])
+    draws = [draw(temperature=0.0, logprobs=n) for n in (1, None, 0)]
+    found = [s.logprobs for s in sample(values, draws, EOS)]
+    assert [p and p.logprob for p in found] == [
+        pytest.approx(math.log(0.5)),
+        None,
+        pytest.approx(math.log(0.6)),
+    ]
+
+
 def test_no_rows_no_tokens() -> None:
     assert sample(torch.empty(0, 5), [], EOS) == []
 
