@@ -1,8 +1,11 @@
 """Device memory for adapter images, and the directory that says where each slot's matrices lie."""
 
+from __future__ import annotations
+
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,6 +14,9 @@ from lora_kernels.ops import Lora
 from lora_kernels.reference import Directory
 from replica.image import PIECE_ELEMENTS, Image, Layout
 from replica.shape import GROUPS, PROJECTIONS, ModelShape
+
+if TYPE_CHECKING:
+    from lora_kernels.lora import TritonLora
 
 ALIGNMENT_BYTES = 256
 SLIDE_ELEMENTS = 2**20
@@ -45,10 +51,19 @@ class Arena:
 
     def lora(self) -> Lora:
         """The operation that a runner adds deltas with; it follows the directory by itself."""
+        return Lora(self.directory, self.memory, self._groups())
+
+    def triton_lora(self, rank_max: int) -> TritonLora:
+        """The same for a GPU, or for Triton's interpreter."""
+        # Not everybody who runs on CPU has Triton.
+        from lora_kernels.lora import TritonLora
+
+        return TritonLora(self.directory, self.memory, self._groups(), rank_max)
+
+    def _groups(self) -> list[list[tuple[int, int, int]]]:
         order = {name: index for index, name in enumerate(PROJECTIONS)}
         sizes = self._projections
-        groups = [[(order[name], *sizes[order[name]]) for name in group] for group in GROUPS]
-        return Lora(self.directory, self.memory, groups)
+        return [[(order[name], *sizes[order[name]]) for name in group] for group in GROUPS]
 
     def copy_in(self, offset: int, image: Image, pause: Callable[[], None] = lambda: None) -> None:
         """The image's bytes to `offset` bytes. Runs on the loader's thread beside steps.

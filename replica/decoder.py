@@ -12,7 +12,12 @@ from replica.weights import Layer, Weights
 
 
 class Deltas(Protocol):
-    """What adapters add to a group's output, in place and before the bias (`lora_kernels.ops`)."""
+    """What adapters add to a group's output, in place and before the bias (`lora_kernels.ops`).
+
+    `start` comes before the base matmul of x, so that what needs only x can run beside it.
+    """
+
+    def start(self, x: torch.Tensor, layer: int, group: int) -> None: ...
 
     def add(self, x: torch.Tensor, y: torch.Tensor, layer: int, group: int) -> None: ...
 
@@ -159,6 +164,8 @@ def _attend_short(
 def _project(
     x: torch.Tensor, index: int, group: int, layer: Layer, deltas: Deltas | None
 ) -> torch.Tensor:
+    if deltas is not None:
+        deltas.start(x, index, group)
     y = layer.matmuls[group](x)
     if deltas is not None:
         deltas.add(x, y, index, group)

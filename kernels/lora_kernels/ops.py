@@ -1,6 +1,6 @@
-"""Chooses how LoRA deltas are computed, by device and by the shape of the batch.
+"""LoRA deltas in plain torch, chosen by the shape of the batch; on a GPU, see `lora.py`.
 
-Many rows an adapter (prefill): two matmuls a projection, on views of the arena. Few (decode): tiles
+Many rows an adapter (prefill): two matmuls a projection (`matmuls.py`). Few (decode): tiles
 (`tiles.py`), for adapters that stay in the batch. An adapter comes into the tiles in its second
 step of few rows and leaves them when it has not run for some; what does not fit goes as with many.
 """
@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from lora_kernels.reference import Directory, matrices
+from lora_kernels.matmuls import Matmuls, index_of
+from lora_kernels.reference import Directory
 from lora_kernels.tiles import TILE_RANK, TilePack
 
 # Measured with a 12-layer, 768-wide model in bf16; the unit is one adapter of rank 30 by itself.
@@ -22,9 +23,6 @@ IDLE_STEPS_MAX = 4
 TILES_PACKED_A_STEP = 16
 # Above it, an adapter's own matmuls are large enough to be worth their overhead.
 TILED_RANK_MAX = 128
-
-_Rows = torch.Tensor | slice
-_Views = list[tuple[torch.Tensor, torch.Tensor, float] | None]
 
 
 class Lora:
@@ -45,6 +43,7 @@ class Lora:
         self._directory = directory
         self._arena = arena
         self._groups = [tuple(group) for group in groups]
+        self._matmuls = Matmuls(directory, arena, self._groups)
         self._packs: list[TilePack] = []
         if arena.device.type == "cpu":
             if tile_bytes_max is None:
@@ -55,8 +54,7 @@ class Lora:
         self._generations: list[int] = []
         self._settled = False
         self._few_before: set[int] = set()
-        self._segments: list[tuple[int, _Rows]] = []
-        self._views: dict[int, tuple[int, list[_Views]]] = {}
+        self._segments: list[tuple[int, torch.Tensor | slice]] = []
 
     def begin(self, row_slots: Sequence[int]) -> None:
         """row_slots: one slot a token row; 0 is the base model."""
@@ -76,28 +74,20 @@ class Lora:
         for pack in self._packs:
             pack.begin({slot: rows[slot] for slot in tiled})
         self._segments = [
-            (slot, self._index(own)) for slot, own in rows.items() if slot not in tiled
+            (slot, index_of(own, self._arena.device))
+            for slot, own in rows.items()
+            if slot not in tiled
         ]
+
+    def start(self, x: torch.Tensor, layer: int, group: int) -> None:
+        """Before the base matmul of x; nothing can be done beside it on CPU."""
 
     def add(self, x: torch.Tensor, y: torch.Tensor, layer: int, group: int) -> None:
         """Adds the deltas to y [rows, outputs of the group], in place, before the bias."""
         if self._packs:
             self._packs[group].add(x, y, layer)
         for slot, rows in self._segments:
-            views = self._slot_views(slot)[layer]
-            own = x[rows]
-            start = 0
-            for projection, _, outputs in self._groups[group]:
-                view = views[projection]
-                if view is not None:
-                    a, b, scale = view
-                    delta = own @ a.T @ b.T
-                    target = y[:, start : start + outputs]
-                    if isinstance(rows, slice):
-                        target[rows].add_(delta, alpha=scale)
-                    else:
-                        target.index_add_(0, rows, delta, alpha=scale)
-                start += outputs
+            self._matmuls.add(x, y, slot, rows, layer, group)
 
     def check(self) -> None:
         for pack in self._packs:
@@ -152,32 +142,6 @@ class Lora:
                 budget -= 1
             self._settled = self._settled and not idle and not gap
         return tiled
-
-    def _slot_views(self, slot: int) -> list[_Views]:
-        """[layer][projection] → A, B, scale; views of the arena, made once a generation."""
-        generation = int(self._directory.generation[slot])
-        kept = self._views.get(slot)
-        if kept is None or kept[0] != generation:
-            layers = self._directory.rank.shape[1]
-            kept = (generation, [self._layer_views(slot, layer) for layer in range(layers)])
-            self._views[slot] = kept
-        return kept[1]
-
-    def _layer_views(self, slot: int, layer: int) -> _Views:
-        views: _Views = [None] * self._directory.rank.shape[2]
-        for projection, inputs, outputs in (entry for group in self._groups for entry in group):
-            if self._directory.rank[slot, layer, projection]:
-                a, b = matrices(
-                    self._directory, self._arena, slot, layer, projection, inputs, outputs
-                )
-                scale = float(self._directory.scale[slot, layer, projection])
-                views[projection] = (a, b, scale)
-        return views
-
-    def _index(self, rows: Sequence[int]) -> _Rows:
-        if rows[-1] - rows[0] == len(rows) - 1:
-            return slice(rows[0], rows[-1] + 1)
-        return torch.tensor(rows, device=self._arena.device)
 
 
 def _share(

@@ -1,122 +1,19 @@
 """Every path of `ops.Lora` against `reference.lora`, and no row ever sees another's weights."""
 
-import random
-from collections.abc import Sequence
-
-import numpy as np
 import pytest
 import torch
 
-from lora_kernels import ops, reference
+from lora_kernels import ops
 from lora_kernels.ops import Lora
-from lora_kernels.reference import Directory
-
-LAYERS = 2
-# Narrow, and with a different width in each place so that a mix-up cannot fit.
-SIZES = ((24, 40), (24, 16), (24, 8), (40, 24), (24, 56), (24, 48), (56, 24))
-GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))
-SLOTS = 12
-# More than the largest image takes, in elements.
-SHELF = 36_000
-EVERYTHING = tuple(range(len(SIZES)))
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+from tests.kernels.lora_bench import LAYERS, SIZES, SLOTS, placed
+from tests.kernels.lora_bench import Bench as AnyBench
 
 
-class Bench:
-    """An arena that adapters are placed in by hand, and the operation over it."""
-
+class Bench(AnyBench[Lora]):
     def __init__(
-        self,
-        seed: int,
-        dtype: torch.dtype = torch.float32,
-        elements: int = SLOTS * SHELF,
-        tile_bytes_max: int | None = None,
+        self, seed: int, dtype: torch.dtype = torch.float32, tile_bytes_max: int | None = None
     ) -> None:
-        self.random = random.Random(seed)
-        self.generator = torch.Generator().manual_seed(seed)
-        # Whatever is read beside an image shows.
-        self.arena = torch.full((elements,), float("nan"), dtype=dtype)
-        self.directory = Directory(SLOTS, LAYERS, len(SIZES))
-        groups = [[(index, *SIZES[index]) for index in group] for group in GROUPS]
-        self.lora = Lora(self.directory, self.arena, groups, tile_bytes_max)
-        self.spans: dict[int, tuple[int, int]] = {}
-
-    def place(
-        self,
-        slot: int,
-        start: int,
-        rank: int,
-        targets: Sequence[int] = EVERYTHING,
-        scale: float = 1.5,
-    ) -> int:
-        """Random weights; the rank differs by layer where it can. Gives the image's end."""
-        size = (LAYERS, len(SIZES))
-        a, b = np.zeros(size, np.int64), np.zeros(size, np.int64)
-        ranks, scales = np.zeros(size, np.int32), np.zeros(size, np.float32)
-        offset = 0
-        for layer in range(LAYERS):
-            for projection in targets:
-                inputs, outputs = SIZES[projection]
-                own = max(rank - layer, 1)
-                a[layer, projection], b[layer, projection] = offset, offset + own * inputs
-                ranks[layer, projection], scales[layer, projection] = own, scale / (1 + layer)
-                offset += own * (inputs + outputs)
-        values = torch.randn(offset, generator=self.generator) * 0.3
-        self.arena[start : start + offset] = values
-        self.directory.write(slot, start, a, b, ranks, scales)
-        self.spans[slot] = (start, offset)
-        return start + offset
-
-    def clear(self, slot: int) -> None:
-        start, size = self.spans.pop(slot)
-        self.directory.clear(slot)
-        self.arena[start : start + size] = float("nan")
-
-    def move(self, slot: int, target: int) -> None:
-        start, size = self.spans[slot]
-        weights = self.arena[start : start + size].clone()
-        self.arena[start : start + size] = float("nan")
-        self.arena[target : target + size] = weights
-        self.directory.shift(slot, target - start)
-        self.spans[slot] = (target, size)
-
-    def check(self, row_slots: Sequence[int]) -> None:
-        """One step, every layer and group."""
-        self.lora.begin(row_slots)
-        self.lora.check()
-        for layer in range(LAYERS):
-            for number, group in enumerate(GROUPS):
-                outputs = [SIZES[index][1] for index in group]
-                x = self._randn(len(row_slots), SIZES[group[0]][0])
-                y = self._randn(len(row_slots), sum(outputs))
-                wanted = y.clone()
-                reference.lora(
-                    x,
-                    wanted,
-                    row_slots,
-                    self.directory,
-                    self.arena,
-                    layer,
-                    list(zip(group, outputs, strict=True)),
-                )
-                before = y.clone()
-                self.lora.add(x, y, layer, number)
-                tolerance = TOLERANCE[self.arena.dtype] * (1 + wanted.float().abs().max().item())
-                assert (y - wanted).abs().max() <= tolerance, "not what the reference gives"
-                base = [row for row, slot in enumerate(row_slots) if slot == 0]
-                assert torch.equal(y[base], before[base]), "a base row was touched"
-
-    def _randn(self, *size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=self.generator).to(self.arena.dtype)
-
-    def rows(self, count: int) -> list[int]:
-        """A batch: single rows of anything, then runs of one slot, as decode and prefill give."""
-        slots = [0, *sorted(self.spans)]
-        singles = [self.random.choice(slots) for _ in range(self.random.randrange(count))]
-        runs: list[int] = []
-        for _ in range(self.random.randrange(3)):
-            runs += [self.random.choice(slots)] * self.random.randrange(1, count)
-        return [*singles, *runs] or [0]
+        super().__init__(lambda *where: Lora(*where, tile_bytes_max), seed, dtype)
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -124,12 +21,6 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     kind = request.param
     assert isinstance(kind, torch.dtype)
     return kind
-
-
-def placed(bench: Bench, ranks: Sequence[int]) -> None:
-    end = 0
-    for slot, rank in enumerate(ranks, start=1):
-        end = bench.place(slot, end, rank)
 
 
 def test_rows_of_many_ranks_in_one_batch(dtype: torch.dtype) -> None:
@@ -252,22 +143,8 @@ def test_random_places_moves_clears_and_batches(seed: int) -> None:
         torch.bfloat16 if seed % 4 == 3 else torch.float32,
         tile_bytes_max=(None, 600_000, 200_000)[seed % 3],
     )
-    shelves = [slot * SHELF for slot in range(SLOTS)]
-    choice = bench.random
-    for _ in range(40):
-        taken = {start // SHELF for start, _ in bench.spans.values()}
-        free = [shelf for shelf in range(SLOTS) if shelf not in taken]
-        match choice.randrange(8):
-            case 0 | 1 if len(bench.spans) < SLOTS - 1 and free:
-                slot = choice.choice([s for s in range(1, SLOTS) if s not in bench.spans])
-                targets = sorted(choice.sample(EVERYTHING, choice.randrange(1, 8)))
-                rank = choice.choice([1, 3, 8, 16, 24, 40])
-                bench.place(slot, shelves[choice.choice(free)], rank, targets, choice.random() * 2)
-            case 2 if bench.spans:
-                bench.clear(choice.choice(sorted(bench.spans)))
-            case 3 if bench.spans and free:
-                bench.move(choice.choice(sorted(bench.spans)), shelves[choice.choice(free)])
-            case _:
-                rows = bench.rows(12)
-                for _ in range(choice.randrange(1, 5)):
-                    bench.check(rows)
+    for _ in range(30):
+        bench.turn(SLOTS)
+        rows = bench.rows(12)
+        for _ in range(bench.random.randrange(1, 4)):
+            bench.check(rows)

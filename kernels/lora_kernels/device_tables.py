@@ -1,0 +1,117 @@
+"""What the kernels look things up in: device memory at one address for good, filled by the CPU."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lora_kernels.reference import Directory
+
+ENTRY = 6
+"""int32 values an entry: A's and B's offset as int64, in units; the rank; the scale's bits."""
+
+
+class DeviceDirectory:
+    """`offsets`, `ranks` and `scales` are one memory [slots, layers, projections, entry] as int64,
+    int32 and float32. unit: elements of the arena that every offset is a multiple of.
+
+    `highest` [slots] is the highest rank of each slot as it was when last followed.
+    """
+
+    def __init__(
+        self, directory: Directory, device: torch.device, unit: int, rank_max: int
+    ) -> None:
+        self._directory = directory
+        self._unit = unit
+        self._rank_max = rank_max
+        size = (*directory.rank.shape, ENTRY)
+        self.ranks = torch.zeros(size, dtype=torch.int32, device=device)
+        self.offsets = self.ranks.view(torch.int64)
+        self.scales = self.ranks.view(torch.float32)
+        self.highest = np.zeros(size[0], np.int32)
+        self._followed = np.zeros(size[0], np.int64)
+        self._staged = torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._copied = event() if device.type == "cuda" else None
+
+    def follow(self, slots: Sequence[int]) -> None:
+        """Copies what changed of these slots since they were last followed, on this stream."""
+        generations = self._directory.generation
+        stale = [slot for slot in slots if self._followed[slot] != generations[slot]]
+        if not stale:
+            return
+        if self._copied is not None:
+            # What was staged last may be on its way yet.
+            self._copied.synchronize()
+        for slot in stale:
+            self._stage(slot)
+            self.ranks[slot].copy_(self._staged[slot], non_blocking=True)
+            self._followed[slot] = generations[slot]
+        if self._copied is not None:
+            self._copied.record()
+
+    def check(self) -> None:
+        """What was followed and has not changed since is on the device as the directory has it."""
+        known = self._directory.generation == self._followed
+        for slot in np.flatnonzero(known).tolist():
+            rank = self._directory.rank[slot]
+            assert self.highest[slot] == rank.max()
+            entries = self.ranks[slot].cpu()
+            assert np.array_equal(entries[..., 4].numpy(), rank)
+            offsets = entries.view(torch.int64).numpy() * self._unit
+            used = rank > 0
+            assert np.array_equal(offsets[used][:, 0], self._directory.a_offset[slot][used])
+            assert np.array_equal(offsets[used][:, 1], self._directory.b_offset[slot][used])
+
+    def _stage(self, slot: int) -> None:
+        directory = self._directory
+        rank = directory.rank[slot]
+        used = rank > 0
+        offsets = np.stack((directory.a_offset[slot], directory.b_offset[slot]), -1)
+        assert not (offsets[used] % self._unit).any(), f"slot {slot}: not at multiples of a unit"
+        assert rank.max() <= self._rank_max, f"slot {slot}: rank {rank.max()}"
+        staged = self._staged[slot]
+        staged.view(torch.int64).numpy()[..., :2] = np.where(used[..., None], offsets, 0)
+        staged.view(torch.int64).numpy()[..., :2] //= self._unit
+        staged.numpy()[..., 4] = rank
+        staged.view(torch.float32).numpy()[..., 5] = directory.scale[slot]
+        self.highest[slot] = rank.max()
+
+
+class DeviceTable:
+    """int32 values; each time `next` gives memory to fill and `send` copies what was filled.
+
+    Two buffers in turn, so that the CPU can prepare a step while the copy of the one before waits
+    for the device.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self.values = torch.zeros(size, dtype=torch.int32, device=device)
+        self._buffers = [torch.zeros(size, dtype=torch.int32, pin_memory=on_gpu) for _ in range(2)]
+        self._copied = [event() for _ in range(2)] if on_gpu else None
+        self._turn = 0
+
+    def next(self) -> npt.NDArray[np.int32]:
+        self._turn ^= 1
+        if self._copied is not None:
+            self._copied[self._turn].synchronize()
+        array: npt.NDArray[np.int32] = self._buffers[self._turn].numpy()
+        return array
+
+    def send(self, used: int) -> None:
+        """The first `used` values of what `next` gave, on this stream."""
+        self.values[:used].copy_(self._buffers[self._turn][:used], non_blocking=True)
+        if self._copied is not None:
+            self._copied[self._turn].record()
+
+
+def offset_unit(groups: Sequence[Sequence[tuple[int, int, int]]]) -> int:
+    """Images begin at multiples of more than 16 elements, and A and B are whole rows."""
+    widths = [width for group in groups for _, *widths in group for width in widths]
+    return math.gcd(16, *widths)
+
+
+def event() -> torch.cuda.Event:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -1,0 +1,417 @@
+"""LoRA deltas on a GPU: shrink (x · A) and expand (· B, added to y), two Triton launches a group.
+
+Both work through one table of row tiles (`segments.py`) and read offsets, rank and scale from a
+copy of the directory, so that what a launch computes is data: a captured CUDA graph follows other
+batches and other adapters. A grid is as large as the largest batch of its size needs, up to
+`PROGRAMS`; programs loop over the tiles there are.
+
+Shrink sums over pieces of the inputs in programs of their own, each into a plane of its own, and
+expand adds the planes up: no atomics, so the same batch gives the same bits.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from lora_kernels import segments
+from lora_kernels.device_tables import ENTRY, DeviceDirectory, DeviceTable, event, offset_unit
+from lora_kernels.matmuls import Matmuls, index_of
+from lora_kernels.reference import Directory
+from lora_kernels.tilings import TILINGS, WIDE_ROWS, Tiling
+
+# About two waves of small programs on the largest GPUs.
+PROGRAMS = 2048
+_CPU = torch.device("cpu")
+_ENTRY = tl.constexpr(ENTRY)
+_HEADER = tl.constexpr(segments.HEADER)
+_TILE_FIELDS = tl.constexpr(segments.TILE_FIELDS)
+# Ranks that B is read by at once where its rows allow it: 16 bytes in bf16.
+_RANK_UNIT = tl.constexpr(8)
+
+
+@triton.jit(do_not_specialize=["layer"])
+def _shrink(
+    x: tl.tensor,
+    x_stride: tl.tensor,
+    arena: tl.tensor,
+    planes: tl.tensor,
+    table: tl.tensor,
+    offsets: tl.tensor,
+    ranks: tl.tensor,
+    layer: tl.tensor,
+    LAYERS: tl.constexpr,
+    PROJECTIONS: tl.constexpr,
+    FIRST: tl.constexpr,
+    INPUTS: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROWS_AT: tl.constexpr,
+    PLANES: tl.constexpr,
+    PLANE_STEP: tl.constexpr,
+    PLANE_ROWS: tl.constexpr,
+    ROW: tl.constexpr,
+    RANK_MAX: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_RANKS: tl.constexpr,
+    BLOCK_INPUTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """planes [PLANES, PLANE_ROWS, ROW] = rows of x · A. Grid: (planes · the group's projections,
+    programs that share the tiles and blocks of ranks). `FIRST`: the group's first projection.
+    """
+    piece = tl.program_id(0) // PLANES
+    plane = tl.program_id(0) % PLANES
+    tiles = tl.load(table)
+    blocks = tl.load(table + 1)
+    for work in range(tl.program_id(1), tiles * blocks, tl.num_programs(1)):
+        tile = table + _HEADER + work // blocks * _TILE_FIELDS
+        block = work % blocks * BLOCK_RANKS
+        slot = tl.load(tile)
+        entry = (slot * LAYERS + layer) * PROJECTIONS + FIRST + piece
+        rank = tl.load(ranks + entry * _ENTRY + 4)
+        if block < rank:
+            # Offsets are kept in units, so that the compiler knows what they are multiples of.
+            a = arena + tl.load(offsets + entry * (_ENTRY // 2)) * UNIT
+            place = tl.load(tile + 1) + tl.arange(0, BLOCK_ROWS)
+            live = place < tl.load(tile + 2)
+            row = tl.load(table + ROWS_AT + place, mask=live, other=0).to(tl.int64)
+            r = block + tl.arange(0, BLOCK_RANKS)
+            used = r < rank
+            k = tl.arange(0, BLOCK_INPUTS)
+            x_at = x + row[:, None] * x_stride + k[None, :]
+            a_at = a + r[None, :] * INPUTS + k[:, None]
+            total = tl.zeros([BLOCK_ROWS, BLOCK_RANKS], tl.float32)
+            begin = plane * PLANE_STEP
+            for at in range(begin, tl.minimum(begin + PLANE_STEP, INPUTS), BLOCK_INPUTS):
+                if INPUTS % BLOCK_INPUTS == 0:
+                    x_tile = tl.load(x_at + at, mask=live[:, None], other=0.0)
+                    a_tile = tl.load(a_at + at, mask=used[None, :], other=0.0)
+                else:
+                    inside = at + k < INPUTS
+                    x_tile = tl.load(x_at + at, mask=live[:, None] & inside[None, :], other=0.0)
+                    a_tile = tl.load(a_at + at, mask=used[None, :] & inside[:, None], other=0.0)
+                total = tl.dot(x_tile, a_tile, total, input_precision=PRECISION)
+            target = planes + (plane * PLANE_ROWS + place)[:, None] * ROW
+            target += piece * RANK_MAX + r[None, :]
+            mask = live[:, None] & used[None, :]
+            tl.store(target, total.to(planes.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["layer"])
+def _expand(
+    y: tl.tensor,
+    y_stride: tl.tensor,
+    arena: tl.tensor,
+    planes: tl.tensor,
+    table: tl.tensor,
+    offsets: tl.tensor,
+    ranks: tl.tensor,
+    scales: tl.tensor,
+    layer: tl.tensor,
+    LAYERS: tl.constexpr,
+    PROJECTIONS: tl.constexpr,
+    FIRST: tl.constexpr,
+    OUTPUTS_0: tl.constexpr,
+    OUTPUTS_1: tl.constexpr,
+    OUTPUTS_2: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROWS_AT: tl.constexpr,
+    PLANES: tl.constexpr,
+    PLANE_ROWS: tl.constexpr,
+    ROW: tl.constexpr,
+    RANK_MAX: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """y[rows] += scale · (sum of planes) · B, in place. Grid: (blocks of each projection's outputs,
+    one projection after the other, programs that share the tiles).
+    """
+    BLOCKS_0: tl.constexpr = (OUTPUTS_0 + BLOCK_OUTPUTS - 1) // BLOCK_OUTPUTS
+    BLOCKS_1: tl.constexpr = (OUTPUTS_1 + BLOCK_OUTPUTS - 1) // BLOCK_OUTPUTS
+    block = tl.program_id(0)
+    second = (block >= BLOCKS_0).to(tl.int32)
+    third = (block >= BLOCKS_0 + BLOCKS_1).to(tl.int32)
+    piece = second + third
+    begin = second * OUTPUTS_0 + third * OUTPUTS_1
+    end = OUTPUTS_0 + second * OUTPUTS_1 + third * OUTPUTS_2
+    n = (block - second * BLOCKS_0 - third * BLOCKS_1) * BLOCK_OUTPUTS
+    n += tl.arange(0, BLOCK_OUTPUTS)
+    inside = n < end - begin
+    tiles = tl.load(table)
+    for work in range(tl.program_id(1), tiles, tl.num_programs(1)):
+        tile = table + _HEADER + work * _TILE_FIELDS
+        slot = tl.load(tile)
+        entry = (slot * LAYERS + layer) * PROJECTIONS + FIRST + piece
+        rank = tl.load(ranks + entry * _ENTRY + 4)
+        if rank > 0:
+            b = arena + tl.load(offsets + entry * (_ENTRY // 2) + 1) * UNIT
+            scale = tl.load(scales + entry * _ENTRY + 5)
+            place = tl.load(tile + 1) + tl.arange(0, BLOCK_ROWS)
+            live = place < tl.load(tile + 2)
+            row = tl.load(table + ROWS_AT + place, mask=live, other=0).to(tl.int64)
+            shrunk = planes + place * ROW + piece * RANK_MAX
+            # The same twice; in the first the compiler sees that B's rows begin at multiples, and
+            # reads several ranks at once.
+            if rank % _RANK_UNIT == 0:
+                even = rank // _RANK_UNIT * _RANK_UNIT
+                delta = _delta(
+                    shrunk, live, b, n, inside, even, PLANES, PLANE_ROWS * ROW,
+                    BLOCK_ROWS, BLOCK_OUTPUTS, DEPTH, PRECISION,
+                )  # fmt: skip
+            else:
+                delta = _delta(
+                    shrunk, live, b, n, inside, rank, PLANES, PLANE_ROWS * ROW,
+                    BLOCK_ROWS, BLOCK_OUTPUTS, DEPTH, PRECISION,
+                )  # fmt: skip
+            y_at = y + row[:, None] * y_stride + begin + n[None, :]
+            mask = live[:, None] & inside[None, :]
+            base = tl.load(y_at, mask=mask, other=0.0)
+            added = base.to(tl.float32) + delta * scale
+            tl.store(y_at, added.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _delta(
+    shrunk: tl.tensor,
+    live: tl.tensor,
+    b: tl.tensor,
+    n: tl.tensor,
+    inside: tl.tensor,
+    rank: tl.tensor,
+    PLANES: tl.constexpr,
+    PLANE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tl.tensor:
+    """[BLOCK_ROWS, BLOCK_OUTPUTS] in fp32. shrunk: where each row lies in the first plane."""
+    total = tl.zeros([BLOCK_ROWS, BLOCK_OUTPUTS], tl.float32)
+    for at in range(0, rank, DEPTH):
+        r = at + tl.arange(0, DEPTH)
+        used = r < rank
+        b_at = b + n[None, :] * rank + r[:, None]
+        b_tile = tl.load(b_at, mask=used[:, None] & inside[None, :], other=0.0)
+        s_at = shrunk[:, None] + r[None, :]
+        mask = live[:, None] & used[None, :]
+        s_tile = tl.load(s_at, mask=mask, other=0.0)
+        for plane in tl.static_range(1, PLANES):
+            s_tile += tl.load(s_at + plane * PLANE, mask=mask, other=0.0)
+        total = tl.dot(s_tile.to(b_tile.dtype), b_tile, total, input_precision=PRECISION)
+    return total
+
+
+class TritonLora:
+    """One step at a time: `begin`; then, for each layer and group, `start` before the base matmul
+    (or not at all) and `add` after it.
+
+    All that the kernels read or write beside x and y lies in buffers that `reserve` makes, once and
+    before any graph is captured: a graph captured between one `begin` and the next is replayed
+    after a `begin` with other rows, adapters and ranks, up to the same padded number of rows.
+
+    groups: as for `ops.Lora`; a group's projections follow each other in the directory, three at
+    most. overlap: `start` shrinks on a stream of its own, beside the base matmul.
+    """
+
+    def __init__(
+        self,
+        directory: Directory,
+        arena: torch.Tensor,
+        groups: Sequence[Sequence[tuple[int, int, int]]],
+        rank_max: int,
+        *,
+        overlap: bool = True,
+        tilings: Sequence[tuple[int | None, Tiling]] = TILINGS,
+    ) -> None:
+        assert arena.is_cuda or triton.knobs.runtime.interpret, "neither a GPU nor the interpreter"
+        for group in groups:
+            assert len(group) <= 3
+            assert [index for index, _, _ in group] == [group[0][0] + i for i in range(len(group))]
+        self._arena = arena
+        self._groups = [tuple(group) for group in groups]
+        self._rank_max = rank_max
+        self._overlap = overlap
+        self._tilings = tuple(tilings)
+        self._unit = offset_unit(groups)
+        self._directory = directory
+        self._followed = DeviceDirectory(directory, arena.device, self._unit, rank_max)
+        self._matmuls = Matmuls(directory, arena, self._groups)
+        self._side: torch.cuda.Stream | None = None
+        if arena.is_cuda:
+            self._side = torch.cuda.Stream(arena.device)  # type: ignore[no-untyped-call]
+            self._forked, self._joined = event(), event()
+        self._rows_max = 0
+        # What `begin` decides for `start` and `add`.
+        self._begun: tuple[list[int], list[int], int | None] | None = None
+        self._alone: tuple[int, slice] | None = None
+        self._tiling = self._tilings[0][1]
+        self._tiles = self._blocks = 0
+        self._started: tuple[int, int] | None = None
+
+    def reserve(self, rows_max: int) -> None:
+        """Memory for batches of up to `rows_max` rows, padding included."""
+        slots = len(self._directory.generation)
+        heights = [tiling.rows for _, tiling in self._tilings]
+        self._tiles_max = segments.tiles_max(rows_max, slots, min(heights))
+        self._table = DeviceTable(segments.rows_at(self._tiles_max) + rows_max, self._arena.device)
+        # One row of planes has room for each projection of a group at the highest rank.
+        self._row = max(map(len, self._groups)) * self._rank_max
+        self._constants = {
+            "LAYERS": self._directory.rank.shape[1],
+            "PROJECTIONS": self._directory.rank.shape[2],
+            "UNIT": self._unit,
+            "ROWS_AT": segments.rows_at(self._tiles_max),
+            "ROW": self._row,
+            "RANK_MAX": self._rank_max,
+            "PRECISION": "ieee" if self._arena.dtype == torch.float32 else "tf32",
+        }
+        self._planes = {}
+        for limit, tiling in self._tilings:
+            rows = rows_max if limit is None else min(limit, rows_max)
+            planes = max(tiling.planes(group[0][1]) for group in self._groups)
+            dtype = self._arena.dtype if tiling.rows >= WIDE_ROWS else torch.float32
+            assert dtype == torch.float32 or planes == 1
+            size = (planes, rows, self._row)
+            self._planes[tiling] = torch.empty(size, dtype=dtype, device=self._arena.device)
+        self._rows_max = rows_max
+        self._begun = None
+
+    def begin(self, row_slots: Sequence[int], rows: int | None = None) -> None:
+        """row_slots: one slot a token row; 0 is the base model. rows: what a CUDA graph pads them
+        to, whose grids then depend on that alone; None: launches are as small as the batch allows.
+        """
+        padded = len(row_slots) if rows is None else rows
+        assert len(row_slots) <= padded <= self._rows_max, "more rows than reserved"
+        slots = list(row_slots)
+        active = sorted(set(slots) - {0})
+        generations = [int(self._directory.generation[slot]) for slot in active]
+        self._started = None
+        if (slots, generations, rows) == self._begun:
+            return
+        self._begun = slots, generations, rows
+        self._followed.follow(active)
+        self._alone = self._run_of_one(slots, active) if rows is None else None
+        self._tiling = next(t for limit, t in self._tilings if limit is None or padded <= limit)
+        if self._alone is not None:
+            return
+        table = self._table.next()
+        used = segments.fill(
+            table, slots, self._followed.highest, self._tiles_max, self._tiling.rows,
+            self._tiling.ranks,
+        )  # fmt: skip
+        self._table.send(used)
+        self._tiles, self._blocks = int(table[0]), int(table[1])
+        if rows is not None:
+            count = len(self._directory.generation)
+            self._tiles = segments.tiles_max(rows, count, self._tiling.rows)
+            self._blocks = -(-self._rank_max // self._tiling.ranks)
+
+    def start(self, x: torch.Tensor, layer: int, group: int) -> None:
+        """x [rows, inputs] must stay as it is until `add` has been called with it."""
+        if not self._overlap or self._alone is not None or not self._tiles:
+            return
+        self._started = layer, group
+        if self._side is None:
+            self._shrink(x, layer, group)
+            return
+        self._forked.record()
+        self._side.wait_event(self._forked)
+        with torch.cuda.stream(self._side):
+            self._shrink(x, layer, group)
+            self._joined.record()
+
+    def add(self, x: torch.Tensor, y: torch.Tensor, layer: int, group: int) -> None:
+        """Adds the deltas to y [rows, outputs of the group], in place, before the bias."""
+        if self._alone is not None:
+            slot, run = self._alone
+            self._matmuls.add(x, y, slot, run, layer, group)
+            return
+        if not self._tiles:
+            return
+        if self._started is None:
+            self._shrink(x, layer, group)
+        else:
+            assert self._started == (layer, group), "start and add of different matmuls"
+            self._started = None
+            if self._side is not None:
+                torch.cuda.current_stream().wait_event(self._joined)
+        self._expand(y, layer, group)
+
+    def check(self) -> None:
+        self._followed.check()
+
+    def _run_of_one(self, slots: list[int], active: list[int]) -> tuple[int, slice] | None:
+        """The one adapter of a batch and its rows, if they follow each other."""
+        adapters = [slot for slot in active if self._followed.highest[slot]]
+        if len(adapters) != 1:
+            return None
+        rows = index_of([r for r, slot in enumerate(slots) if slot == adapters[0]], _CPU)
+        return (adapters[0], rows) if isinstance(rows, slice) else None
+
+    def _shrink(self, x: torch.Tensor, layer: int, group: int) -> None:
+        first, inputs, _ = self._groups[group][0]
+        assert x.shape[1] == inputs and x.stride(1) == 1 and x.dtype == self._arena.dtype
+        tiling, planes = self._tiling, self._planes[self._tiling]
+        parts = tiling.planes(inputs) * len(self._groups[group])
+        grid = (parts, _workers(self._tiles * self._blocks, parts))
+        _shrink[grid](
+            x,
+            x.stride(0),
+            self._arena,
+            planes,
+            self._table.values,
+            self._followed.offsets,
+            self._followed.ranks,
+            layer,
+            FIRST=first,
+            INPUTS=inputs,
+            PLANES=tiling.planes(inputs),
+            PLANE_STEP=tiling.plane_step(inputs),
+            PLANE_ROWS=planes.shape[1],
+            BLOCK_ROWS=tiling.rows,
+            BLOCK_RANKS=tiling.ranks,
+            BLOCK_INPUTS=tiling.inputs,
+            num_warps=tiling.warps,
+            num_stages=tiling.stages,
+            **self._constants,
+        )
+
+    def _expand(self, y: torch.Tensor, layer: int, group: int) -> None:
+        first, inputs, _ = self._groups[group][0]
+        outputs = [width for _, _, width in self._groups[group]]
+        assert y.shape[1] == sum(outputs) and y.stride(1) == 1
+        tiling, planes = self._tiling, self._planes[self._tiling]
+        parts = sum(-(-width // tiling.outputs) for width in outputs)
+        grid = (parts, _workers(self._tiles, parts))
+        outputs += [0, 0]
+        _expand[grid](
+            y,
+            y.stride(0),
+            self._arena,
+            planes,
+            self._table.values,
+            self._followed.offsets,
+            self._followed.ranks,
+            self._followed.scales,
+            layer,
+            FIRST=first,
+            OUTPUTS_0=outputs[0],
+            OUTPUTS_1=outputs[1],
+            OUTPUTS_2=outputs[2],
+            PLANES=tiling.planes(inputs),
+            PLANE_ROWS=planes.shape[1],
+            BLOCK_ROWS=tiling.rows,
+            BLOCK_OUTPUTS=tiling.outputs,
+            DEPTH=tiling.depth,
+            num_warps=tiling.warps,
+            num_stages=tiling.stages,
+            **self._constants,
+        )
+
+
+def _workers(work: int, parts: int) -> int:
+    """Programs that share the work, for each part of a group's inputs or outputs."""
+    return max(1, min(work, PROGRAMS // parts))

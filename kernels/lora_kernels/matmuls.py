@@ -1,0 +1,76 @@
+"""LoRA for many rows of one adapter: two matmuls a projection, on views of the arena."""
+
+from collections.abc import Sequence
+
+import torch
+
+from lora_kernels.reference import Directory, matrices
+
+_Views = list[tuple[torch.Tensor, torch.Tensor, float] | None]
+
+
+class Matmuls:
+    """groups: for each, (index, inputs, outputs) of its projections."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        arena: torch.Tensor,
+        groups: Sequence[Sequence[tuple[int, int, int]]],
+    ) -> None:
+        self._directory = directory
+        self._arena = arena
+        self._groups = groups
+        self._views: dict[int, tuple[int, list[_Views]]] = {}
+
+    def add(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        slot: int,
+        rows: torch.Tensor | slice,
+        layer: int,
+        group: int,
+    ) -> None:
+        """Adds the delta of the slot's adapter to those rows of y, in place."""
+        views = self._slot_views(slot)[layer]
+        own = x[rows]
+        start = 0
+        for projection, _, outputs in self._groups[group]:
+            view = views[projection]
+            if view is not None:
+                a, b, scale = view
+                target = y[:, start : start + outputs]
+                if isinstance(rows, slice):
+                    target[rows].addmm_(own @ a.T, b.T, alpha=scale)
+                else:
+                    target.index_add_(0, rows, own @ a.T @ b.T, alpha=scale)
+            start += outputs
+
+    def _slot_views(self, slot: int) -> list[_Views]:
+        """[layer][projection] → A, B, scale; views of the arena, made once a generation."""
+        generation = int(self._directory.generation[slot])
+        kept = self._views.get(slot)
+        if kept is None or kept[0] != generation:
+            layers = self._directory.rank.shape[1]
+            kept = (generation, [self._layer_views(slot, layer) for layer in range(layers)])
+            self._views[slot] = kept
+        return kept[1]
+
+    def _layer_views(self, slot: int, layer: int) -> _Views:
+        views: _Views = [None] * self._directory.rank.shape[2]
+        for projection, inputs, outputs in (entry for group in self._groups for entry in group):
+            if self._directory.rank[slot, layer, projection]:
+                a, b = matrices(
+                    self._directory, self._arena, slot, layer, projection, inputs, outputs
+                )
+                scale = float(self._directory.scale[slot, layer, projection])
+                views[projection] = (a, b, scale)
+        return views
+
+
+def index_of(rows: Sequence[int], device: torch.device) -> torch.Tensor | slice:
+    """Those rows as a slice where they follow each other. rows: in order."""
+    if rows[-1] - rows[0] == len(rows) - 1:
+        return slice(rows[0], rows[-1] + 1)
+    return torch.tensor(rows, device=device)

@@ -1,0 +1,238 @@
+"""`TritonLora` against `reference.lora`, in Triton's interpreter or on a GPU."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from lora_kernels import lora
+from lora_kernels.lora import TritonLora
+from lora_kernels.tilings import TILINGS, Tiling
+from tests.kernels.lora_bench import SIZES, placed
+from tests.kernels.lora_bench import Bench as AnyBench
+
+RANK_MAX = 48
+# The interpreter takes milliseconds a program, so these are few; still there are ranks of several
+# blocks, and inputs of several steps and planes.
+FEW = Tiling(16, 32, 16, plane_inputs=16, planes_max=3, outputs=64, depth=32)
+MANY = Tiling(64, 64, 32, plane_inputs=2**31, planes_max=1, outputs=64, depth=16)
+SMALL = ((24, FEW), (None, MANY))
+
+
+class Bench(AnyBench[TritonLora]):
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        sizes: Sequence[tuple[int, int]] = SIZES,
+        seed: int = 0,
+        rows_max: int = 200,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            lambda *where: TritonLora(*where, RANK_MAX, **{"tilings": SMALL, **options}),
+            seed,
+            dtype,
+            device,
+            sizes,
+            layers=(1,),
+        )
+        self.lora.reserve(rows_max)
+
+
+def test_rows_of_many_ranks_in_one_batch(device: torch.device, kernel_dtype: torch.dtype) -> None:
+    bench = Bench(device, kernel_dtype)
+    placed(bench, [2, 9, 17, 18, RANK_MAX])
+    bench.check([3, 0, 1, 2, 2, 5, 0, 4])
+
+
+def test_long_segments_of_many_ranks(device: torch.device, kernel_dtype: torch.dtype) -> None:
+    bench = Bench(device, kernel_dtype)
+    placed(bench, [8, RANK_MAX, 1])
+    bench.check([*[1] * 70, 0, *[2] * 3, *[0] * 5, *[3] * 64, 1])
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+def test_the_tilings_that_are_served_with(
+    device: torch.device, kernel_dtype: torch.dtype, rows: int
+) -> None:
+    """Inputs of several planes and steps; keys and values a quarter as wide as queries."""
+    sizes = ((1088, 512), (1088, 128), (1088, 128), *SIZES[3:])
+    # Rows beyond any limit of the table, so that each of the tilings is had with few.
+    tilings = [(3, TILINGS[0][1]), (20, TILINGS[1][1]), (None, TILINGS[2][1])]
+    bench = Bench(device, kernel_dtype, sizes, tilings=tilings)
+    bench.place(1, 0, 20, targets=(0, 1, 2), scale=0.2)
+    bench.check([1] * (rows - 1) + [0])
+
+
+def test_a_batch_of_base_rows_alone_is_left_as_it_is(device: torch.device) -> None:
+    bench = Bench(device)
+    placed(bench, [8])
+    bench.check([0] * 5)
+    bench.lora.begin([0] * 5, rows=8)
+    x, y = bench.operands(8, 0)
+    before = y.clone()
+    bench.lora.add(x, y, 0, 0)
+    assert torch.equal(y, before)
+
+
+def test_projections_that_an_adapter_leaves_alone(device: torch.device) -> None:
+    bench = Bench(device)
+    bench.place(1, 0, 8, targets=(0, 2))
+    bench.place(2, 8192, 4, targets=(6,))
+    bench.place(3, 16384, 20, targets=(1, 3, 4))
+    bench.place(4, 24576, 2, targets=())
+    bench.check([1, 2, 3, 4, 0, 2, 1])
+
+
+def test_one_row(device: torch.device) -> None:
+    bench = Bench(device)
+    placed(bench, [5, 32])
+    bench.check([0, 2])
+    bench.check([1, 0, 1])
+
+
+def test_widths_that_memory_is_not_aligned_to(device: torch.device) -> None:
+    sizes = ((9, 25), (9, 3), (9, 1), (25, 9), (9, 35), (9, 33), (35, 9))
+    bench = Bench(device, torch.float32, sizes)
+    placed(bench, [8, 3])
+    bench.check([1, 2, 0, 1])
+
+
+def test_rows_in_another_order_give_the_same_bits(device: torch.device) -> None:
+    bench = Bench(device)
+    placed(bench, [8, 24])
+    slots = [1, 2, 1, 0, 2, 2]
+    x, y = bench.operands(6, 2)
+    results = []
+    for order in ([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5], [5, 2, 0, 4, 3, 1]):
+        own = y[order].clone()
+        bench.lora.begin([slots[row] for row in order])
+        bench.lora.add(x[order], own, 1, 2)
+        results.append(own[torch.tensor(order).argsort()])
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_with_and_without_start(device: torch.device) -> None:
+    for overlap in (True, False):
+        bench = Bench(device, overlap=overlap)
+        placed(bench, [8, 3])
+        for start in (True, False):
+            bench.check([1, 2, 0], start=start)
+
+
+def test_an_adapter_moved_replaced_and_gone(device: torch.device) -> None:
+    bench = Bench(device)
+    placed(bench, [8, 8])
+    rows = [1, 2, 0, 1]
+    bench.check(rows)
+    bench.move(2, 20_000)
+    bench.check(rows)
+    start, _ = bench.spans[1]
+    bench.clear(1)
+    bench.place(1, start, 3, targets=(0, 4), scale=0.3)
+    bench.check(rows)
+    bench.clear(2)
+    bench.check([1, 0, 1, 0])
+
+
+def test_one_adapter_alone_runs_as_plain_matmuls(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(device)
+    placed(bench, [8, 3])
+    bench.place(3, 20_000, 4, targets=())
+    recorded = record(monkeypatch)
+    bench.check([0, 1, 1, 1, 0, 3])
+    assert not recorded
+    bench.check([1, 0, 1])
+    assert recorded
+
+
+def test_a_launch_once_captured_follows_any_batch(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a CUDA graph keeps of a launch is its grid and its arguments."""
+    rows = 20
+    bench = Bench(device)
+    placed(bench, [4, 40, 9, 1])
+    addresses = {tensor.data_ptr() for tensor in buffers(bench.lora)}
+    for group in (0, 3):
+        x, y = bench.operands(rows, group)
+        recorded = record(monkeypatch)
+        bench.lora.begin([1], rows)
+        bench.lora.start(x, 1, group)
+        bench.lora.add(x, y, 1, group)
+        launches = list(recorded)
+        for slots in ([1, 2, 3, 4] * 5, [2], [*[4] * 17, 3, 0, 1], []):
+            # Padding rows come last, and are the base model's.
+            padded = [*slots, *[0] * (rows - len(slots))]
+            before = y.clone()
+            bench.lora.begin(slots, rows)
+            bench.lora.check()
+            for launch in launches:
+                launch()
+            bench.compare(x, before, y, padded, 1, group)
+        before = y.clone()
+        bench.move(2, 30_000 + group * 4000)
+        bench.lora.begin([2, 1], rows)
+        for launch in launches:
+            launch()
+        bench.compare(x, before, y, [2, 1, *[0] * (rows - 2)], 1, group)
+        monkeypatch.undo()
+    assert {tensor.data_ptr() for tensor in buffers(bench.lora)} == addresses
+
+
+def test_more_programs_of_work_than_programs(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora, "PROGRAMS", 8)
+    bench = Bench(device)
+    placed(bench, [40, 8, 4])
+    bench.check([1, 2, 3, 0] * 5)
+
+
+def test_more_rows_or_ranks_than_reserved_are_refused(device: torch.device) -> None:
+    bench = Bench(device, rows_max=8)
+    with pytest.raises(AssertionError, match="reserved"):
+        bench.lora.begin([0] * 9)
+    placed(bench, [RANK_MAX + 1])
+    with pytest.raises(AssertionError, match="rank 49"):
+        bench.lora.begin([1, 0])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_places_moves_clears_and_batches(device: torch.device, seed: int) -> None:
+    """The seed is in the test's name."""
+    bench = Bench(device, seed=seed)
+    for _ in range(6):
+        for _ in range(4):
+            bench.turn(12)
+        bench.check(bench.rows(40), start=bench.random.random() < 0.5)
+
+
+def record(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
+    """Launches from now on, to be repeated as they were, with the same grid and arguments."""
+    launches: list[Callable[[], None]] = []
+
+    class Recording:
+        def __init__(self, kernel: Any) -> None:
+            self._kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(*args: Any, **options: Any) -> None:
+                launches.append(lambda: self._kernel[grid](*args, **options))
+                launches[-1]()
+
+            return launch
+
+    for name in ("_shrink", "_expand"):
+        monkeypatch.setattr(lora, name, Recording(getattr(lora, name)))
+    return launches
+
+
+def buffers(operation: TritonLora) -> list[torch.Tensor]:
+    followed = operation._followed
+    return [operation._table.values, followed.ranks, *operation._planes.values()]
