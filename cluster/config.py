@@ -39,6 +39,8 @@ class EngineConfig:
     load_bytes_per_s: loads together go no faster than that; None: as fast as they can.
     queue_max: requests beyond a full batch; when there are as many, new ones are answered 429.
     threads: CPU threads for compute; None: what torch takes.
+    plan_depth: 2: the next step is planned and launched while this one runs; 1: when it has ended;
+    None: 2 on CUDA, 1 on the CPU.
 
     How requests and adapters are scheduled; the defaults are the best known, the other settings are
     there to be compared with. base_slot shared: the base model competes for a slot. on_miss block:
@@ -69,6 +71,7 @@ class EngineConfig:
     context_tokens_max: int | None = None
     batch_rows_max: int = 64
     step_tokens_max: int = 512
+    plan_depth: Literal[1, 2] | None = None
     queue_max: int = 1024
     load_retry_s: float = 1.0
     load_retry_max_s: float = 60.0
@@ -206,7 +209,9 @@ def _check(hint: Any, value: Any, path: str) -> Any:
         return _check(hint, value, path)
     if origin is Literal:
         if value not in args:
-            raise ConfigError(f"{path}: {value!r} is not one of {', '.join(args)}", field=path)
+            raise ConfigError(
+                f"{path}: {value!r} is not one of {', '.join(map(str, args))}", field=path
+            )
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):

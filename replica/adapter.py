@@ -10,7 +10,8 @@ from cluster.values import Tier
 class Adapter:
     """One registered version. path: the directory of its files.
 
-    claims: its requests that have not ended. users: those of them that run.
+    claims: its requests that have not ended. users: those of them that run. held: its requests
+    that have ended while a step in flight names them.
     fresh: loaded, but no row has run with it since. slice_s: when its first row ran since.
     starved_s: since when a request waits while it is not on the device.
     frequency: uses a second, decayed (see `_use`).
@@ -25,6 +26,7 @@ class Adapter:
     slot: int | None = None
     claims: int = 0
     users: int = 0
+    held: int = 0
     used_s: float = 0.0
     fresh: bool = False
     slice_s: float = 0.0

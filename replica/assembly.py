@@ -2,6 +2,7 @@
 
 from cluster.config import EngineConfig
 from cluster.costs import Costs
+from replica.admission import Limits
 from replica.drainer import Sharing
 from replica.eviction import ORDERS
 from replica.extents import Extents
@@ -9,7 +10,7 @@ from replica.host_tier import HostTier
 from replica.loads import Switches
 from replica.pages import Pages
 from replica.residency import Residency
-from replica.scheduler import Limits, Scheduler
+from replica.scheduler import Scheduler
 from replica.share import Share
 
 

@@ -1,5 +1,6 @@
 """Who is on the batch and who holds pages: admission, growth, parking, giving pages up."""
 
+from replica.flight import Flight
 from replica.pages import Pages
 from replica.request import Phase, Request
 from replica.residency import Residency
@@ -24,6 +25,7 @@ class Batch:
         residency: Residency,
         waiting: Waiting,
         stories: Stories,
+        flight: Flight,
     ) -> None:
         self.rows_max = rows_max
         self.running: dict[str, Request] = {}
@@ -34,6 +36,7 @@ class Batch:
         self._residency = residency
         self._waiting = waiting
         self._stories = stories
+        self._flight = flight
         self._passed_over: tuple[Request, float] | None = None
 
     @property
@@ -57,6 +60,7 @@ class Batch:
         resumed = self.parked.pop(request.id, None) is not None
         if request.place is not None:
             self._residency.acquire(request.place, now_s)
+        request.slot = self._residency.slot(request.digest)
         self._waiting.remove(request)
         request.become(Phase.RUNNING)
         self.running[request.id] = request
@@ -76,10 +80,10 @@ class Batch:
                 return False
         return True
 
-    def publish(self, request: Request) -> None:
-        """Let others find the pages that are full by now."""
+    def publish(self, request: Request, end: int) -> None:
+        """Let others find the pages that are full by now: `end` tokens are computed."""
         size = self._pages.page_tokens
-        for index in range(request.published, request.computed // size):
+        for index in range(request.published, end // size):
             tokens = request.slice(index * size, (index + 1) * size)
             request.link = self._pages.publish(request.link, tokens, request.pages[index])
             request.published = index + 1
@@ -105,7 +109,7 @@ class Batch:
         return bool(request.pages) or self._pages.free >= self._pages.needed(request.tokens)
 
     def end(self, request: Request, now_s: float) -> None:
-        """It leaves for good, wherever it was."""
+        """It leaves for good, wherever it was; its pages are to be freed."""
         if request.phase is Phase.RUNNING:
             self._off(request, now_s)
         else:
@@ -113,6 +117,9 @@ class Batch:
             self.parked.pop(request.id, None)
         if self._is_passed_over(request):
             self._passed_over = None
+
+    def free(self, request: Request) -> None:
+        """No step names it any more."""
         self._pages.give_back(request.pages)
         request.pages = []
 
@@ -147,7 +154,7 @@ class Batch:
         request.link = prefix.link
         request.published = len(prefix.pages)
         request.computed = len(prefix.pages) * self._pages.page_tokens
-        if not request.output:
+        if not request.begun:
             request.cached = request.computed
         return prefix.pages
 
@@ -202,6 +209,7 @@ class Batch:
         self._stories.note(request.id, now_s, Event.PREEMPTED)
 
     def _forget_pages(self, request: Request) -> None:
+        self._flight.took_from(request)
         self._pages.give_back(request.pages)
         request.pages = []
         request.computed = request.published = 0

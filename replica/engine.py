@@ -1,9 +1,14 @@
-"""The loop: plan → run → commit. One engine drives one device from one thread."""
+"""The loop: plan → launch → commit. One engine drives one device from one thread.
 
-import dataclasses
+At depth 2 the next batch is planned and launched before the tokens of this one are taken, so that
+the device never waits for the plan.
+"""
+
 import random
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from cluster.config import EngineConfig
 from cluster.costs import Costs, Smoothed
@@ -12,12 +17,12 @@ from cluster.values import LoadReport, Residency, Tier, Version
 from replica.adapter import Load
 from replica.assembly import assemble
 from replica.image import Image, Layout
-from replica.launch import Row
+from replica.launch import Row, Ticket
 from replica.loader import Loaded, Loader
 from replica.loads import BASE_PLACE
-from replica.request import Delta, NewRequest, Phase
+from replica.plan import Plan, Work
+from replica.request import Delta, NewRequest
 from replica.runner import Runner
-from replica.scheduler import Chosen, Plan, Work
 from replica.shape import read_shape
 from replica.story import Event, Happening
 
@@ -26,12 +31,22 @@ def _nothing() -> None:
     pass
 
 
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """since_s: when its plan was begun."""
+
+    plan: Plan
+    ticket: Ticket
+    since_s: float
+
+
 class Engine:
     """Everything one device does. Not thread-safe: one thread calls it.
 
     wake: called from a loader thread when a load has ended, for whoever waits for work.
     steps: batches run. idle: nothing ran in the last step, and nothing will until a request comes
-    or a load ends; wake_s: or, on the monotonic clock, this time comes.
+    or a load ends; wake_s: or, on the monotonic clock, this time comes. depth: batches in flight
+    when one is launched, that one included.
     """
 
     def __init__(self, config: EngineConfig, wake: Callable[[], None] = _nothing) -> None:
@@ -58,6 +73,8 @@ class Engine:
             self.runner.busy,
             config.load_bytes_per_s,
         )
+        self.depth = config.plan_depth or (2 if self.runner.device.type == "cuda" else 1)
+        self._flight: deque[_Launched] = deque()
         self.idle = True
         self.wake_s: float | None = None
         self._images: dict[str, Image] = {}  # the host tier
@@ -65,6 +82,7 @@ class Engine:
         self._random = random.Random(config.seed)
         self.steps = 0
         self._step_s = Smoothed(0.0)
+        self._committed_s = 0.0
 
     def register(self, version: Version, path: str) -> None:
         """From now on requests may name `version.digest`. Raises AdapterRefused."""
@@ -88,13 +106,13 @@ class Engine:
         self._seeds[request.id] = self._random.getrandbits(63) if seed is None else seed
 
     def cancel(self, request_id: str) -> None:
-        """Frees its pages and its claim on the adapter at once."""
+        """Frees its pages and its claim on the adapter, once no batch in flight names them."""
         if self.scheduler.cancel(request_id, time.monotonic()):
             del self._seeds[request_id]
 
     @property
     def has_work(self) -> bool:
-        """A request has not ended. It may wait for a load: see `step`."""
+        """A request, or a batch in flight, has not ended. It may wait for a load: see `step`."""
         return self.scheduler.has_work
 
     def step(self) -> list[Delta]:
@@ -102,21 +120,21 @@ class Engine:
         self._take_in_loads()
         start_s = time.monotonic()
         plan = self.scheduler.step(start_s)
-        deltas = [*plan.failed, *self._make_rooms(plan)]
-        if not self.config.overlap:
-            plan = self._without_lost(plan)
+        deltas = list(plan.failed)
+        self.idle, self.wake_s = not plan.rows and not self._flight, plan.wake_s
+        if plan.waits:
+            deltas += self._commit()
+        deltas += self._make_rooms(plan)
+        if plan.waits or not self.config.overlap:
+            plan = self.scheduler.without_ended(plan)
         if plan.rows:
-            sampled = self.runner.run([self._row(work) for work in plan.rows])
-            chosen = [None if s is None else Chosen(s.token, s.logprobs) for s in sampled]
-            end_s = time.monotonic()
-            deltas += self.scheduler.commit(plan, chosen, end_s)
-            self.steps += 1
-            self._measured(plan, end_s - start_s)
+            self._launch(plan, start_s)
+        if self._flight and (len(self._flight) == self.depth or not plan.rows):
+            deltas += self._commit()
         self._clear_slots()
         for delta in deltas:
             if delta.last:
                 del self._seeds[delta.request_id]
-        self.idle, self.wake_s = not plan.rows, plan.wake_s
         return deltas
 
     def story(self, request_id: str) -> list[Happening]:
@@ -165,16 +183,37 @@ class Engine:
     def close(self) -> None:
         self._loader.close()
 
-    def _row(self, work: Work) -> Row:
-        request = work.request
+    def _launch(self, plan: Plan, start_s: float) -> None:
+        before = self._flight[-1].plan.rows if self._flight else ()
+        index = {work.request.id: row for row, work in enumerate(before)}
+        rows = [self._row(work, index) for work in plan.rows]
+        self._flight.append(_Launched(plan, self.runner.launch(rows), start_s))
+
+    def _commit(self) -> list[Delta]:
+        """Takes the tokens of the oldest batch in flight."""
+        launched = self._flight.popleft()
+        sampled = launched.ticket.results()
+        now_s = time.monotonic()
+        deltas = self.scheduler.commit(launched.plan, sampled, now_s)
+        self.steps += 1
+        # One that was planned ahead began to run when the batch before it ended.
+        self._measured(launched.plan, now_s - max(launched.since_s, self._committed_s))
+        self._committed_s = now_s
+        return deltas
+
+    def _row(self, work: Work, before: Mapping[str, int]) -> Row:
+        """before: where requests have their row in the batch in flight."""
+        request, start, end, slot, sample = work
+        unknown = start >= len(request.prompt) + len(request.output)
         return Row(
-            tokens=request.slice(work.start, work.end),
-            position=work.start,
+            tokens=[0] if unknown else request.slice(start, end),
+            position=start,
             pages=request.pages,
-            slot=work.slot,
-            sampling=request.sampling if work.sample else None,
+            slot=slot,
+            sampling=request.sampling if sample else None,
             seed=self._seeds[request.id],
-            generated=len(request.output),
+            generated=max(end - len(request.prompt), 0),
+            carry=before[request.id] if unknown else None,
         )
 
     def _make_rooms(self, plan: Plan) -> list[Delta]:
@@ -204,10 +243,6 @@ class Engine:
             return self.scheduler.lost(ended.load.digest, ended.error or "", time.monotonic())
         self._place(ended, ended.layout)
         return []
-
-    def _without_lost(self, plan: Plan) -> Plan:
-        rows = tuple(w for w in plan.rows if w.request.phase is Phase.RUNNING)
-        return dataclasses.replace(plan, rows=rows)
 
     def _take_in_loads(self) -> None:
         now_s = time.monotonic()

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from lora_kernels.ops import Lora
 from replica.decoder import Batch, Decoder, Span
 from replica.launch import Row
-from replica.sampling import Draw, Sampled, sample
+from replica.request import Sampled
+from replica.sampling import Draw, sample
 from replica.shape import ModelShape
 from replica.weights import Weights
 

@@ -30,7 +30,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from replica.scheduler import Work
+from replica.plan import Work
 
 WEIGHT_BYTES = 15.0e9
 KV_TOKEN_BYTES = 2 * 32 * 8 * 128 * 2

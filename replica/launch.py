@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from replica.request import Sampling
-from replica.sampling import Sampled
+from replica.request import Sampled, Sampling
 
 
 @dataclass(frozen=True, slots=True)

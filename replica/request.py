@@ -9,13 +9,15 @@
              └── pages dropped ───── PARKED
 
 WAITING: has no pages. RUNNING: holds pages and a row of the batch. PARKED: holds pages, but its
-adapter has left the device. From each of the three it may also become CANCELLED or FAILED; these
-and FINISHED are final: a request reaches exactly one of them, once.
+adapter has left the device. From each of the three it may also become CANCELLED or FAILED, or
+FINISHED: the step in flight when it left the batch may have had its last token. These three are
+final: a request reaches exactly one of them, once.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
+from typing import NamedTuple
 
 from cluster.errors import FleetError
 
@@ -29,12 +31,12 @@ class Phase(Enum):
     FAILED = "failed"
 
 
-_BROKEN_OFF = frozenset({Phase.CANCELLED, Phase.FAILED})
+ENDED = frozenset({Phase.FINISHED, Phase.CANCELLED, Phase.FAILED})
 
 TRANSITIONS: dict[Phase, frozenset[Phase]] = {
-    Phase.WAITING: _BROKEN_OFF | {Phase.RUNNING},
-    Phase.RUNNING: _BROKEN_OFF | {Phase.WAITING, Phase.PARKED, Phase.FINISHED},
-    Phase.PARKED: _BROKEN_OFF | {Phase.RUNNING, Phase.WAITING},
+    Phase.WAITING: ENDED | {Phase.RUNNING},
+    Phase.RUNNING: ENDED | {Phase.WAITING, Phase.PARKED},
+    Phase.PARKED: ENDED | {Phase.RUNNING, Phase.WAITING},
     Phase.FINISHED: frozenset(),
     Phase.CANCELLED: frozenset(),
     Phase.FAILED: frozenset(),
@@ -93,12 +95,18 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Sampled(NamedTuple):
+    """What the batch gave a row that was to sample."""
+
+    token: int
+    logprobs: TokenLogprobs | None = None
+
+
+class Delta(NamedTuple):
     """What one step gave one request. The last delta of a request has `finish` or `error`.
 
-    logprobs: one a token when the request asked for them, else empty.
-    cached_tokens: prompt tokens whose KV was found in the prefix cache.
+    A tuple, for one is made for each row and step. logprobs: one a token when the request asked for
+    them, else empty. cached_tokens: prompt tokens whose KV was found in the prefix cache.
     """
 
     request_id: str
@@ -117,9 +125,15 @@ class Delta:
 class Request:
     """A request inside the engine; only the scheduler changes it.
 
-    place: the adapter it needs on the device; None when it needs none. computed: tokens of
-    prompt + output whose keys and values lie in `pages`. cached: prompt tokens that were found
-    there when it began. published: full pages that others can find; link: names the last of them.
+    place: the adapter it needs on the device; None when it needs none. stops: tokens that end it,
+    once it has its `min_tokens`. tokens_max: prompt + output when it ends by length.
+
+    What was planned is counted before it has committed (`flight.py`): tokens: length of prompt +
+    output, with a token that a step in flight will give. computed: those of them whose keys and
+    values lie in `pages` when that step has committed. step: the last step that has a row of it.
+
+    cached: prompt tokens that were found in the prefix cache when it began. published: full pages
+    that others can find; link: names the last of them. slot: its adapter's, while it runs.
     """
 
     id: str
@@ -131,16 +145,24 @@ class Request:
     arrived_s: float
     phase: Phase = Phase.WAITING
     output: list[int] = field(default_factory=list)
+    stops: frozenset[int] = frozenset()
+    tokens_max: int = 0
+    tokens: int = field(init=False)
     computed: int = 0
+    step: int = 0
     pages: list[int] = field(default_factory=list)
     cached: int = 0
     published: int = 0
     link: str | int | None = None
+    slot: int = 0
+
+    def __post_init__(self) -> None:
+        self.tokens = len(self.prompt) + len(self.output)
 
     @property
-    def tokens(self) -> int:
-        """Length of prompt + output."""
-        return len(self.prompt) + len(self.output)
+    def begun(self) -> bool:
+        """It has a token, or a step in flight will give it one."""
+        return self.tokens > len(self.prompt)
 
     @property
     def remaining(self) -> int:
@@ -148,7 +170,7 @@ class Request:
         return self.sampling.max_tokens - len(self.output)
 
     def slice(self, start: int, end: int) -> Sequence[int]:
-        """Tokens [start, end) of prompt + output."""
+        """Tokens [start, end) of prompt + output; all of them must be known."""
         split = len(self.prompt)
         if end <= split:
             return self.prompt[start:end]

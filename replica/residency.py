@@ -124,6 +124,17 @@ class Residency:
             self.touched.add(digest)
         return self._leave(adapter)
 
+    def hold(self, digest: str) -> None:
+        """A request for it ends, but a step in flight names it."""
+        self.adapters[digest].held += 1
+
+    def let_go(self, digest: str) -> list[Evict]:
+        """That step has committed."""
+        adapter = self.adapters[digest]
+        assert adapter.held > 0
+        adapter.held -= 1
+        return self._leave(adapter)
+
     def acquire(self, digest: str, now_s: float) -> None:
         """A row is about to run with it."""
         adapter = self.adapters[digest]
@@ -352,7 +363,7 @@ class Residency:
 
     def _leave(self, adapter: Adapter) -> list[Evict]:
         """Drop a forgotten adapter once nothing uses it."""
-        if not adapter.leaving or adapter.claims or adapter.tier is Tier.LOADING:
+        if not adapter.leaving or adapter.claims or adapter.held or adapter.tier is Tier.LOADING:
             return []
         evictions = []
         if adapter.tier is Tier.DEVICE:

@@ -12,7 +12,7 @@ from replica.decoder import rotary_tables
 from replica.gather_executor import GatherExecutor
 from replica.launch import Row, Ticket
 from replica.ranks import Ranks
-from replica.sampling import Sampled
+from replica.request import Sampled
 from replica.shape import ModelShape
 from replica.weights import load_weights
 

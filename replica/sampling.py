@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from replica.request import Sampling, TokenLogprobs
+from replica.request import Sampled, Sampling, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +25,6 @@ class Draw:
     seed: int
     position: int
     generated: int
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    token: int
-    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)

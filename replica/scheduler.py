@@ -1,5 +1,7 @@
 """What runs next: one `step` makes a plan, one `commit` takes in what the plan gave.
 
+The next plan may be made before this one has committed (`flight.py`).
+
     add ──> waiting ── step: admitted ──> running ── commit: last token ──> ended
               ^                           │    ^
               ├── step: no page left ─────┤    │ step: its adapter is back
@@ -12,76 +14,25 @@ so. Base requests need no adapter: they wait for pages and batch space alone.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from cluster.costs import Costs
-from cluster.errors import AdapterFailed, BadRequest, FleetError, ModelNotFound, QueueFull
+from cluster.errors import AdapterFailed, FleetError, QueueFull
 from cluster.values import Tier
 from replica.adapter import Evict, Room
+from replica.admission import Limits, accepted, admissible
 from replica.batch import Batch
 from replica.drainer import Drainer, Sharing
+from replica.flight import Flight
 from replica.loads import BASE_PLACE, Loads, Switches
 from replica.pages import Pages
-from replica.request import Delta, Finish, NewRequest, Phase, Request, TokenLogprobs
+from replica.plan import Plan, Work
+from replica.request import ENDED, Delta, Finish, NewRequest, Phase, Request, Sampled
 from replica.residency import Residency
 from replica.share import Share
 from replica.story import Event, Stories
 from replica.waiting import Waiting
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one step, and the queue, may hold.
-
-    queue_max: requests beyond a full batch. context: the longest prompt + output, in tokens.
-    parked_pages_max: pages that parked rows may hold. page_wait_max_s: how long a request may be
-    passed over for want of pages before the pages that come free are saved for it.
-    """
-
-    batch_rows_max: int
-    step_tokens_max: int
-    queue_max: int
-    loads_in_flight_max: int
-    context: int
-    eos_tokens: frozenset[int] = frozenset()
-    parked_pages_max: int | None = None
-    page_wait_max_s: float = 2.0
-
-
-class Work(NamedTuple):
-    """Compute tokens [start, end) of one request; `sample`: and choose the token that follows.
-
-    A tuple, for one is made for each row and step.
-    """
-
-    request: Request
-    start: int
-    end: int
-    slot: int
-    sample: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """To be carried out in this order: rooms (evict, slide, load), then the rows as one batch.
-
-    wake_s: when there are no rows, the time at which another step may find some.
-    """
-
-    rooms: tuple[Room, ...]
-    rows: tuple[Work, ...]
-    failed: tuple[Delta, ...]
-    wake_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Chosen:
-    """What the batch gave a row that sampled."""
-
-    token: int
-    logprobs: TokenLogprobs | None = None
 
 
 class Scheduler:
@@ -105,6 +56,7 @@ class Scheduler:
         self.share = share or Share()
         self.stories = Stories()
         self.waiting = Waiting()
+        self.flight = Flight()
         self.batch = Batch(
             limits.batch_rows_max,
             limits.parked_pages_max,
@@ -113,6 +65,7 @@ class Scheduler:
             residency,
             self.waiting,
             self.stories,
+            self.flight,
         )
         self.drainer = Drainer(sharing or Sharing(), residency, self.costs)
         self.loads = Loads(
@@ -137,7 +90,7 @@ class Scheduler:
         place = new.digest
         if place is None and not self.switches.base_pinned:
             place = BASE_PLACE
-        request = Request(new.id, new.prompt, new.sampling, new.digest, place, new.priority, now_s)
+        request = accepted(new, place, self.limits, now_s)
         if place is not None:
             self.residency.claim(place, now_s)
         self._requests[new.id] = request
@@ -187,10 +140,12 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._requests)
+        """A request has not ended, or a step has not committed."""
+        return bool(self._requests or self.flight.plans)
 
     def step(self, now_s: float) -> Plan:
         failed = self._fail_quarantined(now_s)
+        self.flight.begin()
         self.drainer.tick()
         self.batch.begin_step()
         closed: set[str] = set()
@@ -208,10 +163,13 @@ class Scheduler:
         for request in self._scan() if budget > 0 and not self.batch.full else ():
             if request.place in closed or not self.drainer.may_admit(request):
                 continue
+            if self.flight.names(request):
+                continue  # it left the batch just now, and may have ended there
             if hold_s is not None and self.loads.holds(request):
                 continue
+            alone = not rows and not self.flight.plans
             placed = self.loads.bring(request, rooms, now_s)
-            if not placed or not self.batch.admit(request, now_s, alone=not rows):
+            if not placed or not self.batch.admit(request, now_s, alone):
                 if self.switches.skip:
                     continue
                 break
@@ -219,34 +177,70 @@ class Scheduler:
             budget -= rows[-1].end - rows[-1].start
             if budget <= 0 or self.batch.full:
                 break
-        wake_s = None if rows else hold_s
-        return Plan(tuple(rooms), tuple(rows), tuple(failed), wake_s)
+        self.flight.took(rooms)
+        plan = Plan(
+            self.flight.number,
+            tuple(rooms),
+            tuple(rows),
+            tuple(failed),
+            self.flight.waits,
+            None if rows else hold_s,
+        )
+        if rows:
+            self.flight.add(plan)
+        return plan
 
-    def commit(self, plan: Plan, chosen: Sequence[Chosen | None], now_s: float) -> list[Delta]:
+    def without(self, plan: Plan, drop: Callable[[Work], bool]) -> Plan:
+        """The newest plan, as long as it has not been carried out, without some of its rows."""
+        dropped = [work for work in plan.rows if drop(work)]
+        if not dropped:
+            return plan
+        narrow = replace(plan, rows=tuple(work for work in plan.rows if not drop(work)))
+        for work in dropped:
+            if work.request.phase not in ENDED:
+                work.request.computed = work.start
+                work.request.tokens -= work.sample
+        self.flight.narrow(narrow, dropped)
+        self._release()
+        return narrow
+
+    def without_ended(self, plan: Plan) -> Plan:
+        """Without those that ended since it was made."""
+        return self.without(plan, lambda work: work.request.phase in ENDED)
+
+    def commit(self, plan: Plan, chosen: Sequence[Sampled | None], now_s: float) -> list[Delta]:
         """`chosen`: one for each row of the plan, None where it did not sample."""
+        if not plan.rows:
+            return []
+        self.flight.commit(plan)
         deltas = []
-        page_tokens = self.pages.page_tokens
-        for work, choice in zip(plan.rows, chosen, strict=True):
-            request = work.request
-            assert request.phase is Phase.RUNNING and request.computed == work.start
-            assert work.sample == (choice is not None)
-            request.computed = work.end
-            if work.end // page_tokens > request.published:
-                self.batch.publish(request)
+        page_tokens, running = self.pages.page_tokens, Phase.RUNNING
+        for (request, start, end, _, sample), choice in zip(plan.rows, chosen, strict=True):
+            assert sample == (choice is not None)
+            if request.phase is not running and request.phase in ENDED:
+                continue  # it ended after this row was planned
+            if end // page_tokens > request.published and request.pages:
+                self.batch.publish(request, end)
             if self.share.on:
-                self.share.served(request.place, work.end - work.start, choice is not None)
+                self.share.served(request.place, end - start, sample)
             if choice is None:
                 continue
-            first = not request.output
-            if first:
+            token, logprobs = choice
+            cached = 0
+            if not request.output:
+                cached = request.cached
                 self.stories.note(request.id, now_s, Event.FIRST_TOKEN)
-            request.output.append(choice.token)
-            finish = self._finish(request, choice.token)
-            logprobs = () if choice.logprobs is None else (choice.logprobs,)
-            cached = request.cached if first else 0
-            deltas.append(Delta(request.id, (choice.token,), logprobs, finish, None, cached))
+            request.output.append(token)
+            finish = None
+            if token in request.stops and len(request.output) > request.sampling.min_tokens:
+                finish = Finish.STOP
+            elif end + 1 >= request.tokens_max:
+                finish = Finish.LENGTH
+            reported = () if logprobs is None else (logprobs,)
+            deltas.append(Delta(request.id, (token,), reported, finish, None, cached))
             if finish is not None:
                 self._end(request, Phase.FINISHED, now_s)
+        self._release()
         return deltas
 
     def check(self) -> None:
@@ -265,36 +259,25 @@ class Scheduler:
             assert request.phase is phase
             assert bool(request.pages) == (phase is not Phase.WAITING)
             assert request.computed <= len(request.pages) * self.pages.page_tokens
-        self.pages.check(r.pages for r in self._requests.values())
+        lingering = self.flight.lingering
+        self.pages.check(r.pages for r in [*self._requests.values(), *lingering])
         self.residency.check()
         for digest, adapter in self.residency.adapters.items():
             own = [r for r in self._requests.values() if r.place == digest]
             assert adapter.claims == len(own)
             assert adapter.users == sum(r.id in self.batch.running for r in own)
+            assert adapter.held == sum(r.place == digest for r in lingering)
             starves = adapter.wanted and adapter.tier is not Tier.DEVICE
             assert not starves or adapter.starved_s is not None
         self.batch.check()
         self.loads.order.check()
+        slots: dict[str | None, int | None] = {None: 0}
+        slots |= {a.digest: a.slot for a in self.residency.adapters.values()}
+        self.flight.check(self.pages.page_tokens, slots)
 
     def _admissible(self, new: NewRequest) -> None:
-        assert new.id not in self._requests and new.prompt and new.sampling.max_tokens > 0
-        if len(new.prompt) >= self.limits.context:
-            raise BadRequest(
-                f"prompt: {len(new.prompt)} tokens leave no room for an answer in a context of "
-                f"{self.limits.context}",
-                field="prompt",
-            )
-        most = min(len(new.prompt) + new.sampling.max_tokens, self.limits.context)
-        if self.pages.needed(most) > self.pages.capacity:
-            raise BadRequest(
-                f"prompt + max_tokens: {most} tokens take {self.pages.needed(most)} KV pages; "
-                f"this engine has {self.pages.capacity}",
-                field="max_tokens",
-            )
-        if new.digest is not None:
-            adapter = self.residency.adapters.get(new.digest)
-            if adapter is None or adapter.leaving:
-                raise ModelNotFound(f"adapter {new.digest[:12]} is not registered here")
+        assert new.id not in self._requests
+        admissible(new, self.limits, self.pages, self.residency)
         if len(self._requests) >= self.limits.queue_max + self.limits.batch_rows_max:
             raise QueueFull(
                 f"{len(self.waiting)} requests wait and {len(self.batch.running)} run already, "
@@ -327,23 +310,29 @@ class Scheduler:
         This and `commit` run once a row and step: they are written for speed.
         """
         rows, begun = [], []
-        page_tokens, slot = self.pages.page_tokens, self.residency.slot
+        page_tokens, number = self.pages.page_tokens, self.flight.number
         for request in list(self.batch.running.values()):
             tokens = request.tokens
-            if request.computed != tokens - 1 or not request.output:
+            if request.computed != tokens - 1 or not request.begun:
                 begun.append(request)
                 continue
+            if tokens >= request.tokens_max:
+                continue  # the step in flight gives its last token
             if tokens > len(request.pages) * page_tokens and (
                 request.phase is not Phase.RUNNING or not self.batch.grow(request, now_s)
             ):
                 continue  # it lost its pages to an older one
-            rows.append(Work(request, tokens - 1, tokens, slot(request.digest), True))
+            rows.append(Work(request, tokens - 1, tokens, request.slot, True))
+            request.computed, request.tokens, request.step = tokens, tokens + 1, number
         return rows, [request for request in begun if request.phase is Phase.RUNNING]
 
     def _chunk(self, request: Request, budget: int) -> Work:
-        end = min(request.tokens, request.computed + budget)
-        slot = self.residency.slot(request.digest)
-        return Work(request, request.computed, end, slot, sample=end == request.tokens)
+        start = request.computed
+        end = min(request.tokens, start + budget)
+        sample = end == request.tokens
+        request.computed, request.step = end, self.flight.number
+        request.tokens += sample
+        return Work(request, start, end, request.slot, sample)
 
     def _first(self) -> str | None:
         """The adapter of the first request, where that one blocks the rest."""
@@ -358,31 +347,33 @@ class Scheduler:
             places = [None, *(a.digest for a in placed if a.tier is Tier.DEVICE)]
         return self.waiting.in_order(places, self.share.of if self.switches.skip else _nobody)
 
-    def _finish(self, request: Request, token: int) -> Finish | None:
-        sampling = request.sampling
-        if len(request.output) > sampling.min_tokens and (
-            token in sampling.stop_tokens
-            or (token in self.limits.eos_tokens and not sampling.ignore_eos)
-        ):
-            return Finish.STOP
-        generated = len(request.output)
-        if generated >= sampling.max_tokens or request.tokens >= self.limits.context:
-            return Finish.LENGTH
-        return None
-
     def _fail(self, request: Request, error: FleetError, now_s: float) -> Delta:
         self._end(request, Phase.FAILED, now_s)
         return Delta(request.id, error=error)
 
     def _end(self, request: Request, phase: Phase, now_s: float) -> None:
+        place = request.place
         self.batch.end(request, now_s)
         request.become(phase)
         self.waiting.forget(request)
         del self._requests[request.id]
-        self.share.leave(request.place)
+        self.share.leave(place)
         self.stories.note(request.id, now_s, Event.DONE, phase.value)
-        if request.place is not None:
-            self._evictions += self.residency.unclaim(request.place)
+        if self.flight.names(request):
+            self.flight.lingering.append(request)
+            if place is not None:
+                self.residency.hold(place)
+        else:
+            self.batch.free(request)
+        if place is not None:
+            self._evictions += self.residency.unclaim(place)
+
+    def _release(self) -> None:
+        """What lingered until the last step that named it had committed."""
+        for request in self.flight.released():
+            self.batch.free(request)
+            if request.place is not None:
+                self._evictions += self.residency.let_go(request.place)
 
 
 def _nobody(_: str | None) -> float:

@@ -5,7 +5,6 @@
 Deterministic: the same scheduler, arrivals and model give the same records.
 """
 
-import dataclasses
 import heapq
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,8 +12,9 @@ from dataclasses import dataclass, field, fields
 from typing import Protocol
 
 from replica.adapter import Load
-from replica.request import NewRequest, Sampling
-from replica.scheduler import Chosen, Plan, Scheduler, Work
+from replica.plan import Plan, Work
+from replica.request import NewRequest, Sampled, Sampling
+from replica.scheduler import Scheduler
 from replica.workloads import Arrival
 
 
@@ -114,7 +114,7 @@ class Twin:
             return float("inf") if plan.wake_s is None else plan.wake_s
         prompts = tuple(work for work in plan.rows if work.end - work.start > 1)
         if prompts and not self.mixed:
-            plan = dataclasses.replace(plan, rows=prompts)
+            plan = self.scheduler.without(plan, lambda work: work.end - work.start == 1)
         took_s = self.model.step_s(plan.rows, self.ranks)
         self.scheduler.costs.stepped(sum(work.end - work.start for work in prompts), took_s)
         self.now_s += took_s
@@ -122,7 +122,7 @@ class Twin:
         for work in plan.rows:
             if work.sample:
                 self._records[work.request.id].token(self.now_s)
-        chosen = [Chosen(0) if work.sample else None for work in plan.rows]
+        chosen = [Sampled(0) if work.sample else None for work in plan.rows]
         self.scheduler.commit(plan, chosen, self.now_s)
         self.scheduler.evictions()
         self._checked()

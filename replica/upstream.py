@@ -23,6 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.costs import Costs
+from replica.admission import Limits
 from replica.drainer import Sharing
 from replica.eviction import ORDERS
 from replica.extents import Extents
@@ -30,7 +31,7 @@ from replica.hardware import A100, H200, Card, image_bytes
 from replica.loads import Switches
 from replica.pages import Pages
 from replica.residency import Residency
-from replica.scheduler import Limits, Scheduler
+from replica.scheduler import Scheduler
 from replica.twin import Figures, Twin, figures, median_figures
 from replica.workloads import Stream, arrivals
 

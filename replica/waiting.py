@@ -53,7 +53,7 @@ class Waiting:
 
     def _count_begun(self, request: Request, change: int) -> None:
         place = request.place
-        if request.output:
+        if request.begun:
             self._begun[place] = self._begun.get(place, 0) + change
             if not self._begun[place]:
                 del self._begun[place]

@@ -8,13 +8,15 @@ from collections.abc import Callable, Mapping
 
 from cluster.costs import Costs
 from replica import eviction
+from replica.admission import Limits
 from replica.drainer import Sharing
 from replica.extents import Extents
 from replica.loads import Switches
 from replica.pages import Pages
-from replica.request import Delta, NewRequest, Sampling
+from replica.plan import Plan
+from replica.request import Delta, NewRequest, Sampled, Sampling
 from replica.residency import Residency
-from replica.scheduler import Chosen, Limits, Plan, Scheduler
+from replica.scheduler import Scheduler
 from replica.share import Share
 
 EOS = 2
@@ -67,7 +69,7 @@ def run(
     """One step, with every invariant checked."""
     plan = core.step(now_s)
     core.check()
-    chosen = [Chosen(token(w.request.id)) if w.sample else None for w in plan.rows]
+    chosen = [Sampled(token(w.request.id)) if w.sample else None for w in plan.rows]
     deltas = core.commit(plan, chosen, now_s)
     core.check()
     return plan, [*plan.failed, *deltas]

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from cluster.costs import Costs
 from replica import eviction
 from replica.adapter import Load
+from replica.admission import Limits
 from replica.drainer import Sharing
 from replica.extents import Extents
 from replica.loads import Switches
 from replica.pages import Pages
-from replica.request import NewRequest, Sampling
+from replica.request import NewRequest, Sampled, Sampling
 from replica.residency import Residency
-from replica.scheduler import Chosen, Limits, Scheduler
+from replica.scheduler import Scheduler
 from replica.share import Share
 from replica.story import Event
 
@@ -110,7 +111,7 @@ class Bench:
         start_s = time.perf_counter()
         plan = self.core.step(now_s)
         planned_s = time.perf_counter()
-        chosen = [Chosen(7) if work.sample else None for work in plan.rows]
+        chosen = [Sampled(7) if work.sample else None for work in plan.rows]
         chosen_s = time.perf_counter()
         self.core.commit(plan, chosen, now_s)
         took_s = planned_s - start_s, time.perf_counter() - chosen_s

@@ -12,7 +12,7 @@ from cluster.config import EngineConfig
 from cluster.values import Tier, Version
 from replica.adapter_files import inspect
 from replica.engine import Engine
-from replica.request import Delta, NewRequest, Sampling
+from replica.request import Delta, Finish, NewRequest, Sampling
 from replica.shape import read_shape
 from tests.models import make_adapter, make_model
 
@@ -80,18 +80,24 @@ def test_each_adapter_answers_differently(
         assert len(set(answers)) == ADAPTERS + 1
 
 
-@pytest.mark.parametrize("churn_seed", range(3))
+@pytest.mark.parametrize(("churn_seed", "depth"), [(0, 1), (1, 1), (0, 2), (2, 2)])
 def test_no_token_of_a_wrong_adapter_under_churn(
     model: str,
     versions: list[Version],
     expected: dict[tuple[str | None, int], list[int]],
     churn_seed: int,
+    depth: int,
 ) -> None:
     """Room for about three of twelve adapters, few pages, cancels in between."""
     rng = random.Random(churn_seed)
     largest = max(v.parameters for v in versions) * 4
     made = engine(
-        model, versions, adapter_memory=largest + 2**16, kv_memory=2**20, batch_rows_max=6
+        model,
+        versions,
+        adapter_memory=largest + 2**16,
+        kv_memory=2**20,
+        batch_rows_max=6,
+        plan_depth=depth,
     )
     asked: dict[str, tuple[str | None, int]] = {}
     got: dict[str, list[int]] = {}
@@ -231,6 +237,9 @@ def test_an_image_in_host_memory_comes_back_without_its_files(
         {"quantum_s": 0.001, "host_memory": 0},
         {"eviction": "lru", "prefetch_depth": 0, "prefix_cache": False},
         {"fair_share": True, "parked_pages_max": 4, "quantum_s": 0.001},
+        {"plan_depth": 2},
+        {"plan_depth": 2, "overlap": False},
+        {"plan_depth": 2, "quantum_s": 0.001, "kv_memory": 2**18},
     ],
     ids=lambda settings: "-".join(f"{k}={v}" for k, v in settings.items()),
 )
@@ -254,10 +263,11 @@ def test_tokens_are_the_same_whatever_the_switches(
     made.close()
 
 
+@pytest.mark.parametrize("depth", [1, 2])
 def test_a_load_that_fails_without_overlap_hurts_only_its_own_requests(
-    model: str, versions: list[Version], tmp_path: Path
+    model: str, versions: list[Version], tmp_path: Path, depth: int
 ) -> None:
-    made = engine(model, versions[:1], overlap=False)
+    made = engine(model, versions[:1], overlap=False, plan_depth=depth)
     made.register(Version("gone", "0" * 64, "", 8, 1000), str(tmp_path / "gone"))
     made.add(NewRequest("r", (5,), GREEDY, "0" * 64))
     made.add(NewRequest("ok", (5,), GREEDY, versions[0].digest))
@@ -296,3 +306,53 @@ def test_a_versions_weight_reaches_the_share_of_the_batch(
     ended = [delta.request_id[0] for _ in range(20) for delta in made.step() if delta.last]
     assert ended.count("0") == pytest.approx(15, abs=1)
     made.close()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_tokens_are_the_same_at_both_depths(
+    model: str, versions: list[Version], temperature: float
+) -> None:
+    """With stop tokens, draws by seed, logprobs, lengths from 1, rows parked and pages short."""
+    rng = random.Random(2)
+    asked = []
+    for n in range(60):
+        sampling = Sampling(
+            max_tokens=rng.randint(1, 20),
+            min_tokens=rng.choice([0, 0, 4]),
+            temperature=temperature,
+            seed=n,
+            stop_tokens=frozenset(rng.sample(range(320), 40)),
+            logprobs=rng.choice([None, None, 2]),
+        )
+        digest = rng.choice([None, *(v.digest for v in versions)])
+        asked.append(NewRequest(f"r{n}", rng.choice(PROMPTS), sampling, digest))
+    told = []
+    for depth in (1, 2):
+        made = engine(
+            model,
+            versions,
+            slots_max=3,
+            batch_rows_max=6,
+            quantum_s=0.001,
+            kv_memory=2**18,
+            plan_depth=depth,
+        )
+        for request in asked:
+            made.add(request)
+        deltas: dict[str, list[Delta]] = {}
+        while made.has_work:
+            for delta in made.step():
+                deltas.setdefault(delta.request_id, []).append(delta)
+            made.scheduler.check()
+        told.append(
+            {
+                name: ([t for d in own for t in d.tokens], own[-1].finish, len(own))
+                for name, own in deltas.items()
+            }
+        )
+        report = made.report()
+        assert report.parks and report.free_pages == report.capacity_pages
+        made.close()
+    assert told[0] == told[1]
+    finishes = {finish for _, finish, _ in told[0].values()}
+    assert finishes == {Finish.STOP, Finish.LENGTH}

@@ -1,30 +1,53 @@
 """One random life of a scheduler, drawn from a seed: arrivals, cancels, failing loads, tiny arenas.
 
-Every invariant is checked after every step; when the faults are over, all work ends.
+Every invariant is checked after every step; when the faults are over, all work ends. At depth 2
+each step is launched before the one before it has committed, and what that one names must stay.
 """
 
-import dataclasses
 import random
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from cluster.costs import Costs
 from cluster.errors import FleetError
-from replica.adapter import Load
+from replica.adapter import Evict, Load
+from replica.admission import Limits
 from replica.drainer import Sharing
 from replica.eviction import ORDERS
 from replica.extents import Extents
 from replica.host_tier import HostTier
 from replica.loads import Switches
 from replica.pages import Pages
-from replica.request import NewRequest, Phase, Sampling
+from replica.plan import Plan, Work
+from replica.request import ENDED, Delta, Finish, NewRequest, Request, Sampled, Sampling
 from replica.residency import Residency
-from replica.scheduler import Chosen, Limits, Plan, Scheduler, Work
+from replica.scheduler import Scheduler
 from replica.share import Share
+
+
+@dataclass(frozen=True, slots=True)
+class Flying:
+    """A launched step. pages: of each row. spans: the bytes of each slot that a row uses."""
+
+    plan: Plan
+    pages: list[list[int]]
+    spans: dict[int, tuple[int, int]]
+
+    def named(self) -> dict[int, Request]:
+        """page → a request that computes with it."""
+        return {
+            page: work.request
+            for work, pages in zip(self.plan.rows, self.pages, strict=True)
+            for page in pages
+        }
 
 
 class Run:
     """A scheduler, and around it everything that can happen to one, drawn from a seed."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, depth: int = 1) -> None:
+        self.depth = depth
         self.rng = random.Random(seed)
         rng = self.rng
         limits = Limits(
@@ -62,9 +85,12 @@ class Run:
         share = Share({"a": 2.0}, on=self.chance(0.3))
         self.core = Scheduler(limits, pages, residency, costs, switches, sharing, share)
         self.loads: list[Load] = []
+        self.flying: deque[Flying] = deque()
         self.contents: dict[int, str] = {}  # slot → digest whose weights are there
+        self.spans: dict[int, tuple[int, int]] = {}  # slot → its bytes [begin, end)
         self.cache: dict[tuple[int, int], tuple[str | None, int]] = {}  # page, offset → written
-        self.open: set[str] = set()
+        self.open: dict[str, Request] = {}
+        self.got: dict[str, list[int]] = {}
         self.ended: set[str] = set()
         self.now_s = 0.0
         self.count = 0
@@ -101,16 +127,31 @@ class Run:
         first = rng.choice([0, 0, 1])
         prompt = tuple(range(first, first + rng.randint(1, 60)))
         try:
-            self.core.add(
+            request = self.core.add(
                 NewRequest(name, prompt, sampling, digest, rng.choice([0, 0, 1])), self.now_s
             )
         except FleetError:
             return
-        self.open.add(name)
+        self.open[name] = request
+        self.got[name] = []
+
+    def take_in(self, deltas: Iterable[Delta]) -> None:
+        for delta in deltas:
+            assert delta.request_id in self.open, f"a token for {delta.request_id}, which has ended"
+            self.got[delta.request_id] += delta.tokens
+            if delta.last:
+                request = self.open[delta.request_id]
+                length = len(self.got[delta.request_id])
+                assert delta.finish is not Finish.STOP or request.output[-1] == 2
+                most = min(
+                    request.sampling.max_tokens, self.core.limits.context - len(request.prompt)
+                )
+                assert length == most if delta.finish is Finish.LENGTH else length <= most
+                self.end(delta.request_id)
 
     def end(self, name: str) -> None:
         assert name in self.open and name not in self.ended, f"{name} ended twice"
-        self.open.remove(name)
+        assert self.got.pop(name) == self.open.pop(name).output, f"{name} lost a token"
         self.ended.add(name)
 
     def finish_loads(self, faults: bool) -> None:
@@ -128,63 +169,104 @@ class Run:
     def clear(self) -> None:
         """One whose load was lost may leave a slot that nothing came to."""
         for evict in self.core.evictions():
-            assert self.contents.pop(evict.slot, evict.digest) == evict.digest
+            self.leave(evict)
+
+    def leave(self, evict: Evict) -> None:
+        assert all(evict.slot not in step.spans for step in self.flying), "a step in flight uses it"
+        assert self.contents.pop(evict.slot, evict.digest) == evict.digest
 
     def step(self, faults: bool) -> None:
         self.finish_loads(faults)
         plan = self.core.step(self.now_s)
         self.core.check()
-        for room in plan.rooms:
-            for evict in room.evictions:
-                assert self.contents.pop(evict.slot, evict.digest) == evict.digest
-            in_flight = {load.slot for load in self.loads}
-            moved = {move.slot for move in room.moves}
-            assert in_flight.isdisjoint(moved), "a copy's target moved"
-            assert moved <= set(self.contents), "what is not there cannot move"
-            if self.core.switches.overlap:
-                self.loads.append(room.load)
-            else:
-                plan = self.carry_out(plan, room.load, faults)
-        self.right_weights(plan)
-        chosen = [Chosen(self.rng.choice([2, 5, 6, 7])) if w.sample else None for w in plan.rows]
-        deltas = [*plan.failed, *self.core.commit(plan, chosen, self.now_s)]
-        for delta in deltas:
-            if delta.last:
-                self.end(delta.request_id)
-        self.core.check()
+        self.take_in(plan.failed)
+        if plan.waits:
+            self.commit()
+        plan = self.make_rooms(plan, faults)
+        if plan.rows:
+            self.launch(plan)
+        if self.flying and (len(self.flying) == self.depth or not plan.rows):
+            self.commit()
         self.clear()
         self.now_s += 0.05
 
-    def carry_out(self, plan: Plan, load: Load, faults: bool) -> Plan:
-        """Without overlap: the batch waits, and runs without those whose load has failed."""
-        if not (faults and load.digest and self.chance(0.1)):
-            self.contents[load.slot] = load.digest
-            return plan
-        for delta in self.core.lost(load.digest, "fault", self.now_s):
-            self.end(delta.request_id)
-        self.core.check()
-        rows = tuple(w for w in plan.rows if w.request.phase is Phase.RUNNING)
-        return dataclasses.replace(plan, rows=rows)
+    def make_rooms(self, plan: Plan, faults: bool) -> Plan:
+        for room in plan.rooms:
+            for evict in room.evictions:
+                self.leave(evict)
+            for move in room.moves:
+                assert move.slot not in {load.slot for load in self.loads}, "a copy's target moved"
+                assert move.slot in self.contents, "what is not there cannot move"
+                self.write(move.slot, move.target, move.bytes)
+            self.write(room.load.slot, room.load.offset, room.load.bytes)
+            if self.core.switches.overlap:
+                self.loads.append(room.load)
+            else:
+                self.load_now(room.load, faults)
+        return self.core.without_ended(plan)
 
-    def right_weights(self, plan: Plan) -> None:
+    def write(self, slot: int, offset: int, size: int) -> None:
+        """These bytes are this slot's from now on; a step in flight uses neither."""
+        for step in self.flying:
+            assert slot not in step.spans, "a slot of a step in flight"
+            for begin, end in step.spans.values():
+                assert offset + size <= begin or end <= offset, "bytes of a step in flight"
+        self.spans[slot] = offset, offset + size
+
+    def load_now(self, load: Load, faults: bool) -> None:
+        """Without overlap the batch waits, and runs without those whose load has failed."""
+        if faults and load.digest and self.chance(0.1):
+            self.take_in(self.core.lost(load.digest, "fault", self.now_s))
+        else:
+            self.contents[load.slot] = load.digest
+
+    def launch(self, plan: Plan) -> None:
+        size = self.core.pages.page_tokens
+        named = {page: r for step in self.flying for page, r in step.named().items()}
+        step = Flying(plan, [], {})
         for work in plan.rows:
+            pages = work.request.pages[: -(-work.end // size)]
+            step.pages.append(pages)
+            for page in pages[work.start // size :]:
+                assert named.get(page, work.request) is work.request, "pages of a step in flight"
+            if work.slot:
+                step.spans[work.slot] = self.spans[work.slot]
+        self.flying.append(step)
+        self.core.check()
+        self.right_weights(step)
+
+    def commit(self) -> None:
+        step = self.flying.popleft()
+        self.right_weights(step)
+        rows = zip(step.plan.rows, step.pages, strict=True)
+        for work, pages in rows:
+            self.right_pages(work, pages)
+        stops = [2, 5, 6, 7]
+        chosen = [Sampled(self.rng.choice(stops)) if w.sample else None for w in step.plan.rows]
+        self.take_in(self.core.commit(step.plan, chosen, self.now_s))
+        self.core.check()
+
+    def right_weights(self, step: Flying) -> None:
+        for work in step.plan.rows:
             weights = self.contents[work.slot] if work.slot else None
             assert weights == work.request.digest, f"{work.request.id} ran with {weights}"
-            self.right_pages(work)
+            assert not work.slot or self.spans[work.slot] == step.spans[work.slot]
 
-    def right_pages(self, work: Work) -> None:
+    def right_pages(self, work: Work, pages: list[int]) -> None:
         """What it attends to are its own tokens, computed with its own weights."""
         request, size = work.request, self.core.pages.page_tokens
+        if request.phase in ENDED:
+            return  # nobody waits for what it gives
         for position, token in enumerate(request.slice(0, work.end)):
-            at = request.pages[position // size], position % size
+            at = pages[position // size], position % size
             if position >= work.start:
                 self.cache[at] = request.digest, token
             assert self.cache.get(at) == (request.digest, token), f"{request.id} at {position}"
 
 
-def live(seed: int) -> None:
+def live(seed: int, depth: int = 1) -> None:
     """Raises AssertionError, naming the seed."""
-    run = Run(seed)
+    run = Run(seed, depth)
     try:
         for _ in range(120):
             run.events()
@@ -197,4 +279,6 @@ def live(seed: int) -> None:
         assert not run.core.has_work, "work is left though the faults are over"
         assert run.core.pages.free == run.core.pages.capacity
     except (AssertionError, LookupError) as error:
-        raise AssertionError(f"seed {seed}: {type(error).__name__} {error}") from error
+        raise AssertionError(
+            f"seed {seed} at depth {depth}: {type(error).__name__} {error}"
+        ) from error

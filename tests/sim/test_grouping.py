@@ -9,12 +9,14 @@ import pytest
 
 from cluster.costs import Costs
 from replica import eviction
+from replica.admission import Limits
 from replica.drainer import Sharing
 from replica.extents import Extents
 from replica.loads import Switches
 from replica.pages import Pages
+from replica.plan import Work
 from replica.residency import Residency
-from replica.scheduler import Limits, Scheduler, Work
+from replica.scheduler import Scheduler
 from replica.twin import Twin
 from replica.workloads import Arrival
 

@@ -8,7 +8,8 @@ import pytest
 from tests.sim.random_run import live
 
 
+@pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("block", range(15))
-def test_every_invariant_holds_and_all_work_ends(block: int) -> None:
+def test_every_invariant_holds_and_all_work_ends(block: int, depth: int) -> None:
     for seed in range(block * 20, block * 20 + 20):
-        live(seed)
+        live(seed, depth)

@@ -24,9 +24,9 @@ from replica.extents import Extents
 from replica.host_tier import HostTier
 from replica.loads import Switches
 from replica.pages import Pages
-from replica.request import NewRequest, Sampling
+from replica.request import NewRequest, Sampled, Sampling
 from replica.residency import Residency
-from replica.scheduler import Chosen, Scheduler
+from replica.scheduler import Scheduler
 from tests.core import STEP_S, scheduler
 
 SETTINGS = settings(
@@ -271,7 +271,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for work in plan.rows:
             weights = self.contents[work.slot] if work.slot else None
             assert weights == work.request.digest, "another's weights"
-        chosen = [Chosen(7) if work.sample else None for work in plan.rows]
+        chosen = [Sampled(7) if work.sample else None for work in plan.rows]
         for delta in [*plan.failed, *core.commit(plan, chosen, self.now_s)]:
             if delta.last:
                 self.open.remove(delta.request_id)

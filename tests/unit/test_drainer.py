@@ -197,8 +197,10 @@ def test_a_slice_lasts_five_copies_where_copies_are_slow() -> None:
 
 def test_nothing_is_parked_where_waiting_out_costs_less() -> None:
     core = busy(PARK, tokens=60, copy_bytes_per_s=400.0)  # two copies: 0.2 s, 4 steps
-    core.batch.running["x"].sampling = new("x", max_tokens=len(run(core)[0].rows) + 4).sampling
-    assert core.batch.running["x"].remaining <= 4
+    request = core.batch.running["x"]
+    request.sampling = new("x", max_tokens=len(run(core)[0].rows) + 4).sampling
+    request.tokens_max = len(request.prompt) + request.sampling.max_tokens
+    assert request.remaining <= 4
     core.add(new("s", "c"), 0.0)
     core.add(new("more", "a"), 0.0)
     plan, _ = run(core, 5.0)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from replica.hardware import A100, CARDS, H200, UPSTREAM_LOAD_S, image_bytes
-from replica.scheduler import Work
+from replica.plan import Work
 
 RANKS = {None: 0, "a": 16, "b": 64}
 

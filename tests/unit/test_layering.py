@@ -35,7 +35,6 @@ SHELLS = frozenset(
         "replica.front",
         "replica.gather_executor",
         "replica.image",
-        "replica.launch",
         "replica.link",
         "replica.loader",
         "replica.membership",

@@ -9,11 +9,13 @@ from cluster.costs import Costs
 from cluster.errors import AdapterFailed, BadRequest, ModelNotFound, QueueFull
 from cluster.values import Tier
 from replica import eviction
+from replica.admission import Limits
 from replica.extents import Extents
 from replica.pages import Pages
-from replica.request import Delta, Finish, NewRequest, Sampling
+from replica.plan import Plan
+from replica.request import Delta, Finish, NewRequest, Sampled, Sampling
 from replica.residency import Residency
-from replica.scheduler import Chosen, Limits, Plan, Scheduler
+from replica.scheduler import Scheduler
 
 EOS = 2
 
@@ -45,7 +47,7 @@ def run(
 ) -> tuple[Plan, list[Delta]]:
     plan = core.step(now_s)
     core.check()
-    chosen = [Chosen(token(w.request.id)) if w.sample else None for w in plan.rows]
+    chosen = [Sampled(token(w.request.id)) if w.sample else None for w in plan.rows]
     deltas = core.commit(plan, chosen, now_s)
     core.check()
     return plan, [*plan.failed, *deltas]

@@ -5,13 +5,15 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from cluster.costs import Costs
+from replica.admission import Limits
 from replica.drainer import Sharing
 from replica.eviction import ORDERS
 from replica.extents import Extents
 from replica.loads import Switches
 from replica.pages import Pages
+from replica.plan import Work
 from replica.residency import Residency
-from replica.scheduler import Limits, Scheduler, Work
+from replica.scheduler import Scheduler
 from replica.twin import Record, Twin, figures, percentile
 from replica.workloads import Arrival, Stream, arrivals
 

@@ -56,6 +56,7 @@ def test_all_begun_tells_whether_everyone_has_a_token() -> None:
     waiting = Waiting()
     begun, fresh = request("1", "a"), request("2", "a")
     begun.output.append(7)
+    begun.tokens += 1
     waiting.add(begun)
     assert waiting.all_begun("a")
     waiting.add(fresh)
