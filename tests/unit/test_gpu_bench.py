@@ -15,6 +15,7 @@ from replica.hardware import KV_TOKEN_BYTES, RANK_BYTES, WEIGHT_BYTES
 from replica.image import read_image
 from replica.shape import ModelShape
 from tests.bench.on_gpu import floors
+from tests.bench.on_gpu.check_model import divergence
 from tests.bench.on_gpu.figures import gaps, idle_share, medians, over
 from tests.bench.on_gpu.floors import Cost, Rates
 from tests.bench.on_gpu.models import LLAMA_8B, TINY, Adapters, layout, write_model
@@ -24,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 ON_GPU = sorted(path.stem for path in (ROOT / "tests/bench/on_gpu").glob("*.py"))
 # They need Triton, which a CPU install may not have.
 KERNELS = {"check", "check_attention", "check_fused", "check_lora", "times"}
+REFUSED = "ray redis pydantic fastapi starlette typer yaml pytest peft".split()  # noqa: SIM905
 BF16 = 2
 
 
@@ -91,6 +93,10 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert medians(rounds) == {"base": 2.0, "lora": 2.2}
 
 
+def test_tokens_after_the_first_that_differs_are_not_compared() -> None:
+    assert divergence([[1, 2, 3], [4, 5, 6]], [[1, 9, 9], [4, 5, 6]]) == (5, 1)
+
+
 def test_adapters_of_a_rank_share_their_tensors_and_not_their_digests(tmp_path: Path) -> None:
     shape = write_model(tmp_path / "model", TINY)
     adapters = Adapters(tmp_path, shape, torch.float32, torch.device("cpu"))
@@ -139,23 +145,14 @@ def test_a_report_is_written_as_it_comes_and_ends_in_a_table(
 
 def test_the_bench_imports_nothing_of_the_servers() -> None:
     """What is not on the GPU machine, or not under the name that we know."""
-    refused = [
-        "ray",
-        "redis",
-        "pydantic",
-        "fastapi",
-        "starlette",
-        "typer",
-        "yaml",
-        "pytest",
-        "peft",
-    ]
-    modules = [f"tests.bench.on_gpu.{name}" for name in ON_GPU if name not in KERNELS]
+    triton = importlib.util.find_spec("triton") is not None
+    names = [name for name in ON_GPU if triton or name not in KERNELS]
+    modules = [f"tests.bench.on_gpu.{name}" for name in names]
     code = f"""
 import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {refused}:
+        if name.partition(".")[0] in {REFUSED}:
             raise ImportError(f"{{name}} is not on the GPU machine")
 sys.meta_path.insert(0, Refuse())
 for name in {modules}: __import__(name)

@@ -76,13 +76,16 @@ def gated(draw: Draw, rows: int, inner: int) -> Case:
 
 def sampling(draw: Draw, rows: int, vocab: int) -> Case:
     """Of a draw, how far `uniform` lies outside the share of the token that was chosen; 1 for a
-    token that should have been the most probable and is not.
+    token that should have been the first of the most probable and is not.
     """
     logits, uniform = draw.normal(rows, vocab).mul_(3), draw.uniform(rows)
     greedy = draw.uniform(rows) < 0.3 if rows > 1 else torch.ones_like(uniform, dtype=torch.bool)
     temperature = torch.where(greedy, 0.0, draw.uniform(rows) + 0.5)
     heat = torch.where(greedy, 1.0, temperature).double()
     ends = (logits.double() / heat[:, None]).softmax(-1).cumsum(-1)
+    largest = logits == logits.max(-1, keepdim=True).values
+    tokens = torch.arange(vocab, device=draw.device)
+    first = torch.where(largest, tokens, vocab).min(-1).values
 
     def missed() -> torch.Tensor:
         chosen = fused.choose(logits, temperature, uniform)
@@ -90,7 +93,7 @@ def sampling(draw: Draw, rows: int, vocab: int) -> Case:
         begin = ends.gather(1, (chosen - 1).clamp(min=0)[:, None])[:, 0]
         begin = torch.where(chosen == 0, 0.0, begin)
         outside = torch.maximum(begin - uniform, uniform - end).clamp(min=0)
-        wrong = (chosen != logits.max(-1).indices).double()
+        wrong = (chosen != first).double()
         return 1 + torch.where(greedy, wrong, outside)
 
     return Case(f"{rows} × {vocab}", missed, lambda: torch.ones_like(ends[:, 0]))

@@ -23,8 +23,11 @@ class Adapters:
     arena: torch.Tensor
     groups: list[list[tuple[int, int, int]]]
 
-    def operation(self) -> TritonLora:
-        return TritonLora(self.directory, self.arena, self.groups)
+    def operation(self, rows_max: int) -> TritonLora:
+        """Of an engine with the default `rank_max`."""
+        made = TritonLora(self.directory, self.arena, self.groups, rank_max=256)
+        made.reserve(rows_max)
+        return made
 
     def batch(self, draw: Draw, rows: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = self.groups[group][0][1]
@@ -69,10 +72,10 @@ def cases(draw: Draw, shape: ModelShape, tiny: bool) -> Iterator[Case]:
         rows = [1] * 100 + [0] * 50 + [6] * 129 + [3] * 21 + [4] * 64
         batches |= {
             "segments, shuffled": [rows[i] for i in draw.order(len(rows)).tolist()],
-            "a prefill of one": [2] * 2048,
-            "a prefill of three": [2] * 700 + [7] * 1000 + [4] * 348,
+            "a prefill of one": [2] * 600,
+            "a prefill of three": [2] * 250 + [7] * 300 + [4] * 150,
         }
-    operation = adapters.operation()
+    operation = adapters.operation(max(map(len, batches.values())))
     for name, slots in batches.items():
         for group in _groups(tiny):
             x, y = adapters.batch(draw, len(slots), group)
@@ -114,8 +117,7 @@ def replayed(draw: Draw, shape: ModelShape, tiny: bool) -> Iterator[Case]:
         "all base": [0] * rows,
         "fewer rows": [3] * (rows // 2),
     }
-    operation = adapters.operation()
-    operation.reserve(rows)
+    operation = adapters.operation(rows)
     for group in _groups(tiny):
         x, y = adapters.batch(draw, rows, group)
         own = y.clone()
@@ -177,11 +179,11 @@ def integers(draw: Draw, shape: ModelShape, tiny: bool) -> Iterator[Case]:
     adapters = drawn(draw, shape, [4, 4] if tiny else [16, 64, 256])
     adapters.directory.scale[:] = 1
     adapters.arena.copy_(draw.integers(-1, 1, len(adapters.arena)))
-    operation = adapters.operation()
     batches = {
         "decode": [i % (2 if tiny else 4) for i in range(5 if tiny else 64)],
-        "prefill": [0, 1, 2] if tiny else [1] * 200 + [2] * 300 + [3] * 12,
+        "prefill": [0, 1, 2] if tiny else [1] * 300 + [2] * 330 + [3] * 12,
     }
+    operation = adapters.operation(max(map(len, batches.values())))
     for name, slots in batches.items():
         for group in _groups(tiny):
             x, y = adapters.batch(draw, len(slots), group)

@@ -150,7 +150,7 @@ def _fill(runner: Runner, setting: Setting, sizes: Sizes) -> None:
     for i in range(max(sizes.rows)):
         drawn = torch.randint(3, setting.shape.vocab, (sizes.context,), generator=generator)
         row_pages = range(i * pages, (i + 1) * pages)
-        batch.append(Row(drawn.tolist(), 0, row_pages, 0, None, i, 0))
+        batch.append(Row(drawn.tolist(), 0, row_pages, 0, _GREEDY, i, 0))
         if (len(batch) + 1) * sizes.context > max(*sizes.prefills, sizes.context):
             runner.run(batch)
             batch = []

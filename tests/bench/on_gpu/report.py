@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# Columns are padded up to it: the whole table is to stay within what a terminal's log keeps.
+_WIDTH = 56
 _COLUMNS = ("", "what", "found", "beside", "goal")
 
 
@@ -114,7 +116,7 @@ class Report:
 
     def _table(self, findings: Sequence[Finding]) -> Iterator[str]:
         rows = [_COLUMNS, *(finding.cells() for finding in findings)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
+        widths = [min(max(map(len, column)), _WIDTH) for column in zip(*rows, strict=True)]
         for index, row in enumerate(rows):
             cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
             yield f"| {' | '.join(cells)} |"

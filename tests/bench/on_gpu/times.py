@@ -126,8 +126,7 @@ def _layer(
     draw: Draw, shape: ModelShape, name: str, ranks: list[int], rows: int
 ) -> Iterator[Timed]:
     adapters = drawn(draw, shape, ranks)
-    operation = adapters.operation()
-    operation.reserve(rows)
+    operation = adapters.operation(rows)
     # Each adapter's rows follow each other, as in a prefill; a launch sorts them anyway.
     operation.begin([1 + i * len(ranks) // rows for i in range(rows)], rows)
     pairs = [adapters.batch(draw, rows, group) for group in range(len(GROUPS))]

@@ -53,8 +53,8 @@ class Timer:
         source = torch.randint(0, 127, (bytes,), dtype=torch.int8, device=self.device)
         target = torch.empty_like(source)
         copy_s = median(self.seconds(lambda: target.copy_(source)))
-        host = torch.empty(bytes // 4, dtype=torch.int8, pin_memory=self.device.type == "cuda")
-        host.random_(0, 127)
+        host = torch.empty(bytes // 16, dtype=torch.int8, pin_memory=self.device.type == "cuda")
+        host.copy_(source[: len(host)])
         part = target[: len(host)]
         copy_in_s = median(self.seconds(lambda: part.copy_(host, non_blocking=True), capture=False))
         a, b = (torch.randn(side, side, dtype=dtype, device=self.device) for _ in range(2))
