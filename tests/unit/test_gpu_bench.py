@@ -1,5 +1,6 @@
 """The pure parts of `tests/bench/gpu.py`: floors, figures, what is measured, what is printed."""
 
+import importlib.util
 import json
 import os
 import subprocess
