@@ -10,10 +10,14 @@ How many is decided by shapes alone and how long each is by the row's own length
 captured CUDA graph replays with other lengths.
 """
 
+import importlib
+import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.attention
 import triton
 
 from lora_kernels.attention_kernels import decode_kernel, join_kernel, prefill_kernel
@@ -43,22 +47,23 @@ _DECODE = {
     (4, 128): Tile(16, 16, 4, 5),
     (4, 256): Tile(16, 16, 4, 3),
 }
-# Prefill computes: shapes that Triton's own fused-attention tutorial settles on for H100.
+# Prefill computes: shapes that Triton's own fused-attention tutorial settles on for H100 (fp32: no
+# tensor cores, so as large as registers allow).
 _PREFILL = {
     (2, 64): Tile(128, 64, 4, 3),
     (2, 128): Tile(128, 64, 8, 3),
     (2, 256): Tile(128, 32, 8, 2),
-    (4, 64): Tile(64, 32, 4, 2),
-    (4, 128): Tile(64, 32, 4, 2),
-    (4, 256): Tile(32, 16, 4, 2),
+    (4, 64): Tile(32, 32, 4, 2),
+    (4, 128): Tile(16, 16, 4, 2),
+    (4, 256): Tile(16, 16, 4, 2),
 }
 # When 128 queries a program would leave multiprocessors idle, or most of a program's rows empty.
 _PREFILL_SMALL = {
     (2, 64): Tile(64, 64, 4, 3),
     (2, 128): Tile(64, 64, 4, 3),
     (2, 256): Tile(64, 32, 8, 2),
-    (4, 64): Tile(16, 32, 4, 2),
-    (4, 128): Tile(16, 32, 4, 2),
+    (4, 64): Tile(32, 32, 4, 2),
+    (4, 128): Tile(16, 16, 4, 2),
     (4, 256): Tile(16, 16, 4, 2),
 }
 _MULTIPROCESSORS = 132
@@ -197,6 +202,25 @@ def prefill(
     """
     tokens, heads, head_dim = q.shape
     kv_heads, page_tokens = _check(q, keys, values, table, out)
+    paging = None if softcap else paging_varlen(q)
+    if paging is not None:
+        # It takes any strides, in the order [pages, page_tokens, kv_heads, head_dim].
+        paging(
+            out,
+            q,
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            starts,
+            None,
+            queries_max,
+            table.shape[1] * page_tokens,
+            scale=scale,
+            window_size=(-1 if window is None else window - 1, 0),
+            enable_gqa=True,
+            seqused_k=lengths,
+            block_table=table,
+        )
+        return
     rows = starts.shape[0] - 1
     group = heads // kv_heads
     tile = prefill_tile(q.element_size(), _padded(head_dim), tokens, heads, queries_max * group)
@@ -232,6 +256,23 @@ def prefill(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
+
+
+def paging_varlen(q: torch.Tensor) -> Callable[..., object] | None:
+    """torch's own attention, where it can read pages and take this query; None elsewhere.
+
+    torch 2.13 has the parameters, but the FlashAttention 2 that it ships refuses them: whoever has
+    package `flash_attn_interface` calls `torch.nn.attention.activate_flash_attention_impl("FA3")`
+    before. It does not pass on a softcap.
+    """
+    active = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+    if active != "FA3" or not q.is_cuda or q.element_size() != 2:
+        return None
+    varlen = importlib.import_module("torch.nn.attention.varlen")
+    attend: Callable[..., object] | None = getattr(varlen, "varlen_attn_out", None)
+    if attend is None or "block_table" not in inspect.signature(attend).parameters:
+        return None
+    return attend
 
 
 def prefill_tile(
