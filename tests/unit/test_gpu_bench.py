@@ -17,7 +17,14 @@ from replica.image import read_image
 from replica.shape import ModelShape
 from tests.bench.on_gpu import floors
 from tests.bench.on_gpu.check_model import divergence
-from tests.bench.on_gpu.figures import gaps, idle_share, medians, over
+from tests.bench.on_gpu.figures import (
+    covered_share,
+    device_events,
+    gaps,
+    idle_share,
+    medians,
+    over,
+)
 from tests.bench.on_gpu.floors import Cost, Rates
 from tests.bench.on_gpu.models import LLAMA_8B, TINY, Adapters, layout, write_model
 from tests.bench.on_gpu.report import Report
@@ -86,6 +93,24 @@ def test_idle_is_what_no_batch_covers() -> None:
     assert idle_share(busy, 0.0, 10.0) == pytest.approx(0.6)
     assert idle_share([], 0.0, 1.0) == 1.0
     assert gaps(busy) == [1.0, 5.0]
+
+
+def test_what_ran_under_what_is_read_from_a_profile() -> None:
+    def event(category: str, ts: float, dur: float, **args: int) -> dict[str, object]:
+        return {"cat": category, "ts": ts * 1e6, "dur": dur * 1e6, "args": args}
+
+    trace = {
+        "traceEvents": [
+            event("kernel", 0, 2),
+            event("kernel", 1, 2),
+            event("gpu_memcpy", 1, 4, bytes=2**30),
+            event("gpu_memcpy", 7, 1, bytes=64),
+            {"name": "a mark without a time"},
+        ]
+    }
+    copies = device_events(trace, "gpu_memcpy", bytes_min=2**20)
+    assert copies == [(1.0, 5.0)]
+    assert covered_share(copies, device_events(trace, "kernel")) == pytest.approx(0.5)
 
 
 def test_ratios_are_taken_round_by_round() -> None:

@@ -3,6 +3,7 @@
 import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 Interval = tuple[float, float]
 
@@ -43,6 +44,23 @@ def idle_share(busy: Iterable[Interval], begin: float, end: float) -> float:
     for start, stop in merged(busy):
         covered += max(min(stop, end) - max(start, begin), 0.0)
     return 1 - covered / (end - begin)
+
+
+def covered_share(spans: Sequence[Interval], busy: Iterable[Interval]) -> float:
+    """How much of the spans' time together lies under `busy`, from 0 to 1."""
+    joined = merged(busy)
+    whole = sum(end - begin for begin, end in spans)
+    return sum((1 - idle_share(joined, *span)) * (span[1] - span[0]) for span in spans) / whole
+
+
+def device_events(trace: Mapping[str, Any], category: str, bytes_min: int = 0) -> list[Interval]:
+    """Of a trace in Chrome's format, as torch's profiler writes it; in seconds."""
+    return [
+        (event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6)
+        for event in trace["traceEvents"]
+        if event.get("cat") == category
+        and event.get("args", {}).get("bytes", bytes_min) >= bytes_min
+    ]
 
 
 def gaps(busy: Iterable[Interval]) -> list[float]:

@@ -53,7 +53,7 @@ class Report:
     ) -> None:
         self.findings: list[Finding] = []
         self.failures: list[tuple[str, str]] = []
-        self._out = out
+        self.out = out
         self._tell = tell
         self._claims = claims
         self._start_s = time.monotonic()
@@ -108,9 +108,9 @@ class Report:
 
     def finish(self, heading: Sequence[str]) -> None:
         """Prints the short table, and writes the whole one."""
-        if self._out is not None:
+        if self.out is not None:
             whole = [*heading, "", *self._table(self.findings)]
-            (self._out / "table.md").write_text("\n".join(whole) + "\n")
+            (self.out / "table.md").write_text("\n".join(whole) + "\n")
         print()
         print("\n".join([*heading, "", *self._table([f for f in self.findings if f.short])]))
 
@@ -130,8 +130,8 @@ class Report:
             yield f"FAILED or left out: {section} {what}"
 
     def _line(self, **fields: Any) -> None:
-        if self._out is not None:
-            with (self._out / "results.jsonl").open("a") as file:
+        if self.out is not None:
+            with (self.out / "results.jsonl").open("a") as file:
                 file.write(json.dumps(fields) + "\n")
 
 

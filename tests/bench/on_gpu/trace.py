@@ -7,6 +7,8 @@ put on the queue when the one before had already ended counts the host's time fo
 for the mark before it cannot tell.
 """
 
+import gzip
+import json
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +20,13 @@ import torch
 from cluster.values import Tier
 from replica.engine import Engine
 from replica.request import NewRequest, Sampling
-from tests.bench.on_gpu.figures import gaps, idle_share, median
+from tests.bench.on_gpu.figures import (
+    covered_share,
+    device_events,
+    gaps,
+    idle_share,
+    median,
+)
 from tests.bench.on_gpu.floors import image_bytes
 from tests.bench.on_gpu.models import Adapters, scratch
 from tests.bench.on_gpu.served import Served, counted, served
@@ -100,14 +108,16 @@ def run(setting: Setting) -> None:
         )
         with served(config, versions, setting.device) as server:
             server.warm([sizes.prompt // 8, sizes.prompt], 2, setting.seed)
-            _measure(setting, server, sizes, size)
+            rng = random.Random(setting.seed)
+            _measure(setting, server, sizes, size, rng)
+            if setting.device.type == "cuda" and setting.has_time(SECTION, "profile"):
+                _profile(setting, server, sizes, rng)
 
 
-def _measure(setting: Setting, server: Served, sizes: Sizes, size: int) -> None:
+def _measure(setting: Setting, server: Served, sizes: Sizes, size: int, rng: random.Random) -> None:
     engine = server.engine
     watch = Watch(setting.device, engine.runner.launch)
     engine.runner.launch = watch  # type: ignore[method-assign]
-    rng = random.Random(setting.seed)
     for i in range(sizes.rows):
         _ask(engine, rng, f"base {i}", sizes.prompt, 3 * sizes.prompt - 2, None)
     _until_first(engine, {f"base {i}" for i in range(sizes.rows)})
@@ -117,19 +127,10 @@ def _measure(setting: Setting, server: Served, sizes: Sizes, size: int) -> None:
         engine.step()
     calm, calm_gaps, calm_s = watch.idle()
 
-    watch.start()
     before = engine.report()
-    asked = 0
+    watch.start()
     while engine.report().loads - before.loads < sizes.loads:
-        absent = {
-            f"{asked}: {entry.digest}": entry.digest
-            for entry in engine.residency()
-            if entry.tier is not Tier.DEVICE
-        }
-        for name, digest in absent.items():
-            _ask(engine, rng, name, sizes.prompt // 8, 2, digest)
-        _until_first(engine, set(absent))
-        asked += 1
+        _ask_for_absent(engine, rng, sizes)
     idle, idle_gaps, took_s = watch.idle()
     counts = counted(before, engine.report())
 
@@ -155,6 +156,36 @@ def _measure(setting: Setting, server: Served, sizes: Sizes, size: int) -> None:
         f"median gap {1e6 * median(calm_gaps or [0.0]):.0f} µs",
         gaps_s=calm_gaps,
     )
+
+
+def _profile(setting: Setting, server: Served, sizes: Sizes, rng: random.Random) -> None:
+    """The same again under torch's profiler, which slows it down: what ran under what."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        _ask_for_absent(server.engine, rng, sizes)
+        torch.cuda.synchronize()
+    path = (setting.report.out or setting.directory) / "trace.json.gz"
+    profile.export_chrome_trace(str(path))
+    with gzip.open(path) as file:
+        trace = json.load(file)
+    copies = device_events(trace, "gpu_memcpy", bytes_min=2**20)
+    kernels = device_events(trace, "kernel")
+    idle = idle_share(kernels, min(b for b, _ in kernels), max(e for _, e in kernels))
+    setting.report.add(
+        SECTION,
+        f"of {len(copies)} large copies' time, under running kernels",
+        100 * covered_share(copies, kernels),
+        "%",
+        beside=f"profiled; no kernel ran {100 * idle:.1f}% of the time",
+    )
+
+
+def _ask_for_absent(engine: Engine, rng: random.Random, sizes: Sizes) -> None:
+    """A request for each adapter that is not on the device, until all have their first token."""
+    absent = [e.digest for e in engine.residency() if e.tier is not Tier.DEVICE]
+    names = {f"{engine.steps}: {digest}": digest for digest in absent}
+    for name, digest in names.items():
+        _ask(engine, rng, name, sizes.prompt // 8, 2, digest)
+    _until_first(engine, set(names))
 
 
 def _ask(
