@@ -21,8 +21,9 @@ from lora_kernels.matmuls import Matmuls, index_of
 from lora_kernels.reference import Directory
 from lora_kernels.tilings import TILINGS, WIDE_ROWS, Tiling
 
-# About two waves of small programs on the largest GPUs.
-PROGRAMS = 2048
+# As many small programs as run at once on the largest GPUs; more would be idle ones that real ones
+# wait for.
+PROGRAMS = 1024
 _CPU = torch.device("cpu")
 _ENTRY = tl.constexpr(ENTRY)
 _HEADER = tl.constexpr(segments.HEADER)
@@ -153,6 +154,10 @@ def _expand(
             live = place < tl.load(tile + 2)
             row = tl.load(table + ROWS_AT + place, mask=live, other=0).to(tl.int64)
             shrunk = planes + place * ROW + piece * RANK_MAX
+            y_at = y + row[:, None] * y_stride + begin + n[None, :]
+            mask = live[:, None] & inside[None, :]
+            # Before the product, which waits for more.
+            base = tl.load(y_at, mask=mask, other=0.0)
             # The same twice; in the first the compiler sees that B's rows begin at multiples, and
             # reads several ranks at once.
             if rank % _RANK_UNIT == 0:
@@ -166,9 +171,6 @@ def _expand(
                     shrunk, live, b, n, inside, rank, PLANES, PLANE_ROWS * ROW,
                     BLOCK_ROWS, BLOCK_OUTPUTS, DEPTH, PRECISION,
                 )  # fmt: skip
-            y_at = y + row[:, None] * y_stride + begin + n[None, :]
-            mask = live[:, None] & inside[None, :]
-            base = tl.load(y_at, mask=mask, other=0.0)
             added = base.to(tl.float32) + delta * scale
             tl.store(y_at, added.to(y.dtype.element_ty), mask=mask)
 
@@ -209,8 +211,8 @@ class TritonLora:
     (or not at all) and `add` after it.
 
     All that the kernels read or write beside x and y lies in buffers that `reserve` makes, once and
-    before any graph is captured: a graph captured between one `begin` and the next is replayed
-    after a `begin` with other rows, adapters and ranks, up to the same padded number of rows.
+    before any graph is captured: a graph captured after one `begin` is replayed after another with
+    other rows, adapters and ranks, padded to the same number of rows.
 
     groups: as for `ops.Lora`; a group's projections follow each other in the directory, three at
     most. overlap: `start` shrinks on a stream of its own, beside the base matmul.
@@ -221,12 +223,11 @@ class TritonLora:
         directory: Directory,
         arena: torch.Tensor,
         groups: Sequence[Sequence[tuple[int, int, int]]],
-        rank_max: int,
+        rank_max: int = 256,
         *,
         overlap: bool = True,
         tilings: Sequence[tuple[int | None, Tiling]] = TILINGS,
     ) -> None:
-        assert arena.is_cuda or triton.knobs.runtime.interpret, "neither a GPU nor the interpreter"
         for group in groups:
             assert len(group) <= 3
             assert [index for index, _, _ in group] == [group[0][0] + i for i in range(len(group))]
@@ -244,6 +245,7 @@ class TritonLora:
             self._side = torch.cuda.Stream(arena.device)  # type: ignore[no-untyped-call]
             self._forked, self._joined = event(), event()
         self._rows_max = 0
+        self._reserved = False
         # What `begin` decides for `start` and `add`.
         self._begun: tuple[list[int], list[int], int | None] | None = None
         self._alone: tuple[int, slice] | None = None
@@ -252,7 +254,13 @@ class TritonLora:
         self._started: tuple[int, int] | None = None
 
     def reserve(self, rows_max: int) -> None:
-        """Memory for batches of up to `rows_max` rows, padding included."""
+        """Memory for batches of up to `rows_max` rows, padding included; not to be called again
+        where graphs are captured. Without it, memory grows with the batches.
+        """
+        self._reserved = True
+        self._allocate(rows_max)
+
+    def _allocate(self, rows_max: int) -> None:
         slots = len(self._directory.generation)
         heights = [tiling.rows for _, tiling in self._tilings]
         self._tiles_max = segments.tiles_max(rows_max, slots, min(heights))
@@ -284,7 +292,10 @@ class TritonLora:
         to, whose grids then depend on that alone; None: launches are as small as the batch allows.
         """
         padded = len(row_slots) if rows is None else rows
-        assert len(row_slots) <= padded <= self._rows_max, "more rows than reserved"
+        assert len(row_slots) <= padded
+        if padded > self._rows_max:
+            assert not self._reserved, "more rows than reserved"
+            self._allocate(1 << (padded - 1).bit_length())
         slots = list(row_slots)
         active = sorted(set(slots) - {0})
         generations = [int(self._directory.generation[slot]) for slot in active]

@@ -41,5 +41,5 @@ WIDE_ROWS = 64
 TILINGS: tuple[tuple[int | None, Tiling], ...] = (
     (16, Tiling(16, 16, 256, plane_inputs=512, planes_max=8, outputs=128, depth=16)),
     (512, Tiling(16, 16, 256, plane_inputs=1024, planes_max=8, outputs=128, depth=16)),
-    (None, Tiling(64, 64, 64, plane_inputs=2**31, planes_max=1, outputs=128, depth=32)),
+    (None, Tiling(64, 64, 64, plane_inputs=2**31, planes_max=1, outputs=128, depth=32, warps=8)),
 )

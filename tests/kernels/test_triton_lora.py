@@ -194,10 +194,19 @@ def test_more_programs_of_work_than_programs(
     bench.check([1, 2, 3, 0] * 5)
 
 
-def test_more_rows_or_ranks_than_reserved_are_refused(device: torch.device) -> None:
-    bench = Bench(device, rows_max=8)
+def test_memory_grows_with_the_batches_until_it_is_reserved(device: torch.device) -> None:
+    bench = Bench(device)
+    bench.lora = TritonLora(bench.directory, bench.arena, bench.groups, RANK_MAX, tilings=SMALL)
+    placed(bench, [3, 8])
+    bench.check([1, 2])
+    bench.check([1, 2, 1])
+    bench.lora.reserve(8)
     with pytest.raises(AssertionError, match="reserved"):
         bench.lora.begin([0] * 9)
+
+
+def test_a_rank_over_the_highest_is_refused(device: torch.device) -> None:
+    bench = Bench(device)
     placed(bench, [RANK_MAX + 1])
     with pytest.raises(AssertionError, match="rank 49"):
         bench.lora.begin([1, 0])
