@@ -41,6 +41,8 @@ class EngineConfig:
     threads: CPU threads for compute; None: what torch takes.
     plan_depth: 2: the next step is planned and launched while this one runs; 1: when it has ended;
     None: 2 on CUDA, 1 on the CPU.
+    tensor_parallel: how many devices (on a CPU, processes) share the model and each adapter. Sizes
+    of memory and threads are those of each.
 
     How requests and adapters are scheduled; the defaults are the best known, the other settings are
     there to be compared with. base_slot shared: the base model competes for a slot. on_miss block:
@@ -78,6 +80,7 @@ class EngineConfig:
     loads_in_flight_max: int = 2
     load_bytes_per_s: int | None = None
     threads: int | None = None
+    tensor_parallel: int = 1
     seed: int | None = None
     base_slot: Literal["pinned", "shared"] = "pinned"
     on_miss: Literal["skip", "block"] = "skip"
@@ -104,6 +107,7 @@ class EngineConfig:
             "queue_max",
             "loads_in_flight_max",
             "quantum_s",
+            "tensor_parallel",
         ):
             _positive(name, getattr(self, name))
         for name in ("slots_max", "kv_memory", "context_tokens_max", "load_bytes_per_s", "threads"):

@@ -13,6 +13,7 @@ import torch
 from lora_kernels.ops import Lora
 from lora_kernels.reference import Directory
 from replica.image import PIECE_ELEMENTS, Image, Layout
+from replica.orders import Clear, Order, Place, Slide
 from replica.shape import GROUPS, PROJECTIONS, ModelShape
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class Arena:
 
     Which bytes are free is the scheduler's to know (`extents.py`); here it is only asserted that
     nothing lands on a placed image. Everything but `copy_in` and `writing` belongs to the engine's
-    thread.
+    thread. tell: gets, first, each change that other ranks' arenas are to make as well.
     """
 
     alignment = ALIGNMENT_BYTES
@@ -39,6 +40,7 @@ class Arena:
         slots: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        tell: Callable[[Order], None] | None = None,
     ) -> None:
         self.capacity_bytes = capacity_bytes - capacity_bytes % ALIGNMENT_BYTES
         self._projections = list(shape.projections.values())
@@ -48,6 +50,7 @@ class Arena:
         self._placed: dict[int, tuple[int, int]] = {}
         self._copies: list[tuple[int, int]] = []
         self._lock = threading.Lock()
+        self._tell: Callable[[Order], None] = tell or (lambda order: None)
 
     def lora(self) -> Lora:
         """The operation that a runner adds deltas with; it follows the directory by itself."""
@@ -96,6 +99,7 @@ class Arena:
 
     def place(self, slot: int, offset: int, layout: Layout) -> None:
         """From now on rows of `slot` use the image at `offset` bytes."""
+        self._tell(Place(slot, offset, layout))
         assert slot != 0, "slot 0 is the base model"
         assert slot not in self._placed, f"slot {slot} is taken"
         size = self._bytes(layout)
@@ -108,12 +112,14 @@ class Arena:
         )
 
     def clear(self, slot: int) -> None:
+        self._tell(Clear(slot))
         with self._lock:
             del self._placed[slot]
         self.directory.clear(slot)
 
     def move(self, slot: int, source: int, target: int, bytes: int) -> None:
         """Slides a placed image from byte `source` to `target`; the two may overlap."""
+        self._tell(Slide(slot, source, target, bytes))
         size = self._placed[slot][1]
         assert self._placed[slot][0] == source and size <= bytes
         with self._lock:

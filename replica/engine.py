@@ -4,6 +4,7 @@ At depth 2 the next batch is planned and launched before the tokens of this one 
 the device never waits for the plan.
 """
 
+import contextlib
 import random
 import time
 from collections import deque
@@ -15,16 +16,19 @@ from cluster.costs import Costs, Smoothed
 from cluster.errors import AdapterRefused
 from cluster.values import LoadReport, Residency, Tier, Version
 from replica.adapter import Load
+from replica.adapter_files import read_adapter
 from replica.assembly import assemble
 from replica.image import Image, Layout
 from replica.launch import Row, Ticket
 from replica.loader import Loaded, Loader
 from replica.loads import BASE_PLACE
+from replica.orders import Drop
 from replica.plan import Plan, Work
 from replica.request import Delta, NewRequest
 from replica.runner import Runner
-from replica.shape import read_shape
+from replica.shape import Shard, read_shape
 from replica.story import Event, Happening
+from replica.tensor_parallel import Followers, JointLoader, start_ranks
 
 
 def _nothing() -> None:
@@ -52,7 +56,11 @@ class Engine:
     def __init__(self, config: EngineConfig, wake: Callable[[], None] = _nothing) -> None:
         self.config = config
         self.shape = read_shape(config.model)
-        self.runner = Runner(config, self.shape)
+        self._followers: Followers | None = None
+        if config.tensor_parallel == 1:
+            self.runner = Runner(config, self.shape)
+        else:
+            self.runner, self._followers = start_ranks(config, self.shape, wake)
         arena = self.runner.arena
         self.scheduler = assemble(
             config,
@@ -63,7 +71,7 @@ class Engine:
             alignment=arena.alignment,
             costs=Costs(),
         )
-        self._loader = Loader(
+        loader = Loader(
             self.shape,
             self.runner.dtype,
             arena,
@@ -72,7 +80,9 @@ class Engine:
             wake,
             self.runner.busy,
             config.load_bytes_per_s,
+            Shard(0, config.tensor_parallel),
         )
+        self._loader = loader if self._followers is None else JointLoader(loader, self._followers)
         self.depth = config.plan_depth or (2 if self.runner.device.type == "cuda" else 1)
         self._flight: deque[_Launched] = deque()
         self.idle = True
@@ -86,7 +96,7 @@ class Engine:
 
     def register(self, version: Version, path: str) -> None:
         """From now on requests may name `version.digest`. Raises AdapterRefused."""
-        size = version.parameters * self.runner.image_dtype_bytes
+        size = self._parameters(version, path) * self.runner.image_dtype_bytes
         refusal = self.scheduler.residency.refusal(version.digest, size, version.pinned)
         if refusal is not None:
             raise AdapterRefused(f"lora_path: {version.name!r} has {refusal}", field="lora_path")
@@ -182,6 +192,15 @@ class Engine:
 
     def close(self) -> None:
         self._loader.close()
+        if self._followers is not None:
+            self._followers.close()
+
+    def _parameters(self, version: Version, path: str) -> int:
+        """In the image that one rank has of it."""
+        if self._followers is not None:
+            with contextlib.suppress(AdapterRefused):  # then its load will fail, and say why
+                return read_adapter(path, self.shape).parameters_of(self.runner.shape)
+        return version.parameters
 
     def _launch(self, plan: Plan, start_s: float) -> None:
         before = self._flight[-1].plan.rows if self._flight else ()
@@ -267,6 +286,8 @@ class Engine:
         host = self.scheduler.residency.host
         for digest in [digest for digest in self._images if digest not in host]:
             del self._images[digest]
+            if self._followers is not None:
+                self._followers.tell(Drop(digest))
         image = self._images.get(load.digest)
         return image, image is None and host.fits(load.bytes)
 

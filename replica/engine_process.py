@@ -9,7 +9,7 @@ import time
 from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
 
-from cluster.errors import FleetError
+from cluster.errors import EngineFailed, FleetError
 from replica.engine import Engine
 from replica.messages import Cancel, Command, Forget, Hangup, Message, Register, Submit, Tell, Wake
 from replica.request import Delta
@@ -113,7 +113,12 @@ def main() -> None:
             return
         pipe.send(engine.report())
         threading.Thread(target=_listen, args=(pipe, inbox), name="reader", daemon=True).start()
-        Server(pipe, engine, inbox).serve()
+        try:
+            Server(pipe, engine, inbox).serve()
+        except EngineFailed as error:
+            print(f"lorafleet: {error.message}", file=sys.stderr, flush=True)
+            pipe.send(error)
+            os._exit(1)  # what runs on the device may never end
         engine.close()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the server went away

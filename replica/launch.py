@@ -27,6 +27,12 @@ class Row:
     carry: int | None = None
 
 
+class Executor(Protocol):
+    """Computes batches, one after the other."""
+
+    def launch(self, rows: Sequence[Row]) -> "Ticket": ...
+
+
 class Ticket(Protocol):
     """A batch that was launched."""
 

@@ -193,9 +193,13 @@ class EngineLink:
         assert self._pipe is not None
         try:
             while True:
-                self._take_in(self._pipe.recv())
+                message = self._pipe.recv()
+                if isinstance(message, FleetError):
+                    self._fail_everything(message.message)
+                    return
+                self._take_in(message)
         except (EOFError, OSError, pickle.UnpicklingError):
-            self._fail_everything()
+            self._fail_everything("the engine's process ended")
 
     def _take_in(self, message: Message) -> None:
         if message.report is not None:
@@ -227,17 +231,17 @@ class EngineLink:
         for callback in self._callbacks:
             callback(entries)
 
-    def _fail_everything(self) -> None:
+    def _fail_everything(self, reason: str) -> None:
         with self._lock:
             self._alive = False
             streams, self._streams = self._streams, {}
             calls, self._calls = self._calls, {}
         self._outbox.put(Hangup())
         for request_id, stream in streams.items():
-            error = EngineFailed("the engine's process ended while the request ran")
+            error = EngineFailed(f"{reason} while the request ran")
             _deliver(stream.loop, [(stream, Delta(request_id, error=error))])
         for future in calls.values():
-            _settle(future, EngineFailed("the engine's process ended"))
+            _settle(future, EngineFailed(reason))
 
 
 def _deliver(loop: asyncio.AbstractEventLoop, deltas: list[tuple[_Stream, Delta]]) -> None:

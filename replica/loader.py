@@ -13,7 +13,7 @@ from cluster.errors import AdapterFailed, FleetError
 from replica.adapter import Load
 from replica.arena import Arena
 from replica.image import Image, Layout, read_image
-from replica.shape import ModelShape
+from replica.shape import ModelShape, Shard
 
 # While batches run, a load works this long and then rests. Every core computes, and where one core
 # is late the whole batch is. (A lower priority instead would be worse: a thread that waits for a
@@ -39,7 +39,8 @@ class Loader:
     """At most `threads` loads at a time.
 
     wake: called, on a loader thread, when one has ended. busy: whether batches run meanwhile.
-    bytes_per_s: what they share; None: as much as there is.
+    bytes_per_s: what they share; None: as much as there is. shard: what this rank has of each
+    image; `shape` is the whole model's.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Loader:
         wake: Callable[[], None],
         busy: Callable[[], bool],
         bytes_per_s: int | None = None,
+        shard: Shard = Shard(),
     ) -> None:
         self._shape = shape
         self._dtype = dtype
@@ -61,6 +63,7 @@ class Loader:
         self._busy = busy
         self._active = 0
         self._bytes_per_s = bytes_per_s
+        self._shard = shard
         self._free_s = 0.0
         self._lock = threading.Lock()
         self._done: SimpleQueue[Loaded] = SimpleQueue()
@@ -123,6 +126,7 @@ class Loader:
             self._dtype,
             into=into,
             rank_max=self._rank_max,
+            shard=self._shard,
             pause=pause,
         )
         if image.digest != load.digest:

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
+from cluster.config import EngineConfig
+from cluster.errors import ConfigError
 from replica.shape import Shard
 
 if TYPE_CHECKING:
@@ -77,7 +79,10 @@ class Ranks:
         return gathered
 
     def close(self) -> None:
-        dist.destroy_process_group()
+        """The others need not be there any more."""
+        # To end NCCL in good order takes all ranks. It ends with the process, which ends now.
+        if self.device.type == "cpu":
+            dist.destroy_process_group()
 
 
 # Torch 2.13 has a new name for it and deprecates the old one, which is all that 2.11 has.
@@ -85,6 +90,20 @@ _gather: Callable[[torch.Tensor, torch.Tensor], object]
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 _TCPStore = dist.TCPStore  # type: ignore[attr-defined]
+
+
+def device_of(config: EngineConfig, rank: int) -> torch.device:
+    """Raises ConfigError when there are too few for all ranks."""
+    found = torch.cuda.device_count() if config.device != "cpu" else 0
+    if config.device == "cpu" or (config.device == "auto" and not found):
+        return torch.device("cpu")
+    if found < config.tensor_parallel:
+        raise ConfigError(
+            f"tensor_parallel: {config.tensor_parallel} ranks need a CUDA device each, torch finds "
+            f"{found} here",
+            field="tensor_parallel",
+        )
+    return torch.device("cuda", rank)
 
 
 def open_store(port: int | None = None) -> tuple[Store, int]:

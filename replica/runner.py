@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,11 +11,14 @@ from cluster.errors import ConfigError
 from replica.arena import Arena
 from replica.decoder import rotary_tables
 from replica.gather_executor import GatherExecutor
-from replica.launch import Row, Ticket
+from replica.launch import Executor, Row, Ticket
 from replica.ranks import Ranks
 from replica.request import Sampled
 from replica.shape import ModelShape
 from replica.weights import load_weights
+
+if TYPE_CHECKING:
+    from replica.tensor_parallel import Followers
 
 _BETWEEN_BATCHES_S = 0.02
 """Batches that follow each other within this are one piece of work to whoever works beside them."""
@@ -24,10 +28,17 @@ class Runner:
     """Weights, KV pages and adapter arena of one device.
 
     whole: the model's shape. ranks: with tensor parallelism, who computes the same rows with the
-    other parts of the model. `shape` is that of the part which is here.
+    other parts of the model. followers: they do what is done here. `shape` is that of the part
+    which is here.
     """
 
-    def __init__(self, config: EngineConfig, whole: ModelShape, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        whole: ModelShape,
+        ranks: Ranks | None = None,
+        followers: "Followers | None" = None,
+    ) -> None:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.shape = shape = whole.divided(1 if ranks is None else ranks.shard.ranks)
@@ -47,11 +58,17 @@ class Runner:
         )
         cos_sin = rotary_tables(shape, context, self.dtype, self.device)
         self.arena = Arena(
-            shape, config.adapter_memory, config.directory_slots, self.dtype, self.device
+            shape,
+            config.adapter_memory,
+            config.directory_slots,
+            self.dtype,
+            self.device,
+            None if followers is None else followers.tell,
         )
-        self._executor = GatherExecutor(
+        executor = GatherExecutor(
             shape, weights, cos_sin, self.arena.lora(), self.page_count, self.page_tokens
         )
+        self._executor: Executor = executor if followers is None else followers.leading(executor)
         self._running = False
         self._ran_s = float("-inf")
 

@@ -32,6 +32,7 @@ SHELLS = frozenset(
         "replica.decoder",
         "replica.engine",
         "replica.engine_process",
+        "replica.follower",
         "replica.front",
         "replica.gather_executor",
         "replica.image",
@@ -39,6 +40,7 @@ SHELLS = frozenset(
         "replica.loader",
         "replica.membership",
         "replica.openai_protocol",
+        "replica.orders",
         "replica.ranks",
         "replica.replay",
         "replica.runner",
@@ -48,6 +50,7 @@ SHELLS = frozenset(
         "replica.settings",
         "replica.settling",
         "replica.standalone",
+        "replica.tensor_parallel",
         "replica.text",
         "replica.toys",
         "replica.validation",
@@ -81,7 +84,7 @@ ENGINE_SIDE = """
     replica.residency replica.pages replica.engine replica.engine_process replica.link
     replica.shape replica.weights replica.decoder replica.gather_executor
     replica.runner replica.sampling replica.image
-    replica.arena replica.adapter_files lora_kernels.reference lora_kernels.ops
+    replica.arena replica.follower replica.adapter_files lora_kernels.reference lora_kernels.ops
 """.split()  # noqa: SIM905
 
 

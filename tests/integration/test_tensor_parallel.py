@@ -1,0 +1,364 @@
+"""An engine over two ranks, each a process, gives what an engine on one gives."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cluster.config import EngineConfig
+from cluster.errors import ConfigError, EngineFailed, StartupError
+from cluster.values import Tier, Version
+from replica.adapter_files import TENSORS_FILE, inspect
+from replica.engine import Engine
+from replica.link import EngineLink
+from replica.request import Delta, NewRequest, Sampling
+from replica.shape import read_shape
+from tests.models import edit_tensors, make_adapter, make_model
+from tests.until import until, until_now
+
+TOLERANCE = 1e-4
+VOCAB = 320
+PROMPTS = [tuple(range(5 + i, 25 + 3 * i)) for i in range(4)]
+LOGGED = Sampling(max_tokens=6, temperature=0.0, ignore_eos=True, logprobs=VOCAB)
+ENDLESS = Sampling(max_tokens=400, temperature=0.0, ignore_eos=True)
+ADAPTERS = (
+    {"rank": 4, "targets": ("q_proj", "o_proj", "up_proj")},
+    {"rank": 16},
+    {"rank": 8, "targets": ("k_proj", "v_proj", "down_proj"), "layers_to_transform": [0, 2]},
+    {"rank": 16, "rank_pattern": {"gate_proj": 5}, "use_rslora": True},
+)
+
+
+def versions_of(model: str, root: Path) -> list[Version]:
+    found = []
+    for i, settings in enumerate(ADAPTERS):
+        path = make_adapter(root / str(i), model, seed=i, strength=0.2, **settings)  # type: ignore[arg-type]
+        info = inspect(path, read_shape(model), rank_max=64)
+        found.append(Version(f"a{i}", info.digest, path, info.rank, info.parameters))
+    return found
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_model(tmp_path_factory.mktemp("parallel") / "base")
+
+
+@pytest.fixture(scope="module")
+def versions(model: str, tmp_path_factory: pytest.TempPathFactory) -> list[Version]:
+    return versions_of(model, tmp_path_factory.mktemp("adapters"))
+
+
+def engine(model: str, ranks: int, versions: list[Version], **settings: object) -> Engine:
+    config = EngineConfig(
+        model,
+        device="cpu",
+        threads=1,
+        seed=0,
+        tensor_parallel=ranks,
+        **settings,  # type: ignore[arg-type]
+    )
+    made = Engine(config)
+    for version in versions:
+        made.register(version, version.uri)
+    return made
+
+
+@pytest.fixture(scope="module")
+def parallel(model: str, versions: list[Version]) -> Iterator[Engine]:
+    """Room for about two of the four adapters."""
+    made = engine(model, 2, versions, slots_max=2, batch_rows_max=6, kv_memory=2**20)
+    yield made
+    made.close()
+
+
+def drive(engine: Engine, seconds: float = 60.0) -> dict[str, list[Delta]]:
+    """Steps until all work has ended, with the invariants checked after each."""
+    got: dict[str, list[Delta]] = {}
+    deadline = time.monotonic() + seconds
+    while engine.has_work:
+        assert time.monotonic() < deadline, engine.report()
+        for delta in engine.step():
+            got.setdefault(delta.request_id, []).append(delta)
+        engine.scheduler.check()
+    return got
+
+
+def logprobs(deltas: list[Delta]) -> torch.Tensor:
+    """[tokens, vocab], and what was generated in front."""
+    rows = []
+    for delta in deltas:
+        assert delta.error is None, delta.error
+        for token, found in zip(delta.tokens, delta.logprobs, strict=True):
+            row = torch.empty(VOCAB + 1)
+            row[0] = token
+            for other, value in found.top:
+                row[other + 1] = value
+            rows.append(row)
+    return torch.stack(rows)
+
+
+def answers(engine: Engine, digests: list[str | None]) -> dict[str, torch.Tensor]:
+    """A request for each, all at once."""
+    for n, digest in enumerate(digests):
+        engine.add(NewRequest(f"r{n}", PROMPTS[n % 4], LOGGED, digest))
+    return {name: logprobs(deltas) for name, deltas in drive(engine).items()}
+
+
+def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, rows in wanted.items():
+        assert torch.equal(found[name][:, 0], rows[:, 0]), f"{name}: other tokens"
+        assert (found[name] - rows).abs().max() <= TOLERANCE, name
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+def test_biases_and_head_norms_of_other_architectures(architecture: str, tmp_path: Path) -> None:
+    """Before the others: a process has one engine over ranks at a time, and they share theirs."""
+    model = make_model(tmp_path / "base", architecture)
+    versions = versions_of(model, tmp_path)
+    digests = [None, *(v.digest for v in versions)]
+    with closing(engine(model, 1, versions)) as alone:
+        wanted = answers(alone, digests)
+    with closing(engine(model, 2, versions, overlap=False)) as parallel:
+        assert_same(answers(parallel, digests), wanted)
+        assert parallel._followers is not None
+        pids = parallel._followers.pids
+        assert all(map(runs, pids))
+    assert not any(map(runs, pids))
+
+
+def test_logprobs_are_those_of_one_rank_while_adapters_come_and_go(
+    model: str, versions: list[Version], parallel: Engine
+) -> None:
+    digests = [None, *(v.digest for v in versions)] * 3
+    alone = engine(model, 1, versions)
+    wanted = answers(alone, digests)
+    alone.close()
+    before = parallel.report().evictions
+    assert_same(answers(parallel, digests), wanted)
+    assert parallel.report().evictions > before, "they all fit"
+    first = {name: rows[:, 1:] for name, rows in wanted.items()}
+    assert (first["r1"] - first["r6"]).abs().max() > 0.1, "the adapters hardly do anything"
+
+
+def test_drawn_tokens_are_those_of_one_rank(
+    model: str, versions: list[Version], parallel: Engine
+) -> None:
+    """Only rank 0 draws; the others go on from its tokens."""
+    sampling = Sampling(max_tokens=12, temperature=1.0, top_p=0.9, seed=7, ignore_eos=True)
+    alone = engine(model, 1, versions)
+    texts = []
+    for made in (alone, parallel):
+        for n, version in enumerate(versions[:2]):
+            made.add(NewRequest(f"r{n}", PROMPTS[n], sampling, version.digest))
+        texts.append(
+            {name: [d.tokens for d in deltas] for name, deltas in sorted(drive(made).items())}
+        )
+    assert texts[0] == texts[1]
+    alone.close()
+
+
+def test_an_image_takes_a_ranks_part_of_the_bytes(
+    model: str, versions: list[Version], parallel: Engine
+) -> None:
+    whole = {v.digest: v.parameters * 4 for v in versions}
+    held = {e.digest: e.bytes for e in parallel.residency()}
+    for digest, size in whole.items():
+        assert size / 2 < held[digest] < size
+    assert parallel.runner.shape.kv_heads == 1
+
+
+def test_an_adapter_reloaded_and_a_name_pointed_elsewhere_while_others_run(
+    model: str, versions: list[Version], parallel: Engine
+) -> None:
+    digests: list[str | None] = [v.digest for v in versions[:2]]
+    alone = engine(model, 1, versions)
+    wanted = answers(alone, [*digests, versions[2].digest, digests[0]])
+    alone.close()
+    parallel.add(NewRequest("beside", (5, 6), ENDLESS))
+    for n, digest in enumerate(digests):
+        parallel.add(NewRequest(f"r{n}", PROMPTS[n], LOGGED, digest))
+    got: dict[str, list[Delta]] = {}
+
+    def go_on(until_ended: str) -> None:
+        deadline = time.monotonic() + 30
+        while until_ended not in got or not got[until_ended][-1].last:
+            assert time.monotonic() < deadline
+            for delta in parallel.step():
+                got.setdefault(delta.request_id, []).append(delta)
+            parallel.scheduler.check()
+
+    for delta in parallel.step():
+        got.setdefault(delta.request_id, []).append(delta)
+    # The name now means the third version; the first is gone once what runs with it is done.
+    assert digests[0] is not None
+    parallel.forget(digests[0])
+    parallel.add(NewRequest("r2", PROMPTS[2], LOGGED, versions[2].digest))
+    go_on("r0")
+    go_on("r2")
+    parallel.register(versions[0], versions[0].uri)
+    parallel.add(NewRequest("r3", PROMPTS[3], LOGGED, digests[0]))
+    go_on("r3")
+    go_on("r1")
+    parallel.cancel("beside")
+    drive(parallel)
+    assert_same({name: logprobs(got[name]) for name in wanted}, wanted)
+
+
+def test_an_adapter_that_one_rank_cannot_use_fails_on_all(
+    model: str, versions: list[Version], parallel: Engine, tmp_path: Path
+) -> None:
+    """The value that is not finite lies in the part of rank 1."""
+    path = make_adapter(tmp_path / "broken", model, rank=4, seed=9)
+    name = "layers.2.self_attn.q_proj.lora_B.weight"
+    (stored,) = [t for n, t in load_file(f"{path}/{TENSORS_FILE}").items() if n.endswith(name)]
+    stored[-1, 0] = float("nan")
+    edit_tensors(path, TENSORS_FILE, **{name: stored})
+    info = inspect(path, read_shape(model), rank_max=64)
+    parallel.register(Version("broken", info.digest, path, 4, info.parameters), path)
+    parallel.add(NewRequest("bad", PROMPTS[0], LOGGED, info.digest))
+    parallel.add(NewRequest("ok", PROMPTS[0], LOGGED, versions[1].digest))
+    got = drive(parallel)
+    assert got["ok"][-1].error is None
+    error = got["bad"][-1].error
+    assert error is not None and error.status == 503
+    assert "rank 1: " in error.message and "not finite" in error.message
+    assert {e.tier for e in parallel.residency() if e.digest == info.digest} == {Tier.FAILED}
+    parallel.forget(info.digest)
+    free = parallel.report().free_bytes
+    held = sum(e.bytes for e in parallel.residency() if e.tier is Tier.DEVICE)
+    assert free == parallel.report().capacity_bytes - held, "its bytes are free again"
+
+
+def test_an_image_in_host_memory_comes_back_without_its_files(
+    model: str, versions: list[Version], parallel: Engine, tmp_path: Path
+) -> None:
+    moved = Path(shutil.copytree(versions[1].uri, tmp_path / "moved"))
+    digest = versions[1].digest
+    for version in versions:
+        parallel.forget(version.digest)
+    drive(parallel)
+    for version in (versions[0], versions[2], versions[3]):
+        parallel.register(version, version.uri)
+    parallel.register(versions[1], str(moved))
+    first = answers(parallel, [digest])
+    shutil.rmtree(moved)
+    answers(parallel, [versions[2].digest, versions[3].digest])
+    assert {e.tier for e in parallel.residency() if e.digest == digest} == {Tier.HOST}
+    assert_same(answers(parallel, [digest]), first)
+    parallel.register(versions[1], versions[1].uri)
+
+
+def test_no_token_of_a_wrong_adapter_under_churn(
+    model: str, versions: list[Version], parallel: Engine
+) -> None:
+    rng = random.Random(3)
+    alone = engine(model, 1, versions)
+    digests: list[str | None] = [None, *(v.digest for v in versions)]
+    expected = {}
+    for digest in digests:
+        for i, prompt in enumerate(PROMPTS):
+            alone.add(NewRequest("r", prompt, LOGGED, digest))
+            expected[digest, i] = logprobs(drive(alone)["r"])
+    alone.close()
+    asked, got = {}, {}
+    for n in range(40):
+        asked[f"r{n}"] = rng.choice(digests), rng.randrange(4)
+        digest, i = asked[f"r{n}"]
+        parallel.add(NewRequest(f"r{n}", PROMPTS[i], LOGGED, digest))
+        if rng.random() < 0.15:
+            victim = rng.choice(sorted(asked))
+            parallel.cancel(victim)
+        for _ in range(rng.randrange(3)):
+            for delta in parallel.step():
+                got.setdefault(delta.request_id, []).append(delta)
+            parallel.scheduler.check()
+    for name, deltas in drive(parallel).items():
+        got.setdefault(name, []).extend(deltas)
+    assert len(got) > 30
+    for name, deltas in got.items():
+        rows = logprobs(deltas)
+        assert (rows - expected[asked[name]][: len(rows)]).abs().max() <= TOLERANCE, name
+
+
+def test_a_model_that_ranks_cannot_share_is_refused_before_anything_starts(model: str) -> None:
+    with pytest.raises(ConfigError, match="tensor_parallel: 3 ranks"):
+        engine(model, 3, [])
+
+
+async def test_a_model_that_cannot_be_loaded_ends_the_start(model: str, tmp_path: Path) -> None:
+    """Whichever rank fails first; nobody waits for ever."""
+    broken = Path(shutil.copytree(model, tmp_path / "model"))
+    (broken / "model.safetensors").unlink()
+    link = EngineLink(EngineConfig(str(broken), device="cpu", threads=1, tensor_parallel=2))
+    with pytest.raises(StartupError, match=r"no model\.safetensors"):
+        await link.start()
+    await link.stop()
+
+
+def runs(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+def children(pid: int) -> list[int]:
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in text.split()]
+
+
+async def test_a_killed_rank_ends_the_engine_and_what_it_runs(model: str) -> None:
+    link = EngineLink(EngineConfig(model, device="cpu", threads=1, tensor_parallel=2))
+    await link.start()
+    assert link.pid is not None
+    (follower,) = children(link.pid)
+    stream = link.generate(NewRequest("r", (5, 6), ENDLESS))
+    assert (await anext(stream)).tokens
+    os.kill(follower, signal.SIGKILL)
+    last = [delta async for delta in stream][-1]
+    assert isinstance(last.error, EngineFailed)
+    assert "rank 1 of 2 ended by signal 9" in last.error.message
+    assert not link.alive
+    await until(lambda: not runs(link.pid or 0))
+    await link.stop()
+
+
+async def test_a_rank_killed_while_the_engine_is_idle_ends_it_too(model: str) -> None:
+    link = EngineLink(EngineConfig(model, device="cpu", threads=1, tensor_parallel=2))
+    await link.start()
+    assert link.pid is not None
+    os.kill(children(link.pid)[0], signal.SIGKILL)
+    await until(lambda: not link.alive)
+    await link.stop()
+
+
+def test_ranks_die_with_the_process_that_started_the_engine(model: str) -> None:
+    script = f"""
+import asyncio, sys
+from cluster.config import EngineConfig
+from replica.link import EngineLink
+link = EngineLink(EngineConfig({model!r}, device="cpu", threads=1, tensor_parallel=2))
+asyncio.run(link.start())
+print(link.pid, flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        processes = [pid, *children(pid)]
+        assert len(processes) == 2 and all(map(runs, processes))
+        parent.kill()
+    until_now(lambda: not any(map(runs, processes)))
