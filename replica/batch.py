@@ -51,6 +51,15 @@ class Batch:
         if self._passed_over is not None and not self.placed(self._passed_over[0]):
             self._passed_over = None  # its adapter left meanwhile: pages would not help it
 
+    def hopeless(self, request: Request) -> bool:
+        """There are no pages for it; nor for others, but for parked rows that kept theirs."""
+        return (
+            self._pages.free == 0
+            and not request.pages
+            and self._passed_over is not None
+            and self._passed_over[0] is not request
+        )
+
     def admit(self, request: Request, now_s: float, alone: bool) -> bool:
         """Onto the batch. alone: nothing else runs in this step, so parked pages may be dropped."""
         if not self._give_pages(request, now_s, alone):
@@ -133,8 +142,10 @@ class Batch:
         count = self._pages.needed(request.tokens) - len(request.pages)
         if count <= 0:
             return True
-        patient = self._saves_for(request, now_s)
-        saved = 0 if patient else self._saved(now_s)
+        patient, saved = False, 0
+        if self._passed_over is not None:
+            patient = self._saves_for(request, now_s)
+            saved = 0 if patient else self._saved(now_s)
         pages = None
         if not saved or self._pages.free - count >= saved:
             pages = self._take(count, now_s, drop=alone or patient, spare=request)
@@ -149,7 +160,8 @@ class Batch:
 
     def _find_prefix(self, request: Request) -> tuple[int, ...]:
         """At least one token is left to compute: its logits choose the next one."""
-        prefix = self._pages.match(request.digest, request.slice(0, request.tokens - 1))
+        tokens = request.slice(0, request.tokens)
+        prefix = self._pages.match(request.digest, tokens, request.tokens - 1)
         request.pages = list(prefix.pages)
         request.link = prefix.link
         request.published = len(prefix.pages)

@@ -1,12 +1,11 @@
 """Which adapter to give up first."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """An adapter that may leave the device.
+class Candidate(NamedTuple):
+    """An adapter that may leave the device. A tuple, for a search makes one of each that is idle.
 
     wanted: a request waits for it. placed_s: since when it is there. used_s: when a row last ran.
     value: expected uses a second × seconds to load it again ÷ bytes (greedy-dual, Cao and Irani

@@ -12,14 +12,13 @@ content, so that two prefixes are never taken for one another.
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 Root = str | None
 Key = tuple["Root | int", tuple[int, ...]]
 
 
-@dataclass(frozen=True, slots=True)
-class Prefix:
+class Prefix(NamedTuple):
     """What was found of a prompt. link: names the last page found, or the root."""
 
     pages: tuple[int, ...]
@@ -78,11 +77,15 @@ class Pages:
             else:
                 self._free.append(page)
 
-    def match(self, root: Root, tokens: Sequence[int]) -> Prefix:
-        """The longest known run of full pages at the beginning of `tokens`; they are held now."""
+    def match(self, root: Root, tokens: Sequence[int], most: int | None = None) -> Prefix:
+        """The longest known run of full pages at the beginning of `tokens`; they are held now.
+
+        most: how many of the tokens may be found; None: all.
+        """
         link: Root | int = root
         pages: list[int] = []
-        for start in range(0, len(tokens) - self.page_tokens + 1, self.page_tokens):
+        end = len(tokens) if most is None else most
+        for start in range(0, end - self.page_tokens + 1, self.page_tokens):
             page = self._known.get((link, tuple(tokens[start : start + self.page_tokens])))
             if page is None:
                 break

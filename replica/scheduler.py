@@ -168,6 +168,10 @@ class Scheduler:
             if hold_s is not None and self.loads.holds(request):
                 continue
             alone = not rows and not self.flight.plans
+            if self.switches.overlap and not alone and self.batch.hopeless(request):
+                if self.switches.skip and self.batch.parked:
+                    continue
+                break
             placed = self.loads.bring(request, rooms, now_s)
             if not placed or not self.batch.admit(request, now_s, alone):
                 if self.switches.skip:
@@ -214,14 +218,15 @@ class Scheduler:
             return []
         self.flight.commit(plan)
         deltas = []
-        page_tokens, running = self.pages.page_tokens, Phase.RUNNING
+        page_tokens, running, share = self.pages.page_tokens, Phase.RUNNING, self.share.on
+        make = tuple.__new__
         for (request, start, end, _, sample), choice in zip(plan.rows, chosen, strict=True):
             assert sample == (choice is not None)
             if request.phase is not running and request.phase in ENDED:
                 continue  # it ended after this row was planned
             if end // page_tokens > request.published and request.pages:
                 self.batch.publish(request, end)
-            if self.share.on:
+            if share:
                 self.share.served(request.place, end - start, sample)
             if choice is None:
                 continue
@@ -237,7 +242,8 @@ class Scheduler:
             elif end + 1 >= request.tokens_max:
                 finish = Finish.LENGTH
             reported = () if logprobs is None else (logprobs,)
-            deltas.append(Delta(request.id, (token,), reported, finish, None, cached))
+            given = (request.id, (token,), reported, finish, None, cached)
+            deltas.append(make(Delta, given))
             if finish is not None:
                 self._end(request, Phase.FINISHED, now_s)
         self._release()
@@ -311,9 +317,10 @@ class Scheduler:
         """
         rows, begun = [], []
         page_tokens, number = self.pages.page_tokens, self.flight.number
+        make = tuple.__new__
         for request in list(self.batch.running.values()):
             tokens = request.tokens
-            if request.computed != tokens - 1 or not request.begun:
+            if request.computed != tokens - 1 or tokens <= len(request.prompt):
                 begun.append(request)
                 continue
             if tokens >= request.tokens_max:
@@ -322,7 +329,7 @@ class Scheduler:
                 request.phase is not Phase.RUNNING or not self.batch.grow(request, now_s)
             ):
                 continue  # it lost its pages to an older one
-            rows.append(Work(request, tokens - 1, tokens, request.slot, True))
+            rows.append(make(Work, (request, tokens - 1, tokens, request.slot, True)))
             request.computed, request.tokens, request.step = tokens, tokens + 1, number
         return rows, [request for request in begun if request.phase is Phase.RUNNING]
 

@@ -1,8 +1,8 @@
 """Why did this wait? What happened to each request, and when, for the last so many of them."""
 
 from collections import Counter, OrderedDict
-from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class Event(StrEnum):
@@ -18,8 +18,7 @@ class Event(StrEnum):
     DONE = "done"
 
 
-@dataclass(frozen=True, slots=True)
-class Happening:
+class Happening(NamedTuple):
     at_s: float
     event: Event
     detail: str = ""

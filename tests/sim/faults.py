@@ -305,8 +305,8 @@ FAULTS = (
         "pages",
         "the whole prompt is found, and no token left to compute",
         "batch",
-        "request.slice(0, request.tokens - 1)",
-        "request.slice(0, request.tokens)",
+        "tokens, request.tokens - 1)",
+        "tokens, request.tokens)",
     ),
     _fault(
         "pages",
