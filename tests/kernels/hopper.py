@@ -105,7 +105,58 @@ def lora() -> None:
                 assert "memdesc" in left, f"{kernel.name}: left operand in registers: {line}"
 
 
-CASES = {"lora": lora}
+def attention() -> None:
+    """Llama-3.1-8B's heads over a cache of two layers; few and many rows, short and long."""
+    from lora_kernels import attention
+
+    heads, head_dim, page = 32, 128, 16
+    keys, values = _cache()
+    out = torch.empty(2048, heads, head_dim, dtype=torch.bfloat16)
+    scratch = attention.decode_scratch(256, heads, head_dim, out.device)
+    for rows, pages in ((1, 64), (64, 64), (256, 512)):
+        for window in (None, 512):
+            table = torch.zeros(rows, pages, dtype=torch.int32)
+            lengths = torch.full((rows,), pages * page, dtype=torch.int32)
+            q = torch.empty(rows, heads, head_dim, dtype=torch.bfloat16)
+            attention.decode(
+                q, keys, values, table, lengths, 0.1, window, None, out[:rows], scratch
+            )
+    for tokens in (16, 2048):
+        table = torch.zeros(1, 512, dtype=torch.int32)
+        starts = torch.tensor([0, tokens], dtype=torch.int32)
+        q = torch.empty(tokens, heads, head_dim, dtype=torch.bfloat16)
+        attention.prefill(
+            q, keys, values, table, starts, starts[1:], tokens, 0.1, None, None, out[:tokens]
+        )
+
+
+def fused() -> None:
+    from lora_kernels import fused
+
+    heads, kv_heads, head_dim = 32, 8, 128
+    keys, values = _cache()
+    weight = torch.empty(4096, dtype=torch.bfloat16)
+    tables = torch.empty(2, 4096, head_dim, dtype=torch.bfloat16)
+    for tokens in (1, 64, 2048):
+        x = torch.empty(tokens, 4096, dtype=torch.bfloat16)
+        fused.rms_norm(x, weight, 1e-5)
+        fused.add_rms_norm(x, x.clone(), weight, 1e-5)
+        fused.silu_mul(torch.empty(tokens, 2 * 14336, dtype=torch.bfloat16))
+        qkv = torch.empty(tokens, heads + 2 * kv_heads, head_dim, dtype=torch.bfloat16)
+        at = torch.zeros(tokens, dtype=torch.int32)
+        for norm in (None, weight[:head_dim]):
+            fused.rotary_store(qkv, at, *tables, keys, values, at, norm, norm, 1e-6)
+    logits = torch.empty(64, 128256, dtype=torch.bfloat16)
+    fused.choose(logits, torch.empty(64), torch.empty(64))
+
+
+def _cache() -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of one of two layers in pages of 16 tokens, as the paged decoder has them."""
+    memory = torch.empty(4, 2, 2, 8, 16, 128, dtype=torch.bfloat16)
+    return memory[:, 1, 0], memory[:, 1, 1]
+
+
+CASES = {"attention": attention, "fused": fused, "lora": lora}
 
 if __name__ == "__main__":
     intercept()
