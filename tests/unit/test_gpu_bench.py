@@ -15,7 +15,8 @@ from replica.adapter_files import inspect
 from replica.hardware import KV_TOKEN_BYTES, RANK_BYTES, WEIGHT_BYTES
 from replica.image import read_image
 from replica.shape import ModelShape
-from tests.bench.on_gpu import floors
+from replica.upstream import TABLES
+from tests.bench.on_gpu import floors, upstream
 from tests.bench.on_gpu.check_model import divergence
 from tests.bench.on_gpu.figures import (
     covered_share,
@@ -145,6 +146,16 @@ def test_a_made_up_layout_is_that_of_an_image(tmp_path: Path) -> None:
         found, wanted = getattr(made, name), getattr(image.layout, name)
         assert found.dtype == wanted.dtype
         np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("name", upstream.NAMES)
+def test_the_workloads_are_replayed_as_published(name: str) -> None:
+    table = TABLES[name]
+    assert upstream.FULL.table(table) == table
+    assert set(upstream.GOALS.get(name, {})) <= {stream.name for stream in table.streams}
+    small = upstream.TINY.table(table)
+    assert len(small.ranks) > small.places >= 1
+    assert {a for stream in small.streams for a in stream.adapters} == set(small.ranks)
 
 
 def test_a_report_is_written_as_it_comes_and_ends_in_a_table(

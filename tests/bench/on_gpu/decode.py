@@ -62,14 +62,14 @@ FULL = Sizes(
     steps=40,
 )
 TINY = Sizes(
-    rows=(1, 4),
-    lora_rows=4,
+    rows=(1, 2),
+    lora_rows=2,
     context=20,
     adapters={"r16 × 1": (16,), "r16 × 8": (4, 4)},
-    prefills=(32,),
+    prefills=(16,),
     parts=2,
-    rounds=2,
-    steps=2,
+    rounds=1,
+    steps=1,
 )
 
 

@@ -53,11 +53,12 @@ class Setting:
         """Measured once, at the first question."""
         if self._rates is None:
             rates = self._rates = self.timer.rates(self.tiny)
-            self.report.add("time", "copy within the device", rates.bytes_per_s / 1e12, " TB/s")
-            self.report.add("time", "matmul", rates.flop_per_s / 1e12, " TFLOP/s")
-            self.report.add(
-                "time", "copy in, page-locked", rates.copy_in_bytes_per_s / 1e9, " GB/s"
-            )
+            for what, value, unit in (
+                ("copy within the device, read + written", rates.bytes_per_s / 1e12, " TB/s"),
+                ("matmul", rates.flop_per_s / 1e12, " TFLOP/s"),
+                ("copy in, page-locked", rates.copy_in_bytes_per_s / 1e9, " GB/s"),
+            ):
+                self.report.add("rates", what, value, unit)
         return self._rates
 
     def has_time(self, section: str, what: str) -> bool:

@@ -51,7 +51,7 @@ class Sizes:
 
 
 FULL = Sizes(loads=16, adapters=16, rank=256, places=8, rows=32, prompt=1024, calm_steps=100)
-TINY = Sizes(loads=4, adapters=4, rank=8, places=2, rows=2, prompt=8, calm_steps=4)
+TINY = Sizes(loads=2, adapters=2, rank=8, places=1, rows=1, prompt=8, calm_steps=2)
 
 
 @dataclass(slots=True)

@@ -53,25 +53,30 @@ class Scale:
 
     lengths: int = 1
     requests: int = 1
+    adapters: int = 1
     ranks: int = 1
-    speedup: float = 1.0
 
     def table(self, table: Table) -> Table:
+        names = list(table.ranks)[: max(len(table.ranks) // self.adapters, 2)]
         streams = tuple(
             dataclasses.replace(
                 stream,
-                requests=max(stream.requests // self.requests, 2),
-                rate=stream.rate * self.speedup,
-                prompt_tokens_max=max(stream.prompt_tokens_max // self.lengths, 4),
-                output_tokens_max=max(stream.output_tokens_max // self.lengths, 2),
+                requests=stream.requests // self.requests,
+                prompt_tokens_max=stream.prompt_tokens_max // self.lengths,
+                output_tokens_max=stream.output_tokens_max // self.lengths,
+                adapters=tuple(name for name in stream.adapters if name in names),
             )
             for stream in table.streams
         )
-        ranks = {name: max(rank // self.ranks, 1) for name, rank in table.ranks.items()}
-        return dataclasses.replace(table, streams=streams, ranks=ranks)
+        return dataclasses.replace(
+            table,
+            streams=streams,
+            ranks={name: max(table.ranks[name] // self.ranks, 1) for name in names},
+            places=max(table.places // self.adapters, 1),
+        )
 
 
-FULL, TINY = Scale(), Scale(lengths=128, requests=20, ranks=16, speedup=4.0)
+FULL, TINY = Scale(), Scale(lengths=128, requests=50, adapters=4, ranks=16)
 
 
 def run(setting: Setting) -> None:
@@ -103,7 +108,7 @@ def _replay(setting: Setting, table: Table, variant: str, versions: Mapping[str,
     report, what = setting.report, f"{table.name} {variant}"
     with served(config, versions, setting.device) as server:
         longest = max(stream.prompt_tokens_max for stream in table.streams)
-        server.warm([longest, longest // 4], 4, setting.seed)
+        server.warm([4] if setting.tiny else [longest, longest // 4], 2, setting.seed)
         before = server.engine.report()
         start_s = time.monotonic()
         run = server.replay(arrivals(table.streams, setting.seed), setting.seed)
