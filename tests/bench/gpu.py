@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.manual_seed(args.seed)
     with scratch(2**20) as directory:
         setting = Setting(device, args.tiny, directory, report, args.seed)
-        setting.tables, setting.variants = args.tables, args.variants
+        setting.tables, setting.variants, setting.dtypes = args.tables, args.variants, args.dtypes
         heading = _heading(device, args)
         report.tell(heading[0])
         for name in args.only:
@@ -69,6 +69,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--budget-s", type=float, default=540.0, help="no section begins anything new after it"
     )
     parser.add_argument("--out", type=Path, help="for results.jsonl and table.md")
+    parser.add_argument("--dtypes", type=_words, default=(), help="of check, with commas")
     parser.add_argument("--tables", type=_words, default=(), help="upstream's, with commas")
     parser.add_argument("--variants", type=_words, default=(), help="places, shared")
     parser.add_argument("--seed", type=int, default=0)

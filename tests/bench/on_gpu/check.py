@@ -22,15 +22,17 @@ TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 2e-3}
 
 
 def run(setting: Setting) -> None:
+    # The interpreter is wrong on bf16.
+    dtypes = [torch.float32, torch.float16] if setting.tiny else list(TOLERANCE)
+    if setting.dtypes:
+        dtypes = [getattr(torch, name) for name in setting.dtypes]
     with torch.inference_mode():
-        _kernels_in_each_dtype(setting)
-    if setting.has_time(SECTION, "engine"):
+        _kernels_in_each(dtypes, setting)
+    if torch.float32 in dtypes and setting.has_time(SECTION, "engine"):
         check_model.run(setting)
 
 
-def _kernels_in_each_dtype(setting: Setting) -> None:
-    # The interpreter is wrong on bf16.
-    dtypes = [torch.float32, torch.float16] if setting.tiny else list(TOLERANCE)
+def _kernels_in_each(dtypes: Sequence[torch.dtype], setting: Setting) -> None:
     for dtype in dtypes:
         draw = Draw(setting.seed, setting.device, dtype)
         for kernel, cases in _kernels(setting, draw):

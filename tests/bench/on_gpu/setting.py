@@ -21,6 +21,7 @@ class Setting:
     """directory: for the model's configuration. tiny: sizes for a processor, to see that it runs.
 
     until_s: the monotonic time at which the section that runs is to begin nothing new.
+    dtypes, tables, variants: what sections are limited to; empty: to nothing.
     """
 
     device: torch.device
@@ -29,6 +30,7 @@ class Setting:
     report: Report
     seed: int = 0
     until_s: float = float("inf")
+    dtypes: tuple[str, ...] = ()
     tables: tuple[str, ...] = ()
     variants: tuple[str, ...] = ()
     shape: ModelShape = field(init=False)
