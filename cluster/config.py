@@ -35,6 +35,10 @@ class EngineConfig:
     their files; 0: none.
     kv_memory: bytes of device memory for keys and values; None: room for `batch_rows_max` sequences
     of 2,048 tokens, or of the model's whole context where that is shorter.
+    device_memory: bytes of device memory that adapter images and KV pages share, instead of
+    `adapter_memory` and `kv_memory` apart: adapters take what pages leave free and give it back.
+    headroom_pages: pages that adapters leave free for rows that run; None: one for each row of a
+    full batch, and those of one step's prompts.
     step_tokens_max: prompt and decode tokens computed in one step (prefill is cut into chunks).
     load_bytes_per_s: loads together go no faster than that; None: as fast as they can.
     queue_max: requests beyond a full batch; when there are as many, new ones are answered 429.
@@ -69,6 +73,8 @@ class EngineConfig:
     slots_max: int | None = None
     directory_slots: int = 256
     kv_memory: int | None = None
+    device_memory: int | None = None
+    headroom_pages: int | None = None
     page_tokens: int = 16
     context_tokens_max: int | None = None
     batch_rows_max: int = 64
@@ -110,9 +116,19 @@ class EngineConfig:
             "tensor_parallel",
         ):
             _positive(name, getattr(self, name))
-        for name in ("slots_max", "kv_memory", "context_tokens_max", "load_bytes_per_s", "threads"):
+        for name in (
+            "slots_max",
+            "kv_memory",
+            "device_memory",
+            "context_tokens_max",
+            "load_bytes_per_s",
+            "threads",
+        ):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
+        if self.headroom_pages is not None and self.headroom_pages < 0:
+            message = f"headroom_pages: {self.headroom_pages} must not be less than 0"
+            raise ConfigError(message, field="headroom_pages")
 
     @property
     def base_name(self) -> str:

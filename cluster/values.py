@@ -56,6 +56,8 @@ class LoadReport:
     queued_tokens: prompt tokens not yet computed, of all requests waiting or running.
     remaining_tokens: upper bound of what running and waiting requests may still generate.
     step_s: smoothed duration of one step. copy_bytes_per_s: smoothed rate of adapter loads.
+    free_bytes: for adapters, without an eviction, of capacity_bytes. free_pages: that can be taken,
+    of capacity_pages. Where they share one memory, both capacities are what there is for each now.
     steps: steps run since start, so that a reader can tell a stuck engine from an idle one.
 
     Counted since start: requests for an adapter by where it was when they came (`hits_device`,

@@ -75,12 +75,24 @@ class Move:
 
 
 @dataclass(frozen=True, slots=True)
+class PageMove:
+    """Copy the whole KV page `source` to `target`, which nobody holds before that."""
+
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
 class Room:
-    """What makes place for one load: evictions, then moves, then the load."""
+    """What makes place for one load: evictions, then moves, then page_moves, then the load.
+
+    page_moves: pages that lay where the arena grows. load: None where adapters make room for pages.
+    """
 
     evictions: tuple[Evict, ...]
     moves: tuple[Move, ...]
-    load: Load
+    load: Load | None
+    page_moves: tuple[PageMove, ...] = ()
 
 
 def no_room(

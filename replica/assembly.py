@@ -3,6 +3,7 @@
 from cluster.config import EngineConfig
 from cluster.costs import Costs
 from replica.admission import Limits
+from replica.budget import Budget
 from replica.drainer import Sharing
 from replica.eviction import ORDERS
 from replica.extents import Extents
@@ -23,21 +24,35 @@ def assemble(
     arena_bytes: int,
     alignment: int,
     costs: Costs,
+    page_bytes: int | None = None,
 ) -> Scheduler:
-    """context: tokens of the longest prompt + output. arena_bytes: for adapter images."""
+    """context: tokens of the longest prompt + output. arena_bytes: for adapter images.
+
+    page_bytes: of one KV page, where adapters share the memory of the pages; arena_bytes is 0 then.
+    """
     slots = config.directory_slots - 1
+    pages = Pages(page_count, config.page_tokens, config.prefix_cache)
+    extents = Extents(arena_bytes, alignment)
+    step_tokens = max(config.step_tokens_max, config.batch_rows_max)
+    budget = None
+    if page_bytes is not None:
+        headroom = config.headroom_pages
+        if headroom is None:
+            headroom = config.batch_rows_max + pages.needed(step_tokens)
+        budget = Budget(extents, pages, page_bytes, pages.needed(context), headroom)
     residency = Residency(
-        Extents(arena_bytes, alignment),
+        extents,
         min(config.slots_max or slots, slots),
         ORDERS[config.eviction],
         costs.copy_s,
         config.load_retry_s,
         config.load_retry_max_s,
         HostTier(config.host_memory),
+        budget,
     )
     limits = Limits(
         batch_rows_max=config.batch_rows_max,
-        step_tokens_max=max(config.step_tokens_max, config.batch_rows_max),
+        step_tokens_max=step_tokens,
         queue_max=config.queue_max,
         loads_in_flight_max=config.loads_in_flight_max,
         context=context,
@@ -59,7 +74,7 @@ def assemble(
     )
     return Scheduler(
         limits,
-        Pages(page_count, config.page_tokens, config.prefix_cache),
+        pages,
         residency,
         costs,
         switches,

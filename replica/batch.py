@@ -1,5 +1,9 @@
 """Who is on the batch and who holds pages: admission, growth, parking, giving pages up."""
 
+import math
+from collections.abc import Collection, Iterable
+
+from replica.adapter import PageMove, Room
 from replica.flight import Flight
 from replica.pages import Pages
 from replica.request import Phase, Request
@@ -38,6 +42,9 @@ class Batch:
         self._stories = stories
         self._flight = flight
         self._passed_over: tuple[Request, float] | None = None
+        self._kept: tuple[int, float] = (0, math.inf)
+        self._rooms: list[Room] = []
+        self._draining: Collection[str] = ()
 
     @property
     def full(self) -> bool:
@@ -47,7 +54,10 @@ class Batch:
         """Its adapter is on the device, or it needs none."""
         return request.place is None or self._residency.usable(request.place)
 
-    def begin_step(self) -> None:
+    def begin_step(self, rooms: list[Room], draining: Collection[str]) -> None:
+        """rooms: where to put what makes room for pages. draining: whose place is promised."""
+        self._rooms, self._draining = rooms, draining
+        self._kept = (0, math.inf)
         if self._passed_over is not None and not self.placed(self._passed_over[0]):
             self._passed_over = None  # its adapter left meanwhile: pages would not help it
 
@@ -115,7 +125,41 @@ class Batch:
         return True
 
     def has_pages_for(self, request: Request) -> bool:
-        return bool(request.pages) or self._pages.free >= self._pages.needed(request.tokens)
+        missing = self._pages.needed(request.tokens) - self._pages.free
+        return bool(request.pages) or missing <= 0 or missing <= self._residency.spare_pages()
+
+    def keep_free(self, count: int, since_s: float) -> None:
+        """In this step no request gets on that would leave less than `count` pages free.
+
+        They are for an adapter that starves since `since_s`; a request that was passed over for too
+        long, and before that, goes first.
+        """
+        self._kept = count, since_s
+
+    def saved_before(self, since_s: float, now_s: float) -> int:
+        """Pages that are being saved for a request that has waited for longer than this."""
+        saved = self._saved(now_s)
+        return saved if self._passed_over is not None and self._passed_over[1] <= since_s else 0
+
+    def free_parked(self, count: int, now_s: float) -> None:
+        """Parked rows give their pages up, the newest first, for `count` to be free."""
+        if self._pages.free + self._parked_pages() < count:
+            return
+        while self.parked and self._pages.free < count:
+            self._drop_pages(next(reversed(self.parked.values())), now_s)
+
+    @property
+    def still(self) -> bool:
+        """Nothing runs, and so nothing will give up anything by itself."""
+        return not self.running and not self._flight.plans
+
+    def rename(self, moves: Iterable[PageMove]) -> None:
+        """The pages that rows hold lie elsewhere from now on."""
+        renamed = {move.source: move.target for move in moves}
+        if renamed:
+            ended = self._flight.lingering
+            for request in [*self.running.values(), *self.parked.values(), *ended]:
+                request.pages = [renamed.get(page, page) for page in request.pages]
 
     def end(self, request: Request, now_s: float) -> None:
         """It leaves for good, wherever it was; its pages are to be freed."""
@@ -146,11 +190,12 @@ class Batch:
         if self._passed_over is not None:
             patient = self._saves_for(request, now_s)
             saved = 0 if patient else self._saved(now_s)
+        kept = 0 if alone else self._kept_from(request)
         pages = None
-        if not saved or self._pages.free - count >= saved:
+        if not (saved or kept) or self._pages.free - count >= saved + kept:
             pages = self._take(count, now_s, drop=alone or patient, spare=request)
-            if pages is None and self._passed_over is None:
-                self._passed_over = (request, now_s)
+        if pages is None and not saved and self._passed_over is None:
+            self._passed_over = (request, now_s)
         if pages is None:
             if found:
                 self._forget_pages(request)
@@ -173,13 +218,34 @@ class Batch:
     def _take(
         self, count: int, now_s: float, drop: bool, spare: Request | None = None
     ) -> list[int] | None:
-        """drop: parked rows may lose theirs, the newest first, but never `spare`."""
+        """Idle adapters may have to leave for them, but not `spare`'s.
+
+        drop: even one that is waited for, and then parked rows may lose theirs, the newest first,
+        but never `spare`.
+        """
         while (pages := self._pages.take(count)) is None:
+            if self._make_pages(count - self._pages.free, now_s, drop, spare):
+                continue
             newest = next((r for r in reversed(self.parked.values()) if r is not spare), None)
             if newest is None or not drop:
                 return None
             self._drop_pages(newest, now_s)
         return pages
+
+    def _make_pages(self, count: int, now_s: float, wanted: bool, spare: Request | None) -> bool:
+        if self._residency.budget is None:
+            return False
+        keep = {*self._draining, *([spare.place] if spare is not None and spare.place else ())}
+        room = self._residency.make_pages(count, keep, wanted, now_s)
+        if room is not None and (room.evictions or room.moves):
+            self._rooms.append(room)
+        return room is not None
+
+    def _kept_from(self, request: Request) -> int:
+        """Pages that it must leave for an adapter, unless it has waited for longer than that."""
+        count, since_s = self._kept
+        waiter = self._passed_over
+        return 0 if waiter and waiter[0] is request and waiter[1] <= since_s else count
 
     def _is_passed_over(self, request: Request) -> bool:
         return self._passed_over is not None and self._passed_over[0] is request

@@ -169,8 +169,8 @@ class Engine:
             remaining_tokens=sum(r.remaining for r in requests),
             step_s=self._step_s.value,
             copy_bytes_per_s=scheduler.costs.copy_bytes_per_s,
-            free_bytes=extents.free,
-            capacity_bytes=extents.capacity,
+            free_bytes=scheduler.residency.limit_bytes - extents.used,
+            capacity_bytes=scheduler.residency.limit_bytes,
             free_pages=scheduler.pages.free,
             capacity_pages=scheduler.pages.capacity,
             steps=self.steps,
@@ -239,21 +239,27 @@ class Engine:
         """Without overlap the batch waits here; those whose adapter did not come have failed."""
         arena = self.runner.arena
         failed: list[Delta] = []
+        lost: set[int] = set()  # slots whose load has failed: what was planned with them is void
         for room in plan.rooms:
             for evict in room.evictions:
-                if evict.digest != BASE_PLACE:
+                if evict.digest != BASE_PLACE and evict.slot not in lost:
                     arena.clear(evict.slot)
             for move in room.moves:
-                arena.move(move.slot, move.source, move.target, move.bytes)
+                if move.slot not in lost:
+                    arena.move(move.slot, move.source, move.target, move.bytes)
+            if room.page_moves:
+                self.runner.move_pages(room.page_moves)
+            if room.load is None:
+                continue
             if room.load.digest == BASE_PLACE:
                 if self.config.overlap:
                     self.scheduler.loaded(BASE_PLACE, time.monotonic())
             elif self.config.overlap:
                 self._loader.begin(room.load, *self._from_host(room.load))
             else:
-                failed += self._take_in_blocking(
-                    self._loader.run(room.load, *self._from_host(room.load))
-                )
+                ended = self._loader.run(room.load, *self._from_host(room.load))
+                (lost.add if ended.layout is None else lost.discard)(room.load.slot)
+                failed += self._take_in_blocking(ended)
         return failed
 
     def _take_in_blocking(self, ended: Loaded) -> list[Delta]:

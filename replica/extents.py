@@ -34,8 +34,21 @@ class Extents:
         return -(-size // self.alignment) * self.alignment
 
     @property
+    def used(self) -> int:
+        return sum(size for _, size in self._spans.values())
+
+    @property
     def free(self) -> int:
-        return self.capacity - sum(size for _, size in self._spans.values())
+        return self.capacity - self.used
+
+    @property
+    def end(self) -> int:
+        """Of the last image: nothing lies behind it."""
+        return max((offset + size for offset, size in self._spans.values()), default=0)
+
+    def resize(self, capacity: int) -> None:
+        assert capacity >= self.end
+        self.capacity = capacity - capacity % self.alignment
 
     def offset(self, digest: str) -> int:
         return self._spans[digest][0]

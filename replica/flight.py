@@ -10,8 +10,8 @@ What it names is given up in one of two ways:
 - A request that ends (by a token that nobody knew, or cancelled) lingers until the last step that
   names it commits; so does its adapter, when it was forgotten. What a row of it gives is dropped.
 - A plan that takes what is named for somebody else (pages of a row that gives way, the place of an
-  adapter whose rows are parked, images that slide) waits: it is carried out when the step in
-  flight has committed.
+  adapter whose rows are parked, images that slide, pages that are copied elsewhere) waits: it is
+  carried out when the step in flight has committed.
 """
 
 from collections import deque
@@ -53,8 +53,8 @@ class Flight:
         self._waits_for = max(self._waits_for, request.step)
 
     def took(self, rooms: Sequence[Room]) -> None:
-        """The plan that is being made evicts and slides these."""
-        if self.plans and any(room.moves or self._uses(room) for room in rooms):
+        """The plan that is being made evicts, slides and copies these."""
+        if self.plans and any(r.moves or r.page_moves or self._uses(r) for r in rooms):
             self._waits_for = self.plans[-1].number
 
     @property

@@ -34,6 +34,8 @@ from replica.plan import Work
 
 WEIGHT_BYTES = 15.0e9
 KV_TOKEN_BYTES = 2 * 32 * 8 * 128 * 2
+PAGE_BYTES = 16 * KV_TOKEN_BYTES
+ALL_WEIGHT_BYTES = 16.06e9  # with the embedding table
 RANK_BYTES = 5.24e6
 TOKEN_FLOP = 2 * 8.03e9
 UPSTREAM_LOAD_S = 448 * 50e-6
@@ -74,6 +76,9 @@ class Card:
     def copy_s(self, size: int) -> float:
         return self.load_s + size / self.copy_bytes_per_s
 
+    def move_s(self, size: int) -> float:
+        return 2 * size / (_BANDWIDTH_SHARE * self.bytes_per_s)
+
     def as_upstream(self) -> "Card":
         """The same card, loading at the rate the measured servers did."""
         return dataclasses.replace(
@@ -83,7 +88,12 @@ class Card:
     @property
     def pages(self) -> int:
         """KV pages of 16 tokens in half of what the weights leave."""
-        return int((self.memory_bytes - WEIGHT_BYTES) / 2 / KV_TOKEN_BYTES / 16)
+        return int((self.memory_bytes - WEIGHT_BYTES) / 2 / PAGE_BYTES)
+
+    @property
+    def shared_pages(self) -> int:
+        """Of 16 tokens: what adapters and KV share, when a tenth of the memory is left to torch."""
+        return int((0.9 * self.memory_bytes - ALL_WEIGHT_BYTES) / PAGE_BYTES)
 
 
 H200 = Card("h200-llama8b", 4.8e12, 990e12, 55e9, 0.0045, 11e9, 141e9)

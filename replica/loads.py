@@ -75,11 +75,13 @@ class Loads:
         ahead = prefetch.ahead(self._residency)
         pinned = self._residency.pinned_elsewhere(now_s)
         idle_unused = -1
+        patient = False
         none_idle = none_used = math.inf  # bytes from which on nobody finds such victims any more
         for digest in itertools.chain(pinned, self._starving(first)):
             if self._residency.loading >= self._in_flight_max:
                 break
             size = self._residency.adapters[digest].bytes
+            self._reserve(digest, now_s, all_of_them=patient)
             mine = bool(self._drainer.drained_for(digest))
             unasked = digest in pinned
             if size <= idle_unused:
@@ -102,6 +104,9 @@ class Loads:
                     none_used = min(none_used, size)
                     if self._drainer.saves_for(digest, keep, now_s):
                         break
+                if victims is None and not patient and self._waits_for_pages(digest, keep, now_s):
+                    victims = self._idle_victims(digest, keep)
+                    patient = victims is None  # nobody else takes the pages that it waits for
             if victims is not None:
                 rooms.append(self._begin(digest, victims, now_s))
                 ahead += 1
@@ -112,6 +117,7 @@ class Loads:
         if self._batch.placed(request):
             return True
         assert request.place is not None
+        self._reserve(request.place, now_s)
         if self.switches.overlap:
             return False
         victims = self._idle_victims(request.place, self._drainer.kept(request.place))
@@ -181,8 +187,36 @@ class Loads:
     def _idle_victims(self, digest: str, keep: set[str]) -> list[str] | None:
         return self._residency.victims_for(digest, keep, spare_fresh=self.switches.skip)
 
+    def _reserve(self, digest: str, now_s: float, all_of_them: bool = False) -> None:
+        """It leaves the pages for a request that waits for them longer than anyone for it."""
+        budget, starved_s = self._residency.budget, self._residency.adapters[digest].starved_s
+        if budget is not None:
+            since_s = math.inf if starved_s is None else starved_s
+            saved = self._batch.saved_before(since_s, now_s)
+            budget.reserved = budget.total if all_of_them else saved
+
+    def _waits_for_pages(self, digest: str, keep: set[str], now_s: float) -> bool:
+        """Where it starved for too long for memory that KV pages hold, new rows leave it them.
+
+        Parked rows give theirs up for it then, and also when nothing else would free any.
+        """
+        budget, starved_s = self._residency.budget, self._residency.adapters[digest].starved_s
+        if budget is None or starved_s is None:
+            return False
+        count = self._residency.pages_for(digest, keep)
+        patience_s = self._batch.page_wait_max_s
+        alone = self._batch.still and not self._residency.loading
+        late = patience_s is not None and now_s - starved_s > patience_s
+        if count is None or not (alone or late):
+            return False
+        self._batch.keep_free(count, starved_s)
+        self._batch.free_parked(count, now_s)
+        return True
+
     def _begin(self, digest: str, victims: Sequence[str], now_s: float) -> Room:
         room = self._residency.make_room(digest, victims, now_s)
+        assert room.load is not None
+        self._batch.rename(room.page_moves)
         after_s = max([now_s, *self.expected.values()])
         self.expected[digest] = after_s + self._costs.copy_s(room.load.bytes, room.load.source)
         for request in self._waiting.group(digest):

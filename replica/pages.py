@@ -8,8 +8,12 @@ A full page is known by the page before it and its own tokens, the first page by
 adapter's digest, None for the base model. Even an adapter that leaves k and v alone has a root of
 its own, for its other projections change what the next layers see. Keys are exact, not hashes of
 content, so that two prefixes are never taken for one another.
+
+Pages are handed out highest id first: where adapters share the memory (`budget.py`), the lowest
+are theirs, and those next to them are to be free when they want more.
 """
 
+import heapq
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -26,14 +30,16 @@ class Prefix(NamedTuple):
 
 
 class Pages:
-    """A fixed number of pages of `page_tokens` tokens each, handed out by id."""
+    """Pages of `page_tokens` tokens each, handed out by id: those from `first` up to `total`."""
 
     def __init__(self, capacity: int, page_tokens: int, cache: bool = True) -> None:
         assert capacity > 0 and page_tokens > 0
-        self.capacity = capacity
+        self.total = capacity
+        self.first = 0
         self.page_tokens = page_tokens
         self._cache = cache
-        self._free = list(range(capacity - 1, -1, -1))
+        # A heap of negative ids. Those below `first` lie in it too, where nobody comes to them.
+        self._free = [-page for page in range(capacity - 1, -1, -1)]
         self._unused: OrderedDict[int, None] = OrderedDict()  # cached, held by nobody, oldest first
         self._holders: dict[int, int] = {}
         self._known: dict[Key, int] = {}
@@ -42,9 +48,13 @@ class Pages:
         self._next_link = 0
 
     @property
+    def capacity(self) -> int:
+        return self.total - self.first
+
+    @property
     def free(self) -> int:
         """Pages that can be taken; some may hold a prefix that is forgotten then."""
-        return len(self._free) + len(self._unused)
+        return len(self._free) - self.first + len(self._unused)
 
     def needed(self, tokens: int) -> int:
         """Pages that hold this many tokens."""
@@ -56,9 +66,9 @@ class Pages:
             return None
         taken = []
         for _ in range(count):
-            if not self._free:
+            if len(self._free) == self.first:
                 self._forget(next(iter(self._unused)))
-            taken.append(self._free.pop())
+            taken.append(-heapq.heappop(self._free))
         self._holders.update(dict.fromkeys(taken, 1))
         return taken
 
@@ -75,7 +85,36 @@ class Pages:
             if page in self._keys:
                 self._unused[page] = None
             else:
-                self._free.append(page)
+                heapq.heappush(self._free, -page)
+
+    def give_up(self, first: int) -> dict[int, int]:
+        """There are no pages below `first` any more; at least as many must be free.
+
+        Where one of them is held or known, another takes its place: old → new id, for whoever
+        holds it and for its content to be copied. Prefixes are forgotten, the oldest first, only
+        where too few other pages are free.
+        """
+        lost = first - self.first
+        assert 0 <= lost <= self.free
+        while len(self._free) - self.first < lost:
+            self._forget(next(iter(self._unused)))
+        renamed = {}
+        for page in range(self.first, first):
+            if page in self._holders or page in self._unused:
+                renamed[page] = -heapq.heappop(self._free)
+        for page, target in renamed.items():
+            self._rename(page, target)
+            heapq.heappush(self._free, -page)
+        if not renamed.keys().isdisjoint(self._unused):
+            order = [renamed.get(page, page) for page in self._unused]
+            self._unused = OrderedDict.fromkeys(order)
+        self.first = first
+        return renamed
+
+    def get_back(self, first: int) -> None:
+        """The pages from `first` on are there again, and free."""
+        assert 0 <= first <= self.first
+        self.first = first
 
     def match(self, root: Root, tokens: Sequence[int], most: int | None = None) -> Prefix:
         """The longest known run of full pages at the beginning of `tokens`; they are held now.
@@ -119,14 +158,27 @@ class Pages:
         assert all(n == 1 or page in self._keys for page, n in counts.items()), (
             "a page has two holders though its content is not known"
         )
-        everywhere = sorted([*self._free, *self._unused, *counts])
-        assert everywhere == list(range(self.capacity)), "a page is lost or in two places"
+        free = [-page for page in self._free]
+        everywhere = sorted([*free, *self._unused, *counts])
+        assert everywhere == list(range(self.total)), "a page is lost or in two places"
+        assert min([*self._unused, *counts], default=self.total) >= self.first, (
+            "a page was given up"
+        )
         assert {page: key for key, page in self._known.items()} == self._keys
         assert self._links.keys() == self._keys.keys()
-        assert not self._keys.keys() & set(self._free)
+        assert not self._keys.keys() & set(free)
 
     def _forget(self, page: int) -> None:
         del self._unused[page]
         del self._known[self._keys.pop(page)]
         del self._links[page]
-        self._free.append(page)
+        heapq.heappush(self._free, -page)
+
+    def _rename(self, page: int, target: int) -> None:
+        """Its place in `_unused` is the caller's to change."""
+        if page in self._holders:
+            self._holders[target] = self._holders.pop(page)
+        if page in self._keys:
+            key = self._keys[target] = self._keys.pop(page)
+            self._known[key] = target
+            self._links[target] = self._links.pop(page)

@@ -22,7 +22,7 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """To be carried out in this order: rooms (evict, slide, load), then the rows as one batch.
+    """To be carried out in this order: rooms (see there), then the rows as one batch.
 
     number: of the step. waits: it takes what the step in flight names, and is to be carried out
     when that one has committed. wake_s: when there are no rows, the time at which another step may

@@ -16,7 +16,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 from cluster.values import Residency as Entry
 from cluster.values import Tier
-from replica.adapter import Adapter, Evict, Load, Move, Room, no_room
+from replica.adapter import Adapter, Evict, Load, Move, PageMove, Room, no_room
+from replica.budget import Budget
 from replica.eviction import Candidate, Order
 from replica.extents import Extents, Slide
 from replica.host_tier import HostTier
@@ -29,6 +30,7 @@ class Residency:
 
     slots: rows of the directory besides the base's. order: which to evict first. copy_s: seconds
     that a load of so many bytes from a tier is expected to take. host: none kept where it is None.
+    budget: where the arena shares its memory with KV pages, it grows before anyone is evicted.
     """
 
     def __init__(
@@ -40,8 +42,10 @@ class Residency:
         retry_s: float,
         retry_max_s: float,
         host: HostTier | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self.extents = extents
+        self.budget = budget
         self.host = host or HostTier(0)
         self.slots = slots
         self.adapters: dict[str, Adapter] = {}
@@ -60,8 +64,8 @@ class Residency:
         self._pinned: set[str] = set()
 
     def register(self, digest: str, path: str, size: int, pinned: bool, now_s: float) -> None:
-        """`size`: bytes of the image, at most the arena's capacity."""
-        assert self.extents.aligned(size) <= self.extents.capacity
+        """`size`: bytes of the image, at most `most_bytes`."""
+        assert self.extents.aligned(size) <= self.most_bytes
         adapter = self.adapters.get(digest)
         if adapter is None:
             size = self.extents.aligned(size)
@@ -77,7 +81,17 @@ class Residency:
         """Why it can never be served here, in words; None when it can."""
         size = self.extents.aligned(size)
         others = [(a.bytes, a.pinned) for a in self.adapters.values() if a.digest != digest]
-        return no_room(size, pinned, others, self.extents.capacity, self.slots)
+        return no_room(size, pinned, others, self.most_bytes, self.slots)
+
+    @property
+    def most_bytes(self) -> int:
+        """What the arena can ever hold."""
+        return self.extents.capacity if self.budget is None else self.budget.most_bytes
+
+    @property
+    def limit_bytes(self) -> int:
+        """What it may hold now, without an eviction."""
+        return self.extents.capacity if self.budget is None else self.budget.limit_bytes
 
     def forget(self, digest: str) -> list[Evict]:
         adapter = self.adapters.get(digest)
@@ -192,8 +206,12 @@ class Residency:
         if offset is None:
             slides = self.extents.slide(immovable=self._loading())
             offset = self.extents.take(digest, adapter.bytes)
+        page_moves: tuple[PageMove, ...] = ()
+        if offset is None and self.budget is not None:
+            page_moves = self.budget.grow(self.extents.end + adapter.bytes)
+            offset = self.extents.take(digest, adapter.bytes)
         assert offset is not None, "the victims were not enough"
-        moves = tuple(Move(self.slot(s.digest), s.source, s.target, s.bytes) for s in slides)
+        moves = self._moves(slides)
         adapter.tier, adapter.slot, adapter.since_s = Tier.LOADING, self._free_slots.pop(), now_s
         self.placed[digest] = adapter
         self.quarantined.discard(digest)
@@ -205,7 +223,52 @@ class Residency:
         if source is Tier.HOST:
             self.host.touch(digest)
         load = Load(digest, adapter.path, adapter.slot, offset, adapter.bytes, source)
-        return Room(evictions, moves, load)
+        return Room(evictions, moves, load, page_moves)
+
+    def make_pages(
+        self, count: int, keep: Collection[str], wanted: bool, now_s: float
+    ) -> Room | None:
+        """Give up memory for `count` KV pages; None, and nothing done, when there is not as much.
+
+        Idle adapters leave for it, but none of `keep`; those that a request waits for only if
+        `wanted`, and those that were loaded for one and have not run yet never.
+        """
+        assert self.budget is not None
+        end = self.extents.capacity - count * self.budget.page_bytes
+        victims = self._victims_above(end, keep, wanted)
+        if victims is None:
+            return None
+        evictions = tuple(self._evict(self.adapters[v], now_s) for v in victims)
+        for victim in victims:
+            self.extents.give_back(victim)
+        slides = self.extents.slide(self._loading()) if self.extents.end > end else []
+        self.budget.shrink(count)
+        return Room(evictions, self._moves(slides), None)
+
+    def spare_pages(self) -> int:
+        """About how many KV pages idle adapters would leave."""
+        if self.budget is None:
+            return 0
+        idle = sum(c.bytes for c in self._candidates(spare_fresh=True))
+        return (self.extents.free + idle) // self.budget.page_bytes
+
+    def pages_for(self, digest: str, keep: Collection[str]) -> int | None:
+        """KV pages that must be free for it to come, once all idle adapters but `keep` have left.
+
+        None when pages would not help: it is slots or the memory of others that it waits for.
+        """
+        assert self.budget is not None
+        idle = [c for c in self._candidates(spare_fresh=True) if c.digest not in keep]
+        if not self._free_slots and not idle:
+            return None
+        trial = self.extents.copy()
+        for candidate in idle:
+            trial.give_back(candidate.digest)
+        trial.slide(immovable=self._loading())
+        size = self.adapters[digest].bytes
+        trial.resize(trial.end + size)
+        trial.take(digest, size)
+        return self.budget.free_for(trial.end)
 
     def keep_on_host(self, digest: str) -> None:
         """Host memory holds its image from now on; others may have to go for it."""
@@ -300,6 +363,8 @@ class Residency:
             assert 0 <= adapter.users <= adapter.claims
             assert adapter.users == 0 or adapter.tier is Tier.DEVICE, "rows run without weights"
         assert self.extents.free == self.extents.capacity - sum(a.bytes for a in placed)
+        if self.budget is not None:
+            self.budget.check()
 
     def _touch(self, digest: str) -> None:
         self._changed.add(digest)
@@ -333,15 +398,48 @@ class Residency:
         if not self._free_slots and not victims:
             return False
         size = self.adapters[digest].bytes
-        if self.extents.free + sum(self.adapters[victim].bytes for victim in victims) < size:
+        limit = self.limit_bytes
+        free = limit - self.extents.used
+        if free + sum(self.adapters[victim].bytes for victim in victims) < size:
             return False
         trial = self.extents.copy()
+        trial.resize(limit)
         for victim in victims:
             trial.give_back(victim)
         if trial.take(digest, size) is not None:
             return True
         trial.slide(immovable=self._loading())
         return trial.take(digest, size) is not None
+
+    def _victims_above(self, end: int, keep: Collection[str], wanted: bool) -> list[str] | None:
+        """Who has to leave for the arena to end at `end`, as `make_pages` asks for it."""
+        victims: list[str] = []
+        idle = self._order(self._candidates(spare_fresh=True))
+        candidates = [c.digest for c in idle if c.digest not in keep and (wanted or not c.wanted)]
+        while not self._ends_at(end, victims):
+            if not candidates:
+                return None
+            victims.append(candidates.pop(0))
+        for victim in list(victims):
+            others = [v for v in victims if v != victim]
+            if self._ends_at(end, others):
+                victims = others
+        return victims
+
+    def _ends_at(self, end: int, victims: Sequence[str]) -> bool:
+        """Whether the arena would end there, after sliding, once these have left."""
+        if self.extents.used - sum(self.adapters[victim].bytes for victim in victims) > end:
+            return False
+        if not self.loading:
+            return True
+        trial = self.extents.copy()
+        for victim in victims:
+            trial.give_back(victim)
+        trial.slide(immovable=self._loading())
+        return trial.end <= end
+
+    def _moves(self, slides: Iterable[Slide]) -> tuple[Move, ...]:
+        return tuple(Move(self.slot(s.digest), s.source, s.target, s.bytes) for s in slides)
 
     def _starve(self, adapter: Adapter, now_s: float) -> None:
         if adapter.wanted and adapter.tier is not Tier.DEVICE and adapter.starved_s is None:

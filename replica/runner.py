@@ -8,6 +8,7 @@ import torch
 
 from cluster.config import EngineConfig
 from cluster.errors import ConfigError
+from replica.adapter import PageMove
 from replica.arena import Arena
 from replica.decoder import rotary_tables
 from replica.gather_executor import GatherExecutor
@@ -39,6 +40,11 @@ class Runner:
         ranks: Ranks | None = None,
         followers: "Followers | None" = None,
     ) -> None:
+        if config.device_memory is not None:
+            raise ConfigError(
+                "device_memory: this layout of KV pages cannot share their memory with adapters",
+                field="device_memory",
+            )
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.shape = shape = whole.divided(1 if ranks is None else ranks.shard.ranks)
@@ -94,6 +100,10 @@ class Runner:
                 field="kv_memory",
             )
         return pages
+
+    def move_pages(self, moves: Sequence[PageMove]) -> None:
+        """Where adapters share the memory of the pages: before the rows that are run next."""
+        raise AssertionError("the pages are not laid out for it")
 
     def run(self, rows: Sequence[Row]) -> list[Sampled | None]:
         """One packed batch, prefill chunks and decodes mixed; a token where one is wanted."""

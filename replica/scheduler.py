@@ -147,11 +147,11 @@ class Scheduler:
         failed = self._fail_quarantined(now_s)
         self.flight.begin()
         self.drainer.tick()
-        self.batch.begin_step()
         closed: set[str] = set()
         rooms: list[Room] = []
+        self.batch.begin_step(rooms, self.drainer.drains)
         if self.switches.overlap or self.drainer.sharing.park:
-            rooms = self.loads.plan(self._first(), now_s, closed)
+            rooms += self.loads.plan(self._first(), now_s, closed)
         rows, begun = self._decodes(now_s)
         budget = self.limits.step_tokens_max - len(rows)
         for request in begun:
@@ -182,6 +182,8 @@ class Scheduler:
             if budget <= 0 or self.batch.full:
                 break
         self.flight.took(rooms)
+        if self.residency.budget is not None:
+            self.residency.budget.reserved = 0
         plan = Plan(
             self.flight.number,
             tuple(rooms),

@@ -25,6 +25,9 @@ class Model(Protocol):
 
     def copy_s(self, size: int) -> float: ...
 
+    def move_s(self, size: int) -> float:
+        """Within the device's memory."""
+
 
 @dataclass(slots=True)
 class Record:
@@ -129,7 +132,14 @@ class Twin:
         return None
 
     def _make_rooms(self, plan: Plan) -> None:
+        budget = self.scheduler.residency.budget
         for room in plan.rooms:
+            moved = sum(move.bytes for move in room.moves)
+            if budget is not None:
+                moved += len(room.page_moves) * budget.page_bytes
+            self.now_s += self.model.move_s(moved)
+            if room.load is None:
+                continue
             copy_s = self.model.copy_s(room.load.bytes)
             if self.scheduler.switches.overlap:
                 # One copy engine: copies follow one another.

@@ -16,6 +16,9 @@ adapters leave first; a load stops the batch (15512 after: not); one load at a t
           after   and an adapter in use is drained for one that starved 3 s
     15512 before  as 14795 after
           after   and loads overlap with the batch
+
+A fourth run (`SHARED`) has no places: ours on the whole card, where adapters and KV pages share
+what the weights leave.
 """
 
 import dataclasses
@@ -24,10 +27,11 @@ from dataclasses import dataclass
 
 from cluster.costs import Costs
 from replica.admission import Limits
+from replica.budget import Budget
 from replica.drainer import Sharing
 from replica.eviction import ORDERS
 from replica.extents import Extents
-from replica.hardware import A100, H200, Card, image_bytes
+from replica.hardware import A100, H200, PAGE_BYTES, Card, image_bytes
 from replica.loads import Switches
 from replica.pages import Pages
 from replica.residency import Residency
@@ -36,7 +40,11 @@ from replica.twin import Figures, Twin, figures, median_figures
 from replica.workloads import Stream, arrivals
 
 POLICIES = ("before", "after", "ours")
+SHARED = "shared"  # ours, with one memory for adapters and KV pages instead of places
 CHUNK_TOKENS = 8192
+BATCH_ROWS_MAX = 256
+CONTEXT = 131_072
+DIRECTORY_SLOTS = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +83,7 @@ class Table:
     ours: Policy = OURS
 
     def policy(self, name: str) -> Policy:
-        return {"before": self.before, "after": self.after, "ours": self.ours}[name]
+        return {"before": self.before, "after": self.after}.get(name, self.ours)
 
     def all_base(self) -> "Table":
         """The same requests, all of which name the base model."""
@@ -202,34 +210,34 @@ def twin(table: Table, policy: str, check: bool = False) -> Twin:
     chosen = table.policy(policy)
     card = table.card.as_upstream() if chosen.upstream else table.card
     ranks: dict[str | None, int] = {None: 0} | dict(table.ranks.items())
-    scheduler = _scheduler(table, chosen, card)
+    scheduler = _scheduler(table, chosen, card, shared=policy == SHARED)
     return Twin(scheduler, card, ranks, check=check, mixed=not chosen.upstream)
 
 
-def _scheduler(table: Table, policy: Policy, card: Card) -> Scheduler:
+def _scheduler(table: Table, policy: Policy, card: Card, shared: bool) -> Scheduler:
     costs = Costs(card.copy_bytes_per_s, decode_s=0.01, prefill_token_s=5e-5)
     packed = table.packed and not policy.upstream
     ranks = table.places * max(table.ranks.values())
     slots = len(table.ranks) if packed else table.places
     if not policy.switches.base_pinned:
         slots += 1  # the base model has one of them while it is in use
+    pages, extents = Pages(card.pages, 16, cache=False), Extents(image_bytes(ranks) + 2**20)
+    budget = None
+    if shared:
+        slots = DIRECTORY_SLOTS
+        pages, extents = Pages(card.shared_pages, 16, cache=False), Extents(0)
+        headroom = BATCH_ROWS_MAX + pages.needed(CHUNK_TOKENS)
+        budget = Budget(extents, pages, PAGE_BYTES, pages.needed(CONTEXT), headroom)
     residency = Residency(
-        Extents(image_bytes(ranks) + 2**20), slots, ORDERS[policy.eviction], costs.copy_s, 1.0, 60.0
+        extents, slots, ORDERS[policy.eviction], costs.copy_s, 1.0, 60.0, budget=budget
     )
     for adapter, rank in table.ranks.items():
         residency.register(adapter, "", image_bytes(rank), pinned=False, now_s=0.0)
     limits = Limits(
-        batch_rows_max=256,
+        batch_rows_max=BATCH_ROWS_MAX,
         step_tokens_max=CHUNK_TOKENS,
         queue_max=100_000,
         loads_in_flight_max=1 if policy.upstream else 8,
-        context=131_072,
+        context=CONTEXT,
     )
-    return Scheduler(
-        limits,
-        Pages(card.pages, 16, cache=False),
-        residency,
-        costs,
-        policy.switches,
-        policy.sharing,
-    )
+    return Scheduler(limits, pages, residency, costs, policy.switches, policy.sharing)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from cluster.costs import Costs
 from replica import eviction
 from replica.admission import Limits
+from replica.budget import Budget
 from replica.drainer import Sharing
 from replica.extents import Extents
 from replica.loads import Switches
@@ -43,15 +44,22 @@ def scheduler(
     order: eviction.Order = eviction.lru,
     parked_pages_max: int | None = None,
     page_wait_max_s: float = 2.0,
+    page_bytes: int | None = None,
+    headroom: int = 0,
 ) -> Scheduler:
+    """page_bytes: adapters share the memory of that many `pages`, instead of an `arena`."""
     limits = Limits(
         rows, tokens, queue, loads, context, frozenset({EOS}), parked_pages_max, page_wait_max_s
     )
     costs = Costs(copy_bytes_per_s=copy_bytes_per_s, decode_s=STEP_S, prefill_token_s=1e-3)
-    residency = Residency(Extents(arena, 1), slots, order, costs.copy_s, 1.0, 8.0)
+    kv, extents = Pages(pages, 16), Extents(arena if page_bytes is None else 0, 1)
+    budget = None
+    if page_bytes is not None:
+        budget = Budget(extents, kv, page_bytes, kv.needed(context), headroom)
+    residency = Residency(extents, slots, order, costs.copy_s, 1.0, 8.0, budget=budget)
     for digest, size in sizes.items():
         residency.register(digest, f"/{digest}", size, pinned=digest in pinned, now_s=0.0)
-    return Scheduler(limits, Pages(pages, 16), residency, costs, switches, sharing, share)
+    return Scheduler(limits, kv, residency, costs, switches, sharing, share)
 
 
 def new(
@@ -79,7 +87,7 @@ def settle(core: Scheduler, now_s: float) -> tuple[Plan, list[Delta]]:
     """One step; the loads that it begins are done after it."""
     plan, deltas = run(core, now_s)
     for room in plan.rooms:
-        if core.switches.overlap:
+        if core.switches.overlap and room.load is not None:
             core.loaded(room.load.digest, now_s)
     core.check()
     return plan, deltas
@@ -101,7 +109,7 @@ def ran(plan: Plan) -> list[str]:
 
 
 def loaded(plan: Plan) -> list[str]:
-    return [room.load.digest for room in plan.rooms]
+    return [room.load.digest for room in plan.rooms if room.load is not None]
 
 
 def evicted(plan: Plan) -> list[str]:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 COPIED = ("cluster", "replica", "tests", "kernels", "pyproject.toml", "lorafleet.py")
-_CORE = "scheduler batch loads drainer prefetch residency pages extents waiting share story request"
+_CORE = "scheduler batch loads drainer prefetch residency pages budget extents waiting share "
+_CORE += "story request"
 TESTS = [f"tests/unit/test_{name}.py" for name in _CORE.split()]
 TESTS += ["tests/sim/test_bounds.py", "tests/sim/test_random_runs.py", "tests/sim/test_stateful.py"]
 
@@ -340,8 +341,10 @@ FAULTS = (
         "pages",
         "the youngest prefix is forgotten first",
         "pages",
-        "self._forget(next(iter(self._unused)))",
-        "self._forget(next(reversed(self._unused)))",
+        "            if len(self._free) == self.first:\n"
+        "                self._forget(next(iter(self._unused)))",
+        "            if len(self._free) == self.first:\n"
+        "                self._forget(next(reversed(self._unused)))",
     ),
     _fault(
         "pages",
@@ -356,6 +359,106 @@ FAULTS = (
         "pages",
         "        if count > self.free:\n            return None\n",
         "        if count > self.free:\n            count = self.free\n",
+    ),
+    # One memory for adapters and pages
+    _fault(
+        "budget",
+        "the arena grows over pages that rows hold",
+        "pages",
+        "            if page in self._holders or page in self._unused:",
+        "            if page in self._unused:",
+    ),
+    _fault(
+        "budget",
+        "a page that was copied keeps its old name for those who look for its prefix",
+        "pages",
+        "            self._known[key] = target\n",
+        "",
+    ),
+    _fault(
+        "budget",
+        "rows go on with the pages that they had before these were copied",
+        "loads",
+        "        self._batch.rename(room.page_moves)\n",
+        "",
+    ),
+    _fault(
+        "budget",
+        "only rows that run follow their pages",
+        "batch",
+        "for request in [*self.running.values(), *self.parked.values()]:",
+        "for request in self.running.values():",
+    ),
+    _fault(
+        "budget",
+        "a shrinking arena gives back bytes that an image lies in",
+        "residency",
+        "slides = self.extents.slide(self._loading()) if self.extents.end > end else []",
+        "slides: list[Slide] = []",
+    ),
+    _fault(
+        "budget",
+        "a place is given back that is being copied into",
+        "residency",
+        "        if not self.loading:\n            return True\n        trial",
+        "        return True\n        trial",
+    ),
+    _fault(
+        "budget",
+        "someone is evicted though memory is free",
+        "residency",
+        "return self.extents.capacity if self.budget is None else self.budget.limit_bytes",
+        "return self.extents.capacity",
+    ),
+    _fault(
+        "budget",
+        "adapters leave no headroom",
+        "budget",
+        "spare = max(pages.free - self.headroom - self.reserved, 0)",
+        "spare = max(pages.free - self.reserved, 0)",
+    ),
+    _fault(
+        "budget",
+        "the arena may take everything",
+        "budget",
+        "self._first_max = pages.total - context_pages",
+        "self._first_max = pages.total",
+    ),
+    _fault(
+        "budget",
+        "rows are put back while idle adapters stay",
+        "batch",
+        "            if self._make_pages(count - self._pages.free, now_s, drop, spare):\n"
+        "                continue\n",
+        "",
+    ),
+    _fault(
+        "budget",
+        "new requests take the pages that a starving adapter waits for",
+        "batch",
+        "kept = 0 if alone else self._kept_from(request)",
+        "kept = 0",
+    ),
+    _fault(
+        "budget",
+        "a request that waits longer than the adapter is held up for it",
+        "batch",
+        "waiter[0] is request and waiter[1] <= since_s else count",
+        "waiter[0] is request and waiter[1] < 0 else count",
+    ),
+    _fault(
+        "budget",
+        "a new request has adapters evicted that others wait for",
+        "residency",
+        "if c.digest not in keep and (wanted or not c.wanted)]",
+        "if c.digest not in keep]",
+    ),
+    _fault(
+        "budget",
+        "a request has its own adapter evicted for its pages",
+        "batch",
+        "keep = {*self._draining, *([spare.place] if spare is not None and spare.place else ())}",
+        "keep = {*self._draining}",
     ),
 )
 

@@ -11,19 +11,21 @@ from dataclasses import dataclass
 
 from cluster.costs import Costs
 from cluster.errors import FleetError
-from replica.adapter import Evict, Load
+from replica.adapter import Load
 from replica.admission import Limits
+from replica.budget import Budget
 from replica.drainer import Sharing
 from replica.eviction import ORDERS
 from replica.extents import Extents
 from replica.host_tier import HostTier
 from replica.loads import Switches
 from replica.pages import Pages
-from replica.plan import Plan, Work
+from replica.plan import Plan
 from replica.request import ENDED, Delta, Finish, NewRequest, Request, Sampled, Sampling
 from replica.residency import Residency
 from replica.scheduler import Scheduler
 from replica.share import Share
+from tests.sim.memory import Memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,23 +74,29 @@ class Run:
             overlap=self.chance(0.8),
             prefetch_depth=rng.choice([0, 1, 8]),
         )
+        shared = self.chance(0.4)
+        pages = Pages(rng.randint(6, 20), 16)
+        extents = Extents(0 if shared else rng.randint(60, 200), 1)
+        slots = rng.randint(1, 6)
+        budget = None
+        if shared:
+            context_pages = pages.needed(limits.context)
+            pages = Pages(context_pages + rng.randint(2, 16), 16)
+            budget = Budget(extents, pages, rng.randint(8, 20), context_pages, rng.randint(0, 4))
         residency = Residency(
-            Extents(rng.randint(60, 200), 1),
-            rng.randint(1, 6),
+            extents,
+            slots,
             ORDERS[rng.choice(sorted(ORDERS))],
             costs.copy_s,
             0.2,
             1.0,
             HostTier(rng.choice([0, 100])),
+            budget,
         )
-        pages = Pages(rng.randint(6, 20), 16)
         share = Share({"a": 2.0}, on=self.chance(0.3))
         self.core = Scheduler(limits, pages, residency, costs, switches, sharing, share)
-        self.loads: list[Load] = []
+        self.memory = Memory(self.core)
         self.flying: deque[Flying] = deque()
-        self.contents: dict[int, str] = {}  # slot → digest whose weights are there
-        self.spans: dict[int, tuple[int, int]] = {}  # slot → its bytes [begin, end)
-        self.cache: dict[tuple[int, int], tuple[str | None, int]] = {}  # page, offset → written
         self.open: dict[str, Request] = {}
         self.got: dict[str, list[int]] = {}
         self.ended: set[str] = set()
@@ -103,7 +111,9 @@ class Run:
         if self.chance(0.1):
             digest = rng.choice("abcdefgh")
             pinned = self.chance(0.05)
-            core.residency.register(digest, "/", rng.randint(1, 60), pinned, now_s=self.now_s)
+            size = rng.randint(1, 60)
+            if core.residency.refusal(digest, size, pinned) is None:
+                core.residency.register(digest, "/", size, pinned, now_s=self.now_s)
         if self.chance(0.02) and core.residency.adapters:
             core.forget(rng.choice([d for d in sorted(core.residency.adapters) if d] or ["x"]))
         if self.chance(0.5):
@@ -155,25 +165,24 @@ class Run:
         self.ended.add(name)
 
     def finish_loads(self, faults: bool) -> None:
-        for load in list(self.loads):
+        for load in list(self.memory.copies):
             if faults and not self.chance(0.4):
                 continue
-            self.loads.remove(load)
-            if faults and self.chance(0.2):
-                self.core.load_failed(load.digest, "fault", self.now_s)
-            else:
-                self.contents[load.slot] = load.digest
+            good = not (faults and self.chance(0.2))
+            self.memory.end(load, good)
+            if good:
                 self.core.loaded(load.digest, self.now_s)
+            else:
+                self.core.load_failed(load.digest, "fault", self.now_s)
         self.clear()
 
     def clear(self) -> None:
-        """One whose load was lost may leave a slot that nothing came to."""
         for evict in self.core.evictions():
-            self.leave(evict)
+            self.unused(evict.slot)
+            self.memory.clear(evict)
 
-    def leave(self, evict: Evict) -> None:
-        assert all(evict.slot not in step.spans for step in self.flying), "a step in flight uses it"
-        assert self.contents.pop(evict.slot, evict.digest) == evict.digest
+    def unused(self, slot: int) -> None:
+        assert all(slot not in step.spans for step in self.flying), "a step in flight uses it"
 
     def step(self, faults: bool) -> None:
         self.finish_loads(faults)
@@ -192,33 +201,34 @@ class Run:
 
     def make_rooms(self, plan: Plan, faults: bool) -> Plan:
         for room in plan.rooms:
-            for evict in room.evictions:
-                self.leave(evict)
+            for change in (*room.evictions, *room.moves):
+                self.unused(change.slot)
             for move in room.moves:
-                assert move.slot not in {load.slot for load in self.loads}, "a copy's target moved"
-                assert move.slot in self.contents, "what is not there cannot move"
-                self.write(move.slot, move.target, move.bytes)
-            self.write(room.load.slot, room.load.offset, room.load.bytes)
-            if self.core.switches.overlap:
-                self.loads.append(room.load)
-            else:
+                self.untouched(move.target, move.bytes)
+            named = {page for step in self.flying for page in step.named()}
+            for copied in room.page_moves:
+                assert not {copied.source, copied.target} & named, "a page of a step in flight"
+            self.memory.make(room)
+            if room.load is None:
+                continue
+            self.untouched(room.load.offset, room.load.bytes)
+            self.memory.begin(room.load)
+            if not self.core.switches.overlap:
                 self.load_now(room.load, faults)
         return self.core.without_ended(plan)
 
-    def write(self, slot: int, offset: int, size: int) -> None:
-        """These bytes are this slot's from now on; a step in flight uses neither."""
+    def untouched(self, offset: int, size: int) -> None:
         for step in self.flying:
-            assert slot not in step.spans, "a slot of a step in flight"
             for begin, end in step.spans.values():
                 assert offset + size <= begin or end <= offset, "bytes of a step in flight"
-        self.spans[slot] = offset, offset + size
 
     def load_now(self, load: Load, faults: bool) -> None:
         """Without overlap the batch waits, and runs without those whose load has failed."""
-        if faults and load.digest and self.chance(0.1):
+        good = not (faults and load.digest and self.chance(0.1))
+        self.memory.end(load, good)
+        if not good:
+            self.memory.lost.add(load.slot)
             self.take_in(self.core.lost(load.digest, "fault", self.now_s))
-        else:
-            self.contents[load.slot] = load.digest
 
     def launch(self, plan: Plan) -> None:
         size = self.core.pages.page_tokens
@@ -230,7 +240,7 @@ class Run:
             for page in pages[work.start // size :]:
                 assert named.get(page, work.request) is work.request, "pages of a step in flight"
             if work.slot:
-                step.spans[work.slot] = self.spans[work.slot]
+                step.spans[work.slot] = self.memory.span(work.slot)
         self.flying.append(step)
         self.core.check()
         self.right_weights(step)
@@ -240,28 +250,19 @@ class Run:
         self.right_weights(step)
         rows = zip(step.plan.rows, step.pages, strict=True)
         for work, pages in rows:
-            self.right_pages(work, pages)
+            if work.request.phase not in ENDED:  # else nobody waits for what it gives
+                self.memory.compute(work, pages)
         stops = [2, 5, 6, 7]
         chosen = [Sampled(self.rng.choice(stops)) if w.sample else None for w in step.plan.rows]
         self.take_in(self.core.commit(step.plan, chosen, self.now_s))
         self.core.check()
 
     def right_weights(self, step: Flying) -> None:
+        self.memory.check()
         for work in step.plan.rows:
-            weights = self.contents[work.slot] if work.slot else None
+            weights = self.memory.weights(work.slot)
             assert weights == work.request.digest, f"{work.request.id} ran with {weights}"
-            assert not work.slot or self.spans[work.slot] == step.spans[work.slot]
-
-    def right_pages(self, work: Work, pages: list[int]) -> None:
-        """What it attends to are its own tokens, computed with its own weights."""
-        request, size = work.request, self.core.pages.page_tokens
-        if request.phase in ENDED:
-            return  # nobody waits for what it gives
-        for position, token in enumerate(request.slice(0, work.end)):
-            at = pages[position // size], position % size
-            if position >= work.start:
-                self.cache[at] = request.digest, token
-            assert self.cache.get(at) == (request.digest, token), f"{request.id} at {position}"
+            assert not work.slot or self.memory.span(work.slot) == step.spans[work.slot]
 
 
 def live(seed: int, depth: int = 1) -> None:

@@ -35,6 +35,9 @@ class Device:
     def copy_s(self, size: int) -> float:
         return self.load_s
 
+    def move_s(self, size: int) -> float:
+        return 0.0
+
 
 def ttft_s(device: Device, adapters: int) -> list[float]:
     """Of one request an adapter, all of them coming at once."""

@@ -28,6 +28,7 @@ from replica.request import NewRequest, Sampled, Sampling
 from replica.residency import Residency
 from replica.scheduler import Scheduler
 from tests.core import STEP_S, scheduler
+from tests.sim.memory import Memory
 
 SETTINGS = settings(
     max_examples=200,
@@ -73,8 +74,26 @@ class PagesMachine(RuleBasedStateMachine):
 
     @rule(pages=consumes(held))
     def end(self, pages: list[int]) -> None:
-        self.holders.remove(pages)
+        # The same list, not an equal one: two may hold the same prefix and nothing else.
+        self.holders = [other for other in self.holders if other is not pages]
         self.pages.give_back(pages)
+
+    @rule(data=st.data())
+    def give_up(self, data: st.DataObject) -> None:
+        """Adapters take the lowest ones; what was in them is copied."""
+        first = self.pages.first
+        first += data.draw(st.integers(0, min(self.pages.free, self.pages.total - first)))
+        renamed = self.pages.give_up(first)
+        assert renamed.keys().isdisjoint(renamed.values())
+        assert all(old < first <= new for old, new in renamed.items())
+        for old, new in renamed.items():
+            self.filled[new] = self.filled.pop(old)
+        for pages in self.holders:
+            pages[:] = [renamed.get(page, page) for page in pages]
+
+    @rule(data=st.data())
+    def get_back(self, data: st.DataObject) -> None:
+        self.pages.get_back(data.draw(st.integers(0, self.pages.first)))
 
     @invariant()
     def nothing_is_lost(self) -> None:
@@ -187,8 +206,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         super().__init__()
         self.now_s = 0.0
         self.number = 0
-        self.contents: dict[int, str] = {}
-        self.copies: list[tuple[int, str]] = []
         self.open: set[str] = set()
 
     @initialize(
@@ -198,23 +215,36 @@ class SchedulerMachine(RuleBasedStateMachine):
         rows=st.integers(1, 4),
         pages=st.integers(5, 12),
         parked=st.sampled_from([None, 0, 4]),
+        page_bytes=st.sampled_from([None, None, 10, 15]),
+        headroom=st.integers(0, 3),
     )
     def assemble(
-        self, skip: bool, overlap: bool, pinned: bool, rows: int, pages: int, parked: int | None
+        self,
+        skip: bool,
+        overlap: bool,
+        pinned: bool,
+        rows: int,
+        pages: int,
+        parked: int | None,
+        page_bytes: int | None,
+        headroom: int,
     ) -> None:
         self.core: Scheduler = scheduler(
             rows=rows,
             tokens=24,
             queue=6,
-            pages=pages,
-            slots=3,
+            pages=pages if page_bytes is None else pages + 8,
+            slots=3 if page_bytes is None else 5,
             context=64,
             sizes=dict(zip("abcdef", (40, 40, 20, 60, 90, 10), strict=True)),
             switches=Switches(base_pinned=pinned, skip=skip, overlap=overlap, prefetch_depth=2),
             sharing=self.sharing,
             parked_pages_max=parked,
             page_wait_max_s=0.2,
+            page_bytes=page_bytes,
+            headroom=headroom,
         )
+        self.memory = Memory(self.core)
 
     @rule(
         digest=st.one_of(st.none(), DIGESTS),
@@ -246,31 +276,30 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.end_copies(good=True)
             self.step()
 
-    @precondition(lambda self: self.copies)
+    @precondition(lambda self: self.memory.copies)
     @rule(good=st.booleans())
     def end_copies(self, good: bool) -> None:
-        for slot, digest in self.copies:
+        for load in list(self.memory.copies):
+            self.memory.end(load, good)
             if good:
-                self.contents[slot] = digest
-                self.core.loaded(digest, self.now_s)
+                self.core.loaded(load.digest, self.now_s)
             else:
-                self.core.load_failed(digest, "broken", self.now_s)
-        self.copies = []
+                self.core.load_failed(load.digest, "broken", self.now_s)
 
     def step(self) -> None:
         core = self.core
         plan = core.step(self.now_s)
         core.check()
         for room in plan.rooms:
-            for evict in room.evictions:
-                assert self.contents.pop(evict.slot) == evict.digest
-            if core.switches.overlap:
-                self.copies.append((room.load.slot, room.load.digest))
-            else:
-                self.contents[room.load.slot] = room.load.digest
+            self.memory.make(room)
+            if room.load is not None:
+                self.memory.begin(room.load)
+                if not core.switches.overlap:
+                    self.memory.end(room.load, good=True)
+        self.memory.check()
         for work in plan.rows:
-            weights = self.contents[work.slot] if work.slot else None
-            assert weights == work.request.digest, "another's weights"
+            assert self.memory.weights(work.slot) == work.request.digest, "another's weights"
+            self.memory.compute(work, work.request.pages)
         chosen = [Sampled(7) if work.sample else None for work in plan.rows]
         for delta in [*plan.failed, *core.commit(plan, chosen, self.now_s)]:
             if delta.last:

@@ -8,10 +8,18 @@ import pytest
 from typer.testing import CliRunner
 
 from lorafleet import cli
-from replica.comparison import REPORTED, Compared, as_json, claims, itl_bound_ms, lines
+from replica.comparison import (
+    REPORTED,
+    SHARED_TTFT_P99_MS,
+    Compared,
+    as_json,
+    claims,
+    itl_bound_ms,
+    lines,
+)
 from replica.published import PUBLISHED
 from replica.twin import Figures, Record
-from replica.upstream import POLICIES, TABLES, Replay, Table, replay, twin
+from replica.upstream import POLICIES, SHARED, TABLES, Replay, Table, replay, twin
 from replica.workloads import arrivals
 
 # What draining is for builds up slowly: 17913 needs all of its requests.
@@ -31,7 +39,7 @@ def compared() -> dict[str, Compared]:
     found = {}
     for name, full in TABLES.items():
         table = shortened(full, REQUESTS.get(name, 50))
-        replays = {policy: replay(table, policy, range(2)) for policy in POLICIES}
+        replays = {policy: replay(table, policy, range(2)) for policy in (*POLICIES, SHARED)}
         all_base = replay(table.all_base(), "ours", range(2)) if name == "14795" else None
         found[name] = Compared(table, replays, all_base)
     return found
@@ -49,6 +57,20 @@ def test_the_invariants_hold_after_each_step_and_every_arrival_ends(name: str, p
     assert [r.arrival for r in records] == coming
     assert all(r.tokens == r.arrival.output_tokens for r in records)
     assert not run.scheduler.has_work
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_one_memory_too_small_for_all_adapters_is_shared_in_turn(name: str) -> None:
+    """One whole context leaves it 1.6 GB: one adapter of rank 256, or six of rank 64."""
+    table = shortened(TABLES[name], 16, faster=4.0)
+    table = dataclasses.replace(table, card=dataclasses.replace(table.card, memory_bytes=38.7e9))
+    run = twin(table, SHARED, check=True)
+    coming = arrivals(table.streams, 0)
+    records = run.run(coming)
+    assert [r.arrival for r in records] == coming
+    assert all(r.tokens == r.arrival.output_tokens for r in records)
+    assert not run.scheduler.has_work
+    assert run.scheduler.pages.free == run.scheduler.pages.capacity
 
 
 def test_the_same_seed_gives_the_same_figures() -> None:
@@ -107,6 +129,15 @@ def test_no_gap_between_tokens_is_longer_than_the_turns_of_the_others(
         assert max(f.itl_max_ms for f in figures) <= most
 
 
+@pytest.mark.parametrize("name", TABLES)
+def test_with_one_memory_no_place_is_ever_waited_for(
+    name: str, compared: dict[str, Compared]
+) -> None:
+    for stream, figures in compared[name].replays[SHARED].figures.items():
+        assert max(f.ttft_p99_ms for f in figures) <= SHARED_TTFT_P99_MS, stream
+        assert max(f.itl_max_ms for f in figures) <= SHARED_TTFT_P99_MS, stream
+
+
 def test_a_packed_arena_holds_all_six(compared: dict[str, Compared]) -> None:
     packed, counted = (compared[n].median("ours", "lora") for n in ("17913-packed", "17913"))
     assert packed.e2e_mean_ms < 0.8 * counted.e2e_mean_ms
@@ -137,7 +168,7 @@ def test_the_json_has_each_table_policy_and_figure(compared: dict[str, Compared]
     found = json.loads(json.dumps(as_json(list(compared.values()))))
     assert list(found) == list(TABLES)
     for name, policies in found.items():
-        assert list(policies) == ["before", "after", "ours"]
+        assert list(policies) == ["before", "after", "ours", "shared"]
         for figures in policies.values():
             streams = figures.values() if name == "14795" else [figures]
             assert all(set(stream) == set(REPORTED) for stream in streams)

@@ -31,6 +31,9 @@ class Device:
     def copy_s(self, size: int) -> float:
         return size * 5e-3
 
+    def move_s(self, size: int) -> float:
+        return 0.0
+
 
 def twin(mixed: bool = True, **switches: bool) -> Twin:
     costs = Costs(copy_bytes_per_s=200.0, decode_s=0.01, prefill_token_s=1e-4)

@@ -1,0 +1,119 @@
+"""A device's memory, byte by byte: what plans write where, and whether it is still there.
+
+Images and pages have a range each, or share one (`replica/budget.py`).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from replica.adapter import Evict, Load, PageMove, Room
+from replica.plan import Work
+from replica.scheduler import Scheduler
+
+_Written = tuple[str | None, int]  # the adapter that computed it, the token
+
+
+class Memory:
+    """Carries out what a scheduler plans. Raises AssertionError where something is overwritten."""
+
+    def __init__(self, core: Scheduler) -> None:
+        self._extents, self._pages = core.residency.extents, core.pages
+        budget = core.residency.budget
+        self._pages_begin = self._extents.capacity if budget is None else 0
+        self._page_bytes = 1 if budget is None else budget.page_bytes
+        end = self._pages_begin + self._pages.total * self._page_bytes
+        self._owners: list[object] = [None] * end
+        self._images: dict[int, Load] = {}
+        self._tokens: dict[tuple[int, int], _Written] = {}
+        self.copies: list[Load] = []
+        self.lost: set[int] = set()  # slots whose load broke off after more was planned with it
+
+    @property
+    def slots(self) -> set[int]:
+        return set(self._images)
+
+    def make(self, room: Room) -> None:
+        """All but the load, which `begin` starts."""
+        for evict in room.evictions:
+            self.clear(evict)
+        for move in room.moves:
+            if move.slot in self.lost:
+                continue
+            assert move.slot in self._images, "what is not there cannot move"
+            image = self._image(move.slot)
+            assert (image.offset, image.bytes) == (move.source, move.bytes)
+            self._images[move.slot] = dataclasses.replace(image, offset=move.target)
+            self._own(move.target, move.bytes, image.digest)
+        for page in room.page_moves:
+            self._copy_page(page)
+
+    def clear(self, evict: Evict) -> None:
+        """One whose load was lost may leave a slot that nothing came to."""
+        image = self._images.pop(evict.slot, None)
+        assert image is None or image.digest == evict.digest
+
+    def begin(self, load: Load) -> None:
+        assert load.slot not in self._images
+        self.lost.discard(load.slot)
+        self.copies.append(load)
+        self._own(load.offset, load.bytes, load.digest)
+
+    def end(self, load: Load, good: bool) -> None:
+        """Until now the copy may have written at any time."""
+        self.copies.remove(load)
+        self._own(load.offset, load.bytes, load.digest if good else "broken")
+        if good:
+            self._images[load.slot] = load
+
+    def weights(self, slot: int) -> str | None:
+        """The adapter whose weights rows of this slot run with."""
+        return self._image(slot).digest if slot else None
+
+    def compute(self, work: Work, pages: Sequence[int]) -> None:
+        """What it attends to are its own tokens, computed with its own weights."""
+        request, size = work.request, self._pages.page_tokens
+        for position, token in enumerate(request.slice(0, work.end)):
+            page, offset = pages[position // size], position % size
+            written = request.digest, token
+            if position >= work.start:
+                self.write(page, offset, written)
+            assert self.read(page, offset) == written, f"{request.id} at {position}"
+
+    def span(self, slot: int) -> tuple[int, int]:
+        """The bytes [begin, end) of its image."""
+        image = self._image(slot)
+        return image.offset, image.offset + image.bytes
+
+    def write(self, page: int, offset: int, written: _Written) -> None:
+        self._own(*self._span(page), page)
+        self._tokens[page, offset] = written
+
+    def read(self, page: int, offset: int) -> _Written | None:
+        start, size = self._span(page)
+        whole = self._owners[start : start + size] == [page] * size
+        return self._tokens.get((page, offset)) if whole else None
+
+    def check(self) -> None:
+        """Every image is whole."""
+        for slot in self._images:
+            self._image(slot)
+
+    def _image(self, slot: int) -> Load:
+        image = self._images[slot]
+        bytes = self._owners[image.offset : image.offset + image.bytes]
+        assert bytes == [image.digest] * image.bytes, f"{image.digest} was overwritten"
+        return image
+
+    def _own(self, start: int, size: int, owner: object) -> None:
+        self._owners[start : start + size] = [owner] * size
+
+    def _span(self, page: int) -> tuple[int, int]:
+        return self._pages_begin + page * self._page_bytes, self._page_bytes
+
+    def _copy_page(self, move: PageMove) -> None:
+        for offset in range(self._pages.page_tokens):
+            written = self.read(move.source, offset)
+            self._tokens.pop((move.target, offset), None)
+            if written is not None:
+                self._tokens[move.target, offset] = written
+        self._own(*self._span(move.target), move.target)
