@@ -29,6 +29,9 @@ class EngineConfig:
     model: directory of an HF checkpoint. served_model_name: the base model's name on the API
     (default: the directory's name). dtype auto: what the checkpoint says. load_format dummy: random
     weights, made on the device by `seed`; of the checkpoint only config.json is read.
+    kernels auto: triton on CUDA, torch on CPU. triton on CPU: where TRITON_INTERPRET=1 has it
+    interpreted, for tests. cuda_graphs: decode steps are captured when the engine starts; off,
+    each of their kernels is launched anew.
     adapter_memory: bytes of device memory for adapter images. slots_max: how many adapters may be
     resident; None: as many as fit the bytes, up to `directory_slots`. host_memory: bytes of host
     memory for images that left the device (page-locked on CUDA), so that they come back without
@@ -67,6 +70,8 @@ class EngineConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    cuda_graphs: bool = True
     adapter_memory: int = 64 * 2**20
     host_memory: int = 256 * 2**20
     rank_max: int = 256

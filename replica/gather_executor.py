@@ -12,7 +12,7 @@ from lora_kernels.ops import Lora
 from replica.decoder import Batch, Decoder, Span
 from replica.launch import Row
 from replica.request import Sampled
-from replica.sampling import Draw, sample
+from replica.sampling import Draw, draw_of, sample
 from replica.shape import ModelShape
 from replica.weights import Weights
 
@@ -67,11 +67,7 @@ class GatherExecutor:
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i].tokens) > 1, rows[i].position))
         packed = [rows[i] for i in order]
         logits = self._decoder.forward(self._batch(packed), self.cache, self._deltas(packed))
-        draws = [
-            Draw(row.sampling, row.seed, row.position + len(row.tokens), row.generated)
-            for row in packed
-            if row.sampling is not None
-        ]
+        draws = [draw for row in packed if (draw := draw_of(row)) is not None]
         tokens = iter(self._sample(logits, draws))
         results: list[Sampled | None] = [None] * len(rows)
         for i, row in zip(order, packed, strict=True):

@@ -1,5 +1,7 @@
 """One step on the device: rows of tokens in, sampled tokens out."""
 
+import importlib.util
+import os
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -16,7 +18,7 @@ from replica.launch import Executor, Row, Ticket
 from replica.ranks import Ranks
 from replica.request import Sampled
 from replica.shape import ModelShape
-from replica.weights import load_weights
+from replica.weights import Weights, load_weights
 
 if TYPE_CHECKING:
     from replica.tensor_parallel import Followers
@@ -54,6 +56,7 @@ class Runner:
         self.page_tokens = config.page_tokens
         context = min(shape.context, config.context_tokens_max or shape.context)
         self.page_count = self._pages_that_fit(config, context)
+        kernels = _kernels(config, self.device)
         weights = load_weights(
             config.model,
             whole,
@@ -71,10 +74,14 @@ class Runner:
             self.device,
             None if followers is None else followers.tell,
         )
-        executor = GatherExecutor(
-            shape, weights, cos_sin, self.arena.lora(), self.page_count, self.page_tokens
-        )
-        self._executor: Executor = executor if followers is None else followers.leading(executor)
+        executor: Executor
+        if kernels == "torch":
+            executor = GatherExecutor(
+                shape, weights, cos_sin, self.arena.lora(), self.page_count, self.page_tokens
+            )
+        else:
+            executor = self._paged(config, weights, cos_sin)
+        self._executor = executor if followers is None else followers.leading(executor)
         self._running = False
         self._ran_s = float("-inf")
 
@@ -85,6 +92,32 @@ class Runner:
     @property
     def image_dtype_bytes(self) -> int:
         return int(self.dtype.itemsize)
+
+    def _paged(
+        self,
+        config: EngineConfig,
+        weights: Weights,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+    ) -> Executor:
+        # What they import needs triton.
+        from replica.graphs import CudaCapture, keep
+        from replica.paged_decoder import page_elements, paged_cache
+        from replica.paged_executor import PagedExecutor
+
+        size = (self.page_count + 1) * page_elements(self.shape, self.page_tokens)
+        memory = torch.empty(size, dtype=self.dtype, device=self.device)
+        executor = PagedExecutor(
+            self.shape,
+            weights,
+            cos_sin,
+            paged_cache(memory, self.shape, self.page_tokens),
+            self.arena.triton_lora(config.rank_max),
+            rows_max=config.batch_rows_max,
+            tokens_max=max(config.step_tokens_max, config.batch_rows_max),
+        )
+        if config.cuda_graphs:
+            executor.capture(CudaCapture(self.device) if self.device.type == "cuda" else keep)
+        return executor
 
     def _pages_that_fit(self, config: EngineConfig, context: int) -> int:
         shape = self.shape
@@ -117,6 +150,22 @@ class Runner:
         finally:
             self._ran_s = time.monotonic()
             self._running = False
+
+
+def _kernels(config: EngineConfig, device: torch.device) -> str:
+    """Raises ConfigError when triton is asked for, or CUDA asks for it, and it cannot run."""
+    kernels = config.kernels
+    if kernels == "auto":
+        kernels = "torch" if device.type == "cpu" else "triton"
+    if kernels == "triton":
+        if importlib.util.find_spec("triton") is None:
+            raise ConfigError("kernels: triton is not installed (the extra `gpu`)", field="kernels")
+        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ConfigError(
+                "kernels: triton runs on CUDA; on a CPU only where TRITON_INTERPRET=1 is set",
+                field="kernels",
+            )
+    return kernels
 
 
 def _device(config: EngineConfig) -> torch.device:

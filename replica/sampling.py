@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from replica.launch import Row
 from replica.request import Sampled, Sampling, TokenLogprobs
 
 
@@ -25,6 +26,13 @@ class Draw:
     seed: int
     position: int
     generated: int
+
+
+def draw_of(row: Row) -> Draw | None:
+    """What the token behind the row's own is chosen by, if one is wanted."""
+    if row.sampling is None:
+        return None
+    return Draw(row.sampling, row.seed, row.position + len(row.tokens), row.generated)
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,12 +35,16 @@ SHELLS = frozenset(
         "replica.follower",
         "replica.front",
         "replica.gather_executor",
+        "replica.graphs",
         "replica.image",
         "replica.link",
         "replica.loader",
         "replica.membership",
         "replica.openai_protocol",
         "replica.orders",
+        "replica.paged_batch",
+        "replica.paged_decoder",
+        "replica.paged_executor",
         "replica.ranks",
         "replica.replay",
         "replica.runner",
@@ -83,7 +87,7 @@ ENGINE_SIDE = """
     cluster.values cluster.errors cluster.config replica.request replica.scheduler
     replica.residency replica.pages replica.engine replica.engine_process replica.link
     replica.shape replica.weights replica.decoder replica.gather_executor
-    replica.runner replica.sampling replica.image
+    replica.paged_executor replica.runner replica.sampling replica.image
     replica.arena replica.follower replica.adapter_files lora_kernels.reference lora_kernels.ops
 """.split()  # noqa: SIM905
 

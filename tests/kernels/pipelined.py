@@ -1,0 +1,167 @@
+"""The same launches on several runners, each made before the tokens of the last one are taken."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.config import EngineConfig
+from replica.image import read_image
+from replica.launch import Row, Ticket
+from replica.request import Sampling, TokenLogprobs
+from replica.runner import Runner
+from replica.sampling import Sampled
+from replica.shape import read_shape
+from tests.models import make_adapter
+
+VOCAB = 96
+PAGE_TOKENS = 8
+TOLERANCE = 1e-4
+TINY = {
+    "vocab_size": VOCAB,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 128,
+}
+"""As small as the interpreter's patience; of one query group, as a group more is a program more."""
+
+REPORT = Sampling(temperature=0.0, logprobs=VOCAB)
+GREEDY = Sampling(temperature=0.0)
+WARM = Sampling(temperature=1.0)
+
+
+def adapters_of(directory: Path, model_dir: str) -> list[str]:
+    """Of mixed ranks and partial targets; slot n holds adapter n - 1."""
+    settings = (
+        {"rank": 4, "targets": ("q_proj", "v_proj", "down_proj")},
+        {"rank": 24, "alpha": 30},
+        {"rank": 8, "rank_pattern": {r"layers\.0\.mlp\.up_proj": 17}},
+    )
+    return [
+        make_adapter(directory / f"adapter-{n}", model_dir, seed=n, strength=0.15, **kind)
+        for n, kind in enumerate(settings)
+    ]
+
+
+def load(model_dir: str, adapters: Sequence[str] = (), **settings: Any) -> Runner:
+    defaults: dict[str, Any] = {
+        "device": "cpu",
+        "batch_rows_max": 6,
+        "step_tokens_max": 48,
+        "rank_max": 32,
+        "page_tokens": PAGE_TOKENS,
+        "kv_memory": 2**20,
+        "directory_slots": 8,
+    }
+    config = EngineConfig(model=model_dir, **defaults | settings)
+    runner = Runner(config, read_shape(model_dir))
+    offset = 0
+    for slot, path in enumerate(adapters, start=1):
+        image = read_image(path, runner.shape, runner.dtype)
+        runner.arena.copy_in(offset, image)
+        runner.arena.place(slot, offset, image.layout)
+        offset += -(-image.bytes // runner.arena.alignment) * runner.arena.alignment
+    return runner
+
+
+@dataclass
+class Text:
+    """A prompt, then `wanted` tokens more. launched: of prompt and output, in launches so far."""
+
+    prompt: Sequence[int]
+    wanted: int
+    slot: int = 0
+    sampling: Sampling = REPORT
+    seed: int = 0
+    pages: Sequence[int] = ()
+    launched: int = 0
+    out: list[int] = field(default_factory=list)
+
+    @property
+    def over(self) -> bool:
+        return self.launched == len(self.prompt) + self.wanted - 1
+
+    def row(self, chunk: int, last: int | None) -> Row:
+        """last: its row in the launch whose tokens are not taken yet, if it has one there."""
+        start, generated = self.launched, self.launched - len(self.prompt) + 1
+        carry = None
+        if generated <= 0:
+            tokens = list(self.prompt[start : start + chunk])
+        elif generated <= len(self.out):
+            tokens = [self.out[generated - 1]]
+        else:
+            tokens, carry = [0], last
+        self.launched += len(tokens)
+        sampling = self.sampling if self.launched >= len(self.prompt) else None
+        return Row(
+            tokens, start, self.pages, self.slot, sampling, self.seed, max(generated, 0), carry
+        )
+
+
+def texts_of(*settings: tuple[int, int, int, Sampling]) -> list[Text]:
+    """Each of (tokens of the prompt, tokens wanted, slot, sampling), on pages of its own."""
+    generator = torch.Generator().manual_seed(3)
+    texts = []
+    for n, (length, wanted, slot, sampling) in enumerate(settings):
+        prompt = torch.randint(2, VOCAB, (length,), generator=generator).tolist()
+        texts.append(Text(prompt, wanted, slot, sampling, seed=n))
+    held = [-(-(length + wanted) // PAGE_TOKENS) for length, wanted, _, _ in settings]
+    pages = list(range(sum(held)))  # all of them: nothing may be written to another's
+    random.Random(5).shuffle(pages)
+    for text, count in zip(texts, held, strict=True):
+        text.pages, pages = pages[:count], pages[count:]
+    return texts
+
+
+def run_both(
+    runners: Sequence[Runner], texts: Sequence[Text], rng: random.Random, chunk_max: int
+) -> int:
+    """Asserts that all runners sample alike; gives the number of launches.
+
+    rng: which texts a launch has rows of, how long their chunks are, and in which order.
+    """
+    before: tuple[list[Text], list[Ticket]] = ([], [])
+    launches = 0
+    while before[0] or not all(text.over for text in texts):
+        able = [text for text in texts if not text.over]
+        taken = rng.sample(able, rng.randint(min(1, len(able)), len(able)))
+        last = {id(text): i for i, text in enumerate(before[0])}
+        rows = [text.row(rng.randint(1, chunk_max), last.get(id(text))) for text in taken]
+        tickets = [runner.launch(rows) for runner in runners] if rows else []
+        settle(*before)
+        before = (taken, tickets)
+        launches += 1
+    return launches
+
+
+def settle(texts: Sequence[Text], tickets: Sequence[Ticket]) -> None:
+    if not texts:
+        return
+    expected, *others = [ticket.results() for ticket in tickets]
+    for results in others:
+        assert_alike(results, expected)
+    for text, sampled in zip(texts, expected, strict=True):
+        if sampled is not None:
+            text.out.append(sampled.token)
+
+
+def assert_alike(found: Sequence[Sampled | None], expected: Sequence[Sampled | None]) -> None:
+    assert [s and s.token for s in found] == [s and s.token for s in expected]
+    for own, theirs in zip(found, expected, strict=True):
+        if own is not None and theirs is not None and theirs.logprobs is not None:
+            torch.testing.assert_close(
+                all_logprobs(own.logprobs), all_logprobs(theirs.logprobs), atol=TOLERANCE, rtol=0
+            )
+
+
+def all_logprobs(logprobs: TokenLogprobs | None) -> torch.Tensor:
+    assert logprobs is not None and len(logprobs.top) == VOCAB
+    values = torch.empty(VOCAB)
+    for token, value in logprobs.top:
+        values[token] = value
+    return values

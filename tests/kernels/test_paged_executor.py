@@ -1,0 +1,245 @@
+"""The paged path gives what the gathering one gives: batches of all kinds, padded, carried on."""
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cluster.config import EngineConfig
+from cluster.errors import ConfigError
+from cluster.values import Version
+from lora_kernels import attention, fused, lora, reference
+from lora_kernels.ops import Lora
+from replica import graphs
+from replica.adapter_files import inspect
+from replica.engine import Engine
+from replica.gather_executor import GatherExecutor
+from replica.image import read_image
+from replica.paged_executor import PagedExecutor
+from replica.request import NewRequest, Sampling
+from tests.kernels.pipelined import (
+    GREEDY,
+    REPORT,
+    TINY,
+    VOCAB,
+    WARM,
+    adapters_of,
+    load,
+    run_both,
+    texts_of,
+)
+from tests.kernels.recorded import Recorder
+from tests.models import make_adapter, make_model
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "mistral-window": ("mistral", {"sliding_window": 9}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread_without_gradients() -> Iterator[None]:
+    """One thread; but gradients as they are in an engine, whose loaders know nothing of them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    architecture, settings = MODELS[request.param]
+    directory = tmp_path_factory.mktemp(request.param)
+    return make_model(directory / "model", architecture, **TINY | settings)
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> str:
+    return make_model(tmp_path / "model", **TINY)
+
+
+class ReferenceLora(Lora):
+    def __init__(self, directory: Any, arena: Any, groups: Any, rank_max: int) -> None:
+        super().__init__(directory, arena, groups)
+
+    def reserve(self, rows_max: int) -> None:
+        pass
+
+    def begin(self, row_slots: Sequence[int], rows: int | None = None) -> None:
+        padding = 0 if rows is None else rows - len(row_slots)
+        super().begin([*row_slots, *[0] * padding])
+
+
+@pytest.fixture
+def by_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels' specification in their place: the rest of the path runs many times faster."""
+
+    def decode(
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        table: torch.Tensor,
+        lengths: torch.Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        out: torch.Tensor,
+        scratch: torch.Tensor,
+    ) -> None:
+        starts = torch.arange(len(q) + 1)
+        out.copy_(
+            reference.attention(q, keys, values, table, starts, lengths, scale, window, softcap)
+        )
+
+    def prefill(
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        table: torch.Tensor,
+        starts: torch.Tensor,
+        lengths: torch.Tensor,
+        queries_max: int,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        out: torch.Tensor,
+    ) -> None:
+        assert queries_max == int(starts.diff().max())
+        out.copy_(
+            reference.attention(q, keys, values, table, starts, lengths, scale, window, softcap)
+        )
+
+    monkeypatch.setattr(attention, "decode", decode)
+    monkeypatch.setattr(attention, "prefill", prefill)
+    monkeypatch.setattr(lora, "TritonLora", ReferenceLora)
+    for name in ("rms_norm", "add_rms_norm", "rotary_store", "silu_mul", "choose"):
+        monkeypatch.setattr(fused, name, getattr(reference, name))
+
+
+def test_kernels_give_the_logprobs_of_torch(model: str, tmp_path: Path) -> None:
+    adapters = adapters_of(tmp_path, model)
+    runners = [load(model, adapters, kernels=kernels) for kernels in ("torch", "triton")]
+    texts = texts_of((11, 2, 2, REPORT), (7, 4, 1, REPORT), (1, 3, 0, GREEDY), (3, 2, 3, WARM))
+    run_both(runners, texts, random.Random(1), chunk_max=6)
+
+
+@pytest.mark.usefixtures("by_reference")
+def test_batches_of_all_kinds_give_what_torch_gives(model: str, tmp_path: Path, seed: int) -> None:
+    adapters = adapters_of(tmp_path, model)
+    runners = [load(model, adapters, kernels=kernels) for kernels in ("torch", "triton")]
+    narrow = Sampling(temperature=1.0, top_k=9, top_p=0.8)
+    late = Sampling(temperature=0.0, min_tokens=8, stop_tokens=frozenset(range(0, VOCAB, 2)))
+    texts = texts_of(
+        (40, 9, 1, REPORT),
+        (1, 30, 0, GREEDY),
+        (23, 12, 2, WARM),
+        (17, 20, 3, narrow),
+        (9, 25, 2, late),
+        (30, 14, 0, WARM),
+    )
+    assert run_both(runners, texts, random.Random(seed), chunk_max=12) > 30
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="graphs can be captured here")
+def test_a_graph_is_replayed_with_other_rows_lengths_and_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "buckets", lambda rows_max: [rows_max])
+    model_dir = make_model(tmp_path / "model", **TINY | {"num_hidden_layers": 1})
+    adapters = adapters_of(tmp_path, model_dir)
+    runners = [
+        load(model_dir, adapters, kernels="torch", batch_rows_max=4),
+        load(model_dir, adapters, kernels="triton", batch_rows_max=4, cuda_graphs=False),
+    ]
+    recorder = Recorder(monkeypatch)
+    executor = runners[1]._executor
+    assert isinstance(executor, PagedExecutor)
+    executor.capture(recorder)
+
+    texts = texts_of((9, 4, 1, REPORT), (2, 5, 2, GREEDY), (17, 3, 3, WARM), (1, 5, 0, REPORT))
+    run_both(runners, texts, random.Random(2), chunk_max=20)
+    assert recorder.replays >= 3
+    other = make_adapter(tmp_path / "other", model_dir, rank=32, seed=9, strength=0.15)
+    for runner in runners:
+        runner.arena.clear(2)
+        image = read_image(other, runner.shape, runner.dtype)
+        runner.arena.copy_in(2**19, image)
+        runner.arena.place(2, 2**19, image.layout)
+    texts = texts_of((3, 3, 2, REPORT), (5, 3, 2, REPORT))
+    run_both(runners, texts, random.Random(4), chunk_max=20)
+    assert recorder.replays >= 5
+
+
+def churn(model_dir: str, paths: Sequence[str], requests: int, **settings: Any) -> dict[str, Any]:
+    """Tokens of requests that want adapters in turn, more of them than there are places for."""
+    defaults: dict[str, Any] = {"slots_max": 2, "batch_rows_max": 4, "step_tokens_max": 16}
+    config = EngineConfig(
+        model_dir, device="cpu", rank_max=32, directory_slots=8, seed=0, **defaults | settings
+    )
+    engine = Engine(config)
+    digests: list[str | None] = [None]
+    for path in paths:
+        info = inspect(path, engine.shape, config.rank_max)
+        engine.register(Version(path, info.digest, path, info.rank, info.parameters), path)
+        digests.append(info.digest)
+    for i in range(requests):
+        sampling = Sampling(max_tokens=3 + i % 3, temperature=float(i % 2), seed=i)
+        prompt = tuple(range(2 + i, 9 + 3 * i))
+        engine.add(NewRequest(f"{i}", prompt, sampling, digests[i % len(digests)]))
+    got: dict[str, list[int]] = {}
+    deadline_s = time.monotonic() + 120
+    while engine.has_work:
+        assert time.monotonic() < deadline_s
+        for delta in engine.step():
+            assert delta.error is None, delta.error
+            got.setdefault(delta.request_id, []).extend(delta.tokens)
+        engine.scheduler.check()
+    assert engine.report().loads >= len(paths)
+    engine.close()
+    return got
+
+
+@pytest.mark.usefixtures("by_reference")
+def test_an_engine_under_churn_gives_the_same_tokens(llama: str, tmp_path: Path) -> None:
+    paths = adapters_of(tmp_path, llama)
+    expected = churn(llama, paths, 16, kernels="torch")
+    assert churn(llama, paths, 16, kernels="triton") == expected
+    assert churn(llama, paths, 16, kernels="triton", cuda_graphs=False) == expected
+
+
+def test_an_engine_gives_the_same_tokens_by_the_kernels_themselves(
+    llama: str, tmp_path: Path
+) -> None:
+    paths = adapters_of(tmp_path, llama)[:2]
+    settings = {"slots_max": 1, "batch_rows_max": 2}
+    expected = churn(llama, paths, 3, kernels="torch", **settings)
+    assert churn(llama, paths, 3, kernels="triton", **settings) == expected
+
+
+def test_triton_without_a_gpu_or_its_interpreter_is_refused(
+    llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match="TRITON_INTERPRET=1"):
+        load(llama, kernels="triton")
+    assert isinstance(load(llama)._executor, GatherExecutor)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_graphs_on_a_gpu_give_what_eager_launches_give(
+    model: str, tmp_path: Path, seed: int, dtype: str
+) -> None:
+    adapters = adapters_of(tmp_path, model)
+    runners = [
+        load(model, adapters, device="cuda", kernels="triton", dtype=dtype, cuda_graphs=graphs)
+        for graphs in (False, True)
+    ]
+    texts = texts_of((40, 9, 1, GREEDY), (1, 30, 0, GREEDY), (23, 12, 2, WARM), (17, 20, 3, WARM))
+    run_both(runners, texts, random.Random(seed), chunk_max=12)
