@@ -1,4 +1,4 @@
-"""Many random lives, on all cores: `python -m tests.sim.seeds --seeds 5000`."""
+"""Many random lives, on all cores: `python -m tests.sim.seeds --seeds 5000`, at depth 1 and 2."""
 
 import argparse
 import multiprocessing
@@ -9,9 +9,10 @@ import time
 from tests.sim.random_run import live
 
 
-def outcome(seed: int) -> str | None:
+def outcome(life: tuple[int, int]) -> str | None:
+    """life: a seed and a depth."""
     try:
-        live(seed)
+        live(*life)
     except AssertionError as error:
         return str(error)
     return None
@@ -22,15 +23,18 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=5000)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--depth", type=int, choices=(1, 2), help="one depth only")
     options = parser.parse_args()
     start_s = time.monotonic()
+    depths = (options.depth,) if options.depth else (1, 2)
     seeds = range(options.first, options.first + options.seeds)
+    lives = [(seed, depth) for seed in seeds for depth in depths]
     with multiprocessing.Pool(options.processes) as pool:
-        failures = [f for f in pool.imap_unordered(outcome, seeds, chunksize=20) if f]
+        failures = [f for f in pool.imap_unordered(outcome, lives, chunksize=20) if f]
     took_s = time.monotonic() - start_s
     for failure in sorted(failures):
         print(failure)
-    print(f"{options.seeds} seeds, {len(failures)} failed, {took_s:.0f} s")
+    print(f"{len(lives)} lives, {len(failures)} failed, {took_s:.0f} s")
     return 1 if failures else 0
 
 
