@@ -65,6 +65,7 @@ class Batch:
         """There are no pages for it; nor for others, but for parked rows that kept theirs."""
         return (
             self._pages.free == 0
+            and self._residency.budget is None  # else adapters may leave for it
             and not request.pages
             and self._passed_over is not None
             and self._passed_over[0] is not request
