@@ -125,6 +125,9 @@ QueueMax = Annotated[
 Threads = Annotated[
     int | None, typer.Option(help="CPU threads, by replica (default: the cores, shared out).")
 ]
+TensorParallel = Annotated[
+    int | None, typer.Option(help="Devices that share the model, by replica (default: 1).")
+]
 Config = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="YAML with the fields of the configuration; flags win."),
@@ -158,6 +161,7 @@ def serve(
     queue_max: QueueMax = None,
     fair_share: FairShare = None,
     threads: Threads = None,
+    tensor_parallel: TensorParallel = None,
     redis_url: Annotated[
         str | None,
         typer.Option(
@@ -209,6 +213,7 @@ def replica(
     queue_max: QueueMax = None,
     fair_share: FairShare = None,
     threads: Threads = None,
+    tensor_parallel: TensorParallel = None,
     config: Config = None,
 ) -> None:
     """Serve a model and its adapters from this one process and its engine: no Ray, no Redis.

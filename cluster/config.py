@@ -149,6 +149,7 @@ class FleetConfig:
     api_keys: when there are any, a request must carry one as `Authorization: Bearer`.
     lease_s: how long a replica that went silent stays in the fleet's view.
     drain_s: how long a stopping replica may go on with what it runs.
+    gpus_per_replica: None: one for each of `engine.tensor_parallel` ranks.
     """
 
     engine: EngineConfig
@@ -165,7 +166,7 @@ class FleetConfig:
     report_s: float = 0.2
     drain_s: float = 1.0
     acknowledge_s: float = 5.0
-    gpus_per_replica: float = 1.0
+    gpus_per_replica: float | None = None
     cpus_per_replica: float = 1.0
 
     def __post_init__(self) -> None:
@@ -173,11 +174,24 @@ class FleetConfig:
             _positive(name, getattr(self, name))
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port: {self.port} is not between 0 and 65535", field="port")
+        ranks, gpus = self.engine.tensor_parallel, self.gpus_per_replica
+        if ranks > 1 and gpus not in (None, ranks):
+            raise ConfigError(
+                f"gpus_per_replica: {gpus}, but with tensor_parallel {ranks} a replica needs as "
+                "many; leave it out",
+                field="gpus_per_replica",
+            )
         if self.report_s * 2 > self.lease_s:
             raise ConfigError(
                 f"report_s: {self.report_s} leaves no second try within lease_s {self.lease_s}",
                 field="report_s",
             )
+
+    @property
+    def replica_gpus(self) -> float:
+        if self.gpus_per_replica is None:
+            return self.engine.tensor_parallel
+        return self.gpus_per_replica
 
 
 def _positive(name: str, value: float) -> None:

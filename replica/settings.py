@@ -72,6 +72,7 @@ def check_files(settings: FleetConfig) -> None:
         shape = read_shape(engine.model)
     except FleetError as error:
         raise ConfigError(f"--model {engine.model}: {error.message}", field="model") from error
+    shape.divided(engine.tensor_parallel)
     for name, path in settings.adapters.items():
         if "://" in path:
             continue

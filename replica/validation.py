@@ -40,7 +40,8 @@ class Validation:
             check_allowed(path, self._config.adapter_roots)
         engine = self._config.engine
         info = inspect(self.store.fetch(path), self._shape, engine.rank_max)
-        image_bytes = info.parameters * self._weight_bytes
+        # At least; what a rank's part of it takes, the engine says.
+        image_bytes = info.parameters * self._weight_bytes // engine.tensor_parallel
         if image_bytes > engine.adapter_memory:
             raise AdapterRefused(
                 f"lora_path: {path!r} takes {image_bytes} bytes of adapter memory, "

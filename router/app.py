@@ -59,7 +59,10 @@ def compose(config: FleetConfig, engine: str = ENGINE) -> serve.Application:
         num_replicas=settled.replicas,
         ray_actor_options={
             "num_cpus": settled.cpus_per_replica,
-            "num_gpus": settled.gpus_per_replica if on_gpu else 0,
+            # All on this one actor, though ranks have a GPU each: Ray finds them on one node and
+            # names them to the replica's process, and ranks are its children, who inherit that. The
+            # bundles of a placement group would be kept for actors, of which there are none here.
+            "num_gpus": settled.replica_gpus if on_gpu else 0,
         },
         max_ongoing_requests=UNBOUNDED,
         request_router_config=router_config,
@@ -88,9 +91,10 @@ def _settle(config: FleetConfig) -> EngineConfig:
     engine = config.engine
     if engine.device == "auto":
         gpus = ray.cluster_resources().get("GPU", 0) if ray.is_initialized() else 0
-        enough = gpus >= config.gpus_per_replica * config.replicas
+        enough = gpus >= config.replica_gpus * config.replicas
         engine = dataclasses.replace(engine, device="cuda" if enough else "cpu")
     if engine.device == "cpu" and engine.threads is None:
         cores = len(os.sched_getaffinity(0))
-        engine = dataclasses.replace(engine, threads=max(1, cores // config.replicas))
+        processes = config.replicas * engine.tensor_parallel
+        engine = dataclasses.replace(engine, threads=max(1, cores // processes))
     return engine

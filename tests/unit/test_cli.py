@@ -64,6 +64,7 @@ def test_every_command_explains_itself(command: str) -> None:
 def test_both_take_the_same_engine_flags(command: str) -> None:
     shown = CliRunner().invoke(cli, [command, "--help"], env={"COLUMNS": "200"}).output
     flags = "model adapter served-model-name port device dtype adapter-root adapter-memory"
+    flags += " tensor-parallel"
     assert all(f"--{flag} " in shown for flag in flags.split())
 
 
@@ -134,6 +135,8 @@ def test_what_cannot_be_served_is_said_in_one_line(
             ("--model", model, "--adapter", f"fr={wrong}"): f"--adapter fr={wrong}: ",
             ("--model", model, "--adapter-memory", "lots"): "adapter_memory: 'lots'",
             ("--model", model, "--device", "tpu"): "device: 'tpu'",
+            ("--model", model, "--tensor-parallel", "3"): "tensor_parallel: 3 ranks cannot share",
+            ("--model", model, "--tensor-parallel", "0"): "tensor_parallel: 0",
             ("--model", model, "--port", port): f"--port {port}: ",
             ("--model", model, "--port", "70000"): "port: 70000",
             ("--model", model, "--config", "/no.yaml"): "--config /no.yaml: ",

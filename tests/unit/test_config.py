@@ -65,6 +65,10 @@ def test_a_fleet_is_loaded_and_dumped_without_loss() -> None:
         ({"engine": {"model": "m"}, "replicas": 0}, "replicas"),
         ({"engine": {"model": "m", "rank_max": 0}}, "rank_max"),
         ({"engine": {"model": "m", "slots_max": -1}}, "slots_max"),
+        (
+            {"engine": {"model": "m", "tensor_parallel": 2}, "gpus_per_replica": 1},
+            "gpus_per_replica",
+        ),
         ({"engine": {"model": "m"}, "report_s": 2.0, "lease_s": 3.0}, "report_s"),
     ],
 )
@@ -73,6 +77,15 @@ def test_a_mistake_is_refused_naming_its_key(data: dict[str, Any], field: str) -
         load(FleetConfig, data)
     assert caught.value.field == field
     assert field in caught.value.message
+
+
+def test_a_replica_takes_a_gpu_for_each_rank_unless_told() -> None:
+    def gpus(ranks: int, told: float | None) -> float:
+        return FleetConfig(
+            EngineConfig("m", tensor_parallel=ranks), gpus_per_replica=told
+        ).replica_gpus
+
+    assert [gpus(1, None), gpus(4, None), gpus(4, 4), gpus(1, 0.5)] == [1, 4, 4, 0.5]
 
 
 def test_the_base_models_name_is_the_directorys_unless_told() -> None:

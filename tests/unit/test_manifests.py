@@ -249,7 +249,7 @@ def test_the_workers_hold_the_replicas(service: Document, serve: Document) -> No
     gpus = int(resources["limits"].get("nvidia.com/gpu", 0))
     assert (gpus > 0) == (config.engine.device == "cuda")
     if gpus:
-        assert gpus * group["replicas"] >= config.gpus_per_replica * config.replicas
+        assert gpus * group["replicas"] >= config.replica_gpus * config.replicas
     cores = float(resources["requests"]["cpu"])
     assert cores * group["replicas"] >= config.cpus_per_replica * config.replicas
 
