@@ -40,7 +40,7 @@ class Arena:
         slots: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
-        tell: Callable[[Order], None] | None = None,
+        tell: Callable[[Order], None] = lambda order: None,
     ) -> None:
         self.capacity_bytes = capacity_bytes - capacity_bytes % ALIGNMENT_BYTES
         self._projections = list(shape.projections.values())
@@ -50,7 +50,7 @@ class Arena:
         self._placed: dict[int, tuple[int, int]] = {}
         self._copies: list[tuple[int, int]] = []
         self._lock = threading.Lock()
-        self._tell: Callable[[Order], None] = tell or (lambda order: None)
+        self._tell = tell
 
     def lora(self) -> Lora:
         """The operation that a runner adds deltas with; it follows the directory by itself."""

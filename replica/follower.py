@@ -20,6 +20,7 @@ from replica.orders import (
     Clear,
     Drop,
     Here,
+    MovePages,
     Order,
     PageTables,
     Place,
@@ -75,6 +76,8 @@ class Follower:
                 self._runner.arena.clear(slot)
             case Slide(slot, source, target, size):
                 self._runner.arena.move(slot, source, target, size)
+            case MovePages(moves):
+                self._runner.move_pages(moves)
             case Drop(digest):
                 self._images.pop(digest, None)
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from replica.adapter import Load
+from replica.adapter import Load, PageMove
 from replica.image import Layout
 from replica.launch import Row
 from replica.request import Sampling
@@ -69,7 +69,12 @@ class Slide:
     bytes: int
 
 
-Order = Step | Bring | Drop | Place | Clear | Slide
+@dataclass(frozen=True, slots=True)
+class MovePages:
+    moves: tuple[PageMove, ...]
+
+
+Order = Step | Bring | Drop | Place | Clear | Slide | MovePages
 
 
 @dataclass(frozen=True, slots=True)

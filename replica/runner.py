@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +15,7 @@ from replica.arena import Arena
 from replica.decoder import rotary_tables
 from replica.gather_executor import GatherExecutor
 from replica.launch import Executor, Row, Ticket
+from replica.orders import MovePages, Order
 from replica.ranks import Ranks
 from replica.request import Sampled
 from replica.shape import ModelShape
@@ -65,6 +66,9 @@ class Runner:
             dummy_seed=(config.seed or 0) if config.load_format == "dummy" else None,
             ranks=ranks,
         )
+        self._tell: Callable[[Order], None] = lambda order: None
+        if followers is not None:
+            self._tell = followers.tell
         cos_sin = rotary_tables(shape, context, self.dtype, self.device)
         self.arena = Arena(
             shape,
@@ -72,7 +76,7 @@ class Runner:
             config.directory_slots,
             self.dtype,
             self.device,
-            None if followers is None else followers.tell,
+            self._tell,
         )
         executor: Executor
         if kernels == "torch":
@@ -136,6 +140,7 @@ class Runner:
 
     def move_pages(self, moves: Sequence[PageMove]) -> None:
         """Where adapters share the memory of the pages: before the rows that are run next."""
+        self._tell(MovePages(tuple(moves)))
         raise AssertionError("the pages are not laid out for it")
 
     def run(self, rows: Sequence[Row]) -> list[Sampled | None]:
