@@ -14,7 +14,7 @@ from replica.toys import toy_model
 from replica.workloads import Arrival
 from tests.bench.on_gpu.models import Adapters
 from tests.bench.on_gpu.served import served
-from tests.bench.on_gpu.setting import Setting, has_field
+from tests.bench.on_gpu.setting import Setting
 
 SECTION = "check"
 # Where two tokens are about as likely, the order of a sum decides.
@@ -29,7 +29,7 @@ def run(setting: Setting) -> None:
     versions = adapters.versions({"a": 4, "b": 8, "c": 8, "d": 16})
     cpu = torch.device("cpu")
     wanted = _tokens(setting, directory, cpu, versions, {"kernels": "torch"})
-    for name, fields in _ways().items():
+    for name, fields in _WAYS.items():
         found = _tokens(setting, directory, setting.device, versions, fields)
         compared, differing = divergence(found, wanted)
         setting.report.add(
@@ -54,14 +54,12 @@ def divergence(found: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) 
     return compared, differing
 
 
-def _ways() -> Mapping[str, Mapping[str, Any]]:
-    if not has_field("plan_depth"):
-        return {"Triton": {"kernels": "triton"}}
-    return {
-        "Triton": {"kernels": "triton", "plan_depth": 1},
-        "Triton, planned ahead": {"kernels": "triton", "plan_depth": 2},
-        "torch": {"kernels": "torch"},
-    }
+_WAYS: Mapping[str, Mapping[str, Any]] = {
+    "as it runs": {"kernels": "triton", "plan_depth": 2},
+    "one step at a time": {"kernels": "triton", "plan_depth": 1},
+    "without graphs": {"kernels": "triton", "cuda_graphs": False},
+    "torch": {"kernels": "torch"},
+}
 
 
 def _tokens(
@@ -81,7 +79,7 @@ def _tokens(
         kv_memory=2**20 if setting.tiny else 2**26,
         batch_rows_max=8,
         step_tokens_max=64,
-        **{name: value for name, value in fields.items() if has_field(name)},
+        **fields,
     )
     tokens = 4 if setting.tiny else 32
     names = (None, "a", "b", "c", "d")

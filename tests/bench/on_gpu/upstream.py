@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from cluster.config import EngineConfig
+from cluster.errors import ConfigError
 from cluster.values import Version
 from replica.published import published
 from replica.twin import Figures, Record, figures
@@ -23,7 +24,7 @@ from tests.bench.on_gpu.floors import image_bytes, streamed_parameters
 from tests.bench.on_gpu.models import Adapters, scratch
 from tests.bench.on_gpu.report import number
 from tests.bench.on_gpu.served import counted, served
-from tests.bench.on_gpu.setting import Setting, has_field
+from tests.bench.on_gpu.setting import Setting
 
 SECTION = "upstream"
 NAMES = ("14795", "17913", "15512-large", "15512-small")
@@ -97,10 +98,13 @@ def _measure(name: str, setting: Setting) -> None:
         versions = adapters.versions(table.ranks)
         for variant in setting.variants or VARIANTS:
             what = f"{name} {variant}"
-            if variant == "shared" and not has_field("device_memory"):
-                setting.report.skipped(SECTION, what, "this build has no shared budget")
-            elif setting.has_time(SECTION, what):
-                _replay(setting, table, variant, versions)
+            if setting.has_time(SECTION, what):
+                try:
+                    _replay(setting, table, variant, versions)
+                except ConfigError as error:
+                    setting.report.skipped(SECTION, what, error.message)
+                except Exception as error:
+                    setting.report.failed(SECTION, what, error)
 
 
 def _replay(setting: Setting, table: Table, variant: str, versions: Mapping[str, Version]) -> None:
