@@ -1,4 +1,8 @@
-"""Device memory for adapter images, and the directory that says where each slot's matrices lie."""
+"""Device memory for adapter images, and the directory that says where each slot's matrices lie.
+
+Beside a GPU's batches, images come on a stream of copies (`streams.py`). Bytes that batches may
+still read, for they were queued before the bytes were given up, are guarded: a copy waits for them.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +16,19 @@ import torch
 
 from lora_kernels.ops import Lora
 from lora_kernels.reference import Directory
+from replica.host_pool import HostPool
 from replica.image import PIECE_ELEMENTS, Image, Layout
 from replica.orders import Clear, Order, Place, Slide
 from replica.shape import GROUPS, PROJECTIONS, ModelShape
+from replica.streams import CopyStream, Event
 
 if TYPE_CHECKING:
     from lora_kernels.lora import TritonLora
 
 ALIGNMENT_BYTES = 256
 SLIDE_ELEMENTS = 2**20
+# On a GPU each piece costs its launch, which is what the engine waits for.
+QUEUED_SLIDE_ELEMENTS = 2**24
 
 
 class Arena:
@@ -29,6 +37,8 @@ class Arena:
     Which bytes are free is the scheduler's to know (`extents.py`); here it is only asserted that
     nothing lands on a placed image. Everything but `copy_in` and `writing` belongs to the engine's
     thread. tell: gets, first, each change that other ranks' arenas are to make as well.
+    copies: None on CPU, where a step has run when it returns. host_pool: page-locked memory for
+    images that are kept on the host, and are read to there.
     """
 
     alignment = ALIGNMENT_BYTES
@@ -41,7 +51,11 @@ class Arena:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         tell: Callable[[Order], None] = lambda order: None,
+        copies: CopyStream | None = None,
+        host_pool: HostPool | None = None,
     ) -> None:
+        self.host_pool = host_pool
+        self._streams = copies
         self.capacity_bytes = capacity_bytes - capacity_bytes % ALIGNMENT_BYTES
         self._projections = list(shape.projections.values())
         # Not zeroed: pages of memory that no adapter has used yet cost nothing.
@@ -49,6 +63,8 @@ class Arena:
         self.directory = Directory(slots, shape.layers, len(PROJECTIONS))
         self._placed: dict[int, tuple[int, int]] = {}
         self._copies: list[tuple[int, int]] = []
+        self._guards: list[tuple[tuple[int, int], Event]] = []
+        self._arrived: dict[int, Event] = {}
         self._lock = threading.Lock()
         self._tell = tell
 
@@ -68,15 +84,26 @@ class Arena:
         sizes = self._projections
         return [[(order[name], *sizes[order[name]]) for name in group] for group in GROUPS]
 
+    @property
+    def in_place(self) -> bool:
+        """Whether `writing` gives memory that a thread of the CPU may fill."""
+        return self._streams is None
+
     def copy_in(self, offset: int, image: Image, pause: Callable[[], None] = lambda: None) -> None:
-        """The image's bytes to `offset` bytes. Runs on the loader's thread beside steps.
+        """The image's bytes to `offset` bytes. Runs on the loader's thread beside steps, until they
+        are there.
 
         pause: called between the pieces that memory of the CPU is copied in.
         """
         assert image.flat.dtype == self.memory.dtype
         with self.writing(offset, image.bytes) as target:
-            if not self.memory.is_cpu:
-                target.copy_(image.flat)
+            if self._streams is not None:
+                after = self._guards_of((offset, image.bytes))
+                locked = image.piece is not None
+                arrived = self._streams.copy(target, image.flat, after, locked)
+                arrived.synchronize()
+                with self._lock:
+                    self._arrived[offset] = arrived
                 return
             for start in range(0, target.numel(), PIECE_ELEMENTS):
                 piece = slice(start, start + PIECE_ELEMENTS)
@@ -106,6 +133,9 @@ class Arena:
         with self._lock:
             self._assert_free((offset, size), list(self._placed.values()) + self._copies)
             self._placed[slot] = (offset, size)
+            arrived = self._arrived.pop(offset, None)
+        if arrived is not None and self._streams is not None:
+            self._streams.arrived(arrived)
         start = offset // self.memory.element_size()
         self.directory.write(
             slot, start, layout.a_offset, layout.b_offset, layout.rank, layout.scale
@@ -114,8 +144,20 @@ class Arena:
     def clear(self, slot: int) -> None:
         self._tell(Clear(slot))
         with self._lock:
-            del self._placed[slot]
+            span = self._placed.pop(slot)
         self.directory.clear(slot)
+        self.guard(*span)
+
+    def guard(self, offset: int, bytes: int) -> None:
+        """Whatever was queued until now may still use these bytes; a load into them waits for it.
+
+        To be called too when bytes come to the arena that something else was kept in.
+        """
+        if self._streams is not None:
+            event = self._streams.given_up()
+            with self._lock:
+                waiting = [(span, before) for span, before in self._guards if not before.query()]
+                self._guards = [*waiting, ((offset, bytes), event)]
 
     def move(self, slot: int, source: int, target: int, bytes: int) -> None:
         """Slides a placed image from byte `source` to `target`; the two may overlap."""
@@ -127,8 +169,22 @@ class Arena:
             self._assert_free((target, size), others + self._copies)
             self._placed[slot] = (target, size)
         element = self.memory.element_size()
-        _slide(self.memory, source // element, target // element, size // element)
+        span = (source // element, target // element, size // element)
+        if self._streams is None:
+            _slide(torch.Tensor.copy_, self.memory, *span, SLIDE_ELEMENTS)
+        else:
+            _slide(self._streams.slide, self.memory, *span, QUEUED_SLIDE_ELEMENTS)
+        self.guard(source, size)
         self.directory.shift(slot, (target - source) // element)
+
+    def _guards_of(self, span: tuple[int, int]) -> list[Event]:
+        begin, end = span[0], span[0] + span[1]
+        with self._lock:
+            return [
+                event
+                for (offset, bytes), event in self._guards
+                if begin < offset + bytes and offset < end
+            ]
 
     def _assert_free(self, span: tuple[int, int], taken: list[tuple[int, int]]) -> None:
         begin, size = span
@@ -141,10 +197,25 @@ class Arena:
         return int((layout.rank * widths).sum()) * self.memory.element_size()
 
 
-def _slide(memory: torch.Tensor, source: int, target: int, size: int) -> None:
-    """Piece by piece from the end that the image moves towards, each through a buffer."""
-    starts = range(0, size, SLIDE_ELEMENTS)
+def _slide(
+    copy: Callable[[torch.Tensor, torch.Tensor], object],
+    memory: torch.Tensor,
+    source: int,
+    target: int,
+    size: int,
+    buffered: int,
+) -> None:
+    """Piece by piece from the end that the image moves towards. No piece is larger than the way it
+    goes, but for small ways: then each goes through a buffer, `buffered` elements at a time.
+    """
+    distance = abs(target - source)
+    most = max(distance, buffered)
+    buffer = memory.new_empty(min(buffered, size) if distance < buffered else 0)
+    starts = range(0, size, most)
     for start in starts if target < source else reversed(starts):
-        length = min(SLIDE_ELEMENTS, size - start)
-        piece = memory[source + start : source + start + length].clone()
-        memory[target + start : target + start + length].copy_(piece)
+        length = min(most, size - start)
+        piece = memory[source + start : source + start + length]
+        if distance < length:
+            copy(buffer[:length], piece)
+            piece = buffer[:length]
+        copy(memory[target + start : target + start + length], piece)

@@ -289,13 +289,23 @@ class Engine:
 
     def _from_host(self, load: Load) -> tuple[Image | None, bool]:
         """What host memory holds of it, and whether it is to hold it from now on."""
+        residency, pool = self.scheduler.residency, self.runner.arena.host_pool
+        self._let_go_of_dropped()
+        image = self._images.get(load.digest)
+        keep = image is None and residency.host.fits(load.bytes)
+        # It is read to where it will be kept, so what has to go for it goes now.
+        while keep and pool is not None and not pool.fits(load.bytes):
+            if not residency.drop_from_host():
+                break
+            self._let_go_of_dropped()
+        return image, keep
+
+    def _let_go_of_dropped(self) -> None:
         host = self.scheduler.residency.host
         for digest in [digest for digest in self._images if digest not in host]:
             del self._images[digest]
             if self._followers is not None:
                 self._followers.tell(Drop(digest))
-        image = self._images.get(load.digest)
-        return image, image is None and host.fits(load.bytes)
 
     def _measured(self, plan: Plan, seconds: float) -> None:
         prompt_tokens = sum(w.end - w.start for w in plan.rows if w.end - w.start > 1)

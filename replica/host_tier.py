@@ -25,10 +25,16 @@ class HostTier:
         self.used += size
         dropped = []
         while self.used > self.capacity:
-            oldest = next(iter(self._sizes))
-            self.drop(oldest)
-            dropped.append(oldest)
+            dropped.append(self._drop_oldest())
         return dropped
+
+    def drop_oldest(self) -> str | None:
+        return self._drop_oldest() if self._sizes else None
+
+    def _drop_oldest(self) -> str:
+        oldest = next(iter(self._sizes))
+        self.drop(oldest)
+        return oldest
 
     def touch(self, digest: str) -> None:
         self._sizes.move_to_end(digest)

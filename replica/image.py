@@ -18,6 +18,7 @@ import torch
 
 from cluster.errors import AdapterFailed, AdapterRefused
 from replica.adapter_files import AdapterFiles, check_ranks, read_adapter
+from replica.host_pool import Piece
 from replica.safetensors_header import TensorSpan, open_regular
 from replica.shape import PROJECTIONS, ROW_PARALLEL, ModelShape, Shard
 
@@ -43,11 +44,14 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """flat: 1-D, on the CPU, in the device's dtype. digest: of the files, as they were read."""
+    """flat: 1-D, on the CPU, in the device's dtype. digest: of the files, as they were read.
+    piece: of page-locked memory, where `flat` lies in one; it is not given to others meanwhile.
+    """
 
     flat: torch.Tensor
     layout: Layout
     digest: str = ""
+    piece: Piece | None = None
 
     @property
     def bytes(self) -> int:
@@ -63,7 +67,7 @@ def read_image(
     shape: ModelShape,
     dtype: torch.dtype,
     *,
-    into: torch.Tensor | None = None,
+    into: torch.Tensor | Piece | None = None,
     rank_max: int | None = None,
     shard: Shard = Shard(),
     pause: Callable[[], None] = _nothing,
@@ -80,11 +84,9 @@ def read_image(
             check_ranks(files, rank_max)
         local = shape.divided(shard.ranks)
         parameters = files.parameters_of(local)
-        if into is None:
-            into = torch.empty(parameters, dtype=dtype)
-        if into.numel() < parameters:
+        flat = _place(into, parameters, dtype)
+        if len(flat) < parameters:
             raise AdapterFailed(f"{path}: larger than when it was registered")
-        flat = into[:parameters]
         layout = _layout(files, local)
         with open_regular(files.tensors_path) as file:
             digest = _read_flat(file, files, flat, shard, pause)
@@ -92,7 +94,15 @@ def read_image(
         raise AdapterFailed(error.message) from error
     except OSError as error:
         raise AdapterFailed(f"{path}: {error}") from error
-    return Image(flat, layout, digest)
+    return Image(flat, layout, digest, into if isinstance(into, Piece) else None)
+
+
+def _place(into: torch.Tensor | Piece | None, parameters: int, dtype: torch.dtype) -> torch.Tensor:
+    """As many parameters, or less where there is no room."""
+    if into is None:
+        return torch.empty(parameters, dtype=dtype)
+    flat = into.memory.view(dtype) if isinstance(into, Piece) else into
+    return flat[:parameters]
 
 
 def _layout(files: AdapterFiles, shape: ModelShape) -> Layout:

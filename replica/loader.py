@@ -12,6 +12,7 @@ import torch
 from cluster.errors import AdapterFailed, FleetError
 from replica.adapter import Load
 from replica.arena import Arena
+from replica.host_pool import Piece
 from replica.image import Image, Layout, read_image
 from replica.shape import ModelShape, Shard
 
@@ -71,11 +72,12 @@ class Loader:
 
     def begin(self, load: Load, image: Image | None, keep: bool) -> None:
         """image: what host memory holds of it. keep: give the image back, to be kept there."""
-        self._threads.submit(self._run, load, image, keep)
+        self._threads.submit(self._run, load, image or self._room(load, keep), keep)
 
     def run(self, load: Load, image: Image | None, keep: bool) -> Loaded:
         """The same, while the caller waits."""
-        return self._threads.submit(self._load, load, image, keep, _no_pause).result()
+        held = image or self._room(load, keep)
+        return self._threads.submit(self._load, load, held, keep, _no_pause).result()
 
     def ended(self) -> list[Loaded]:
         """The loads that ended since the last call."""
@@ -89,22 +91,32 @@ class Loader:
     def close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _run(self, load: Load, image: Image | None, keep: bool) -> None:
+    def _room(self, load: Load, keep: bool) -> Piece | None:
+        """Where an image that is to be kept is read to; None: where there is memory."""
+        pool = self._arena.host_pool
+        return pool.take(load.bytes) if keep and pool is not None else None
+
+    def _run(self, load: Load, held: Image | Piece | None, keep: bool) -> None:
         self._count(1)
-        ended = self._load(load, image, keep, self._pauses())
+        ended = self._load(load, held, keep, self._pauses())
         self._count(-1)
         self._done.put(ended)
         self._wake()
 
     def _load(
-        self, load: Load, image: Image | None, keep: bool, pause: Callable[[], None]
+        self,
+        load: Load,
+        held: Image | Piece | None,
+        keep: bool,
+        pause: Callable[[], None],
     ) -> Loaded:
+        """held: the image, or where to read it to."""
         start_s = time.monotonic()
         try:
-            if image is None and not keep and self._arena.memory.is_cpu:
-                layout = self._read_in_place(load, pause)
+            if held is None and not keep and self._arena.in_place:
+                image, layout = None, self._read_in_place(load, pause)
             else:
-                image = image or self._read(load, None, pause)
+                image = held if isinstance(held, Image) else self._read(load, held, pause)
                 self._arena.copy_in(load.offset, image, pause)
                 layout = image.layout
             self._keep_to_rate(load.bytes, start_s)
@@ -119,7 +131,9 @@ class Loader:
         with self._arena.writing(load.offset, load.bytes) as target:
             return self._read(load, target, pause).layout
 
-    def _read(self, load: Load, into: torch.Tensor | None, pause: Callable[[], None]) -> Image:
+    def _read(
+        self, load: Load, into: torch.Tensor | Piece | None, pause: Callable[[], None]
+    ) -> Image:
         image = read_image(
             load.path,
             self._shape,
@@ -146,7 +160,9 @@ class Loader:
             self._active += change
 
     def _pauses(self) -> Callable[[], None]:
-        """To be called often while one load works: rests for as long as batches need it."""
+        """To be called often while one load works: rests for as long as batches need the cores."""
+        if not self._arena.in_place:
+            return _no_pause
         start_s = since_s = time.monotonic()
 
         def pause() -> None:

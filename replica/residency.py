@@ -272,12 +272,15 @@ class Residency:
 
     def keep_on_host(self, digest: str) -> None:
         """Host memory holds its image from now on; others may have to go for it."""
-        adapter = self.adapters[digest]
-        for dropped in self.host.keep(digest, adapter.bytes):
-            gone = self.adapters.get(dropped)
-            if gone is not None and gone.tier is Tier.HOST:
-                gone.tier = Tier.DISK
-                self._changed.add(dropped)
+        for dropped in self.host.keep(digest, self.adapters[digest].bytes):
+            self._left_host(dropped)
+
+    def drop_from_host(self) -> bool:
+        """Host memory gives up the image that was used longest ago; False when it holds none."""
+        dropped = self.host.drop_oldest()
+        if dropped is not None:
+            self._left_host(dropped)
+        return dropped is not None
 
     def copy_s(self, adapter: Adapter) -> float:
         """Seconds that bringing it to the device is expected to take, from where it would lie."""
@@ -386,6 +389,12 @@ class Residency:
             and not a.pinned
             and not (spare_fresh and a.fresh and a.wanted)
         ]
+
+    def _left_host(self, digest: str) -> None:
+        gone = self.adapters.get(digest)
+        if gone is not None and gone.tier is Tier.HOST:
+            gone.tier = Tier.DISK
+            self._changed.add(digest)
 
     def _away(self, digest: str) -> Tier:
         return Tier.HOST if digest in self.host else Tier.DISK

@@ -14,11 +14,13 @@ from replica.adapter import PageMove
 from replica.arena import Arena
 from replica.decoder import rotary_tables
 from replica.gather_executor import GatherExecutor
+from replica.host_pool import locked_pool
 from replica.launch import Executor, Row, Ticket
 from replica.orders import MovePages, Order
 from replica.ranks import Ranks
 from replica.request import Sampled
 from replica.shape import ModelShape
+from replica.streams import CopyStream
 from replica.weights import Weights, load_weights
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ class Runner:
         if followers is not None:
             self._tell = followers.tell
         cos_sin = rotary_tables(shape, context, self.dtype, self.device)
+        on_gpu = self.device.type == "cuda"
         self.arena = Arena(
             shape,
             config.adapter_memory,
@@ -77,6 +80,8 @@ class Runner:
             self.dtype,
             self.device,
             self._tell,
+            copies=CopyStream.on(self.device) if on_gpu else None,
+            host_pool=locked_pool(config.host_memory, self.device) if on_gpu else None,
         )
         executor: Executor
         if kernels == "torch":

@@ -12,8 +12,10 @@ from cluster.config import EngineConfig
 from cluster.values import Tier, Version
 from replica.adapter_files import inspect
 from replica.engine import Engine
+from replica.host_pool import HostPool
 from replica.request import Delta, Finish, NewRequest, Sampling
 from replica.shape import read_shape
+from tests.late import LateDevice
 from tests.models import make_adapter, make_model
 
 ADAPTERS = 12
@@ -80,15 +82,21 @@ def test_each_adapter_answers_differently(
         assert len(set(answers)) == ADAPTERS + 1
 
 
-@pytest.mark.parametrize(("churn_seed", "depth"), [(0, 1), (1, 1), (0, 2), (2, 2)])
+@pytest.mark.parametrize(
+    ("churn_seed", "depth", "late"),
+    [(0, 1, False), (1, 1, False), (0, 2, False), (2, 2, False), (3, 1, True), (4, 2, True)],
+)
 def test_no_token_of_a_wrong_adapter_under_churn(
     model: str,
     versions: list[Version],
     expected: dict[tuple[str | None, int], list[int]],
     churn_seed: int,
     depth: int,
+    late: bool,
 ) -> None:
-    """Room for about three of twelve adapters, few pages, cancels in between."""
+    """Room for about three of twelve adapters, few pages, cancels in between. late: copies as on a
+    GPU, from locked host memory for about as many.
+    """
     rng = random.Random(churn_seed)
     largest = max(v.parameters for v in versions) * 4
     made = engine(
@@ -98,7 +106,13 @@ def test_no_token_of_a_wrong_adapter_under_churn(
         kv_memory=2**20,
         batch_rows_max=6,
         plan_depth=depth,
+        host_memory=largest + 2**16,
     )
+    device = LateDevice(prompt=True)
+    pool = HostPool(device.lock(largest + 2**16))
+    if late:
+        arena = made.runner.arena
+        arena._streams, arena.host_pool = device.copy_stream(), pool
     asked: dict[str, tuple[str | None, int]] = {}
     got: dict[str, list[int]] = {}
     cancelled = set()
@@ -127,6 +141,9 @@ def test_no_token_of_a_wrong_adapter_under_churn(
     report = made.report()
     assert report.free_pages == report.capacity_pages
     made.close()
+    pool.check()
+    locked = sum(p.memory.numel() for p in (i.piece for i in made._images.values()) if p)
+    assert pool.free + locked == largest + 2**16 and (locked > 0) == late
 
 
 def test_an_adapter_takes_bytes_in_proportion_to_its_rank(
@@ -225,6 +242,33 @@ def test_an_image_in_host_memory_comes_back_without_its_files(
             assert tiers == {first.digest: Tier.HOST, second.digest: Tier.DEVICE}
             shutil.rmtree(moved)
     assert answers[0] == answers[2] != answers[1]
+    made.close()
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_the_oldest_image_leaves_locked_memory_for_one_that_is_to_be_read(
+    model: str, versions: list[Version], overlap: bool
+) -> None:
+    first, second = versions[0], versions[4]  # of the same rank
+    size = first.parameters * 4
+    made = engine(
+        model,
+        [first, second],
+        adapter_memory=size + 2**10,
+        host_memory=size + 2**10,
+        overlap=overlap,
+    )
+    device = LateDevice(prompt=True)
+    arena = made.runner.arena
+    arena._streams, arena.host_pool = device.copy_stream(), HostPool(device.lock(size + 2**10))
+    for version in (first, second, first, first):
+        made.add(NewRequest("r", PROMPTS[0], GREEDY, version.digest))
+        drive(made, {})
+        assert list(made._images) == [version.digest]
+        assert made._images[version.digest].piece is not None
+    tiers = {e.digest: e.tier for e in made.residency()}
+    assert tiers == {first.digest: Tier.DEVICE, second.digest: Tier.DISK}
+    assert made.report().loads == 3
     made.close()
 
 
