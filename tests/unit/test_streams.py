@@ -14,11 +14,12 @@ from replica import arena as arena_module
 from replica.adapter import Load
 from replica.adapter_files import inspect
 from replica.arena import Arena
-from replica.host_pool import HostPool
+from replica.host_pool import HostPool, locked_pool
 from replica.image import Image, read_image
 from replica.loader import Loader
 from replica.shape import ModelShape, read_shape
-from tests.late import LateDevice
+from replica.streams import CopyStream
+from tests.late import LateDevice, LateStream
 from tests.models import make_adapter, make_model
 from tests.unit.test_arena import held, image_of, put, taken
 from tests.until import until
@@ -35,10 +36,14 @@ def shape(model_dir: str) -> ModelShape:
 
 
 def late_arena(
-    shape: ModelShape, device: LateDevice, staging: int = 4096, pool: HostPool | None = None
+    shape: ModelShape,
+    device: LateDevice,
+    staging: int = 4096,
+    pool: HostPool | None = None,
+    capacity: int = 2**20,
 ) -> Arena:
     copies = device.copy_stream(staging)
-    return Arena(shape, 2**20, 10, torch.float32, copies=copies, host_pool=pool)
+    return Arena(shape, capacity, 10, torch.float32, copies=copies, host_pool=pool)
 
 
 def forward(device: LateDevice, arena: Arena, slot: int, image: Image) -> Callable[[], bool]:
@@ -194,24 +199,15 @@ def test_without_locked_memory_an_image_is_kept_all_the_same(loads: Loads) -> No
     loads.loader.close()
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_random_loads_moves_clears_and_forwards(
-    seed: int, shape: ModelShape, monkeypatch: pytest.MonkeyPatch
+def churn(
+    shape: ModelShape,
+    choice: random.Random,
+    arena: Arena,
+    pool: HostPool,
+    look: Callable[[int, Image], None],
 ) -> None:
-    """The seed is in the test's name. What a forward was queued for is what it sees."""
-    monkeypatch.setattr(arena_module, "QUEUED_SLIDE_ELEMENTS", 1000)
-    choice = random.Random(seed)
-
-    def order(device: LateDevice) -> list[object]:
-        both = [device.compute, device.copies]
-        return choice.sample(both, 2)
-
-    device = LateDevice(order)  # type: ignore[arg-type]
-    pool = HostPool(device.lock(150_000))
-    arena = late_arena(shape, device, staging=2048)
-    arena.capacity_bytes = 300_032
+    """Random loads, from locked memory and not, moves and clears; and forwards that look."""
     images: dict[int, tuple[int, Image]] = {}
-    forwards = []
     for step in range(150):
         end = max((offset + taken(arena, i) for offset, i in images.values()), default=0)
         match choice.randrange(5):
@@ -237,7 +233,55 @@ def test_random_loads_moves_clears_and_forwards(
                     end += taken(arena, image)
             case _:
                 for slot, (_, image) in images.items():
-                    forwards.append(forward(device, arena, slot, image))
+                    look(slot, image)
+    pool.check()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_loads_moves_clears_and_forwards(
+    seed: int, shape: ModelShape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The seed is in the test's name. What a forward was queued for is what it sees."""
+    monkeypatch.setattr(arena_module, "QUEUED_SLIDE_ELEMENTS", 1000)
+    choice = random.Random(seed)
+
+    def any_order(device: LateDevice) -> list[LateStream]:
+        return choice.sample([device.compute, device.copies], 2)
+
+    device = LateDevice(any_order)
+    pool = HostPool(device.lock(150_000))
+    arena = late_arena(shape, device, staging=2048, capacity=300_032)
+    forwards: list[Callable[[], bool]] = []
+    churn(
+        shape,
+        choice,
+        arena,
+        pool,
+        lambda slot, image: forwards.append(forward(device, arena, slot, image)),
+    )
     device.run()
     assert len(forwards) > 50 and all(saw() for saw in forwards)
-    pool.check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(3))
+def test_random_loads_beside_the_forwards_of_a_gpu(
+    seed: int, shape: ModelShape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each forward takes about a millisecond, so that copies come while some are queued."""
+    monkeypatch.setattr(arena_module, "QUEUED_SLIDE_ELEMENTS", 1000)
+    device = torch.device("cuda")
+    pool = locked_pool(150_000, device)
+    assert pool is not None
+    copies = CopyStream.on(device)
+    arena = Arena(shape, 300_032, 10, torch.float32, device, copies=copies, host_pool=pool)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def look(slot: int, image: Image) -> None:
+        torch.cuda._sleep(1_500_000)
+        start = int(arena.directory.a_offset[slot, 0, 0])
+        seen.append((arena.memory[start : start + image.flat.numel()].clone(), image.flat))
+
+    churn(shape, random.Random(seed), arena, pool, look)
+    torch.cuda.synchronize()
+    assert len(seen) > 50 and all(torch.equal(found.cpu(), wanted) for found, wanted in seen)
