@@ -11,10 +11,12 @@ from replica.graphs import Capture, DecodeGraphs
 from replica.launch import Row
 from replica.paged_batch import Inputs, PackedRows, PageTable, Room, mixed_inputs
 from replica.paged_decoder import PagedDecoder
-from replica.request import Sampled
+from replica.request import Sampled, Sampling
 from replica.sampling import Choice, Draw, choose, prepare, read
 from replica.shape import ModelShape
 from replica.weights import Weights
+
+_ANY = Sampling(temperature=0.0)
 
 
 class PagedTicket:
@@ -63,13 +65,16 @@ class PagedExecutor:
     ) -> None:
         """rows_max, tokens_max: of a batch."""
         self._shape = shape
+        self.cache = cache
         self._device = cache.device
         dummy_page, page_tokens = len(cache) - 1, cache.shape[4]
-        self._table = PageTable(rows_max, len(cos_sin[0]), page_tokens, dummy_page, self._device)
+        self._context = len(cos_sin[0])
+        self._table = PageTable(rows_max, self._context, page_tokens, dummy_page, self._device)
         self._decoder = PagedDecoder(shape, weights, cos_sin, cache, rows_max)
         self._ranks = weights.ranks
         self._lora = lora
-        self._lora.reserve(max(tokens_max, rows_max))
+        self._tokens_max = max(tokens_max, rows_max)
+        self._lora.reserve(self._tokens_max)
         # Of the last launch, an entry an output, and which output is each row's.
         self._tokens = torch.zeros(rows_max, dtype=torch.int64, device=self._device)
         self._logits = cache.new_empty(rows_max, shape.vocab)
@@ -88,6 +93,24 @@ class PagedExecutor:
 
         self._graphs = DecodeGraphs(len(self._tokens), self._table)
         self._graphs.capture(step, lambda rows: self._lora.begin([0] * rows, rows=rows), capture)
+
+    @torch.inference_mode()
+    def warm(self) -> None:
+        """Has the kernels of batches with chunks compiled, before a request waits for it.
+
+        Which of a kernel's forms runs depends on how many tokens there are. These go to the page
+        that nobody holds.
+        """
+        page_tokens, dummy_page = self._table.page_tokens, self._table.dummy_page
+        longest = min(self._tokens_max - 1, self._context)
+        for length in sorted({min(4**n // 2, longest) for n in range(1, 12)}):
+            pages = [dummy_page] * -(-length // page_tokens)
+            rows = [Row([0] * count, 0, pages, 0, _ANY, 0, 0) for count in (1, length)]
+            packed = PackedRows(rows, [None, None], page_tokens)
+            lists = packed.to_device(self._table, Room(packed.tokens, 2), 2)
+            self._lora.begin([0] * packed.tokens, rows=packed.tokens)
+            for lora in (True, False):
+                self._step(mixed_inputs(packed, lists, self._table), lora)
 
     @torch.inference_mode()
     def launch(self, rows: Sequence[Row]) -> PagedTicket:

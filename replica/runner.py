@@ -124,8 +124,11 @@ class Runner:
             rows_max=config.batch_rows_max,
             tokens_max=max(config.step_tokens_max, config.batch_rows_max),
         )
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            executor.warm()
         if config.cuda_graphs:
-            executor.capture(CudaCapture(self.device) if self.device.type == "cuda" else keep)
+            executor.capture(CudaCapture(self.device) if on_gpu else keep)
         return executor
 
     def _pages_that_fit(self, config: EngineConfig, context: int) -> int:
