@@ -88,7 +88,9 @@ def split(rows: int, programs_a_row: int, keys_max: int) -> Split:
     """keys_max: of one row, as its line of the table (or the sliding window) has room for."""
     few = min(_PROGRAMS // (rows * programs_a_row), _SEGMENTS_MAX, _blocks(keys_max, _SEGMENT_KEYS))
     if few > 1:
-        return Split(few, _SEGMENT_KEYS)
+        # Each number is a kernel of its own: powers of two, those that graphs were captured with,
+        # so that no step waits for one to be compiled.
+        return Split(1 << (few.bit_length() - 1), _SEGMENT_KEYS)
     long = min(keys_max // _LONG_SEGMENT_KEYS, _LONG_SEGMENTS_MAX)
     return Split(max(long, 1), _LONG_SEGMENT_KEYS)
 

@@ -118,6 +118,12 @@ def test_the_split_depends_on_shapes_alone_and_its_results_fit_the_scratch() -> 
                 assert rows * cut.segments * 2 * (4 + 2) <= scratch.numel()
 
 
+def test_any_number_of_rows_is_cut_as_some_bucket_of_a_graph_is() -> None:
+    for keys_max in (1024, 8192, 131_072):
+        captured = {attention.split(rows, 8, keys_max) for rows in (1, 2, 4, *range(8, 257, 8))}
+        assert {attention.split(rows, 8, keys_max) for rows in range(1, 257)} <= captured
+
+
 def test_one_scratch_serves_other_rows_and_lengths_as_a_replayed_graph_would() -> None:
     scratch = attention.decode_scratch(3, 2, 64, DEVICE).fill_(float("nan"))
     for seed, lengths in enumerate(([900, 300, 1], [1, 1, 1], [130, 0, 700], [512, 256, 513])):
