@@ -105,6 +105,13 @@ KvMemory = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help="Device memory for keys and values (default: by batch)."),
 ]
+DeviceMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Device memory that adapters and keys and values share (default: each has its own).",
+    ),
+]
 RankMax = Annotated[int | None, typer.Option(help="Largest rank accepted (default: 256).")]
 SlotsMax = Annotated[
     int | None, typer.Option(help="Most adapters on the device at once (default: what fits).")
@@ -155,6 +162,7 @@ def serve(
     adapter_memory: AdapterMemory = None,
     host_memory: HostMemory = None,
     kv_memory: KvMemory = None,
+    device_memory: DeviceMemory = None,
     rank_max: RankMax = None,
     slots_max: SlotsMax = None,
     batch_rows_max: BatchRowsMax = None,
@@ -207,6 +215,7 @@ def replica(
     adapter_memory: AdapterMemory = None,
     host_memory: HostMemory = None,
     kv_memory: KvMemory = None,
+    device_memory: DeviceMemory = None,
     rank_max: RankMax = None,
     slots_max: SlotsMax = None,
     batch_rows_max: BatchRowsMax = None,

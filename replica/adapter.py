@@ -107,8 +107,8 @@ def no_room(
     largest = max((bytes for bytes, pin in images if not pin), default=0)
     if sum(kept) + largest > capacity:
         return (
-            f"an image of {size} bytes; adapter_memory holds {capacity}, of which pinned adapters "
-            f"take {sum(kept)} and the largest other one {largest}"
+            f"an image of {size} bytes; there are {capacity} for adapters, of which pinned "
+            f"adapters take {sum(kept)} and the largest other one {largest}"
         )
     if len(kept) + bool(largest) > slots:
         return f"{len(kept)} pinned adapters; there are {slots} places"

@@ -53,13 +53,22 @@ class Arena:
         tell: Callable[[Order], None] = lambda order: None,
         copies: CopyStream | None = None,
         host_pool: HostPool | None = None,
+        memory: torch.Tensor | None = None,
     ) -> None:
+        """memory: that others use too, from which the scheduler takes what it gives to images; the
+        capacity is then all of it.
+        """
+        if memory is not None:
+            capacity_bytes = memory.nbytes
         self.host_pool = host_pool
         self._streams = copies
         self.capacity_bytes = capacity_bytes - capacity_bytes % ALIGNMENT_BYTES
         self._projections = list(shape.projections.values())
         # Not zeroed: pages of memory that no adapter has used yet cost nothing.
-        self.memory = torch.empty(self.capacity_bytes // dtype.itemsize, dtype=dtype, device=device)
+        if memory is None:
+            size = self.capacity_bytes // dtype.itemsize
+            memory = torch.empty(size, dtype=dtype, device=device)
+        self.memory = memory
         self.directory = Directory(slots, shape.layers, len(PROJECTIONS))
         self._placed: dict[int, tuple[int, int]] = {}
         self._copies: list[tuple[int, int]] = []

@@ -9,6 +9,7 @@ from replica.eviction import ORDERS
 from replica.extents import Extents
 from replica.host_tier import HostTier
 from replica.loads import Switches
+from replica.memory import Division
 from replica.pages import Pages
 from replica.residency import Residency
 from replica.scheduler import Scheduler
@@ -20,26 +21,21 @@ def assemble(
     *,
     context: int,
     eos_tokens: frozenset[int],
-    page_count: int,
-    arena_bytes: int,
+    memory: Division,
     alignment: int,
     costs: Costs,
-    page_bytes: int | None = None,
 ) -> Scheduler:
-    """context: tokens of the longest prompt + output. arena_bytes: for adapter images.
-
-    page_bytes: of one KV page, where adapters share the memory of the pages; arena_bytes is 0 then.
-    """
+    """context: tokens of the longest prompt + output. alignment: of images, in bytes."""
     slots = config.directory_slots - 1
-    pages = Pages(page_count, config.page_tokens, config.prefix_cache)
-    extents = Extents(arena_bytes, alignment)
+    pages = Pages(memory.pages, config.page_tokens, config.prefix_cache)
+    extents = Extents(0 if memory.shared else memory.arena_bytes, alignment)
     step_tokens = max(config.step_tokens_max, config.batch_rows_max)
     budget = None
-    if page_bytes is not None:
+    if memory.shared:
         headroom = config.headroom_pages
         if headroom is None:
             headroom = config.batch_rows_max + pages.needed(step_tokens)
-        budget = Budget(extents, pages, page_bytes, pages.needed(context), headroom)
+        budget = Budget(extents, pages, memory.page_bytes, memory.context_pages, headroom)
     residency = Residency(
         extents,
         min(config.slots_max or slots, slots),

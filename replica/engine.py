@@ -66,8 +66,7 @@ class Engine:
             config,
             context=min(config.context_tokens_max or self.shape.context, self.shape.context),
             eos_tokens=self.shape.eos_tokens,
-            page_count=self.runner.page_count,
-            arena_bytes=arena.capacity_bytes,
+            memory=self.runner.memory,
             alignment=arena.alignment,
             costs=Costs(),
         )

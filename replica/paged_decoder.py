@@ -41,11 +41,6 @@ class PagedBatch:
     wanted: torch.Tensor | None
 
 
-def page_elements(shape: ModelShape, page_tokens: int) -> int:
-    """How much of the cache's type one page of tokens takes, keys and values of all layers."""
-    return shape.layers * 2 * shape.kv_heads * page_tokens * shape.head_dim
-
-
 def paged_cache(memory: torch.Tensor, shape: ModelShape, page_tokens: int) -> torch.Tensor:
     """Flat memory as pages, one behind another, for a `PagedDecoder`. It may hold anything."""
     size = (shape.layers, 2, shape.kv_heads, page_tokens, shape.head_dim)

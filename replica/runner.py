@@ -16,7 +16,9 @@ from replica.decoder import rotary_tables
 from replica.gather_executor import GatherExecutor
 from replica.host_pool import locked_pool
 from replica.launch import Executor, Row, Ticket
+from replica.memory import divide
 from replica.orders import MovePages, Order
+from replica.page_memory import PageMemory
 from replica.ranks import Ranks
 from replica.request import Sampled
 from replica.shape import ModelShape
@@ -45,11 +47,6 @@ class Runner:
         ranks: Ranks | None = None,
         followers: "Followers | None" = None,
     ) -> None:
-        if config.device_memory is not None:
-            raise ConfigError(
-                "device_memory: this layout of KV pages cannot share their memory with adapters",
-                field="device_memory",
-            )
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.shape = shape = whole.divided(1 if ranks is None else ranks.shard.ranks)
@@ -58,8 +55,14 @@ class Runner:
         assert isinstance(self.dtype, torch.dtype)
         self.page_tokens = config.page_tokens
         context = min(shape.context, config.context_tokens_max or shape.context)
-        self.page_count = self._pages_that_fit(config, context)
         kernels = _kernels(config, self.device)
+        self.memory = divide(config, shape, self.image_dtype_bytes)
+        if self.memory.shared and kernels == "torch":
+            raise ConfigError(
+                "device_memory: adapters share the memory of KV pages only where Triton kernels "
+                "read those (on a GPU); set adapter_memory and kv_memory",
+                field="device_memory",
+            )
         weights = load_weights(
             config.model,
             whole,
@@ -73,6 +76,9 @@ class Runner:
             self._tell = followers.tell
         cos_sin = rotary_tables(shape, context, self.dtype, self.device)
         on_gpu = self.device.type == "cuda"
+        self._pages: PageMemory | None = None
+        if kernels == "triton":
+            self._pages = PageMemory(self.memory, self.dtype, self.device)
         self.arena = Arena(
             shape,
             config.adapter_memory,
@@ -82,14 +88,15 @@ class Runner:
             self._tell,
             copies=CopyStream.on(self.device) if on_gpu else None,
             host_pool=locked_pool(config.host_memory, self.device) if on_gpu else None,
+            memory=self._pages.flat if self._pages is not None and self.memory.shared else None,
         )
         executor: Executor
-        if kernels == "torch":
+        if self._pages is None:
             executor = GatherExecutor(
-                shape, weights, cos_sin, self.arena.lora(), self.page_count, self.page_tokens
+                shape, weights, cos_sin, self.arena.lora(), self.memory.pages, self.page_tokens
             )
         else:
-            executor = self._paged(config, weights, cos_sin)
+            executor = self._paged(config, weights, cos_sin, self._pages)
         self._executor = executor if followers is None else followers.leading(executor)
         self._running = False
         self._ran_s = float("-inf")
@@ -107,19 +114,18 @@ class Runner:
         config: EngineConfig,
         weights: Weights,
         cos_sin: tuple[torch.Tensor, torch.Tensor],
+        pages: PageMemory,
     ) -> Executor:
         # What they import needs triton.
         from replica.graphs import CudaCapture, keep
-        from replica.paged_decoder import page_elements, paged_cache
+        from replica.paged_decoder import paged_cache
         from replica.paged_executor import PagedExecutor
 
-        size = (self.page_count + 1) * page_elements(self.shape, self.page_tokens)
-        memory = torch.empty(size, dtype=self.dtype, device=self.device)
         executor = PagedExecutor(
             self.shape,
             weights,
             cos_sin,
-            paged_cache(memory, self.shape, self.page_tokens),
+            paged_cache(pages.flat, self.shape, self.page_tokens),
             self.arena.triton_lora(config.rank_max),
             rows_max=config.batch_rows_max,
             tokens_max=max(config.step_tokens_max, config.batch_rows_max),
@@ -131,25 +137,13 @@ class Runner:
             executor.capture(CudaCapture(self.device) if on_gpu else keep)
         return executor
 
-    def _pages_that_fit(self, config: EngineConfig, context: int) -> int:
-        shape = self.shape
-        token_bytes = 2 * shape.layers * shape.kv_heads * shape.head_dim * self.image_dtype_bytes
-        if config.kv_memory is None:
-            sequence_pages = -(-min(2048, context) // config.page_tokens)
-            return config.batch_rows_max * sequence_pages
-        pages = config.kv_memory // (token_bytes * config.page_tokens)
-        if pages == 0:
-            raise ConfigError(
-                f"kv_memory: {config.kv_memory} bytes hold no page of "
-                f"{token_bytes * config.page_tokens}",
-                field="kv_memory",
-            )
-        return pages
-
     def move_pages(self, moves: Sequence[PageMove]) -> None:
-        """Where adapters share the memory of the pages: before the rows that are run next."""
+        """Where adapters share the memory of the pages: after the rows that were launched, and
+        before those to come.
+        """
+        assert self._pages is not None
         self._tell(MovePages(tuple(moves)))
-        raise AssertionError("the pages are not laid out for it")
+        self.arena.guard(*self._pages.move(moves))
 
     def run(self, rows: Sequence[Row]) -> list[Sampled | None]:
         """One packed batch, prefill chunks and decodes mixed; a token where one is wanted."""

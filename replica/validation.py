@@ -8,6 +8,7 @@ from cluster.store import Store, check_allowed, is_url, local_path
 from cluster.values import Version
 from replica.adapter import no_room
 from replica.adapter_files import inspect
+from replica.memory import divide
 from replica.shape import ModelShape
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -21,6 +22,8 @@ class Validation:
         self._shape = shape
         dtype = config.engine.dtype
         self._weight_bytes = _DTYPE_BYTES[shape.dtype if dtype == "auto" else dtype]
+        part = shape.divided(config.engine.tensor_parallel)
+        self._arena_bytes = divide(config.engine, part, self._weight_bytes).arena_bytes
         rank_max = config.engine.rank_max
         self.store = Store(
             f"{config.directory}/adapters", lambda path: inspect(path, shape, rank_max).digest
@@ -40,12 +43,11 @@ class Validation:
             check_allowed(path, self._config.adapter_roots)
         engine = self._config.engine
         info = inspect(self.store.fetch(path), self._shape, engine.rank_max)
-        # At least; what a rank's part of it takes, the engine says.
-        image_bytes = info.parameters * self._weight_bytes // engine.tensor_parallel
-        if image_bytes > engine.adapter_memory:
+        image_bytes = self._bytes(info.parameters)
+        if image_bytes > self._arena_bytes:
             raise AdapterRefused(
                 f"lora_path: {path!r} takes {image_bytes} bytes of adapter memory, "
-                f"all there is are {engine.adapter_memory}",
+                f"all there is are {self._arena_bytes}",
                 field="lora_path",
             )
         uri = path if is_url(path) else local_path(path)
@@ -57,15 +59,19 @@ class Validation:
         for other in versions:
             if other.digest != version.digest:
                 pinned = other.pinned or others.get(other.digest, (0, False))[1]
-                others[other.digest] = other.parameters * self._weight_bytes, pinned
+                others[other.digest] = self._bytes(other.parameters), pinned
         engine = self._config.engine
         slots = engine.directory_slots - 1
         refusal = no_room(
-            version.parameters * self._weight_bytes,
+            self._bytes(version.parameters),
             version.pinned,
             others.values(),
-            engine.adapter_memory,
+            self._arena_bytes,
             min(engine.slots_max or slots, slots),
         )
         if refusal is not None:
             raise AdapterRefused(f"lora_path: {version.name!r} has {refusal}", field="lora_path")
+
+    def _bytes(self, parameters: int) -> int:
+        """Of an image at least; what a rank's part of it takes, the engine says."""
+        return parameters * self._weight_bytes // self._config.engine.tensor_parallel

@@ -12,8 +12,6 @@ import torch
 from cluster.config import EngineConfig
 from cluster.errors import ConfigError
 from cluster.values import Version
-from lora_kernels import attention, fused, lora, reference
-from lora_kernels.ops import Lora
 from replica import graphs
 from replica.adapter_files import inspect
 from replica.engine import Engine
@@ -62,64 +60,6 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture
 def llama(tmp_path: Path) -> str:
     return make_model(tmp_path / "model", **TINY)
-
-
-class ReferenceLora(Lora):
-    def __init__(self, directory: Any, arena: Any, groups: Any, rank_max: int) -> None:
-        super().__init__(directory, arena, groups)
-
-    def reserve(self, rows_max: int) -> None:
-        pass
-
-    def begin(self, row_slots: Sequence[int], rows: int | None = None) -> None:
-        padding = 0 if rows is None else rows - len(row_slots)
-        super().begin([*row_slots, *[0] * padding])
-
-
-@pytest.fixture
-def by_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels' specification in their place: the rest of the path runs many times faster."""
-
-    def decode(
-        q: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        table: torch.Tensor,
-        lengths: torch.Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        out: torch.Tensor,
-        scratch: torch.Tensor,
-    ) -> None:
-        starts = torch.arange(len(q) + 1)
-        out.copy_(
-            reference.attention(q, keys, values, table, starts, lengths, scale, window, softcap)
-        )
-
-    def prefill(
-        q: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        table: torch.Tensor,
-        starts: torch.Tensor,
-        lengths: torch.Tensor,
-        queries_max: int,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        out: torch.Tensor,
-    ) -> None:
-        assert queries_max == int(starts.diff().max())
-        out.copy_(
-            reference.attention(q, keys, values, table, starts, lengths, scale, window, softcap)
-        )
-
-    monkeypatch.setattr(attention, "decode", decode)
-    monkeypatch.setattr(attention, "prefill", prefill)
-    monkeypatch.setattr(lora, "TritonLora", ReferenceLora)
-    for name in ("rms_norm", "add_rms_norm", "rotary_store", "silu_mul", "choose"):
-        monkeypatch.setattr(fused, name, getattr(reference, name))
 
 
 def test_kernels_give_the_logprobs_of_torch(model: str, tmp_path: Path) -> None:

@@ -6,17 +6,17 @@ from cluster.config import EngineConfig
 from cluster.costs import Costs
 from replica import eviction
 from replica.assembly import assemble
+from replica.memory import Division
 from replica.scheduler import Scheduler
 
 
-def assembled(**settings: object) -> Scheduler:
+def assembled(shared: bool = False, **settings: object) -> Scheduler:
     config = EngineConfig(model="m", **settings)  # type: ignore[arg-type]
     return assemble(
         config,
         context=256,
         eos_tokens=frozenset({2}),
-        page_count=32,
-        arena_bytes=4096,
+        memory=Division(32, 512, 16, 4096, shared),
         alignment=256,
         costs=Costs(),
     )
@@ -61,3 +61,14 @@ def test_places_are_bounded_by_the_directory(asked: int | None, slots: int) -> N
 
 def test_a_step_holds_at_least_a_token_for_each_row() -> None:
     assert assembled(batch_rows_max=64, step_tokens_max=8).limits.step_tokens_max == 64
+
+
+@pytest.mark.parametrize(("asked", "headroom"), [(None, 12), (3, 3), (0, 0)])
+def test_adapters_that_share_the_memory_of_pages_leave_headroom(
+    asked: int | None, headroom: int
+) -> None:
+    core = assembled(shared=True, batch_rows_max=8, step_tokens_max=64, headroom_pages=asked)
+    budget = core.residency.budget
+    assert budget is not None and (budget.headroom, budget.page_bytes) == (headroom, 512)
+    assert (core.residency.extents.capacity, budget.most_bytes) == (0, 16 * 512)
+    assert assembled().residency.budget is None

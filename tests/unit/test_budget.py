@@ -247,7 +247,7 @@ def test_a_new_request_takes_no_adapter_that_another_waits_for() -> None:
 def test_an_adapter_too_large_for_what_a_context_leaves_is_refused() -> None:
     core = shared()
     assert core.residency.refusal("x", 160, pinned=False) is None
-    assert "holds 160" in (core.residency.refusal("x", 161, pinned=False) or "")
+    assert "there are 160 for adapters" in (core.residency.refusal("x", 161, pinned=False) or "")
     assert "take 121" in (core.residency.refusal("x", 121, pinned=True) or "")
 
 

@@ -92,7 +92,7 @@ def replay(
     Prefill in chunks of `chunk`, decode of the last `decoded`; one batch, pages scattered.
     """
     everything = Sampling(logprobs=VOCAB)
-    ids = iter(range(runner.page_count - 1, -1, -1))
+    ids = iter(range(runner.memory.pages - 1, -1, -1))
     pages: list[list[int]] = [[] for _ in texts]
     for _ in range(-(-max(map(len, texts)) // runner.page_tokens)):
         for own in pages:
@@ -200,7 +200,7 @@ def test_what_a_former_owner_left_in_a_page_does_not_matter(tmp_path: Path) -> N
     before = replay(runner, texts, 3, 1000)
     # All pages but the one that pads: an adapter gone wrong may leave anything.
     assert isinstance(runner._executor, GatherExecutor)
-    runner._executor.cache[:, :, :, : runner.page_count] = float("nan")
+    runner._executor.cache[:, :, :, : runner.memory.pages] = float("nan")
     for chunk in (1000, 2):
         after = replay(runner, texts, 3, chunk)
         for own, expected in zip(after, before, strict=True):

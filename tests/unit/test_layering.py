@@ -43,6 +43,7 @@ SHELLS = frozenset(
         "replica.membership",
         "replica.openai_protocol",
         "replica.orders",
+        "replica.page_memory",
         "replica.paged_batch",
         "replica.paged_decoder",
         "replica.paged_executor",

@@ -1,0 +1,48 @@
+"""How the memory of one device is divided: KV pages, adapter images, or one memory for both."""
+
+from dataclasses import dataclass
+
+from cluster.config import EngineConfig
+from cluster.errors import ConfigError
+from replica.shape import ModelShape
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """pages: besides the one that nobody has, which rows that pad a batch write to. arena_bytes:
+    the most that images may take. context_pages: of the longest sequence. shared: images lie where
+    the first pages would be; then so many pages are there only while there are no images.
+    """
+
+    pages: int
+    page_bytes: int
+    context_pages: int
+    arena_bytes: int
+    shared: bool
+
+
+def divide(config: EngineConfig, shape: ModelShape, dtype_bytes: int) -> Division:
+    """shape: of the part of the model that is on the device. Raises ConfigError."""
+    size = config.page_tokens
+    page_bytes = 2 * shape.layers * shape.kv_heads * shape.head_dim * dtype_bytes * size
+    context = min(shape.context, config.context_tokens_max or shape.context)
+    context_pages = -(-context // size)
+    if config.device_memory is not None:
+        pages = config.device_memory // page_bytes - 1
+        if pages <= context_pages:
+            raise ConfigError(
+                f"device_memory: {config.device_memory} bytes leave adapters nothing: a sequence "
+                f"of {context} tokens takes {context_pages * page_bytes} (context_tokens_max)",
+                field="device_memory",
+            )
+        arena_bytes = (pages - context_pages) * page_bytes
+        return Division(pages, page_bytes, context_pages, arena_bytes, shared=True)
+    if config.kv_memory is None:
+        pages = config.batch_rows_max * -(-min(2048, context) // size)
+    else:
+        pages = config.kv_memory // page_bytes
+    if pages == 0:
+        raise ConfigError(
+            f"kv_memory: {config.kv_memory} bytes hold no page of {page_bytes}", field="kv_memory"
+        )
+    return Division(pages, page_bytes, context_pages, config.adapter_memory, shared=False)
