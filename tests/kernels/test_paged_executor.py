@@ -126,7 +126,13 @@ def churn(model_dir: str, paths: Sequence[str], requests: int, **settings: Any) 
     """Tokens of requests that want adapters in turn, more of them than there are places for."""
     defaults: dict[str, Any] = {"slots_max": 2, "batch_rows_max": 4, "step_tokens_max": 16}
     config = EngineConfig(
-        model_dir, device="cpu", rank_max=32, directory_slots=8, seed=0, **defaults | settings
+        model_dir,
+        threads=1,
+        device="cpu",
+        rank_max=32,
+        directory_slots=8,
+        seed=0,
+        **defaults | settings,
     )
     engine = Engine(config)
     digests: list[str | None] = [None]
@@ -135,7 +141,8 @@ def churn(model_dir: str, paths: Sequence[str], requests: int, **settings: Any) 
         engine.register(Version(path, info.digest, path, info.rank, info.parameters), path)
         digests.append(info.digest)
     for i in range(requests):
-        sampling = Sampling(max_tokens=3 + i % 3, temperature=float(i % 2), seed=i)
+        kinds = {"temperature": float(i % 2), "top_k": 20 * (i % 4 == 1)}
+        sampling = Sampling(max_tokens=3 + i % 3, seed=i, **kinds)  # type: ignore[arg-type]
         prompt = tuple(range(2 + i, 9 + 3 * i))
         engine.add(NewRequest(f"{i}", prompt, sampling, digests[i % len(digests)]))
     got: dict[str, list[int]] = {}
@@ -168,6 +175,15 @@ def test_an_engine_gives_the_same_tokens_by_the_kernels_themselves(
     assert churn(llama, paths, 3, kernels="triton", **settings) == expected
 
 
+def test_two_ranks_give_the_same_tokens_by_the_kernels(tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 1, "num_key_value_heads": 2}
+    model_dir = make_model(tmp_path / "model", **TINY | sizes)
+    paths = adapters_of(tmp_path, model_dir)[:1]
+    settings = {"slots_max": 1, "batch_rows_max": 2}
+    expected = churn(model_dir, paths, 2, kernels="torch", **settings)
+    assert churn(model_dir, paths, 2, kernels="triton", tensor_parallel=2, **settings) == expected
+
+
 def test_triton_without_a_gpu_or_its_interpreter_is_refused(
     llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,14 +194,28 @@ def test_triton_without_a_gpu_or_its_interpreter_is_refused(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_graphs_on_a_gpu_give_what_eager_launches_give(
-    model: str, tmp_path: Path, seed: int, dtype: str
+def test_on_a_gpu_graphs_and_eager_launches_give_what_torch_gives(
+    model: str, tmp_path: Path, seed: int
 ) -> None:
     adapters = adapters_of(tmp_path, model)
-    runners = [
-        load(model, adapters, device="cuda", kernels="triton", dtype=dtype, cuda_graphs=graphs)
-        for graphs in (False, True)
-    ]
-    texts = texts_of((40, 9, 1, GREEDY), (1, 30, 0, GREEDY), (23, 12, 2, WARM), (17, 20, 3, WARM))
+    runners = [load(model, adapters, kernels="torch")]
+    for captured in (False, True):
+        gpu = {"device": "cuda", "kernels": "triton", "cuda_graphs": captured}
+        runners.append(load(model, adapters, **gpu))
+    texts = texts_of((40, 9, 1, REPORT), (1, 30, 0, GREEDY), (23, 12, 2, WARM), (17, 20, 3, WARM))
     run_both(runners, texts, random.Random(seed), chunk_max=12)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_launches_in_bfloat16_are_made_before_results_are_taken(
+    model: str, tmp_path: Path
+) -> None:
+    adapters = adapters_of(tmp_path, model)
+    runner = load(model, adapters, device="cuda", kernels="triton", dtype="bfloat16")
+    settings = ((40, 9, 1, REPORT), (1, 30, 0, GREEDY), (23, 12, 2, WARM), (17, 20, 3, WARM))
+    found = []
+    for _ in range(2):
+        texts = texts_of(*settings)
+        run_both([runner], texts, random.Random(3), chunk_max=12)
+        found.append([text.out for text in texts])
+    assert found[0] == found[1]
