@@ -47,8 +47,8 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(1).to(tl.int64)
     segment = tl.program_id(2)
     length = tl.load(lengths + row)
-    low, base, size = _segment(length, WINDOW, BLOCK_N, SEGMENTS, SEGMENT_KEYS_MIN)
-    begin = base + segment * size
+    low, size = _segment(length, WINDOW, BLOCK_N, SEGMENTS, SEGMENT_KEYS_MIN)
+    begin = low + segment * size
     if (segment > 0) & (begin >= length):
         return
     end = tl.minimum(begin + size, length)
@@ -84,7 +84,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         PAGE,
         True,
     )
-    if begin == base and end >= length:
+    if (segment == 0) & (end >= length):
         acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         at = out + row * out_row + heads[:, None] * out_head + d[None, :]
         tl.store(at, acc.to(out.dtype.element_ty), mask=mask)
@@ -117,13 +117,13 @@ def join_kernel(  # type: ignore[no-untyped-def]
     head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     length = tl.load(lengths + row)
-    _, base, size = _segment(length, WINDOW, BLOCK_N, SEGMENTS, SEGMENT_KEYS_MIN)
+    low, size = _segment(length, WINDOW, BLOCK_N, SEGMENTS, SEGMENT_KEYS_MIN)
     # One segment alone has written to `out` itself.
-    if length - base <= size:
+    if length - low <= size:
         return
     segment = tl.arange(0, BLOCK_S)
     d = tl.arange(0, BLOCK_D)
-    used = base + segment * size < length
+    used = low + segment * size < length
     part = (row * tl.num_programs(0) + head) * SEGMENTS + segment
     peak = tl.load(peaks + part, mask=used, other=float("-inf"))
     weight = tl.exp2(peak - tl.max(peak, 0))
@@ -143,11 +143,10 @@ def _segment(  # type: ignore[no-untyped-def]
     SEGMENTS: tl.constexpr,
     SEGMENT_KEYS_MIN: tl.constexpr,
 ):
-    """The first key that is seen, where segments begin to count, and the keys of each."""
+    """The first key that is seen, and how many keys a segment has, in whole blocks."""
     low = tl.maximum(length - WINDOW, 0) if WINDOW is not None else length * 0
-    base = low // BLOCK_N * BLOCK_N
-    size = tl.maximum(tl.cdiv(length - base, SEGMENTS), SEGMENT_KEYS_MIN)
-    return low, base, tl.cdiv(size, BLOCK_N) * BLOCK_N
+    size = tl.maximum(tl.cdiv(length - low, SEGMENTS), SEGMENT_KEYS_MIN)
+    return low, tl.cdiv(size, BLOCK_N) * BLOCK_N
 
 
 @triton.jit(

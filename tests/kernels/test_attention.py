@@ -92,6 +92,13 @@ def test_long_rows_are_cut_into_segments_and_short_ones_beside_them_are_not(
     assert_close(rows.decoded(0.125, window), rows.expected(0.125, window))
 
 
+def test_segments_are_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_SEGMENT_KEYS", 20)
+    rows = make_rows([19, 20, 21, 333], heads=2, kv_heads=1)
+    assert attention.split(4, 1, rows.table.shape[1] * 16) == attention.Split(18, 20)
+    assert_close(rows.decoded(0.125), rows.expected(0.125))
+
+
 def test_many_rows_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     assert attention.split(64, 8, 2048).segments == 1
     monkeypatch.setattr(attention, "_PROGRAMS", 9)
@@ -133,6 +140,23 @@ def test_one_scratch_serves_other_rows_and_lengths_as_a_replayed_graph_would() -
         # A row by itself is cut into more.
         alone = replace(rows, q=rows.q[2:], table=rows.table[2:], lengths=rows.lengths[2:])
         assert_close(alone.decoded(0.125, scratch=scratch), got[2:])
+
+
+def test_what_lies_before_the_window_is_not_read() -> None:
+    """Its pages may be another row's by now."""
+    window = 20
+    rows = make_rows([90, 70], [12, 1])
+    prefilled = rows.expected(0.125, window)
+    last = replace(rows, q=rows.q[11:], starts=torch.arange(3, device=DEVICE).int())
+    decoded = last.expected(0.125, window)
+    for row, (length, chunk) in enumerate(((90, 12), (70, 1))):
+        gone = length - chunk + 1 - window
+        nothing = torch.full((gone, 2, 64), float("nan"))
+        rows.place(row, nothing, nothing)
+    assert_close(rows.prefilled(0.125, window), prefilled)
+    assert_close(last.decoded(0.125, window), decoded)
+    rows.table[:, :2] = 2**30
+    assert_close(rows.prefilled(0.125, window), prefilled)
 
 
 def test_padding_rows_give_zeros() -> None:
