@@ -8,6 +8,9 @@ Decode has one program for each row and KV head. When those are too few to fill 
 may be long, a row's keys are cut into segments (arXiv 2311.01282) and a second kernel joins them.
 How many is decided by shapes alone and how long each is by the row's own length, on the device: a
 captured CUDA graph replays with other lengths.
+
+For each window and softcap there is one compiled decode, a join for few and one for many segments,
+and a prefill of small and one of large tiles: no other number of rows compiles anything again.
 """
 
 import importlib
@@ -18,7 +21,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.attention
-import triton
 
 from lora_kernels.attention_kernels import decode_kernel, join_kernel, prefill_kernel
 
@@ -69,7 +71,7 @@ _PREFILL_SMALL = {
 _MULTIPROCESSORS = 132
 # Decode programs that fill the device, at four a multiprocessor.
 _PROGRAMS = 512
-_SEGMENTS_MAX = 64
+_FEW_SEGMENTS, _SEGMENTS_MAX = 8, 64
 # Fewer keys than this are not worth a program of their own.
 _SEGMENT_KEYS = 128
 # Programs that are enough by their number still wait for the longest: those rows are cut, coarsely.
@@ -88,11 +90,14 @@ def split(rows: int, programs_a_row: int, keys_max: int) -> Split:
     """keys_max: of one row, as its line of the table (or the sliding window) has room for."""
     few = min(_PROGRAMS // (rows * programs_a_row), _SEGMENTS_MAX, _blocks(keys_max, _SEGMENT_KEYS))
     if few > 1:
-        # Each number is a kernel of its own: powers of two, those that graphs were captured with,
-        # so that no step waits for one to be compiled.
-        return Split(1 << (few.bit_length() - 1), _SEGMENT_KEYS)
+        return Split(few, _SEGMENT_KEYS)
     long = min(keys_max // _LONG_SEGMENT_KEYS, _LONG_SEGMENTS_MAX)
     return Split(max(long, 1), _LONG_SEGMENT_KEYS)
+
+
+def join_size(segments: int) -> int:
+    """For how many segments the join is compiled that is to join these."""
+    return _FEW_SEGMENTS if segments <= _FEW_SEGMENTS else _SEGMENTS_MAX
 
 
 def decode_scratch(rows_max: int, heads: int, head_dim: int, device: torch.device) -> torch.Tensor:
@@ -141,8 +146,6 @@ def decode(
         "HEAD_DIM": head_dim,
         "BLOCK_D": _padded(head_dim),
         "BLOCK_N": tile.keys,
-        "SEGMENTS": cut.segments,
-        "SEGMENT_KEYS_MIN": cut.keys_min,
     }
     decode_kernel[programs, rows, cut.segments](
         q,
@@ -155,6 +158,7 @@ def decode(
         totals,
         peaks,
         inner,
+        cut.keys_min,
         table.stride(0),
         *q.stride()[:2],
         *out.stride()[:2],
@@ -175,9 +179,11 @@ def decode(
             mixed,
             totals,
             peaks,
+            cut.segments,
+            cut.keys_min,
             *out.stride()[:2],
             **shared,
-            BLOCK_S=triton.next_power_of_2(cut.segments),
+            BLOCK_S=join_size(cut.segments),
             num_warps=4,
         )
 
@@ -295,7 +301,7 @@ def _check(
 ) -> tuple[int, int]:
     _, kv_heads, page_tokens, head_dim = keys.shape
     assert keys.shape == values.shape and q.shape == out.shape and q.shape[2] == head_dim
-    assert q.shape[1] % kv_heads == 0
+    assert q.shape[1] % kv_heads == 0 and head_dim <= 256
     assert page_tokens & (page_tokens - 1) == 0, "page_tokens is a power of two"
     assert all(tensor.stride(-1) == 1 for tensor in (q, keys, values, table, out))
     return kv_heads, page_tokens

@@ -8,7 +8,10 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["table_row"], do_not_specialize_on_alignment=["table", "lengths"])
+@triton.jit(
+    do_not_specialize=["keys_min", "table_row"],
+    do_not_specialize_on_alignment=["table", "lengths", "totals", "peaks"],
+)
 def decode_kernel(  # type: ignore[no-untyped-def]
     q,
     keys,
@@ -20,6 +23,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     totals,
     peaks,
     scale,
+    keys_min,
     table_row,
     q_row,
     q_head,
@@ -39,15 +43,14 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGE: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    SEGMENT_KEYS_MIN: tl.constexpr,
 ):
     HEAD_BLOCKS: tl.constexpr = (GROUP + BLOCK_M - 1) // BLOCK_M
     kv_head = tl.program_id(0) // HEAD_BLOCKS
     row = tl.program_id(1).to(tl.int64)
     segment = tl.program_id(2)
+    segments = tl.num_programs(2)
     length = tl.load(lengths + row)
-    low, size = _segment(length, WINDOW, BLOCK_N, SEGMENTS, SEGMENT_KEYS_MIN)
+    low, size = _segment(length, segments, keys_min, WINDOW, BLOCK_N)
     begin = low + segment * size
     if (segment > 0) & (begin >= length):
         return
@@ -90,41 +93,44 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         tl.store(at, acc.to(out.dtype.element_ty), mask=mask)
     else:
         heads_all = tl.num_programs(0) // HEAD_BLOCKS * GROUP
-        part = (row * heads_all + heads) * SEGMENTS + segment
+        part = (row * heads_all + heads) * segments + segment
         tl.store(mixed + part[:, None] * HEAD_DIM + d[None, :], acc, mask=mask)
         tl.store(totals + part, total, mask=packed < GROUP)
         tl.store(peaks + part, peak, mask=packed < GROUP)
 
 
-@triton.jit(do_not_specialize_on_alignment=["lengths"])
+@triton.jit(
+    do_not_specialize=["segments", "keys_min"],
+    do_not_specialize_on_alignment=["lengths", "totals", "peaks"],
+)
 def join_kernel(  # type: ignore[no-untyped-def]
     lengths,
     out,
     mixed,
     totals,
     peaks,
+    segments,
+    keys_min,
     out_row,
     out_head,
     WINDOW: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    SEGMENT_KEYS_MIN: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """One head of one row: the segments' sums, each weighted by what its maximum is short of."""
     head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     length = tl.load(lengths + row)
-    low, size = _segment(length, WINDOW, BLOCK_N, SEGMENTS, SEGMENT_KEYS_MIN)
+    low, size = _segment(length, segments, keys_min, WINDOW, BLOCK_N)
     # One segment alone has written to `out` itself.
     if length - low <= size:
         return
     segment = tl.arange(0, BLOCK_S)
     d = tl.arange(0, BLOCK_D)
     used = low + segment * size < length
-    part = (row * tl.num_programs(0) + head) * SEGMENTS + segment
+    part = (row * tl.num_programs(0) + head) * segments + segment
     peak = tl.load(peaks + part, mask=used, other=float("-inf"))
     weight = tl.exp2(peak - tl.max(peak, 0))
     total = tl.sum(weight * tl.load(totals + part, mask=used, other=0.0), 0)
@@ -137,15 +143,11 @@ def join_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _segment(  # type: ignore[no-untyped-def]
-    length,
-    WINDOW: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    SEGMENT_KEYS_MIN: tl.constexpr,
+    length, segments, keys_min, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """The first key that is seen, and how many keys a segment has, in whole blocks."""
     low = tl.maximum(length - WINDOW, 0) if WINDOW is not None else length * 0
-    size = tl.maximum(tl.cdiv(length - low, SEGMENTS), SEGMENT_KEYS_MIN)
+    size = tl.maximum(tl.cdiv(length - low, segments), keys_min)
     return low, tl.cdiv(size, BLOCK_N) * BLOCK_N
 
 

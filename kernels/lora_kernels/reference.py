@@ -132,31 +132,6 @@ def attention(
     return out
 
 
-def attention_floor(
-    chunks: Sequence[int],
-    lengths: Sequence[int],
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    element_size: int,
-    window: int | None = None,
-) -> tuple[int, int]:
-    """The bytes that one launch cannot but move, and the floating-point operations of its products.
-
-    chunks: queries of each row (1 in decode). lengths: keys of each row, its queries included.
-    Each key and value is read once a row, each query read and each result written once.
-    """
-    pairs = 0
-    keys = 0
-    for chunk, length in zip(chunks, lengths, strict=True):
-        reach = length if window is None else window
-        pairs += sum(min(reach, position + 1) for position in range(length - chunk, length))
-        keys += min(length, reach + chunk - 1)
-    moved = 2 * (keys * kv_heads + sum(chunks) * heads) * head_dim * element_size
-    # Two products, each a multiplication and an addition for each pair and element.
-    return moved, 4 * pairs * heads * head_dim
-
-
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x: [..., hidden]. All in float32, rounded once to x's type."""
     wide = x.float()

@@ -109,25 +109,31 @@ def attention() -> None:
     """Llama-3.1-8B's heads over a cache of two layers; few and many rows, short and long."""
     from lora_kernels import attention
 
-    heads, head_dim, page = 32, 128, 16
+    heads, head_dim = 32, 128
     keys, values = _cache()
-    out = torch.empty(2048, heads, head_dim, dtype=torch.bfloat16)
-    scratch = attention.decode_scratch(256, heads, head_dim, out.device)
-    for rows, pages in ((1, 64), (64, 64), (256, 512)):
-        for window in (None, 512):
+    scratch = attention.decode_scratch(256, heads, head_dim, keys.device)
+    q = torch.empty(2304, heads + 16, head_dim, dtype=torch.bfloat16)[:, :heads]
+    out = torch.empty(2304, heads, head_dim, dtype=torch.bfloat16)
+    numbers = torch.zeros(300, dtype=torch.int32)
+    for rows in (1, 2, 3, 16, 37, 64, 256):
+        for pages, window in ((64, None), (1024, None), (64, 512)):
             table = torch.zeros(rows, pages, dtype=torch.int32)
-            lengths = torch.full((rows,), pages * page, dtype=torch.int32)
-            q = torch.empty(rows, heads, head_dim, dtype=torch.bfloat16)
-            attention.decode(
-                q, keys, values, table, lengths, 0.1, window, None, out[:rows], scratch
-            )
-    for tokens in (16, 2048):
-        table = torch.zeros(1, 512, dtype=torch.int32)
-        starts = torch.tensor([0, tokens], dtype=torch.int32)
-        q = torch.empty(tokens, heads, head_dim, dtype=torch.bfloat16)
+            over = (q[:rows], keys, values, table, numbers[:rows])
+            attention.decode(*over, 0.1, window, None, out[:rows], scratch)
+    # Beside some rows in decode, so that addresses are odd.
+    for before, tokens, chunks in ((0, 2048, 1), (3, 2047, 1), (37, 300, 16), (1, 17, 2)):
+        table = torch.zeros(chunks, 1024, dtype=torch.int32)
+        over = (q[before : before + tokens], keys, values, table)
+        starts, lengths = numbers[before : before + chunks + 1], numbers[before : before + chunks]
         attention.prefill(
-            q, keys, values, table, starts, starts[1:], tokens, 0.1, None, None, out[:tokens]
+            *over, starts, lengths, tokens, 0.1, None, None, out[before : before + tokens]
         )
+    # Whatever the rows: for each window one decode, a join of few segments and one of many (512
+    # keys are never many), prefill with small and with large tiles.
+    found = [kernel.name for kernel in COMPILED]
+    assert found.count("decode_kernel") == 2, found
+    assert found.count("join_kernel") == 3, found
+    assert found.count("prefill_kernel") == 2, found
 
 
 def fused() -> None:

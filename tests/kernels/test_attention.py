@@ -125,10 +125,16 @@ def test_the_split_depends_on_shapes_alone_and_its_results_fit_the_scratch() -> 
                 assert rows * cut.segments * 2 * (4 + 2) <= scratch.numel()
 
 
-def test_any_number_of_rows_is_cut_as_some_bucket_of_a_graph_is() -> None:
+def test_any_number_of_rows_is_joined_as_some_bucket_of_a_graph_is() -> None:
+    """What was compiled for graphs is all that decode needs beside them."""
+
+    def joined(rows: int, keys_max: int) -> int | None:
+        segments = attention.split(rows, 8, keys_max).segments
+        return attention.join_size(segments) if segments > 1 else None
+
     for keys_max in (1024, 8192, 131_072):
-        captured = {attention.split(rows, 8, keys_max) for rows in (1, 2, 4, *range(8, 257, 8))}
-        assert {attention.split(rows, 8, keys_max) for rows in range(1, 257)} <= captured
+        captured = {joined(rows, keys_max) for rows in (1, 2, 4, *range(8, 257, 8))}
+        assert {joined(rows, keys_max) for rows in range(1, 257)} <= captured
 
 
 def test_one_scratch_serves_other_rows_and_lengths_as_a_replayed_graph_would() -> None:
@@ -327,20 +333,3 @@ def test_torchs_own_attention_is_told_the_same(
     assert calls == [1]
     assert_close(rows.prefilled(0.125, window, 3.0), rows.expected(0.125, window, 3.0))
     assert calls == [1]
-
-
-# The least that has to be moved and computed
-
-
-@pytest.mark.parametrize("window", [None, 3, 100])
-def test_the_floor_counts_what_the_mask_shows(window: int | None) -> None:
-    chunks, lengths = [1, 4, 7], [9, 4, 30]
-    pairs = keys = 0
-    for chunk, length in zip(chunks, lengths, strict=True):
-        distance = torch.arange(length - chunk, length)[:, None] - torch.arange(length)
-        seen = (distance >= 0) & (distance < (window or length))
-        pairs += int(seen.sum())
-        keys += int(seen.any(0).sum())
-    moved, computed = reference.attention_floor(chunks, lengths, 8, 2, 64, 2, window)
-    assert moved == (2 * keys * 2 + 2 * 12 * 8) * 64 * 2
-    assert computed == 2 * 2 * pairs * 8 * 64
