@@ -164,6 +164,7 @@ def test_an_engine_under_churn_gives_the_same_tokens(llama: str, tmp_path: Path)
     expected = churn(llama, paths, 16, kernels="torch")
     assert churn(llama, paths, 16, kernels="triton") == expected
     assert churn(llama, paths, 16, kernels="triton", cuda_graphs=False) == expected
+    assert churn(llama, paths, 16, kernels="triton", plan_depth=2) == expected
 
 
 def test_an_engine_gives_the_same_tokens_by_the_kernels_themselves(
