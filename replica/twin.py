@@ -7,6 +7,7 @@ Deterministic: the same scheduler, arrivals and model give the same records.
 
 import heapq
 import statistics
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Protocol
@@ -59,7 +60,8 @@ class Record:
 
 @dataclass(slots=True)
 class Twin:
-    """ranks: of each adapter. check: the invariants after each step.
+    """ranks: of each adapter. check: the invariants after each step. depth: 2: a step is planned
+    when the one before it begins to run (`flight.py`), 1: when that one has ended.
 
     mixed: prompts and decodes are one batch; else a step that has prompts computes them alone, as
     servers do that never mix the two and decode only while no prompt can be computed.
@@ -70,11 +72,13 @@ class Twin:
     ranks: Mapping[str | None, int]
     check: bool = False
     mixed: bool = True
+    depth: int = 1
     now_s: float = 0.0
     steps: int = 0
     _copies_end_s: float = 0.0
     _copies: list[tuple[float, int, Load, float]] = field(default_factory=list)
     _records: dict[str, Record] = field(default_factory=dict)
+    _flight: deque[Plan] = field(default_factory=deque)
 
     def run(self, arrivals: Iterable[Arrival]) -> list[Record]:
         """Until all work has ended."""
@@ -111,15 +115,25 @@ class Twin:
     def _step(self) -> float | None:
         """None when rows ran; else when the next step is worth while (infinity: after an event)."""
         plan = self.scheduler.step(self.now_s)
+        ran = bool(plan.rows or self._flight)
+        if plan.waits:
+            self._commit()
         self._make_rooms(plan)
-        if not plan.rows:
-            self._checked()
-            return float("inf") if plan.wake_s is None else plan.wake_s
-        prompts = tuple(work for work in plan.rows if work.end - work.start > 1)
-        if prompts and not self.mixed:
+        if not self.mixed and any(work.end - work.start > 1 for work in plan.rows):
             plan = self.scheduler.without(plan, lambda work: work.end - work.start == 1)
+        if plan.rows:
+            self._flight.append(plan)
+        if self._flight and (len(self._flight) == self.depth or not plan.rows):
+            self._commit()
+        self._checked()
+        return None if ran else float("inf") if plan.wake_s is None else plan.wake_s
+
+    def _commit(self) -> None:
+        """The oldest step in flight has run."""
+        plan = self._flight.popleft()
         took_s = self.model.step_s(plan.rows, self.ranks)
-        self.scheduler.costs.stepped(sum(work.end - work.start for work in prompts), took_s)
+        prompt_tokens = sum(w.end - w.start for w in plan.rows if w.end - w.start > 1)
+        self.scheduler.costs.stepped(prompt_tokens, took_s)
         self.now_s += took_s
         self.steps += 1
         for work in plan.rows:
@@ -128,8 +142,6 @@ class Twin:
         chosen = [Sampled(0) if work.sample else None for work in plan.rows]
         self.scheduler.commit(plan, chosen, self.now_s)
         self.scheduler.evictions()
-        self._checked()
-        return None
 
     def _make_rooms(self, plan: Plan) -> None:
         budget = self.scheduler.residency.budget

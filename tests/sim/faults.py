@@ -15,8 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 COPIED = ("cluster", "replica", "tests", "kernels", "pyproject.toml", "lorafleet.py")
-_CORE = "scheduler batch loads drainer prefetch residency pages budget extents waiting share "
-_CORE += "story request"
+_CORE = "scheduler flight batch loads drainer prefetch residency pages budget extents waiting "
+_CORE += "share story request"
 TESTS = [f"tests/unit/test_{name}.py" for name in _CORE.split()]
 TESTS += ["tests/sim/test_bounds.py", "tests/sim/test_random_runs.py", "tests/sim/test_stateful.py"]
 
@@ -49,7 +49,7 @@ FAULTS = (
         "scheduler",
         "an ended request keeps its claim on the adapter",
         "scheduler",
-        "self._evictions += self.residency.unclaim(request.place)",
+        "self._evictions += self.residency.unclaim(place)",
         "pass",
     ),
     _fault(
@@ -63,7 +63,7 @@ FAULTS = (
         "scheduler",
         "the whole prompt at once, beyond the step's tokens",
         "scheduler",
-        "end = min(request.tokens, request.computed + budget)",
+        "end = min(request.tokens, start + budget)",
         "end = request.tokens",
     ),
     _fault(
@@ -77,8 +77,8 @@ FAULTS = (
         "scheduler",
         "the end token counts before min_tokens",
         "scheduler",
-        "if len(request.output) > sampling.min_tokens and (",
-        "if len(request.output) > 0 and (",
+        "if token in request.stops and len(request.output) > request.sampling.min_tokens:",
+        "if token in request.stops:",
     ),
     _fault(
         "scheduler",
@@ -270,8 +270,8 @@ FAULTS = (
         "residency",
         "a forgotten adapter leaves under its requests",
         "residency",
-        "if not adapter.leaving or adapter.claims or adapter.tier is Tier.LOADING:",
-        "if not adapter.leaving or adapter.users or adapter.tier is Tier.LOADING:",
+        "if not adapter.leaving or adapter.claims or adapter.held or",
+        "if not adapter.leaving or adapter.users or adapter.held or",
     ),
     _fault(
         "residency",
@@ -386,8 +386,8 @@ FAULTS = (
         "budget",
         "only rows that run follow their pages",
         "batch",
-        "for request in [*self.running.values(), *self.parked.values()]:",
-        "for request in self.running.values():",
+        "for request in [*self.running.values(), *self.parked.values(), *ended]:",
+        "for request in [*self.running.values(), *ended]:",
     ),
     _fault(
         "budget",
@@ -459,6 +459,102 @@ FAULTS = (
         "batch",
         "keep = {*self._draining, *([spare.place] if spare is not None and spare.place else ())}",
         "keep = {*self._draining}",
+    ),
+    # Steps in flight
+    _fault(
+        "flight",
+        "a row that ends by length in flight is planned once more",
+        "scheduler",
+        "            if tokens >= request.tokens_max:\n                continue",
+        "            if False:\n                continue",
+    ),
+    _fault(
+        "flight",
+        "pages of a request that ends in flight are free at once",
+        "scheduler",
+        "        if self.flight.names(request):\n            self.flight.lingering",
+        "        if False:\n            self.flight.lingering",
+    ),
+    _fault(
+        "flight",
+        "what lingers goes when the first of the steps that name it commits",
+        "scheduler",
+        "        self.flight.commit(plan)\n        deltas = []",
+        "        self.flight.commit(plan)\n"
+        "        for request in self.flight.lingering:\n"
+        "            request.step = 0\n"
+        "        deltas = []",
+    ),
+    _fault(
+        "flight",
+        "a forgotten adapter leaves under a step in flight",
+        "residency",
+        "if not adapter.leaving or adapter.claims or adapter.held or",
+        "if not adapter.leaving or adapter.claims or",
+    ),
+    _fault(
+        "flight",
+        "an adapter of a step in flight is evicted at once",
+        "flight",
+        "r.moves or r.page_moves or self._uses(r) for r in rooms",
+        "r.moves or r.page_moves for r in rooms",
+    ),
+    _fault(
+        "flight",
+        "images slide under a step in flight",
+        "flight",
+        "r.moves or r.page_moves or self._uses(r) for r in rooms",
+        "r.page_moves or self._uses(r) for r in rooms",
+    ),
+    _fault(
+        "flight",
+        "pages are copied elsewhere under a step in flight",
+        "flight",
+        "r.moves or r.page_moves or self._uses(r) for r in rooms",
+        "r.moves or self._uses(r) for r in rooms",
+    ),
+    _fault(
+        "flight",
+        "the pages of a row that gives way are another's before its step commits",
+        "batch",
+        "        self._flight.took_from(request)\n",
+        "",
+    ),
+    _fault(
+        "flight",
+        "a client sees the token behind the last one",
+        "scheduler",
+        "            if request.phase is not running and request.phase in ENDED:\n"
+        "                continue",
+        "            if request.phase is Phase.CANCELLED:\n                continue",
+    ),
+    _fault(
+        "flight",
+        "the token of a row that was parked in flight is lost",
+        "scheduler",
+        "            if request.phase is not running and request.phase in ENDED:\n",
+        "            if request.phase is not running:\n",
+    ),
+    _fault(
+        "flight",
+        "a prefix is found before its step has committed",
+        "scheduler",
+        "self.batch.publish(request, end)",
+        "self.batch.publish(request, request.computed)",
+    ),
+    _fault(
+        "flight",
+        "one that left the batch comes back in the same plan",
+        "scheduler",
+        "            if self.flight.names(request):\n                continue",
+        "            if False:\n                continue",
+    ),
+    _fault(
+        "flight",
+        "a row that is not carried out counts as computed",
+        "scheduler",
+        "                work.request.computed = work.start\n",
+        "",
     ),
 )
 

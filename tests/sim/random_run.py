@@ -234,7 +234,11 @@ class Run:
         size = self.core.pages.page_tokens
         named = {page: r for step in self.flying for page, r in step.named().items()}
         step = Flying(plan, [], {})
+        before = {id(work.request) for flying in self.flying for work in flying.plan.rows}
         for work in plan.rows:
+            known = len(work.request.prompt) + len(work.request.output)
+            carried = id(work.request) in before and (work.start, work.end) == (known, known + 1)
+            assert work.end <= known or carried, "a token is computed that nobody knows"
             pages = work.request.pages[: -(-work.end // size)]
             step.pages.append(pages)
             for page in pages[work.start // size :]:

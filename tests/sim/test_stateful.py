@@ -3,6 +3,9 @@
 Derandomized: the same runs every time, as many as take a few seconds.
 """
 
+from collections import deque
+from collections.abc import Iterable
+
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -24,7 +27,8 @@ from replica.extents import Extents
 from replica.host_tier import HostTier
 from replica.loads import Switches
 from replica.pages import Pages
-from replica.request import NewRequest, Sampled, Sampling
+from replica.plan import Plan
+from replica.request import ENDED, Delta, NewRequest, Sampled, Sampling
 from replica.residency import Residency
 from replica.scheduler import Scheduler
 from tests.core import STEP_S, scheduler
@@ -207,8 +211,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.now_s = 0.0
         self.number = 0
         self.open: set[str] = set()
+        self.flying: deque[tuple[Plan, list[list[int]]]] = deque()
 
     @initialize(
+        depth=st.integers(1, 2),
         skip=st.booleans(),
         overlap=st.booleans(),
         pinned=st.booleans(),
@@ -220,6 +226,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     )
     def assemble(
         self,
+        depth: int,
         skip: bool,
         overlap: bool,
         pinned: bool,
@@ -229,6 +236,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         page_bytes: int | None,
         headroom: int,
     ) -> None:
+        self.depth = depth
         self.core: Scheduler = scheduler(
             rows=rows,
             tokens=24,
@@ -290,21 +298,43 @@ class SchedulerMachine(RuleBasedStateMachine):
         core = self.core
         plan = core.step(self.now_s)
         core.check()
+        self.take_in(plan.failed)
+        if plan.waits:
+            self.commit()
         for room in plan.rooms:
             self.memory.make(room)
             if room.load is not None:
                 self.memory.begin(room.load)
                 if not core.switches.overlap:
                     self.memory.end(room.load, good=True)
+        plan = core.without_ended(plan)
+        if plan.rows:
+            self.flying.append((plan, [work.request.pages for work in plan.rows]))
+        for launched, _ in self.flying:
+            self.right_weights(launched)
+        if self.flying and (len(self.flying) == self.depth or not plan.rows):
+            self.commit()
+        self.now_s += STEP_S
+
+    def commit(self) -> None:
+        plan, pages = self.flying.popleft()
+        self.right_weights(plan)
+        for work, held in zip(plan.rows, pages, strict=True):
+            if work.request.phase not in ENDED:
+                self.memory.compute(work, held)
+        chosen = [Sampled(7) if work.sample else None for work in plan.rows]
+        self.take_in(self.core.commit(plan, chosen, self.now_s))
+
+    def right_weights(self, plan: Plan) -> None:
         self.memory.check()
         for work in plan.rows:
             assert self.memory.weights(work.slot) == work.request.digest, "another's weights"
-            self.memory.compute(work, work.request.pages)
-        chosen = [Sampled(7) if work.sample else None for work in plan.rows]
-        for delta in [*plan.failed, *core.commit(plan, chosen, self.now_s)]:
+
+    def take_in(self, deltas: Iterable[Delta]) -> None:
+        for delta in deltas:
+            assert delta.request_id in self.open, "it has ended"
             if delta.last:
                 self.open.remove(delta.request_id)
-        self.now_s += STEP_S
 
     @invariant()
     def whole(self) -> None:

@@ -200,6 +200,20 @@ def test_pages_of_a_row_that_gives_way_in_flight_are_taken_by_a_plan_that_waits(
     assert waiting.id == "new" and waiting.output[-1] == 9 and waiting.computed == 0
 
 
+def test_one_that_left_the_batch_in_flight_does_not_come_back_in_the_same_plan() -> None:
+    """Though a row that gives way after it leaves pages enough: its token is not known yet."""
+    core = scheduler(pages=8, tokens=200)
+    for name, prompt in (("a", 31), ("b", 31), ("large", 40), ("small", 4)):
+        core.add(new(name, prompt=prompt, max_tokens=30), 0.0)
+    plan, following = ahead(core), ahead(core)
+    commit(core, plan)
+    plan, following = following, ahead(core)
+    assert ran(following) == ["a", "b"] and following.waits
+    assert {request.id for request in core.waiting} == {"large", "small"} and core.pages.free > 0
+    commit(core, plan)
+    assert spans(ahead(core))[-1] == ("small", 0, 6)
+
+
 def test_a_prefix_is_found_once_it_has_committed() -> None:
     core = scheduler(tokens=200)
     prompt = tuple(range(40))

@@ -35,7 +35,7 @@ class Device:
         return 0.0
 
 
-def twin(mixed: bool = True, **switches: bool) -> Twin:
+def twin(mixed: bool = True, depth: int = 1, **switches: bool) -> Twin:
     costs = Costs(copy_bytes_per_s=200.0, decode_s=0.01, prefill_token_s=1e-4)
     residency = Residency(Extents(20, 1), 2, ORDERS["cost"], costs.copy_s, 1.0, 60.0)
     for adapter in ADAPTERS:
@@ -51,7 +51,8 @@ def twin(mixed: bool = True, **switches: bool) -> Twin:
     core = Scheduler(
         limits, Pages(60, 16, cache=False), residency, costs, Switches(**switches), sharing
     )
-    return Twin(core, Device(), {None: 0, **dict.fromkeys(ADAPTERS, 1)}, check=True, mixed=mixed)
+    ranks = {None: 0, **dict.fromkeys(ADAPTERS, 1)}
+    return Twin(core, Device(), ranks, check=True, mixed=mixed, depth=depth)
 
 
 def lives(records: Sequence[Record]) -> list[tuple[float | None, float, float, int]]:
@@ -59,16 +60,16 @@ def lives(records: Sequence[Record]) -> list[tuple[float | None, float, float, i
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("mixed", [True, False])
+@pytest.mark.parametrize(("mixed", "depth"), [(True, 1), (True, 2), (False, 1), (False, 2)])
 @pytest.mark.parametrize(
     "switches",
     [{}, {"park": False}, {"overlap": False, "park": False}, {"skip": False, "park": False}],
 )
 def test_every_arrival_ends_once_with_its_tokens(
-    seed: int, mixed: bool, switches: dict[str, bool]
+    seed: int, mixed: bool, depth: int, switches: dict[str, bool]
 ) -> None:
     coming = arrivals(STREAMS, seed)
-    run = twin(mixed, **switches)
+    run = twin(mixed, depth, **switches)
     records = run.run(coming)
     assert [r.arrival for r in records] == coming
     for record in records:
@@ -91,6 +92,12 @@ def test_a_lone_request_takes_what_the_device_says() -> None:
     assert record.ttft_s == pytest.approx(0.01 + 40 * 1e-4)
     assert record.e2e_s == pytest.approx(record.ttft_s + 4 * 0.01)
     assert record.gap_max_s == pytest.approx(0.01)
+
+
+def test_planned_ahead_a_request_waits_for_the_step_that_was_planned_before_it_came() -> None:
+    coming = [Arrival(0.0, None, 1, 50, "base"), Arrival(0.105, None, 1, 5, "late")]
+    ttft_s = [twin(depth=depth).run(coming)[1].ttft_s for depth in (1, 2)]
+    assert ttft_s == [pytest.approx(0.005 + 0.01), pytest.approx(0.005 + 0.01 + 0.01)]
 
 
 def test_a_cold_adapter_adds_its_copy() -> None:
