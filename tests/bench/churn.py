@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--adapters", type=int, default=60)
     parser.add_argument("--places", type=int, default=6, help="largest images the arena holds")
+    parser.add_argument("--plan-depth", type=int, choices=(1, 2), default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
@@ -64,6 +65,7 @@ def churn(args: argparse.Namespace, directory: Path) -> None:
             host_memory=3 * image,
             kv_memory=2**20,
             batch_rows_max=16,
+            plan_depth=args.plan_depth,
             quantum_s=0.002,
             head_start_s=0.001,
         )
