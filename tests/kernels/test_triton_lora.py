@@ -1,6 +1,7 @@
 """`TritonLora` against `reference.lora`, in Triton's interpreter or on a GPU."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -162,10 +163,12 @@ def test_a_launch_once_captured_follows_any_batch(
     for group in (0, 3):
         x, y = bench.operands(rows, group)
         recorded = record(monkeypatch)
-        bench.lora.begin([1], rows)
+        # As graphs are captured: with nobody's rows.
+        bench.lora.begin([0] * rows, rows)
         bench.lora.start(x, 1, group)
         bench.lora.add(x, y, 1, group)
         launches = list(recorded)
+        assert len(launches) == 2
         for slots in ([1, 2, 3, 4] * 5, [2], [*[4] * 17, 3, 0, 1], []):
             # Padding rows come last, and are the base model's.
             padded = [*slots, *[0] * (rows - len(slots))]
@@ -173,16 +176,34 @@ def test_a_launch_once_captured_follows_any_batch(
             bench.lora.begin(slots, rows)
             bench.lora.check()
             for launch in launches:
-                launch()
+                launch.run()
             bench.compare(x, before, y, padded, 1, group)
         before = y.clone()
         bench.move(2, 30_000 + group * 4000)
         bench.lora.begin([2, 1], rows)
         for launch in launches:
-            launch()
+            launch.run()
         bench.compare(x, before, y, [2, 1, *[0] * (rows - 2)], 1, group)
         monkeypatch.undo()
     assert {tensor.data_ptr() for tensor in buffers(bench.lora)} == addresses
+
+
+def test_a_padded_batch_is_launched_by_its_padded_rows_alone(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(device)
+    placed(bench, [4, 40, 9])
+    x, y = bench.operands(20, 0)
+    recorded = record(monkeypatch)
+    for slots in ([0] * 20, [1], [1, 2, 3] * 6):
+        bench.lora.begin(slots, 20)
+        bench.lora.add(x, y, 1, 0)
+    assert len(recorded) == 6
+    assert len({launch.grid for launch in recorded[::2]}) == 1
+    assert len({launch.grid for launch in recorded[1::2]}) == 1
+    # A program for each tile and block of ranks that 20 rows of 3 adapters could be, and no more.
+    tiles, blocks = 11, 2
+    assert recorded[0].grid == (3, tiles * blocks) and recorded[1].grid == (3, tiles)
 
 
 def test_more_programs_of_work_than_programs(
@@ -222,9 +243,22 @@ def test_random_places_moves_clears_and_batches(device: torch.device, seed: int)
         bench.check(bench.rows(40), start=bench.random.random() < 0.5)
 
 
-def record(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
-    """Launches from now on, to be repeated as they were, with the same grid and arguments."""
-    launches: list[Callable[[], None]] = []
+@dataclass(frozen=True)
+class Launch:
+    """One launch, to be repeated as it was."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def run(self) -> None:
+        self.kernel[self.grid](*self.args, **self.options)
+
+
+def record(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """The launches from now on."""
+    launches: list[Launch] = []
 
     class Recording:
         def __init__(self, kernel: Any) -> None:
@@ -232,8 +266,8 @@ def record(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
 
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             def launch(*args: Any, **options: Any) -> None:
-                launches.append(lambda: self._kernel[grid](*args, **options))
-                launches[-1]()
+                launches.append(Launch(self._kernel, grid, args, options))
+                launches[-1].run()
 
             return launch
 
