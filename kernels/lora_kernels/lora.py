@@ -12,11 +12,10 @@ expand adds the planes up: no atomics, so the same batch gives the same bits.
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 
 from lora_kernels import segments
-from lora_kernels.device_tables import ENTRY, DeviceDirectory, DeviceTable, event, offset_unit
+from lora_kernels.delta_kernels import expand_kernel, shrink_kernel
+from lora_kernels.device_tables import DeviceDirectory, DeviceTable, event, offset_unit
 from lora_kernels.matmuls import Matmuls, index_of
 from lora_kernels.reference import Directory
 from lora_kernels.tilings import TILINGS, WIDE_ROWS, Tiling
@@ -25,185 +24,6 @@ from lora_kernels.tilings import TILINGS, WIDE_ROWS, Tiling
 # wait for.
 PROGRAMS = 1024
 _CPU = torch.device("cpu")
-_ENTRY = tl.constexpr(ENTRY)
-_HEADER = tl.constexpr(segments.HEADER)
-_TILE_FIELDS = tl.constexpr(segments.TILE_FIELDS)
-# Ranks that B is read by at once where its rows allow it: 16 bytes in bf16.
-_RANK_UNIT = tl.constexpr(8)
-
-
-@triton.jit(do_not_specialize=["layer"])
-def _shrink(
-    x: tl.tensor,
-    x_stride: tl.tensor,
-    arena: tl.tensor,
-    planes: tl.tensor,
-    table: tl.tensor,
-    offsets: tl.tensor,
-    ranks: tl.tensor,
-    layer: tl.tensor,
-    LAYERS: tl.constexpr,
-    PROJECTIONS: tl.constexpr,
-    FIRST: tl.constexpr,
-    INPUTS: tl.constexpr,
-    UNIT: tl.constexpr,
-    ROWS_AT: tl.constexpr,
-    PLANES: tl.constexpr,
-    PLANE_STEP: tl.constexpr,
-    PLANE_ROWS: tl.constexpr,
-    ROW: tl.constexpr,
-    RANK_MAX: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_RANKS: tl.constexpr,
-    BLOCK_INPUTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> None:
-    """planes [PLANES, PLANE_ROWS, ROW] = rows of x · A. Grid: (planes · the group's projections,
-    programs that share the tiles and blocks of ranks). `FIRST`: the group's first projection.
-    """
-    piece = tl.program_id(0) // PLANES
-    plane = tl.program_id(0) % PLANES
-    tiles = tl.load(table)
-    blocks = tl.load(table + 1)
-    for work in range(tl.program_id(1), tiles * blocks, tl.num_programs(1)):
-        tile = table + _HEADER + work // blocks * _TILE_FIELDS
-        block = work % blocks * BLOCK_RANKS
-        slot = tl.load(tile)
-        entry = (slot * LAYERS + layer) * PROJECTIONS + FIRST + piece
-        rank = tl.load(ranks + entry * _ENTRY + 4)
-        if block < rank:
-            # Offsets are kept in units, so that the compiler knows what they are multiples of.
-            a = arena + tl.load(offsets + entry * (_ENTRY // 2)) * UNIT
-            place = tl.load(tile + 1) + tl.arange(0, BLOCK_ROWS)
-            live = place < tl.load(tile + 2)
-            row = tl.load(table + ROWS_AT + place, mask=live, other=0).to(tl.int64)
-            r = block + tl.arange(0, BLOCK_RANKS)
-            used = r < rank
-            k = tl.arange(0, BLOCK_INPUTS)
-            x_at = x + row[:, None] * x_stride + k[None, :]
-            a_at = a + r[None, :] * INPUTS + k[:, None]
-            total = tl.zeros([BLOCK_ROWS, BLOCK_RANKS], tl.float32)
-            begin = plane * PLANE_STEP
-            for at in range(begin, tl.minimum(begin + PLANE_STEP, INPUTS), BLOCK_INPUTS):
-                if INPUTS % BLOCK_INPUTS == 0:
-                    x_tile = tl.load(x_at + at, mask=live[:, None], other=0.0)
-                    a_tile = tl.load(a_at + at, mask=used[None, :], other=0.0)
-                else:
-                    inside = at + k < INPUTS
-                    x_tile = tl.load(x_at + at, mask=live[:, None] & inside[None, :], other=0.0)
-                    a_tile = tl.load(a_at + at, mask=used[None, :] & inside[:, None], other=0.0)
-                total = tl.dot(x_tile, a_tile, total, input_precision=PRECISION)
-            target = planes + (plane * PLANE_ROWS + place)[:, None] * ROW
-            target += piece * RANK_MAX + r[None, :]
-            mask = live[:, None] & used[None, :]
-            tl.store(target, total.to(planes.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["layer"])
-def _expand(
-    y: tl.tensor,
-    y_stride: tl.tensor,
-    arena: tl.tensor,
-    planes: tl.tensor,
-    table: tl.tensor,
-    offsets: tl.tensor,
-    ranks: tl.tensor,
-    scales: tl.tensor,
-    layer: tl.tensor,
-    LAYERS: tl.constexpr,
-    PROJECTIONS: tl.constexpr,
-    FIRST: tl.constexpr,
-    OUTPUTS_0: tl.constexpr,
-    OUTPUTS_1: tl.constexpr,
-    OUTPUTS_2: tl.constexpr,
-    UNIT: tl.constexpr,
-    ROWS_AT: tl.constexpr,
-    PLANES: tl.constexpr,
-    PLANE_ROWS: tl.constexpr,
-    ROW: tl.constexpr,
-    RANK_MAX: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_OUTPUTS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> None:
-    """y[rows] += scale · (sum of planes) · B, in place. Grid: (blocks of each projection's outputs,
-    one projection after the other, programs that share the tiles).
-    """
-    BLOCKS_0: tl.constexpr = (OUTPUTS_0 + BLOCK_OUTPUTS - 1) // BLOCK_OUTPUTS
-    BLOCKS_1: tl.constexpr = (OUTPUTS_1 + BLOCK_OUTPUTS - 1) // BLOCK_OUTPUTS
-    block = tl.program_id(0)
-    second = (block >= BLOCKS_0).to(tl.int32)
-    third = (block >= BLOCKS_0 + BLOCKS_1).to(tl.int32)
-    piece = second + third
-    begin = second * OUTPUTS_0 + third * OUTPUTS_1
-    end = OUTPUTS_0 + second * OUTPUTS_1 + third * OUTPUTS_2
-    n = (block - second * BLOCKS_0 - third * BLOCKS_1) * BLOCK_OUTPUTS
-    n += tl.arange(0, BLOCK_OUTPUTS)
-    inside = n < end - begin
-    tiles = tl.load(table)
-    for work in range(tl.program_id(1), tiles, tl.num_programs(1)):
-        tile = table + _HEADER + work * _TILE_FIELDS
-        slot = tl.load(tile)
-        entry = (slot * LAYERS + layer) * PROJECTIONS + FIRST + piece
-        rank = tl.load(ranks + entry * _ENTRY + 4)
-        if rank > 0:
-            b = arena + tl.load(offsets + entry * (_ENTRY // 2) + 1) * UNIT
-            scale = tl.load(scales + entry * _ENTRY + 5)
-            place = tl.load(tile + 1) + tl.arange(0, BLOCK_ROWS)
-            live = place < tl.load(tile + 2)
-            row = tl.load(table + ROWS_AT + place, mask=live, other=0).to(tl.int64)
-            shrunk = planes + place * ROW + piece * RANK_MAX
-            y_at = y + row[:, None] * y_stride + begin + n[None, :]
-            mask = live[:, None] & inside[None, :]
-            # Before the product, which waits for more.
-            base = tl.load(y_at, mask=mask, other=0.0)
-            # The same twice; in the first the compiler sees that B's rows begin at multiples, and
-            # reads several ranks at once.
-            if rank % _RANK_UNIT == 0:
-                even = rank // _RANK_UNIT * _RANK_UNIT
-                delta = _delta(
-                    shrunk, live, b, n, inside, even, PLANES, PLANE_ROWS * ROW,
-                    BLOCK_ROWS, BLOCK_OUTPUTS, DEPTH, PRECISION,
-                )  # fmt: skip
-            else:
-                delta = _delta(
-                    shrunk, live, b, n, inside, rank, PLANES, PLANE_ROWS * ROW,
-                    BLOCK_ROWS, BLOCK_OUTPUTS, DEPTH, PRECISION,
-                )  # fmt: skip
-            added = base.to(tl.float32) + delta * scale
-            tl.store(y_at, added.to(y.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _delta(
-    shrunk: tl.tensor,
-    live: tl.tensor,
-    b: tl.tensor,
-    n: tl.tensor,
-    inside: tl.tensor,
-    rank: tl.tensor,
-    PLANES: tl.constexpr,
-    PLANE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_OUTPUTS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> tl.tensor:
-    """[BLOCK_ROWS, BLOCK_OUTPUTS] in fp32. shrunk: where each row lies in the first plane."""
-    total = tl.zeros([BLOCK_ROWS, BLOCK_OUTPUTS], tl.float32)
-    for at in range(0, rank, DEPTH):
-        r = at + tl.arange(0, DEPTH)
-        used = r < rank
-        b_at = b + n[None, :] * rank + r[:, None]
-        b_tile = tl.load(b_at, mask=used[:, None] & inside[None, :], other=0.0)
-        s_at = shrunk[:, None] + r[None, :]
-        mask = live[:, None] & used[None, :]
-        s_tile = tl.load(s_at, mask=mask, other=0.0)
-        for plane in tl.static_range(1, PLANES):
-            s_tile += tl.load(s_at + plane * PLANE, mask=mask, other=0.0)
-        total = tl.dot(s_tile.to(b_tile.dtype), b_tile, total, input_precision=PRECISION)
-    return total
 
 
 class TritonLora:
@@ -368,7 +188,7 @@ class TritonLora:
         tiling, planes = self._tiling, self._planes[self._tiling]
         parts = tiling.planes(inputs) * len(self._groups[group])
         grid = (parts, _workers(self._tiles * self._blocks, parts))
-        _shrink[grid](
+        shrink_kernel[grid](
             x,
             x.stride(0),
             self._arena,
@@ -398,7 +218,7 @@ class TritonLora:
         parts = sum(-(-width // tiling.outputs) for width in outputs)
         grid = (parts, _workers(self._tiles, parts))
         outputs += [0, 0]
-        _expand[grid](
+        expand_kernel[grid](
             y,
             y.stride(0),
             self._arena,

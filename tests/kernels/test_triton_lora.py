@@ -271,7 +271,7 @@ def record(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
 
             return launch
 
-    for name in ("_shrink", "_expand"):
+    for name in ("shrink_kernel", "expand_kernel"):
         monkeypatch.setattr(lora, name, Recording(getattr(lora, name)))
     return launches
 

@@ -70,6 +70,7 @@ SHELLS = frozenset(
         "router.local",
         "lora_kernels.attention",
         "lora_kernels.attention_kernels",
+        "lora_kernels.delta_kernels",
         "lora_kernels.device_tables",
         "lora_kernels.fused",
         "lora_kernels.lora",
