@@ -16,6 +16,7 @@ random, made on the device. Sections, each by itself with --only:
 import argparse
 import importlib
 import os
+import signal
 import sys
 import time
 import types
@@ -40,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     # Of tiny shapes on a processor only the sums can be right or wrong.
     report = Report(args.out, claims=("check",) if args.tiny else SECTIONS)
     torch.manual_seed(args.seed)
+    # Whoever's time is up still gets the table.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with scratch(2**20) as directory:
         setting = Setting(device, args.tiny, directory, report, args.seed)
         setting.tables, setting.variants, setting.dtypes = args.tables, args.variants, args.dtypes
@@ -48,12 +51,15 @@ def main(arguments: list[str] | None = None) -> int:
         for name in args.only:
             setting.until_s = time.monotonic() + args.budget_s
             try:
+                release(device)
                 module = importlib.import_module(f"tests.bench.on_gpu.{_MODULES.get(name, name)}")
                 module.run(setting)
             except Exception as error:
                 # The other sections still have something to say.
                 report.failed(name, "section", error)
-            release(device)
+            except KeyboardInterrupt:
+                report.skipped(name, "the rest of the section", "it was interrupted")
+                break
     report.finish(heading)
     return 1 if report.failures else 0
 
