@@ -127,7 +127,9 @@ class Batch:
 
     def has_pages_for(self, request: Request) -> bool:
         missing = self._pages.needed(request.tokens) - self._pages.free
-        return bool(request.pages) or missing <= 0 or missing <= self._residency.spare_pages()
+        return (
+            bool(request.pages) or missing <= 0 or missing <= self._residency.victims.spare_pages()
+        )
 
     def keep_free(self, count: int, since_s: float) -> None:
         """In this step no request gets on that would leave less than `count` pages free.

@@ -98,7 +98,7 @@ class Drainer:
             (a for a in self._in_use() if a.digest not in self.drains),
             key=lambda a: (left[a.digest], a.digest),
         )
-        victims = self._residency.victims_for(
+        victims = self._residency.victims.for_image(
             digest, self.kept(digest), [a.digest for a in order if a.digest != digest]
         )
         waiting = list(waiting)
@@ -165,7 +165,7 @@ class Drainer:
     def _victims(self, digest: str, keep: set[str], in_use: Sequence[Adapter]) -> list[str] | None:
         """Idle adapters and some of `in_use`, the one whose slice began first before the others."""
         order = sorted(in_use, key=lambda a: (a.slice_s, a.digest))
-        return self._residency.victims_for(digest, keep, [a.digest for a in order])
+        return self._residency.victims.for_image(digest, keep, [a.digest for a in order])
 
 
 def _longest(running: Iterable[Request]) -> dict[str, int]:

@@ -161,6 +161,7 @@ class Engine:
         scheduler = self.scheduler
         requests = [*scheduler.waiting, *scheduler.batch.running.values()]
         extents = scheduler.residency.extents
+        limit_bytes = scheduler.residency.victims.limit_bytes
         return LoadReport(
             running=len(scheduler.batch.running),
             waiting=len(scheduler.waiting),
@@ -168,8 +169,8 @@ class Engine:
             remaining_tokens=sum(r.remaining for r in requests),
             step_s=self._step_s.value,
             copy_bytes_per_s=scheduler.costs.copy_bytes_per_s,
-            free_bytes=scheduler.residency.limit_bytes - extents.used,
-            capacity_bytes=scheduler.residency.limit_bytes,
+            free_bytes=limit_bytes - extents.used,
+            capacity_bytes=limit_bytes,
             free_pages=scheduler.pages.free,
             capacity_pages=scheduler.pages.capacity,
             steps=self.steps,

@@ -185,7 +185,7 @@ class Loads:
         return keep | (sooner - self._drainer.drained_for(digest))
 
     def _idle_victims(self, digest: str, keep: set[str]) -> list[str] | None:
-        return self._residency.victims_for(digest, keep, spare_fresh=self.switches.skip)
+        return self._residency.victims.for_image(digest, keep, spare_fresh=self.switches.skip)
 
     def _reserve(self, digest: str, now_s: float, all_of_them: bool = False) -> None:
         """It leaves the pages for a request that waits for them longer than anyone for it."""
@@ -203,7 +203,7 @@ class Loads:
         budget, starved_s = self._residency.budget, self._residency.adapters[digest].starved_s
         if budget is None or starved_s is None:
             return False
-        count = self._residency.pages_for(digest, keep)
+        count = self._residency.victims.pages_for(digest, keep)
         patience_s = self._batch.page_wait_max_s
         alone = self._batch.still and not self._residency.loading
         late = patience_s is not None and now_s - starved_s > patience_s

@@ -18,9 +18,10 @@ from cluster.values import Residency as Entry
 from cluster.values import Tier
 from replica.adapter import Adapter, Evict, Load, Move, PageMove, Room, no_room
 from replica.budget import Budget
-from replica.eviction import Candidate, Order
+from replica.eviction import Order
 from replica.extents import Extents, Slide
 from replica.host_tier import HostTier
+from replica.victims import Victims
 
 _HALF_LIFE_S = 60.0
 
@@ -56,8 +57,10 @@ class Residency:
         self.loads = self.evictions = 0
         self.wasted = 0  # loads that no row ever used
         self._free_slots = list(range(slots, 0, -1))
-        self._order = order
         self._copy_s = copy_s
+        self.victims = Victims(
+            self.adapters, self.placed, self._free_slots, extents, budget, order, self.copy_s
+        )
         self._first_retry_s = retry_s
         self._retry_max_s = retry_max_s
         self._changed: set[str] = set()
@@ -87,11 +90,6 @@ class Residency:
     def most_bytes(self) -> int:
         """What the arena can ever hold."""
         return self.extents.capacity if self.budget is None else self.budget.most_bytes
-
-    @property
-    def limit_bytes(self) -> int:
-        """What it may hold now, without an eviction."""
-        return self.extents.capacity if self.budget is None else self.budget.limit_bytes
 
     def forget(self, digest: str) -> list[Evict]:
         adapter = self.adapters.get(digest)
@@ -166,36 +164,8 @@ class Residency:
         adapter.users -= 1
         adapter.used_s = now_s
 
-    def victims_for(
-        self,
-        digest: str,
-        keep: Collection[str] = (),
-        parkable: Sequence[str] = (),
-        spare_fresh: bool = True,
-    ) -> list[str] | None:
-        """Who would have to leave for it; None when even all of them would not be enough.
-
-        Idle adapters go first. keep: none of these. parkable: adapters in use that may go too, in
-        this order, once their rows are off the batch. An adapter that was loaded for a request and
-        has not run yet is kept for it, else two of them could evict each other for ever. Only where
-        the queue has one head, and nothing else may load, is spare_fresh off.
-        """
-        idle = self._order(self._candidates(spare_fresh))
-        candidates = [c.digest for c in idle if c.digest not in keep]
-        candidates += [victim for victim in parkable if victim not in keep]
-        victims: list[str] = []
-        while not self._fits(digest, victims):
-            if not candidates:
-                return None
-            victims.append(candidates.pop(0))
-        for victim in list(victims):  # a later, larger one may have made an earlier one needless
-            others = [v for v in victims if v != victim]
-            if self._fits(digest, others):
-                victims = others
-        return victims
-
     def make_room(self, digest: str, victims: Sequence[str], now_s: float) -> Room:
-        """Begin a load in the place of `victims`, as `victims_for` gave them."""
+        """Begin a load in the place of `victims`, as `victims.for_image` gave them."""
         adapter = self.adapters[digest]
         assert adapter.tier in (Tier.DISK, Tier.HOST, Tier.FAILED)
         evictions = tuple(self._evict(self.adapters[v], now_s) for v in victims)
@@ -204,7 +174,7 @@ class Residency:
         slides: list[Slide] = []
         offset = self.extents.take(digest, adapter.bytes)
         if offset is None:
-            slides = self.extents.slide(immovable=self._loading())
+            slides = self.extents.slide(immovable=self.victims.loading())
             offset = self.extents.take(digest, adapter.bytes)
         page_moves: tuple[PageMove, ...] = ()
         if offset is None and self.budget is not None:
@@ -235,40 +205,15 @@ class Residency:
         """
         assert self.budget is not None
         end = self.extents.capacity - count * self.budget.page_bytes
-        victims = self._victims_above(end, keep, wanted)
+        victims = self.victims.for_pages(end, keep, wanted)
         if victims is None:
             return None
         evictions = tuple(self._evict(self.adapters[v], now_s) for v in victims)
         for victim in victims:
             self.extents.give_back(victim)
-        slides = self.extents.slide(self._loading()) if self.extents.end > end else []
+        slides = self.extents.slide(self.victims.loading()) if self.extents.end > end else []
         self.budget.shrink(count)
         return Room(evictions, self._moves(slides), None)
-
-    def spare_pages(self) -> int:
-        """About how many KV pages idle adapters would leave."""
-        if self.budget is None:
-            return 0
-        idle = sum(c.bytes for c in self._candidates(spare_fresh=True))
-        return (self.extents.free + idle) // self.budget.page_bytes
-
-    def pages_for(self, digest: str, keep: Collection[str]) -> int | None:
-        """KV pages that must be free for it to come, once all idle adapters but `keep` have left.
-
-        None when pages would not help: it is slots or the memory of others that it waits for.
-        """
-        assert self.budget is not None
-        idle = [c for c in self._candidates(spare_fresh=True) if c.digest not in keep]
-        if not self._free_slots and not idle:
-            return None
-        trial = self.extents.copy()
-        for candidate in idle:
-            trial.give_back(candidate.digest)
-        trial.slide(immovable=self._loading())
-        size = self.adapters[digest].bytes
-        trial.resize(trial.end + size)
-        trial.take(digest, size)
-        return self.budget.free_for(trial.end)
 
     def keep_on_host(self, digest: str) -> None:
         """Host memory holds its image from now on; others may have to go for it."""
@@ -373,23 +318,6 @@ class Residency:
         self._changed.add(digest)
         self.touched.add(digest)
 
-    def _candidates(self, spare_fresh: bool) -> list[Candidate]:
-        return [
-            Candidate(
-                a.digest,
-                a.bytes,
-                a.since_s,
-                a.used_s,
-                a.wanted,
-                a.frequency * self.copy_s(a) / max(a.bytes, 1),
-            )
-            for a in self.placed.values()
-            if a.tier is Tier.DEVICE
-            and a.users == 0
-            and not a.pinned
-            and not (spare_fresh and a.fresh and a.wanted)
-        ]
-
     def _left_host(self, digest: str) -> None:
         gone = self.adapters.get(digest)
         if gone is not None and gone.tier is Tier.HOST:
@@ -398,54 +326,6 @@ class Residency:
 
     def _away(self, digest: str) -> Tier:
         return Tier.HOST if digest in self.host else Tier.DISK
-
-    def _loading(self) -> list[str]:
-        return [a.digest for a in self.placed.values() if a.tier is Tier.LOADING]
-
-    def _fits(self, digest: str, victims: Sequence[str]) -> bool:
-        """Whether the image finds a slot and a hole, after sliding if need be."""
-        if not self._free_slots and not victims:
-            return False
-        size = self.adapters[digest].bytes
-        limit = self.limit_bytes
-        free = limit - self.extents.used
-        if free + sum(self.adapters[victim].bytes for victim in victims) < size:
-            return False
-        trial = self.extents.copy()
-        trial.resize(limit)
-        for victim in victims:
-            trial.give_back(victim)
-        if trial.take(digest, size) is not None:
-            return True
-        trial.slide(immovable=self._loading())
-        return trial.take(digest, size) is not None
-
-    def _victims_above(self, end: int, keep: Collection[str], wanted: bool) -> list[str] | None:
-        """Who has to leave for the arena to end at `end`, as `make_pages` asks for it."""
-        victims: list[str] = []
-        idle = self._order(self._candidates(spare_fresh=True))
-        candidates = [c.digest for c in idle if c.digest not in keep and (wanted or not c.wanted)]
-        while not self._ends_at(end, victims):
-            if not candidates:
-                return None
-            victims.append(candidates.pop(0))
-        for victim in list(victims):
-            others = [v for v in victims if v != victim]
-            if self._ends_at(end, others):
-                victims = others
-        return victims
-
-    def _ends_at(self, end: int, victims: Sequence[str]) -> bool:
-        """Whether the arena would end there, after sliding, once these have left."""
-        if self.extents.used - sum(self.adapters[victim].bytes for victim in victims) > end:
-            return False
-        if not self.loading:
-            return True
-        trial = self.extents.copy()
-        for victim in victims:
-            trial.give_back(victim)
-        trial.slide(immovable=self._loading())
-        return trial.end <= end
 
     def _moves(self, slides: Iterable[Slide]) -> tuple[Move, ...]:
         return tuple(Move(self.slot(s.digest), s.source, s.target, s.bytes) for s in slides)

@@ -160,7 +160,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         adapter = self.directory.adapters.get(digest)
         if adapter is None or adapter.tier in (Tier.DEVICE, Tier.LOADING):
             return
-        victims = self.directory.victims_for(digest)
+        victims = self.directory.victims.for_image(digest)
         if victims is None:
             return
         for victim in victims:

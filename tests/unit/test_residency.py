@@ -28,7 +28,7 @@ def registered(*digests: str, size: int = 40, capacity: int = 100, slots: int = 
 
 
 def room_for(directory: Residency, digest: str, now_s: float) -> Room | None:
-    victims = directory.victims_for(digest)
+    victims = directory.victims.for_image(digest)
     return None if victims is None else directory.make_room(digest, victims, now_s)
 
 
@@ -242,7 +242,7 @@ def test_what_is_being_copied_does_not_slide_with_the_others() -> None:
     for digest in "ace":
         directory.forget(digest)
     directory.register("large", "/large", 40, pinned=False, now_s=4.0)
-    assert directory.victims_for("large") == []
+    assert directory.victims.for_image("large") == []
     room = directory.make_room("large", [], 4.0)
     assert [(m.slot, m.source, m.target) for m in room.moves] == [(4, 60, 40)]
     assert room.load.offset == 60

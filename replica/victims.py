@@ -1,0 +1,158 @@
+"""Who has to leave the device for an image or for KV pages: found by trying, changing nothing."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from cluster.values import Tier
+from replica.adapter import Adapter
+from replica.budget import Budget
+from replica.eviction import Candidate, Order
+from replica.extents import Extents
+
+
+class Victims:
+    """Looks at what belongs to a `Residency`.
+
+    placed: the adapters that hold a slot. copy_s: what bringing one back is expected to take.
+    """
+
+    def __init__(
+        self,
+        adapters: Mapping[str, Adapter],
+        placed: Mapping[str, Adapter],
+        free_slots: Sequence[int],
+        extents: Extents,
+        budget: Budget | None,
+        order: Order,
+        copy_s: Callable[[Adapter], float],
+    ) -> None:
+        self._adapters = adapters
+        self._placed = placed
+        self._free_slots = free_slots
+        self._extents = extents
+        self._budget = budget
+        self._order = order
+        self._copy_s = copy_s
+
+    @property
+    def limit_bytes(self) -> int:
+        """What the arena may hold now, without an eviction."""
+        return self._extents.capacity if self._budget is None else self._budget.limit_bytes
+
+    def for_image(
+        self,
+        digest: str,
+        keep: Collection[str] = (),
+        parkable: Sequence[str] = (),
+        spare_fresh: bool = True,
+    ) -> list[str] | None:
+        """Who would have to leave for it; None when even all of them would not be enough.
+
+        Idle adapters go first. keep: none of these. parkable: adapters in use that may go too, in
+        this order, once their rows are off the batch. An adapter that was loaded for a request and
+        has not run yet is kept for it, else two of them could evict each other for ever. Only where
+        the queue has one head, and nothing else may load, is spare_fresh off.
+        """
+        idle = self._order(self._candidates(spare_fresh))
+        candidates = [c.digest for c in idle if c.digest not in keep]
+        candidates += [victim for victim in parkable if victim not in keep]
+        return _fewest(candidates, lambda victims: self._fits(digest, victims))
+
+    def for_pages(self, end: int, keep: Collection[str], wanted: bool) -> list[str] | None:
+        """Who would have to leave for the arena to end at byte `end`, after sliding.
+
+        Idle adapters only. keep: none of these. wanted: also those that a request waits for.
+        """
+        idle = self._order(self._candidates(spare_fresh=True))
+        candidates = [c.digest for c in idle if c.digest not in keep and (wanted or not c.wanted)]
+        return _fewest(candidates, lambda victims: self._ends_at(end, victims))
+
+    def spare_pages(self) -> int:
+        """About how many KV pages idle adapters would leave."""
+        if self._budget is None:
+            return 0
+        idle = sum(c.bytes for c in self._candidates(spare_fresh=True))
+        return (self._extents.free + idle) // self._budget.page_bytes
+
+    def pages_for(self, digest: str, keep: Collection[str]) -> int | None:
+        """KV pages that must be free for it to come, once all idle adapters but `keep` have left.
+
+        None when pages would not help: it is slots or the memory of others that it waits for.
+        """
+        assert self._budget is not None
+        idle = [c.digest for c in self._candidates(spare_fresh=True) if c.digest not in keep]
+        if not self._free_slots and not idle:
+            return None
+        trial = self._without(idle)
+        trial.slide(immovable=self.loading())
+        size = self._adapters[digest].bytes
+        trial.resize(trial.end + size)
+        trial.take(digest, size)
+        return self._budget.free_for(trial.end)
+
+    def loading(self) -> list[str]:
+        return [a.digest for a in self._placed.values() if a.tier is Tier.LOADING]
+
+    def _candidates(self, spare_fresh: bool) -> list[Candidate]:
+        return [
+            Candidate(
+                a.digest,
+                a.bytes,
+                a.since_s,
+                a.used_s,
+                a.wanted,
+                a.frequency * self._copy_s(a) / max(a.bytes, 1),
+            )
+            for a in self._placed.values()
+            if a.tier is Tier.DEVICE
+            and a.users == 0
+            and not a.pinned
+            and not (spare_fresh and a.fresh and a.wanted)
+        ]
+
+    def _fits(self, digest: str, victims: Sequence[str]) -> bool:
+        """Whether the image finds a slot and a hole, after sliding if need be."""
+        if not self._free_slots and not victims:
+            return False
+        size = self._adapters[digest].bytes
+        limit = self.limit_bytes
+        if limit - self._extents.used + self._bytes(victims) < size:
+            return False
+        trial = self._without(victims)
+        trial.resize(limit)
+        if trial.take(digest, size) is not None:
+            return True
+        trial.slide(immovable=self.loading())
+        return trial.take(digest, size) is not None
+
+    def _ends_at(self, end: int, victims: Sequence[str]) -> bool:
+        if self._extents.used - self._bytes(victims) > end:
+            return False
+        loading = self.loading()
+        if not loading:
+            return True
+        trial = self._without(victims)
+        trial.slide(immovable=loading)
+        return trial.end <= end
+
+    def _bytes(self, digests: Sequence[str]) -> int:
+        return sum(self._adapters[digest].bytes for digest in digests)
+
+    def _without(self, victims: Sequence[str]) -> Extents:
+        trial = self._extents.copy()
+        for victim in victims:
+            trial.give_back(victim)
+        return trial
+
+
+def _fewest(candidates: list[str], enough: Callable[[list[str]], bool]) -> list[str] | None:
+    """The first of them that are enough, without those that a later one made needless."""
+    victims: list[str] = []
+    while not enough(victims):
+        if not candidates:
+            return None
+        victims.append(candidates.pop(0))
+    for victim in list(victims):
+        others = [v for v in victims if v != victim]
+        if enough(others):
+            victims = others
+    return victims
