@@ -20,7 +20,6 @@ from tests.bench.on_gpu import floors, upstream
 from tests.bench.on_gpu.check_model import divergence
 from tests.bench.on_gpu.figures import (
     covered_share,
-    device_events,
     gaps,
     idle_share,
     medians,
@@ -28,6 +27,7 @@ from tests.bench.on_gpu.figures import (
 )
 from tests.bench.on_gpu.floors import Cost, Rates
 from tests.bench.on_gpu.models import LLAMA_8B, TINY, Adapters, layout, write_model
+from tests.bench.on_gpu.profiles import intervals, kernel_seconds
 from tests.bench.on_gpu.report import Report
 
 ROOT = Path(__file__).parents[2]
@@ -97,21 +97,25 @@ def test_idle_is_what_no_batch_covers() -> None:
 
 
 def test_what_ran_under_what_is_read_from_a_profile() -> None:
-    def event(category: str, ts: float, dur: float, **args: int) -> dict[str, object]:
-        return {"cat": category, "ts": ts * 1e6, "dur": dur * 1e6, "args": args}
+    def event(
+        category: str, ts: float, dur: float, name: str = "", **args: int
+    ) -> dict[str, object]:
+        return {"cat": category, "ts": ts * 1e6, "dur": dur * 1e6, "name": name, "args": args}
 
     trace = {
         "traceEvents": [
-            event("kernel", 0, 2),
-            event("kernel", 1, 2),
+            event("kernel", 0, 2, name="_shrink"),
+            event("kernel", 1, 2, name="_expand"),
+            event("kernel", 9, 1, name="_shrink"),
             event("gpu_memcpy", 1, 4, bytes=2**30),
             event("gpu_memcpy", 7, 1, bytes=64),
             {"name": "a mark without a time"},
         ]
     }
-    copies = device_events(trace, "gpu_memcpy", bytes_min=2**20)
+    copies = intervals(trace, "gpu_memcpy", bytes_min=2**20)
     assert copies == [(1.0, 5.0)]
-    assert covered_share(copies, device_events(trace, "kernel")) == pytest.approx(0.5)
+    assert covered_share(copies, intervals(trace, "kernel")) == pytest.approx(0.5)
+    assert kernel_seconds(trace) == [("_shrink", 3.0, 2), ("_expand", 2.0, 1)]
 
 
 def test_ratios_are_taken_round_by_round() -> None:

@@ -19,6 +19,7 @@ from replica.runner import Runner
 from tests.bench.on_gpu.figures import median, medians, over, spread
 from tests.bench.on_gpu.floors import decode_bytes, group_sizes, lora_share
 from tests.bench.on_gpu.models import layout
+from tests.bench.on_gpu.profiles import kernel_seconds, profiled
 from tests.bench.on_gpu.served import release
 from tests.bench.on_gpu.setting import Setting
 
@@ -26,6 +27,7 @@ SECTION = "decode"
 GOAL_ROWS, GOAL_OVER_FLOOR = 64, 1.35
 GOAL_LORA = "r16 × 8"
 GOAL_DECODE_PERCENT, GOAL_PREFILL_PERCENT = 5.0, 8.0
+_KERNELS = 20
 _GREEDY = Sampling(max_tokens=2**20, temperature=0.0, ignore_eos=True)
 
 
@@ -83,6 +85,8 @@ def run(setting: Setting) -> None:
     for tokens in sizes.prefills:
         if setting.has_time(SECTION, f"prefill of {tokens}"):
             _prefill(runner, setting, sizes, slots, tokens)
+    if setting.device.type == "cuda" and setting.has_time(SECTION, "profile"):
+        _profile(runner, setting, sizes, slots[GOAL_LORA])
 
 
 def _runner(setting: Setting, sizes: Sizes) -> Runner:
@@ -235,6 +239,26 @@ def _lora(runner: Runner, setting: Setting, sizes: Sizes, slots: dict[str, list[
             f"base {found['base'] * 1e3:.2f} ms",
             rounds_s=rounds,
         )
+
+
+def _profile(runner: Runner, setting: Setting, sizes: Sizes, slots: Sequence[int]) -> None:
+    """Which kernels the time of a few steps goes to, which the profiler slows down."""
+    steps = 5
+    for name, own in (("base", [0]), (GOAL_LORA, slots)):
+        rows = _rows(setting, sizes, sizes.lora_rows, own)
+        path = (
+            setting.report.out or setting.directory
+        ) / f"step-{name.replace(' × ', 'x')}.json.gz"
+        trace = profiled(lambda rows=rows: [runner.run(rows) for _ in range(steps)], path)
+        for kernel, seconds, count in kernel_seconds(trace)[:_KERNELS]:
+            setting.report.add(
+                SECTION,
+                f"{name}: {kernel[:70]}",
+                seconds / steps * 1e6,
+                " µs a step",
+                beside=f"{count / steps:g} launches",
+                short=False,
+            )
 
 
 def _prefill(

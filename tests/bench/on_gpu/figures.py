@@ -3,7 +3,6 @@
 import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 Interval = tuple[float, float]
 
@@ -51,16 +50,6 @@ def covered_share(spans: Sequence[Interval], busy: Iterable[Interval]) -> float:
     joined = merged(busy)
     whole = sum(end - begin for begin, end in spans)
     return sum((1 - idle_share(joined, *span)) * (span[1] - span[0]) for span in spans) / whole
-
-
-def device_events(trace: Mapping[str, Any], category: str, bytes_min: int = 0) -> list[Interval]:
-    """Of a trace in Chrome's format, as torch's profiler writes it; in seconds."""
-    return [
-        (event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6)
-        for event in trace["traceEvents"]
-        if event.get("cat") == category
-        and event.get("args", {}).get("bytes", bytes_min) >= bytes_min
-    ]
 
 
 def gaps(busy: Iterable[Interval]) -> list[float]:

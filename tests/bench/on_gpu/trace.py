@@ -7,8 +7,6 @@ put on the queue when the one before had already ended counts the host's time fo
 for the mark before it cannot tell.
 """
 
-import gzip
-import json
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -22,13 +20,13 @@ from replica.engine import Engine
 from replica.request import NewRequest, Sampling
 from tests.bench.on_gpu.figures import (
     covered_share,
-    device_events,
     gaps,
     idle_share,
     median,
 )
 from tests.bench.on_gpu.floors import image_bytes
 from tests.bench.on_gpu.models import Adapters, scratch
+from tests.bench.on_gpu.profiles import intervals, profiled
 from tests.bench.on_gpu.served import Served, counted, served
 from tests.bench.on_gpu.setting import Setting
 from tests.bench.on_gpu.timing import Spans
@@ -160,15 +158,10 @@ def _measure(setting: Setting, server: Served, sizes: Sizes, size: int, rng: ran
 
 def _profile(setting: Setting, server: Served, sizes: Sizes, rng: random.Random) -> None:
     """The same again under torch's profiler, which slows it down: what ran under what."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        _ask_for_absent(server.engine, rng, sizes)
-        torch.cuda.synchronize()
     path = (setting.report.out or setting.directory) / "trace.json.gz"
-    profile.export_chrome_trace(str(path))
-    with gzip.open(path) as file:
-        trace = json.load(file)
-    copies = device_events(trace, "gpu_memcpy", bytes_min=2**20)
-    kernels = device_events(trace, "kernel")
+    trace = profiled(lambda: _ask_for_absent(server.engine, rng, sizes), path)
+    copies = intervals(trace, "gpu_memcpy", bytes_min=2**20)
+    kernels = intervals(trace, "kernel")
     idle = idle_share(kernels, min(b for b, _ in kernels), max(e for _, e in kernels))
     setting.report.add(
         SECTION,
