@@ -90,7 +90,7 @@ def test_the_larger_of_two_times_is_the_floor() -> None:
 
 
 def test_idle_is_what_no_batch_covers() -> None:
-    busy = [(0.0, 1.0), (0.5, 2.0), (3.0, 4.0), (9.0, 20.0)]
+    busy = [(0.0, 1.0), (0.1, 0.2), (0.5, 2.0), (3.0, 4.0), (9.0, 20.0)]
     assert idle_share(busy, 0.0, 10.0) == pytest.approx(0.6)
     assert idle_share([], 0.0, 1.0) == 1.0
     assert gaps(busy) == [1.0, 5.0]
