@@ -99,7 +99,7 @@ class EngineConfig:
     prefetch_depth: int = 8
     park: bool = True
     quantum_s: float = 0.5
-    head_start_s: float = 0.1
+    head_start_s: float = 0.2
     parked_pages_max: int | None = None
     drain_wait_threshold_s: float = 0.0
     eviction: Literal["cost", "lru", "fifo"] = "cost"

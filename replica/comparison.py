@@ -176,6 +176,8 @@ def lines(compared: Compared) -> Iterator[str]:
         yield f"  {'✓' if check.holds else '✗'} {check.text}"
         if not check.holds and TITLES["e2e_mean_ms"] in check.text:
             yield from _what_it_costs(compared)
+        if not check.holds and check.text.startswith("base TTFT"):
+            yield from _what_mixing_costs(compared)
     reproduced = list(reproduction(compared))
     if reproduced:
         holding = sum(check.holds for check in reproduced)
@@ -206,6 +208,19 @@ def _what_it_costs(compared: Compared) -> Iterator[str]:
             f"    ours {what}: E2E mean {_ms(found.e2e_mean_ms)}, "
             f"TTFT P99 {_ms(found.ttft_p99_ms)}, ITL longest {_ms(found.itl_max_ms)}"
         )
+
+
+def _what_mixing_costs(compared: Compared) -> Iterator[str]:
+    """What decodes in a prompt's batch take from its TTFT, and what they save."""
+    table = compared.table
+    alone = dataclasses.replace(table, ours=dataclasses.replace(table.ours, mixed=False))
+    found = replay(alone, "ours", range(compared.seeds)).median("base")
+    mixed = compared.median("ours", "base")
+    yield (
+        f"    ours with prompts in batches of their own: TTFT median {_ms(found.ttft_p50_ms)}, "
+        f"E2E mean {_ms(found.e2e_mean_ms)}; in one with decodes: {_ms(mixed.ttft_p50_ms)}, "
+        f"{_ms(mixed.e2e_mean_ms)}"
+    )
 
 
 def _ms(value: float | None) -> str:

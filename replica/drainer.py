@@ -8,7 +8,9 @@ An adapter starves when requests wait for it and no idle adapter can leave for i
   with each request it admits.
 - park: the victim's rows leave the batch with their KV pages and come back by one image copy. A
   victim keeps its place for a slice that starts with its first step and lasts several copies, else
-  all time went into swapping. A victim that will end before the copies were done is waited out.
+  all time went into swapping. Of those whose slice is over, the one with the most left goes: mean
+  waits are shortest when what is nearly done is done. A victim that will end before the copies were
+  done is waited out.
 """
 
 from collections.abc import Iterable, Sequence
@@ -34,7 +36,7 @@ class Sharing:
 
     park: bool = True
     quantum_s: float = 0.5
-    head_start_s: float = 0.1
+    head_start_s: float = 0.2
     drain_wait_threshold_s: float = 0.0
 
 
@@ -128,6 +130,7 @@ class Drainer:
         wait_out = self._victims(digest, keep, ending)
         if wait_out is not None:
             return Way(closed=frozenset(wait_out) & {victim.digest for victim in ending})
+        over.sort(key=lambda a: (-left[a.digest], a.slice_s, a.digest))
         victims = self._victims(digest, keep, over)
         return None if victims is None else Way(victims=tuple(victims))
 
@@ -163,9 +166,8 @@ class Drainer:
         return [a for a in adapters if a.tier is Tier.DEVICE and a.users > 0 and not a.pinned]
 
     def _victims(self, digest: str, keep: set[str], in_use: Sequence[Adapter]) -> list[str] | None:
-        """Idle adapters and some of `in_use`, the one whose slice began first before the others."""
-        order = sorted(in_use, key=lambda a: (a.slice_s, a.digest))
-        return self._residency.victims.for_image(digest, keep, [a.digest for a in order])
+        """Idle adapters and some of `in_use`, the first ones before the others."""
+        return self._residency.victims.for_image(digest, keep, [a.digest for a in in_use])
 
 
 def _longest(running: Iterable[Request]) -> dict[str, int]:

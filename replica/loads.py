@@ -230,7 +230,12 @@ class Loads:
     def _take_place(
         self, digest: str, keep: set[str], now_s: float, closed: set[str]
     ) -> list[str] | None:
-        """Another's place for a starving adapter: now (its rows are parked), soon, or not yet."""
+        """Another's place for a starving adapter: now (its rows are parked), soon, or not yet.
+
+        Copies go one after the other: until this one's turn comes, the place is of use where it is.
+        """
+        if max(self.expected.values(), default=now_s) > now_s + self._costs.decode_s:
+            return None
         way = self._drainer.park(digest, keep, self._batch.running.values(), now_s)
         if way is None:
             self._drain(digest, now_s)

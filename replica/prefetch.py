@@ -7,6 +7,9 @@ from cluster.values import Tier
 from replica.residency import Residency
 from replica.waiting import Key, Waiting
 
+# A parked adapter with fewer tokens left than that waits less for those that have none yet.
+_FEW_TOKENS = 192
+
 _Rank = tuple[int, float, Key, str]
 
 
@@ -14,8 +17,9 @@ class ServiceOrder:
     """Adapters that are waited for and not on the device: by priority, then who starved longest.
 
     A parked adapter starves from when it was parked, so that all of them take turns; one with a
-    request that has no token yet goes before those that starved up to `head_start_s` longer. The
-    order does not depend on the time, so only what changed since is put in its place again.
+    request that has no token yet goes before those that starved up to `head_start_s` longer (less
+    where they have few tokens left). The order does not depend on the time, so only what changed
+    since is put in its place again.
     """
 
     def __init__(self, waiting: Waiting, residency: Residency, head_start_s: float) -> None:
@@ -54,8 +58,13 @@ class ServiceOrder:
             return None
         assert adapter.starved_s is not None
         key = self._waiting.key(self._waiting.head(digest))
-        begun = self._waiting.all_begun(digest)
-        return key[0], adapter.starved_s + (self._head_start_s if begun else 0.0), key, digest
+        return key[0], adapter.starved_s + self._behind_s(digest), key, digest
+
+    def _behind_s(self, digest: str) -> float:
+        if not self._waiting.all_begun(digest):
+            return 0.0
+        left = max(request.remaining for request in self._waiting.group(digest))
+        return self._head_start_s * min(1.0, left / _FEW_TOKENS)
 
 
 def needed_sooner(digest: str, waiting: Waiting, residency: Residency) -> set[str]:

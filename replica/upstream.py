@@ -51,7 +51,7 @@ DIRECTORY_SLOTS = 255
 class Policy:
     """One server: how it schedules, which eviction it has, and whether it is upstream's.
 
-    upstream: it loads at the measured servers' rate, one adapter at a time, and never computes
+    upstream: it loads at the measured servers' rate, one adapter at a time. mixed: it computes
     prompts and decodes in one batch.
     """
 
@@ -59,6 +59,7 @@ class Policy:
     sharing: Sharing
     eviction: str
     upstream: bool
+    mixed: bool = True
 
 
 OURS = Policy(Switches(), Sharing(), "cost", upstream=False)
@@ -92,20 +93,22 @@ class Table:
 
 
 _NO_SHARING = Sharing(park=False)
-_SKIP = Policy(Switches(overlap=False, prefetch_depth=0), _NO_SHARING, "lru", True)
+_SKIP = Policy(Switches(overlap=False, prefetch_depth=0), _NO_SHARING, "lru", True, mixed=False)
 _BLOCK = Policy(
     Switches(base_pinned=False, skip=False, overlap=False, prefetch_depth=0),
     _NO_SHARING,
     "lru",
     True,
+    mixed=False,
 )
 _DRAIN = Policy(
     Switches(overlap=False, prefetch_depth=0),
     Sharing(park=False, drain_wait_threshold_s=3.0),
     "lru",
     True,
+    mixed=False,
 )
-_OVERLAP = Policy(Switches(prefetch_depth=0), _NO_SHARING, "lru", True)
+_OVERLAP = Policy(Switches(prefetch_depth=0), _NO_SHARING, "lru", True, mixed=False)
 
 
 def _names(count: int) -> tuple[str, ...]:
@@ -211,7 +214,7 @@ def twin(table: Table, policy: str, check: bool = False) -> Twin:
     card = table.card.as_upstream() if chosen.upstream else table.card
     ranks: dict[str | None, int] = {None: 0} | dict(table.ranks.items())
     scheduler = _scheduler(table, chosen, card, shared=policy == SHARED)
-    return Twin(scheduler, card, ranks, check=check, mixed=not chosen.upstream)
+    return Twin(scheduler, card, ranks, check=check, mixed=chosen.mixed)
 
 
 def _scheduler(table: Table, policy: Policy, card: Card, shared: bool) -> Scheduler:

@@ -164,8 +164,20 @@ def test_a_slice_is_over_before_a_row_is_parked() -> None:
     plan, _ = run(core, 0.49)
     assert loaded(plan) == [] and not core.batch.parked
     plan, _ = run(core, 0.5)
-    assert loaded(plan) == ["c"] and evicted(plan) == ["a"]
-    assert core.batch.parked["x"].phase is Phase.PARKED and core.batch.parked["x"].pages
+    assert loaded(plan) == ["c"] and evicted(plan) == ["b"], "the one with the most left"
+    assert core.batch.parked["y"].phase is Phase.PARKED and core.batch.parked["y"].pages
+
+
+def test_no_row_is_parked_while_the_copy_would_wait_for_another() -> None:
+    core = busy(PARK, copy_bytes_per_s=400.0)  # a copy takes 0.1 s, a step 0.05 s
+    core.add(new("s", "c"), 0.0)
+    core.add(new("t", "d"), 0.0)
+    run(core, 1.0)
+    assert list(core.batch.parked) == ["y"]
+    run(core, 1.04)
+    assert list(core.batch.parked) == ["y"]
+    run(core, 1.05)
+    assert list(core.batch.parked) == ["y", "x"], "the first copy ends within a step"
 
 
 def test_a_slice_starts_at_the_first_step_not_at_the_load() -> None:
@@ -241,17 +253,17 @@ def test_a_parked_row_comes_back_by_one_copy_and_computes_nothing_again() -> Non
     core = busy(PARK)
     core.add(new("s", "c", max_tokens=60), 0.0)
     settle(core, 0.5)
-    request = core.batch.parked["x"]
+    request = core.batch.parked["y"]
     pages, computed = list(request.pages), request.computed
     starts: dict[str, int] = {}
     copies = 0
     for step in range(1, 40):
         plan, _ = settle(core, 0.5 + step * 0.05)
-        copies += loaded(plan).count("a")
-        starts |= {w.request.id: w.start for w in plan.rows if w.request.id == "x"}
+        copies += loaded(plan).count("b")
+        starts |= {w.request.id: w.start for w in plan.rows if w.request.id == "y"}
         if starts:
             break
-    assert starts == {"x": computed} and copies == 1
+    assert starts == {"y": computed} and copies == 1
     assert request.pages[: len(pages)] == pages
 
 

@@ -92,14 +92,24 @@ def test_service_is_by_priority_then_by_who_starved_longest() -> None:
 
 def test_a_request_without_a_token_goes_before_one_that_was_parked_a_moment_longer() -> None:
     sharing = Sharing(quantum_s=0.5, head_start_s=0.1)
-    core = scheduler(sharing=sharing, arena=40)
-    begin(core, new("x", "a", max_tokens=60))
+    core = scheduler(sharing=sharing, arena=40, pages=64, context=512)
+    begin(core, new("x", "a", max_tokens=300))
     core.add(new("y", "b", max_tokens=60), 0.0)
     settle(core, 0.5)  # x is parked at 0.5
     core.add(new("z", "c"), 0.55)
     assert list(core.loads.order.digests()) == ["c", "a"]
     core.add(new("late", "d"), 0.65)
     assert list(core.loads.order.digests()) == ["c", "a", "d"], "a head start, not a privilege"
+    core.loads.order.check()
+
+
+def test_few_tokens_left_are_a_smaller_drawback() -> None:
+    core = scheduler(sharing=Sharing(quantum_s=0.5, head_start_s=0.1), arena=40)
+    begin(core, new("x", "a", max_tokens=60))
+    core.add(new("y", "b", max_tokens=60), 0.0)
+    settle(core, 0.5)  # x is parked at 0.5, with less than a third of what is many
+    core.add(new("z", "c"), 0.55)
+    assert list(core.loads.order.digests()) == ["a", "c"]
     core.loads.order.check()
 
 
