@@ -117,9 +117,13 @@ class PageTables:
     def pack(self, rows: Sequence[Row]) -> Step:
         packed, tables = [], {}
         for row in rows:
-            pages = list(row.pages)
-            known = self._tables.get(row.seed, [])
-            kept = len(known) if pages[: len(known)] == known else 0
+            pages = self._tables.get(row.seed, [])
+            kept = len(pages)
+            # Mostly they are the same, and to compare is much faster than to copy.
+            if row.pages != pages:
+                if row.pages[:kept] != pages:
+                    kept = 0
+                pages = list(row.pages)
             packed.append(
                 PackedRow(
                     row.tokens,
@@ -139,7 +143,9 @@ class PageTables:
     def unpack(self, step: Step) -> list[Row]:
         rows, tables = [], {}
         for row in step.rows:
-            pages = [*self._tables.get(row.key, [])[: row.kept], *row.pages]
+            pages = self._tables.get(row.key, [])
+            if row.pages:
+                pages = pages[: row.kept] + row.pages
             rows.append(
                 Row(
                     tokens=row.tokens,

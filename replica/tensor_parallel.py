@@ -316,8 +316,8 @@ class JointLoader:
     def _joined(self, digest: str) -> Loaded:
         del self._missing[digest]
         ended = self._ended_here.pop(digest)
-        error = ended.error or self._errors.pop(digest, None)
-        self._errors.pop(digest, None)
+        elsewhere = self._errors.pop(digest, None)
+        error = ended.error or elsewhere
         if error is None:
             return ended
         self._followers.tell(Drop(digest))
