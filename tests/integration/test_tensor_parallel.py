@@ -18,11 +18,15 @@ from safetensors.torch import load_file
 from cluster.config import EngineConfig
 from cluster.errors import ConfigError, EngineFailed, StartupError
 from cluster.values import Tier, Version
+from replica.adapter import Load
 from replica.adapter_files import TENSORS_FILE, inspect
 from replica.engine import Engine
+from replica.launch import Row
 from replica.link import EngineLink
+from replica.orders import Drop, Order
 from replica.request import Delta, NewRequest, Sampling
 from replica.shape import read_shape
+from replica.tensor_parallel import _Process
 from tests.models import edit_tensors, make_adapter, make_model
 from tests.until import until, until_now
 
@@ -75,8 +79,11 @@ def engine(model: str, ranks: int, versions: list[Version], **settings: object) 
 
 @pytest.fixture(scope="module")
 def parallel(model: str, versions: list[Version]) -> Iterator[Engine]:
-    """Room for about two of the four adapters."""
-    made = engine(model, 2, versions, slots_max=2, batch_rows_max=6, kv_memory=2**20)
+    """Without room for all four adapters."""
+    largest = max(v.parameters for v in versions) * 4
+    made = engine(
+        model, 2, versions, adapter_memory=largest * 5 // 4, batch_rows_max=6, kv_memory=2**20
+    )
     yield made
     made.close()
 
@@ -241,8 +248,16 @@ def test_an_adapter_that_one_rank_cannot_use_fails_on_all(
 
 
 def test_an_image_in_host_memory_comes_back_without_its_files(
-    model: str, versions: list[Version], parallel: Engine, tmp_path: Path
+    model: str,
+    versions: list[Version],
+    parallel: Engine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    followers, orders = parallel._followers, list[Order]()
+    assert followers is not None
+    tell = followers.tell
+    monkeypatch.setattr(followers, "tell", lambda order: (orders.append(order), tell(order)))
     moved = Path(shutil.copytree(versions[1].uri, tmp_path / "moved"))
     digest = versions[1].digest
     for version in versions:
@@ -252,6 +267,8 @@ def test_an_image_in_host_memory_comes_back_without_its_files(
         parallel.register(version, version.uri)
     parallel.register(versions[1], str(moved))
     first = answers(parallel, [digest])
+    dropped = {order.digest for order in orders if isinstance(order, Drop)}
+    assert dropped == {v.digest for v in versions}, "what was forgotten is kept nowhere"
     shutil.rmtree(moved)
     answers(parallel, [versions[2].digest, versions[3].digest])
     assert {e.tier for e in parallel.residency() if e.digest == digest} == {Tier.HOST}
@@ -289,6 +306,39 @@ def test_no_token_of_a_wrong_adapter_under_churn(
     for name, deltas in got.items():
         rows = logprobs(deltas)
         assert (rows - expected[asked[name]][: len(rows)]).abs().max() <= TOLERANCE, name
+
+
+def test_an_image_that_slid_is_used_where_it_lies_now(
+    model: str, versions: list[Version], parallel: Engine
+) -> None:
+    """After the others: it takes the device out of the scheduler's hands."""
+    for version in versions:
+        parallel.forget(version.digest)
+    parallel.step()
+    with closing(engine(model, 1, versions)) as alone:
+        wanted = answers(alone, [versions[1].digest])["r0"][0]
+    arena = parallel.runner.arena
+
+    def bring(version: Version, slot: int, offset: int) -> int:
+        parallel.register(version, version.uri)
+        (size,) = [e.bytes for e in parallel.residency() if e.digest == version.digest]
+        load = Load(version.digest, version.uri, slot, offset, size, Tier.DISK)
+        ended = parallel._loader.run(load, None, False)
+        assert ended.layout is not None, ended.error
+        arena.place(slot, offset, ended.layout)
+        return size
+
+    before = bring(versions[0], 1, 0)
+    size = bring(versions[1], 2, before)
+    arena.clear(1)
+    arena.move(2, before, 0, size)
+    bring(versions[2], 1, size)  # where a part of it lay
+    (sampled,) = parallel.runner.run([Row(PROMPTS[0], 0, range(2), 2, LOGGED, 0, 0)])
+    assert sampled is not None and sampled.logprobs is not None
+    found = torch.tensor([value for _, value in sorted(sampled.logprobs.top)])
+    assert (found - wanted[1:]).abs().max() <= TOLERANCE
+    arena.clear(1)
+    arena.clear(2)
 
 
 def test_a_model_that_ranks_cannot_share_is_refused_before_anything_starts(model: str) -> None:
@@ -362,3 +412,33 @@ sys.stdin.read()
         assert len(processes) == 2 and all(map(runs, processes))
         parent.kill()
     until_now(lambda: not any(map(runs, processes)))
+
+
+def test_a_rank_dies_with_rank_0_wherever_it_is() -> None:
+    """It is told by a socket that nothing else holds; here, while it waits for a first order."""
+    process = _Process(1)
+    assert runs(process.pid)
+    process.end()
+    assert not runs(process.pid)
+    assert process._popen.returncode == 0, "it had to be killed"
+
+
+def test_an_engine_that_waits_for_a_lost_rank_for_ever_ends(model: str) -> None:
+    """As it does in a kernel that sums: nothing but the process's end gets it out of there."""
+    script = f"""
+import os, signal, time
+from cluster.config import EngineConfig
+from replica import tensor_parallel
+from replica.shape import read_shape
+tensor_parallel._STUCK_S = 0.1
+config = EngineConfig({model!r}, device="cpu", threads=1, tensor_parallel=2)
+runner, followers = tensor_parallel.start_ranks(config, read_shape(config.model), lambda: None)
+with followers.together():
+    os.kill(followers.pids[0], signal.SIGKILL)
+    time.sleep(60)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == 1
+    assert "rank 1 of 2 ended by signal 9" in done.stderr.splitlines()[-1]
