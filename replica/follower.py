@@ -8,6 +8,7 @@ import sys
 import threading
 import traceback
 from multiprocessing.connection import Connection
+from typing import NoReturn
 
 from cluster.config import EngineConfig
 from replica.image import Image
@@ -82,10 +83,13 @@ class Follower:
                 self._images.pop(digest, None)
 
     def _answer_loads(self) -> None:
-        for ended in self._loader.ended():
-            if ended.image is not None:
-                self._images[ended.load.digest] = ended.image
-            self.answer(Brought(ended.load.digest, ended.error))
+        try:
+            for ended in self._loader.ended():
+                if ended.image is not None:
+                    self._images[ended.load.digest] = ended.image
+                self.answer(Brought(ended.load.digest, ended.error))
+        except BaseException as error:  # nobody else would hear of it: this is the loader's thread
+            _break_off(self._pipe, error)
 
 
 def _die_with(lifeline: socket.socket) -> None:
@@ -94,6 +98,13 @@ def _die_with(lifeline: socket.socket) -> None:
     """
     lifeline.recv(1)
     os._exit(0)
+
+
+def _break_off(pipe: Connection, error: BaseException) -> NoReturn:
+    with contextlib.suppress(OSError):  # rank 0 is gone: it is no news, and no fault, then
+        pipe.send(Broken(f"failed: {error!r}"))
+        traceback.print_exception(error)
+    os._exit(1)  # what still waits for the others would wait for ever
 
 
 def main() -> None:
@@ -108,10 +119,7 @@ def main() -> None:
         ranks = Ranks(Shard(rank, config.tensor_parallel), device, open_store(port)[0])
         Follower(pipe, config, ranks).serve()
     except Exception as error:
-        with contextlib.suppress(OSError):  # rank 0 is gone: it is no news, and no fault, then
-            pipe.send(Broken(f"failed: {error!r}"))
-            traceback.print_exc()
-    os._exit(1)  # what still waits for the others would wait for ever
+        _break_off(pipe, error)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,7 @@ class Loader:
         self._free_s = 0.0
         self._lock = threading.Lock()
         self._done: SimpleQueue[Loaded] = SimpleQueue()
+        self._bug: BaseException | None = None
         self._threads = ThreadPoolExecutor(threads, "adapter-loader")
 
     def begin(self, load: Load, image: Image | None, keep: bool) -> None:
@@ -80,7 +81,9 @@ class Loader:
         return self._threads.submit(self._load, load, held, keep, _no_pause).result()
 
     def ended(self) -> list[Loaded]:
-        """The loads that ended since the last call."""
+        """The loads that ended since the last call. Raises what no load should: our own bugs."""
+        if self._bug is not None:
+            raise self._bug
         ended = []
         while True:
             try:
@@ -98,10 +101,14 @@ class Loader:
 
     def _run(self, load: Load, held: Image | Piece | None, keep: bool) -> None:
         self._count(1)
-        ended = self._load(load, held, keep, self._pauses())
-        self._count(-1)
-        self._done.put(ended)
-        self._wake()
+        try:
+            self._done.put(self._load(load, held, keep, self._pauses()))
+        except BaseException as bug:
+            self._bug = bug
+            raise
+        finally:
+            self._count(-1)
+            self._wake()
 
     def _load(
         self,

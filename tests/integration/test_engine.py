@@ -400,3 +400,21 @@ def test_tokens_are_the_same_at_both_depths(
     assert told[0] == told[1]
     finishes = {finish for _, finish, _ in told[0].values()}
     assert finishes == {Finish.STOP, Finish.LENGTH}
+
+
+def test_a_bug_on_a_loaders_thread_ends_the_engine_instead_of_the_load(
+    model: str, versions: list[Version], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its requests would wait for ever, and nobody would know why."""
+    made = engine(model, versions[:1])
+
+    def load(*_: object) -> None:
+        raise AssertionError("a bug")
+
+    monkeypatch.setattr(made._loader, "_load", load)
+    made.add(NewRequest("r", (5, 6), GREEDY, versions[0].digest))
+    deadline = time.monotonic() + 20
+    with pytest.raises(AssertionError, match="a bug"):
+        while time.monotonic() < deadline:
+            made.step()
+    made.close()
