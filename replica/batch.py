@@ -45,6 +45,7 @@ class Batch:
         self._kept: tuple[int, float] = (0, math.inf)
         self._rooms: list[Room] = []
         self._draining: Collection[str] = ()
+        self._none_from: float = math.inf  # pages that no idle adapters make in this step, or more
 
     @property
     def full(self) -> bool:
@@ -58,6 +59,7 @@ class Batch:
         """rooms: where to put what makes room for pages. draining: whose place is promised."""
         self._rooms, self._draining = rooms, draining
         self._kept = (0, math.inf)
+        self._none_from = math.inf
         if self._passed_over is not None and not self.placed(self._passed_over[0]):
             self._passed_over = None  # its adapter left meanwhile: pages would not help it
 
@@ -65,7 +67,7 @@ class Batch:
         """There are no pages for it; nor for others, but for parked rows that kept theirs."""
         return (
             self._pages.free == 0
-            and self._residency.budget is None  # else adapters may leave for it
+            and (self._residency.budget is None or self._none_from <= 1)
             and not request.pages
             and self._passed_over is not None
             and self._passed_over[0] is not request
@@ -236,10 +238,12 @@ class Batch:
         return pages
 
     def _make_pages(self, count: int, now_s: float, wanted: bool, spare: Request | None) -> bool:
-        if self._residency.budget is None:
+        if self._residency.budget is None or (count >= self._none_from and not wanted):
             return False
         keep = {*self._draining, *([spare.place] if spare is not None and spare.place else ())}
         room = self._residency.make_pages(count, keep, wanted, now_s)
+        if room is None and not wanted:
+            self._none_from = count
         if room is not None and (room.evictions or room.moves):
             self._rooms.append(room)
         return room is not None

@@ -29,13 +29,11 @@ class Extents:
         self.alignment = alignment
         self.capacity = capacity - capacity % alignment
         self._spans: dict[str, tuple[int, int]] = {}
+        self._ordered: list[tuple[int, int, str]] | None = None
+        self.used = 0
 
     def aligned(self, size: int) -> int:
         return -(-size // self.alignment) * self.alignment
-
-    @property
-    def used(self) -> int:
-        return sum(size for _, size in self._spans.values())
 
     @property
     def free(self) -> int:
@@ -55,37 +53,60 @@ class Extents:
 
     def copy(self) -> "Extents":
         twin = Extents(self.capacity, self.alignment)
-        twin._spans = dict(self._spans)
+        twin._spans, twin.used = dict(self._spans), self.used
         return twin
+
+    def packed(self, gone: Collection[str], immovable: Collection[str]) -> tuple[int, int]:
+        """Once these have left and the others slid down: where the last image ends, and the largest
+        hole before it."""
+        end = hole = 0
+        for offset, size, digest in self._in_order():
+            if digest in gone:
+                continue
+            if digest in immovable:
+                hole = max(hole, offset - end)
+                end = offset
+            end += size
+        return end, hole
 
     def take(self, digest: str, size: int) -> int | None:
         """The offset of the first hole that fits, or None and nothing changed."""
         assert digest not in self._spans
         size = self.aligned(size)
         end = 0
-        for offset, length in sorted(self._spans.values()):
+        for offset, length, _ in self._in_order():
             if offset - end >= size:
                 break
             end = offset + length
         if self.capacity - end < size:
             return None
         self._spans[digest] = (end, size)
+        self._ordered = None
+        self.used += size
         return end
 
     def give_back(self, digest: str) -> None:
-        del self._spans[digest]
+        self.used -= self._spans.pop(digest)[1]
+        self._ordered = None
 
     def slide(self, immovable: Collection[str]) -> list[Slide]:
         """Move everything down as far as it goes. The moves are in the order to carry them out."""
         slides = []
         end = 0
-        for digest, (offset, size) in sorted(self._spans.items(), key=lambda item: item[1]):
+        for offset, size, digest in self._in_order():
             if offset > end and digest not in immovable:
                 slides.append(Slide(digest, offset, end, size))
                 self._spans[digest] = (end, size)
                 offset = end
             end = offset + size
+        self._ordered = None
         return slides
+
+    def _in_order(self) -> list[tuple[int, int, str]]:
+        """(offset, size, digest) from the first byte to the last."""
+        if self._ordered is None:
+            self._ordered = sorted((*span, digest) for digest, span in self._spans.items())
+        return self._ordered
 
     def check(self) -> None:
         end = 0
@@ -93,4 +114,4 @@ class Extents:
             assert offset >= end and size >= 0, "two images share bytes"
             end = offset + size
         assert end <= self.capacity
-        assert self.free + sum(size for _, size in self._spans.values()) == self.capacity
+        assert self.used == sum(size for _, size in self._spans.values())

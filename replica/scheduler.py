@@ -224,8 +224,10 @@ class Scheduler:
         make = tuple.__new__
         for (request, start, end, _, sample), choice in zip(plan.rows, chosen, strict=True):
             assert sample == (choice is not None)
-            if request.phase is not running and request.phase in ENDED:
-                continue  # it ended after this row was planned
+            if request.phase is not running:
+                if request.phase in ENDED:
+                    continue  # it ended after this row was planned
+                self.waiting.touch(request)
             if end // page_tokens > request.published and request.pages:
                 self.batch.publish(request, end)
             if share:

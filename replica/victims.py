@@ -55,7 +55,8 @@ class Victims:
         idle = self._order(self._candidates(spare_fresh))
         candidates = [c.digest for c in idle if c.digest not in keep]
         candidates += [victim for victim in parkable if victim not in keep]
-        return _fewest(candidates, lambda victims: self._fits(digest, victims))
+        loading = self.loading()
+        return _fewest(candidates, lambda victims: self._fits(digest, victims, loading))
 
     def for_pages(self, end: int, keep: Collection[str], wanted: bool) -> list[str] | None:
         """Who would have to leave for the arena to end at byte `end`, after sliding.
@@ -64,7 +65,8 @@ class Victims:
         """
         idle = self._order(self._candidates(spare_fresh=True))
         candidates = [c.digest for c in idle if c.digest not in keep and (wanted or not c.wanted)]
-        return _fewest(candidates, lambda victims: self._ends_at(end, victims))
+        loading = self.loading()
+        return _fewest(candidates, lambda victims: self._ends_at(end, victims, loading))
 
     def spare_pages(self) -> int:
         """About how many KV pages idle adapters would leave."""
@@ -82,12 +84,9 @@ class Victims:
         idle = [c.digest for c in self._candidates(spare_fresh=True) if c.digest not in keep]
         if not self._free_slots and not idle:
             return None
-        trial = self._without(idle)
-        trial.slide(immovable=self.loading())
         size = self._adapters[digest].bytes
-        trial.resize(trial.end + size)
-        trial.take(digest, size)
-        return self._budget.free_for(trial.end)
+        end, hole = self._extents.packed(idle, immovable=self.loading())
+        return self._budget.free_for(end if hole >= size else end + size)
 
     def loading(self) -> list[str]:
         return [a.digest for a in self._placed.values() if a.tier is Tier.LOADING]
@@ -109,39 +108,23 @@ class Victims:
             and not (spare_fresh and a.fresh and a.wanted)
         ]
 
-    def _fits(self, digest: str, victims: Sequence[str]) -> bool:
+    def _fits(self, digest: str, victims: Sequence[str], loading: Collection[str]) -> bool:
         """Whether the image finds a slot and a hole, after sliding if need be."""
         if not self._free_slots and not victims:
             return False
-        size = self._adapters[digest].bytes
-        limit = self.limit_bytes
+        size, limit = self._adapters[digest].bytes, self.limit_bytes
         if limit - self._extents.used + self._bytes(victims) < size:
             return False
-        trial = self._without(victims)
-        trial.resize(limit)
-        if trial.take(digest, size) is not None:
-            return True
-        trial.slide(immovable=self.loading())
-        return trial.take(digest, size) is not None
+        end, hole = self._extents.packed(victims, immovable=loading)
+        return max(hole, limit - limit % self._extents.alignment - end) >= size
 
-    def _ends_at(self, end: int, victims: Sequence[str]) -> bool:
+    def _ends_at(self, end: int, victims: Sequence[str], loading: Collection[str]) -> bool:
         if self._extents.used - self._bytes(victims) > end:
             return False
-        loading = self.loading()
-        if not loading:
-            return True
-        trial = self._without(victims)
-        trial.slide(immovable=loading)
-        return trial.end <= end
+        return self._extents.packed(victims, immovable=loading)[0] <= end
 
     def _bytes(self, digests: Sequence[str]) -> int:
         return sum(self._adapters[digest].bytes for digest in digests)
-
-    def _without(self, victims: Sequence[str]) -> Extents:
-        trial = self._extents.copy()
-        for victim in victims:
-            trial.give_back(victim)
-        return trial
 
 
 def _fewest(candidates: list[str], enough: Callable[[list[str]], bool]) -> list[str] | None:

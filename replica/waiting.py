@@ -51,6 +51,11 @@ class Waiting:
         self._count -= 1
         self._count_begun(request, -1)
 
+    def touch(self, request: Request) -> None:
+        """One that waits gets a token, from the step in flight when it left the batch."""
+        if request.place is not None:
+            self.touched.add(request.place)
+
     def _count_begun(self, request: Request, change: int) -> None:
         place = request.place
         if request.begun:

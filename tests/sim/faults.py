@@ -400,8 +400,8 @@ FAULTS = (
         "budget",
         "a place is given back that is being copied into",
         "victims",
-        "        if not loading:\n            return True\n        trial",
-        "        return True\n        trial",
+        "return self._extents.packed(victims, immovable=loading)[0] <= end",
+        "return True",
     ),
     _fault(
         "budget",
@@ -524,16 +524,15 @@ FAULTS = (
         "flight",
         "a client sees the token behind the last one",
         "scheduler",
-        "            if request.phase is not running and request.phase in ENDED:\n"
-        "                continue",
-        "            if request.phase is Phase.CANCELLED:\n                continue",
+        "                if request.phase in ENDED:\n                    continue",
+        "                if request.phase is Phase.CANCELLED:\n                    continue",
     ),
     _fault(
         "flight",
         "the token of a row that was parked in flight is lost",
         "scheduler",
-        "            if request.phase is not running and request.phase in ENDED:\n",
-        "            if request.phase is not running:\n",
+        "                if request.phase in ENDED:\n                    continue",
+        "                continue",
     ),
     _fault(
         "flight",

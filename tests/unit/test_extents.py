@@ -69,3 +69,25 @@ def test_no_byte_is_ever_shared_or_lost(seed: int) -> None:
                 assert slide.source == before[slide.digest] and slide.target < slide.source
         extents.check()
         assert extents.free == extents.capacity - sum(held.values()), f"seed {seed}"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_packing_would_give_is_what_sliding_gives(seed: int) -> None:
+    rng = random.Random(seed)
+    extents = Extents(400, alignment=1)
+    for name in range(30):
+        extents.take(str(name), rng.randint(1, 20))
+    for name in range(0, 30, 3):
+        extents.give_back(str(name))
+    left = [str(name) for name in range(30) if name % 3]
+    gone, immovable = rng.sample(left, 5), rng.sample(left, 3)
+    end, hole = extents.packed(gone, immovable)
+    trial = extents.copy()
+    for name in gone:
+        trial.give_back(name)
+    trial.slide([name for name in immovable if name not in gone])
+    trial.check()
+    assert trial.end == end
+    trial.resize(end)
+    assert hole == 0 or trial.copy().take("fits", hole) is not None
+    assert trial.take("does not", hole + 1) is None
