@@ -2,10 +2,10 @@
 
 The shape of each workload is kept, its size is not: lengths are an eighth, on a toy model, and
 everything that is a time is `scale` times shorter (gaps between arrivals, quantum, thresholds,
-loads). The scale of a table is found first: with it, and with all adapters resident, a request
-takes as long against the gaps between arrivals as it does on the table's card (`twin.py`). A load
-takes, for every policy alike, what the measured servers' took: the loader waits for the rest of
-that time, as it would for a bus, and leaves the cores alone.
+loads). The scale of a table is found first: with it, and with the base model in the place of all
+adapters, a request takes as long against the gaps between arrivals as it does on the table's card
+(`twin.py`). A load takes, for every policy alike, what the measured servers' took: the loader waits
+for the rest of that time, as it would for a bus, and leaves the cores alone.
 
 15512 before and after is blocking against overlapping, all else equal.
 """
@@ -30,17 +30,16 @@ from replica.replay import Replay, replay
 from replica.shape import ModelShape
 from replica.toys import toy_adapter, toy_model
 from replica.twin import Figures, Record, figures, median_figures
-from replica.upstream import OURS, POLICIES, TABLES, Policy, Table
+from replica.upstream import OURS, POLICIES, TABLES, Table
 from replica.upstream import replay as simulate
 from replica.workloads import Arrival, Stream, arrivals
 
-ALL_BASE, ALL_FIT = "all base", "all fit"
+ALL_BASE = "all base"
 _LENGTHS = 8
 _SCALE_ROUNDS = 6
-# Small enough that a step's time hardly grows with its rows, as on a card, where it is spent on
-# reading weights; here it is spent on calls.
-_RANKS = 8
-_HIDDEN, _LAYERS, _CONTEXT = 128, 6, 512
+# The toy is a sixteenth as wide as Llama-3.1-8B, and so are the ranks.
+_RANKS = 16
+_HIDDEN, _LAYERS, _CONTEXT = 256, 4, 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,12 +157,11 @@ def _table(table: Table, toys: _Toys, runs: int, tell: Callable[[str], None]) ->
 
 def _scale(table: Table, toys: _Toys, tell: Callable[[str], None]) -> float:
     """Found from above and below by turns: a request takes longer the closer the others come."""
-    fitting = dataclasses.replace(table, places=len(table.ranks))
-    simulated = simulate(fitting, "ours", range(3))
+    simulated = simulate(table.all_base(), "ours", range(3))
     wanted_s = sum(simulated.median(s.name).e2e_mean_ms for s in table.streams) / 1e3
     scale = float(_LENGTHS)
     for _ in range(_SCALE_ROUNDS):
-        run, _ = _run(fitting, ALL_FIT, toys, 0, scale)
+        run, _ = _run(table, ALL_BASE, toys, 0, scale)
         by_stream = _by_stream(table, run.records)
         found_s = sum(f.e2e_mean_ms for f in by_stream.values()) / 1e3
         tell(f"{table.name} times {scale:.1f} times shorter: {wanted_s / found_s:.1f} wanted")
@@ -192,7 +190,7 @@ def _run(table: Table, policy: str, toys: _Toys, seed: int, scale: float) -> tup
 def _config(
     table: Table, name: str, toys: _Toys, versions: Mapping[str, Version], scale: float
 ) -> EngineConfig:
-    policy = _policy(table, name)
+    policy = OURS if name == ALL_BASE else table.policy(name)
     largest = max(version.parameters for version in versions.values()) * 4
     load_s = table.card.as_upstream().copy_s(image_bytes(max(table.ranks.values()))) / scale
     packed = table.packed and not policy.upstream
@@ -204,7 +202,7 @@ def _config(
         adapter_memory=table.places * (largest + 256),
         host_memory=len(versions) * (largest + 256),
         loads_in_flight_max=1 if policy.upstream else 8,
-        load_bytes_per_s=None if name == ALL_FIT else int(largest / load_s),
+        load_bytes_per_s=int(largest / load_s),
         slots_max=slots,
         directory_slots=64,
         batch_rows_max=64,
@@ -221,10 +219,6 @@ def _config(
         eviction="cost" if policy.eviction == "cost" else "lru",
         prefix_cache=False,
     )
-
-
-def _policy(table: Table, name: str) -> Policy:
-    return OURS if name in (ALL_BASE, ALL_FIT) else table.policy(name)
 
 
 def _scaled(stream: Stream, scale: float, base: bool) -> Stream:
