@@ -1,4 +1,4 @@
-"""Rows of one step → one buffer of numbers on the host, brought to the device in one copy."""
+"""Rows of one step → one buffer of numbers on the host, brought to the device in one launch."""
 
 import dataclasses
 import itertools
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lora_kernels.host_reads import fetch
 from replica.launch import Row
 from replica.paged_decoder import PagedBatch
 from replica.request import Sampling
@@ -72,11 +73,41 @@ def round_up(count: int, step: int) -> int:
     return -(-count // step) * step
 
 
+class HostBuffers:
+    """Where steps are laid out on the host, two in turn: one can be filled while the device has not
+    read the other. They grow with what is asked for, and are page-locked for a GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._buffers = [torch.empty(0, dtype=torch.int32) for _ in range(2)]
+        self._read: list[torch.cuda.Event | None] = [None, None]
+        self._turn = 0
+
+    def next(self, length: int) -> torch.Tensor:
+        self._turn ^= 1
+        read = self._read[self._turn]
+        if read is not None:
+            read.synchronize()
+        if len(self._buffers[self._turn]) < length:
+            self._buffers[self._turn] = torch.empty(
+                1 << (length - 1).bit_length(), dtype=torch.int32, pin_memory=self._on_gpu
+            )
+        return self._buffers[self._turn][:length]
+
+    def bring(self, target: torch.Tensor) -> None:
+        """As much as `target` has room for of what `next` gave, on this stream."""
+        fetch(target, self._buffers[self._turn][: len(target)])
+        if self._on_gpu:
+            read = self._read[self._turn] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            read.record()
+
+
 class PageTable:
     """Which pages each row's keys lie in, [rows_max, pages of the longest sequence] on the device.
 
     It is wide so that kernels, which are chosen by its width, are the same in every step; what
-    goes over the bus is only as wide as a batch needs.
+    goes over the bus is only as wide as a batch needs. host: where batches are laid out before.
     """
 
     def __init__(
@@ -89,6 +120,7 @@ class PageTable:
     ) -> None:
         """tokens_max: of the longest sequence. dummy_page: what rows that pad a batch write to."""
         self.page_tokens, self.dummy_page = page_tokens, dummy_page
+        self.host = HostBuffers(device)
         width = round_up(-(-tokens_max // page_tokens), _WIDTH_STEP)
         self.pages = torch.full((rows_max, width), dummy_page, dtype=torch.int32, device=device)
 
@@ -132,14 +164,12 @@ class PackedRows:
         """
         device = table.pages.device
         length = room.size(rows * self.width)
-        # Page-locked memory from torch's own cache, which lends it again when the copy is done.
-        host = torch.empty(length, dtype=torch.int32, pin_memory=device.type == "cuda")
-        lists = room.cut(host.numpy())
+        lists = room.cut(table.host.next(length).numpy())
         self._fill(lists, table.dummy_page, rows)
         _pad(lists, len(self.rows), rows, table.dummy_page * self._page_tokens)
         if buffer is None:
             buffer = torch.empty(length, dtype=torch.int32, device=device)
-        buffer[:length].copy_(host, non_blocking=True)
+        table.host.bring(buffer[:length])
         there = room.cut(buffer)
         table.write(there.table, rows, self.width)
         return there

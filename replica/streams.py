@@ -17,6 +17,9 @@ import torch
 
 # What is copied from memory that is not page-locked goes through pieces that are.
 _STAGING_PIECES, _STAGING_BYTES = 4, 4 * 2**20
+# Page-locked memory is copied in pieces too, so many times as large and as many at once: what else
+# there is to copy waits for those that are queued, whatever the stream (see `host_reads`).
+_LOCKED_TIMES = 8
 
 
 class Event(Protocol):
@@ -62,15 +65,16 @@ class CopyStream:
     """The two queues of a device. Any thread may call `copy`; the rest is for the thread that puts
     forwards on `compute`.
 
-    staging: pieces of page-locked memory, in bytes, for sources that are not.
+    staging: pieces of page-locked memory, in bytes, for sources that are not; as many pieces of any
+    source are queued at once.
     """
 
     def __init__(self, compute: Stream, copies: Stream, staging: Sequence[torch.Tensor]) -> None:
         self._compute = compute
         self._copies = copies
-        self._staging: SimpleQueue[tuple[torch.Tensor, Event | None]] = SimpleQueue()
+        self._pieces: SimpleQueue[tuple[torch.Tensor, Event | None]] = SimpleQueue()
         for piece in staging:
-            self._staging.put((piece, None))
+            self._pieces.put((piece, None))
 
     @classmethod
     def on(cls, device: torch.device) -> Self:
@@ -102,34 +106,30 @@ class CopyStream:
     ) -> Event:
         """Comes when the bytes are there; until then `source` must stay as it is.
 
-        after: the events of `given_up` for what the target held before. locked: the source is
-        page-locked; else this returns when the source has been read, and its last pieces are on
-        their way.
+        Returns when the last pieces are on their way. after: the events of `given_up` for what the
+        target held before. locked: the source is page-locked; else all of it has been read.
         """
         for event in after:
             self._copies.wait(event)
-        if not locked:
-            return self._copy_staged(target, source)
-        self._copies.copy(target, source)
-        return self._copies.record()
-
-    def _copy_staged(self, target: torch.Tensor, source: torch.Tensor) -> Event:
         arrived: Event | None = None
         start = 0
         try:
             while start < source.numel() or arrived is None:
-                memory, left = self._staging.get()
+                memory, left = self._pieces.get()
                 try:
                     if left is not None:
                         left.synchronize()
-                    piece = memory.view(source.dtype)[: source.numel() - start]
-                    end = start + piece.numel()
-                    piece.copy_(source[start:end])
+                    staged = memory.view(source.dtype)
+                    size = len(staged) * (_LOCKED_TIMES if locked else 1)
+                    piece = source[start : start + size]
+                    end = start + len(piece)
+                    if not locked:
+                        piece = staged[: len(piece)].copy_(piece)
                     self._copies.copy(target[start:end], piece)
                     arrived = left = self._copies.record()
                     start = end
                 finally:
-                    self._staging.put((memory, left))
+                    self._pieces.put((memory, left))
         except BaseException:
             # Whoever gets the target next may write it from elsewhere.
             if arrived is not None:

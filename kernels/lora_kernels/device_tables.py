@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lora_kernels.host_reads import fetch
 from lora_kernels.reference import Directory
 
 ENTRY = 6
@@ -36,17 +37,17 @@ class DeviceDirectory:
         self._copied = event() if device.type == "cuda" else None
 
     def follow(self, slots: Sequence[int]) -> None:
-        """Copies what changed of these slots since they were last followed, on this stream."""
+        """Brings what changed of these slots since they were last followed, on this stream."""
         generations = self._directory.generation
         stale = [slot for slot in slots if self._followed[slot] != generations[slot]]
         if not stale:
             return
         if self._copied is not None:
-            # What was staged last may be on its way yet.
+            # What was staged last may not have been read yet.
             self._copied.synchronize()
         for slot in stale:
             self._stage(slot)
-            self.ranks[slot].copy_(self._staged[slot], non_blocking=True)
+            fetch(self.ranks[slot].view(-1), self._staged[slot].view(-1))
             self._followed[slot] = generations[slot]
         if self._copied is not None:
             self._copied.record()
@@ -80,10 +81,10 @@ class DeviceDirectory:
 
 
 class DeviceTable:
-    """int32 values; each time `next` gives memory to fill and `send` copies what was filled.
+    """int32 values; each time `next` gives memory to fill and `send` brings what was filled.
 
-    Two buffers in turn, so that the CPU can prepare a step while the copy of the one before waits
-    for the device.
+    Two buffers in turn, so that the CPU can prepare a step while that of the one before waits for
+    the device.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
@@ -102,7 +103,7 @@ class DeviceTable:
 
     def send(self, used: int) -> None:
         """The first `used` values of what `next` gave, on this stream."""
-        self.values[:used].copy_(self._buffers[self._turn][:used], non_blocking=True)
+        fetch(self.values[:used], self._buffers[self._turn][:used])
         if self._copied is not None:
             self._copied[self._turn].record()
 

@@ -72,6 +72,7 @@ SHELLS = frozenset(
         "lora_kernels.attention_kernels",
         "lora_kernels.delta_kernels",
         "lora_kernels.device_tables",
+        "lora_kernels.host_reads",
         "lora_kernels.fused",
         "lora_kernels.lora",
         "lora_kernels.matmuls",

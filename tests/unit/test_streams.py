@@ -182,7 +182,8 @@ def test_locked_memory_is_not_filled_anew_before_it_is_read(loads: Loads) -> Non
 async def test_a_load_ends_when_its_bytes_are_there(loads: Loads) -> None:
     loads.device.turn(lambda device: (device.compute,))
     loads.loader.begin(loads.loads[0], None, keep=True)
-    await until(lambda: len(loads.device.copies.work) == 2)
+    # Two pieces, each with its event: what else is to be copied does not wait for the whole image.
+    await until(lambda: len(loads.device.copies.work) == 4)
     assert loads.loader.ended() == [] and not loads.woken and not loads.pool.fits(loads.size)
     loads.device.turn(lambda device: (device.copies,))
     await until(lambda: loads.woken == 1)
