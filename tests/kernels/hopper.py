@@ -4,9 +4,13 @@ Run as a program of its own, without TRITON_INTERPRET: `python -m tests.kernels.
 Tensors lie on the CPU; a launch compiles its kernel for its real arguments and goes no further.
 """
 
+import json
+import random
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +19,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from cluster.config import EngineConfig
+from replica.arena import Arena
+from replica.decoder import rotary_tables
+from replica.image import Layout
+from replica.launch import Row
+from replica.memory import divide
+from replica.page_memory import PageMemory
+from replica.request import Sampling
+from replica.shape import PROJECTIONS, ModelShape, read_shape
+from replica.weights import load_weights
+
+CPU = torch.device("cpu")
 # Of one block, on a Hopper GPU.
 SHARED_BYTES_MAX = 227 * 1024
 
@@ -138,6 +154,7 @@ def attention() -> None:
 
 def fused() -> None:
     from lora_kernels import fused
+    from lora_kernels.host_reads import fetch_kernel
 
     heads, kv_heads, head_dim = 32, 8, 128
     keys, values = _cache()
@@ -152,8 +169,87 @@ def fused() -> None:
         at = torch.zeros(tokens, dtype=torch.int32)
         for norm in (None, weight[:head_dim]):
             fused.rotary_store(qkv, at, *tables, keys, values, at, norm, norm, 1e-6)
+    for count in (1, 7, 4096):
+        fetch_kernel[(1,)](at[:count], at[-count:], count, BLOCK=1024)
+    assert [kernel.name for kernel in COMPILED].count("fetch_kernel") == 1
     logits = torch.empty(64, 128256, dtype=torch.bfloat16)
     fused.choose(logits, torch.empty(64), torch.empty(64))
+
+
+def executor() -> None:
+    """A whole model: once a runner has begun, no batch has anything compiled."""
+    with tempfile.TemporaryDirectory() as directory:
+        shape = _model(Path(directory))
+        config = EngineConfig(
+            directory, dtype="bfloat16", load_format="dummy", kernels="torch", kv_memory=2**22
+        )
+        weights = load_weights(directory, shape, torch.bfloat16, CPU, dummy_seed=0)
+    from lora_kernels import fused
+    from replica.graphs import keep
+    from replica.paged_decoder import paged_cache
+    from replica.paged_executor import PagedExecutor
+
+    # Nothing is computed here, and what comes out is to be taken for tokens.
+    launch = fused.choose
+    fused.choose = lambda *inputs: launch(*inputs).zero_()
+    arena = Arena(shape, 2**24, 8, torch.bfloat16)
+    offset = 0
+    for slot, rank in enumerate((8, 16, 5, 64), 1):
+        layout, elements = _layout(shape, rank)
+        arena.place(slot, offset, layout)
+        offset += -(-2 * elements // arena.alignment) * arena.alignment
+    pages = PageMemory(divide(config, shape, 2), torch.bfloat16, CPU)
+    tables = rotary_tables(shape, shape.context, torch.bfloat16, CPU)
+    cache = paged_cache(pages.flat, shape, config.page_tokens)
+    made = PagedExecutor(shape, weights, tables, cache, arena.triton_lora(64), 20, 600)
+    made.warm()
+    made.capture(keep)
+    before, rng = len(COMPILED), random.Random(0)
+    assert before
+    for _ in range(150):
+        made.launch(_batch(rng, len(cache) - 1))
+    late = [kernel.name for kernel in COMPILED[before:]]
+    assert not late, f"compiled while requests wait: {late}"
+
+
+def _batch(rng: random.Random, pages: int) -> list[Row]:
+    """Decodes, chunks, or both; now and then all of the base model or of one adapter."""
+    chunks = rng.choice((0, 0, 1, 1, 2, 3))
+    decodes = rng.randint(0 if chunks else 1, 17)
+    slots = rng.choice(([0], [2], [3], range(5)))
+    counts = [1] * decodes + [rng.choice((2, 3, 16, 100, 190)) for _ in range(chunks)]
+    rows = []
+    for count in counts:
+        start = rng.choice((0, 1, 17, 300, 800))
+        held = [rng.randrange(pages) for _ in range(-(-(start + count) // 16))]
+        wants = None if rng.random() < 0.3 else Sampling(temperature=rng.choice((0.0, 1.0)))
+        rows.append(Row([3] * count, start, held, rng.choice(slots), wants, 0, 0))
+    return rows
+
+
+def _model(directory: Path) -> ModelShape:
+    config = {
+        "model_type": "llama",
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": 5000,
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    return read_shape(str(directory))
+
+
+def _layout(shape: ModelShape, rank: int) -> tuple[Layout, int]:
+    size = (shape.layers, len(PROJECTIONS))
+    widths = [rank * width for p in PROJECTIONS for width in shape.projections[p]]
+    starts = np.cumsum([0, *widths * shape.layers])[:-1].reshape(*size, 2)
+    ranks, scales = np.full(size, rank, np.int32), np.ones(size, np.float32)
+    return Layout(starts[..., 0], starts[..., 1], ranks, scales), sum(widths) * shape.layers
 
 
 def _cache() -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,7 +258,7 @@ def _cache() -> tuple[torch.Tensor, torch.Tensor]:
     return memory[:, 1, 0], memory[:, 1, 1]
 
 
-CASES = {"attention": attention, "fused": fused, "lora": lora}
+CASES = {"attention": attention, "executor": executor, "fused": fused, "lora": lora}
 
 if __name__ == "__main__":
     intercept()
