@@ -17,6 +17,7 @@ from replica.shape import ModelShape
 from replica.weights import Weights
 
 _ANY = Sampling(temperature=0.0)
+_NARROW = Draw(Sampling(temperature=1.0, top_k=2, top_p=0.5, logprobs=1), 0, 0, 0)
 
 
 class PagedTicket:
@@ -96,7 +97,8 @@ class PagedExecutor:
 
     @torch.inference_mode()
     def warm(self) -> None:
-        """Has the kernels of batches with chunks compiled, before a request waits for it.
+        """Has the kernels compiled of batches with chunks, and of draws from some of the vocabulary,
+        before a request waits for it.
 
         Which of a kernel's forms runs depends on how many tokens there are. These go to the page
         that nobody holds.
@@ -110,7 +112,8 @@ class PagedExecutor:
             lists = packed.to_device(self._table, Room(packed.tokens, 2), 2)
             self._lora.begin([0] * packed.tokens, rows=packed.tokens)
             for lora in (True, False):
-                self._step(mixed_inputs(packed, lists, self._table), lora)
+                logits = self._step(mixed_inputs(packed, lists, self._table), lora)
+        self._choice(logits, [_NARROW] * len(logits))
 
     @torch.inference_mode()
     def launch(self, rows: Sequence[Row]) -> PagedTicket:

@@ -217,13 +217,14 @@ def _batch(rng: random.Random, pages: int) -> list[Row]:
     chunks = rng.choice((0, 0, 1, 1, 2, 3))
     decodes = rng.randint(0 if chunks else 1, 17)
     slots = rng.choice(([0], [2], [3], range(5)))
+    plain = [None, Sampling(temperature=0.0), Sampling(temperature=1.0)]
+    wanted = rng.choice((plain, [*plain, Sampling(temperature=1.0, top_p=0.9, logprobs=2)]))
     counts = [1] * decodes + [rng.choice((2, 3, 16, 100, 190)) for _ in range(chunks)]
     rows = []
     for count in counts:
         start = rng.choice((0, 1, 17, 300, 800))
         held = [rng.randrange(pages) for _ in range(-(-(start + count) // 16))]
-        wants = None if rng.random() < 0.3 else Sampling(temperature=rng.choice((0.0, 1.0)))
-        rows.append(Row([3] * count, start, held, rng.choice(slots), wants, 0, 0))
+        rows.append(Row([3] * count, start, held, rng.choice(slots), rng.choice(wanted), 0, 0))
     return rows
 
 
