@@ -97,8 +97,8 @@ class PagedExecutor:
 
     @torch.inference_mode()
     def warm(self) -> None:
-        """Has the kernels compiled of batches with chunks, and of draws from some of the vocabulary,
-        before a request waits for it.
+        """Has the kernels of batches with chunks compiled, and those that draw from some of the
+        vocabulary, before a request waits for it.
 
         Which of a kernel's forms runs depends on how many tokens there are. These go to the page
         that nobody holds.

@@ -100,6 +100,8 @@ def _prepare(device: str) -> None:
     """Before torch and triton are imported."""
     if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
+    # A profiler that is taken down between two profiles does not live with captured graphs.
+    os.environ.setdefault("TEARDOWN_CUPTI", "0")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
     # This file's own directory comes first by default, and holds a router.py and a scheduler.py.

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,7 @@ from tests.bench.on_gpu.report import Report
 ROOT = Path(__file__).parents[2]
 ON_GPU = sorted(path.stem for path in (ROOT / "tests/bench/on_gpu").glob("*.py"))
 # They need Triton, which a CPU install may not have.
-KERNELS = {"check", "check_attention", "check_fused", "check_lora", "times"}
+KERNELS = {"check", "check_attention", "check_fused", "check_lora", "small_copies", "times"}
 REFUSED = "ray redis pydantic fastapi starlette typer yaml pytest peft".split()  # noqa: SIM905
 BF16 = 2
 
@@ -182,6 +183,20 @@ def test_a_report_is_written_as_it_comes_and_ends_in_a_table(
     assert "ok ≤ 1.35 ×" in printed and "MISSED ≤ 5%" in printed
     assert "1 of 2 goals held" in printed and "FAILED or left out: time attention" in printed
     assert "detail" not in printed and "detail" in (tmp_path / "table.md").read_text()
+
+
+def test_each_part_of_the_bench_ends_within_ten_minutes_and_together_they_are_all_of_it() -> None:
+    script = (ROOT / "tests/bench/gpu.sh").read_text()
+    parts = re.findall(r"^([a-z]+[-12]*)\)\n(.*?)^    ;;", script, re.MULTILINE | re.DOTALL)
+    assert [name for name, _ in parts] == ["kernels", "steps", "upstream-1", "upstream-2"]
+    for _, body in parts:
+        lines = re.findall(r"^ *section \S+ (\d+) (.*?)( &)?$", body, re.MULTILINE)
+        # Those that run beside each other come first, and are killed 15 s after their time is up.
+        beside = max((int(seconds) + 15 for seconds, _, also in lines if also), default=0)
+        assert beside + sum(int(s) + 15 for s, _, also in lines if not also) <= 570
+    named = {name for only in re.findall(r"--only (\S+)", script) for name in only.split(",")}
+    assert named == {"check", "time", "decode", "upstream", "trace"}
+    assert set(re.findall(r"--tables (\S+)", script)) == set(upstream.NAMES)
 
 
 def test_the_bench_imports_nothing_of_the_servers() -> None:

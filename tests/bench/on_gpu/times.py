@@ -9,6 +9,7 @@ import torch
 
 from lora_kernels import attention, fused
 from replica.shape import GROUPS, ModelShape
+from tests.bench.on_gpu import small_copies
 from tests.bench.on_gpu.check_lora import LAYER, drawn
 from tests.bench.on_gpu.figures import median, spread
 from tests.bench.on_gpu.floors import Cost, attention_cost, lora_cost
@@ -43,6 +44,8 @@ def run(setting: Setting) -> None:
         except Exception as error:
             # A kernel that does not even compile leaves the others their turn.
             setting.report.failed(SECTION, name, error)
+    if setting.has_time(SECTION, "small copies"):
+        small_copies.run(setting)
 
 
 def _measure(setting: Setting, timed: Timed) -> None:

@@ -28,7 +28,7 @@ class Timer:
         """Of each repeat. capture: through a graph, so that no launch is waited for."""
         if self.device.type != "cuda":
             run()
-            return [_host_s(run) for _ in range(self.repeats)]
+            return [host_s(run) for _ in range(self.repeats)]
         for _ in range(3):
             run()
         torch.cuda.synchronize()
@@ -66,10 +66,13 @@ class Timer:
 def _captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
     """None where it cannot be captured, for it waits for the device somewhere."""
     graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph):
             run()
     except RuntimeError as error:
+        # Where a capture fails, torch leaves its stream current.
+        torch.cuda.set_stream(stream)
         torch.cuda.synchronize()
         print(f"not captured, timed call by call: {str(error).splitlines()[0][:160]}")
         return None
@@ -80,7 +83,7 @@ def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
     return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
 
-def _host_s(run: Callable[[], object]) -> float:
+def host_s(run: Callable[[], object]) -> float:
     start_s = time.perf_counter()
     run()
     return time.perf_counter() - start_s
