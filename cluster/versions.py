@@ -1,5 +1,6 @@
 """The book of names → versions; in memory it is all that `lorafleet replica` needs."""
 
+import dataclasses
 from collections.abc import Iterable
 
 from cluster.errors import BadRequest, ModelNotFound
@@ -35,6 +36,21 @@ def not_found(name: str) -> ModelNotFound:
     return ModelNotFound(f"the model {name!r} does not exist", field="model")
 
 
+def by_digest(versions: Iterable[Version]) -> dict[str, Version]:
+    """What an engine is to know of each digest, whose names may differ in pin and weight: pinned if
+    any of them is, with the largest weight.
+    """
+    found: dict[str, Version] = {}
+    for version in versions:
+        other = found.get(version.digest, version)
+        found[version.digest] = dataclasses.replace(
+            other,
+            pinned=other.pinned or version.pinned,
+            weight=max(other.weight, version.weight),
+        )
+    return found
+
+
 class Book:
     """Which name points at which version, and how many changes that took.
 
@@ -56,10 +72,6 @@ class Book:
 
     def digests(self) -> frozenset[str]:
         return frozenset(version.digest for version in self._versions.values())
-
-    def names_of(self, digest: str) -> list[str]:
-        versions = self._versions.values()
-        return sorted(version.name for version in versions if version.digest == digest)
 
     def check_add(self, name: str, *, load_inplace: bool) -> None:
         """Raises BadRequest naming `lora_name` when `add` would."""

@@ -15,6 +15,7 @@ from cluster.config import EngineConfig
 from cluster.errors import AdapterFailed, FleetError
 from cluster.store import Store
 from cluster.values import Residency, Tier, Version
+from cluster.versions import by_digest
 from replica.front import Engine
 
 log = logging.getLogger(__name__)
@@ -78,16 +79,9 @@ class Settling:
 
     def follow(self, versions: Iterable[Version], sequence: int) -> None:
         """The catalog says this now."""
-        wanted: dict[str, Version] = {}
-        names: dict[str, str] = {}
-        for version in versions:
-            names[version.name] = version.digest
-            other = wanted.get(version.digest)
-            pinned = version.pinned or (other is not None and other.pinned)
-            weight = max(version.weight, other.weight if other is not None else 0.0)
-            wanted[version.digest] = dataclasses.replace(
-                other or version, pinned=pinned, weight=weight
-            )
+        versions = list(versions)
+        wanted = by_digest(versions)
+        names = {version.name: version.digest for version in versions}
         repointed = {old for name, old in self._names.items() if names.get(name, old) != old}
         self._wanted, self._names, self._sequence = wanted, names, sequence
         self._failed = {d: failure for d, failure in self._failed.items() if d in wanted}

@@ -7,7 +7,7 @@ from typing import Any
 from cluster.config import FleetConfig
 from cluster.errors import ConfigError, FleetError
 from cluster.values import Tier, Version
-from cluster.versions import Book
+from cluster.versions import Book, by_digest
 from replica.catalog_page import catalog_page
 from replica.front import Acknowledgement, Engine
 from replica.shape import ModelShape, read_shape
@@ -30,6 +30,7 @@ class Standalone:
         self._replica_id = replica_id
         self._validation = Validation(config, shape or read_shape(config.engine.model))
         self._book = Book(config.engine.base_name)
+        self._paths: dict[str, str] = {}  # of what the engine knows, by digest
         self._change = asyncio.Lock()
 
     async def start(self) -> None:
@@ -74,16 +75,17 @@ class Standalone:
                 self._validation.store.fetch, version.uri, version.digest
             )
             before = self._book.get(name)
-            await self._engine.register(version, local)
+            others = [other for other in self._book.by_name() if other.name != name]
+            await self._tell(by_digest([version, *others])[version.digest], local)
             self._book.add(version, load_inplace=load_inplace)
-            if before is not None:
-                await self._forget_unused(before.digest)
+            if before is not None and before.digest != version.digest:
+                await self._settle(before.digest)
             return Acknowledgement(name, version.digest, self._book.sequence)
 
     async def remove(self, name: str) -> Acknowledgement:
         async with self._change:
             version = self._book.remove(name)
-            await self._forget_unused(version.digest)
+            await self._settle(version.digest)
             return Acknowledgement(name, version.digest, self._book.sequence)
 
     async def describe(self) -> dict[str, Any]:
@@ -93,6 +95,15 @@ class Standalone:
         replica = {"id": self._replica_id, "incarnation": self._replica_id, "load": load}
         return catalog_page(self._book.by_name(), self._book.sequence, residency, [replica])
 
-    async def _forget_unused(self, digest: str) -> None:
-        if not self._book.names_of(digest):
+    async def _settle(self, digest: str) -> None:
+        """A name of it is gone."""
+        left = by_digest(self._book.by_name()).get(digest)
+        if left is not None:
+            await self._tell(left, self._paths[digest])
+        else:
             await self._engine.forget(digest)
+            del self._paths[digest]
+
+    async def _tell(self, version: Version, path: str) -> None:
+        await self._engine.register(version, path)
+        self._paths[version.digest] = path

@@ -10,6 +10,7 @@ import pytest
 
 from cluster.config import EngineConfig, FleetConfig
 from cluster.errors import AdapterRefused, BadRequest, ConfigError, ModelNotFound
+from cluster.values import Version
 from replica.standalone import Standalone
 from tests.small_files import write_adapter, write_model_config
 from tests.stub_engine import StubEngine
@@ -75,6 +76,32 @@ async def test_a_name_is_re_pointed_only_in_place(config: FleetConfig, tmp_path:
     new = await adapters.add("a", path, load_inplace=True)
     assert new.digest != old.digest
     assert [entry.digest for entry in engine.residency()] == [new.digest]
+
+
+async def test_names_of_one_content_share_its_pin_and_weight(
+    config: FleetConfig, tmp_path: Path
+) -> None:
+    class Noting(StubEngine):
+        async def register(self, version: Version, path: str) -> None:
+            await super().register(version, path)
+            told.append((version.pinned, version.weight, path))
+
+    told: list[tuple[bool, float, str]] = []
+    adapters = Standalone(Noting(), config)
+    path = write_adapter(tmp_path / "adapters" / "a")
+    await adapters.add("a", path, pinned=True, weight=2.0)
+    await adapters.add("b", path, weight=3.0)
+    await adapters.remove("b")
+    await adapters.add("b", path, weight=0.5)
+    await adapters.add("a", write_adapter(tmp_path / "adapters" / "c", seed=1), load_inplace=True)
+    local = told[0][2]
+    assert [entry for entry in told if entry[2] == local] == [
+        (True, 2.0, local),
+        (True, 3.0, local),
+        (True, 2.0, local),
+        (True, 2.0, local),
+        (False, 0.5, local),
+    ]
 
 
 async def test_of_two_adds_of_one_name_at_once_one_wins(

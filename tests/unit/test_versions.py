@@ -6,7 +6,7 @@ import pytest
 
 from cluster.errors import BadRequest, ModelNotFound
 from cluster.values import Version
-from cluster.versions import NAME_LENGTH_MAX, Book
+from cluster.versions import NAME_LENGTH_MAX, Book, by_digest
 
 
 def version(name: str, digest: str = "d1", **fields: object) -> Version:
@@ -86,13 +86,13 @@ def test_removing_an_unknown_name_changes_nothing() -> None:
     assert (book.by_name(), book.sequence) == ([version("a")], 1)
 
 
-def test_a_digest_knows_all_its_names() -> None:
-    book = Book("base", [version("b"), version("a"), version("c", "d2")])
-    assert book.names_of("d1") == ["a", "b"]
-    book.remove("a")
-    assert book.names_of("d1") == ["b"]
-    assert book.names_of("d3") == []
+def test_names_of_a_digest_share_its_pin_and_the_largest_weight() -> None:
+    book = Book("base", [version("b", pinned=True), version("a", weight=2.0), version("c", "d2")])
     assert book.digests() == {"d1", "d2"}
+    assert by_digest(book.by_name()) == {
+        "d1": version("a", weight=2.0, pinned=True),
+        "d2": version("c", "d2"),
+    }
 
 
 def test_following_takes_the_next_change_and_nothing_else() -> None:
