@@ -131,9 +131,27 @@ class EngineConfig:
         ):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
-        if self.headroom_pages is not None and self.headroom_pages < 0:
-            message = f"headroom_pages: {self.headroom_pages} must not be less than 0"
-            raise ConfigError(message, field="headroom_pages")
+        for name in (
+            "host_memory",
+            "headroom_pages",
+            "load_retry_s",
+            "load_retry_max_s",
+            "prefetch_depth",
+            "head_start_s",
+            "parked_pages_max",
+            "drain_wait_threshold_s",
+            "page_wait_max_s",
+        ):
+            if getattr(self, name) is not None:
+                _not_negative(name, getattr(self, name))
+        slots = self.directory_slots - 1  # the base model has one
+        if slots < (self.slots_max or 1):
+            name = "slots_max" if slots else "directory_slots"
+            raise ConfigError(
+                f"{name}: {getattr(self, name)}, but directory_slots {self.directory_slots} leave "
+                f"{slots} for adapters",
+                field=name,
+            )
 
     @property
     def base_name(self) -> str:
@@ -172,6 +190,10 @@ class FleetConfig:
     def __post_init__(self) -> None:
         for name in ("replicas", "lease_s", "report_s", "acknowledge_s"):
             _positive(name, getattr(self, name))
+        for name in ("drain_s", "cpus_per_replica"):
+            _not_negative(name, getattr(self, name))
+        if self.gpus_per_replica is not None:
+            _not_negative("gpus_per_replica", self.gpus_per_replica)
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port: {self.port} is not between 0 and 65535", field="port")
         ranks, gpus = self.engine.tensor_parallel, self.gpus_per_replica
@@ -195,8 +217,13 @@ class FleetConfig:
 
 
 def _positive(name: str, value: float) -> None:
-    if value <= 0:
+    if not value > 0:  # nor NaN
         raise ConfigError(f"{name}: {value} must be more than 0", field=name)
+
+
+def _not_negative(name: str, value: float) -> None:
+    if not value >= 0:
+        raise ConfigError(f"{name}: {value} must not be less than 0", field=name)
 
 
 Config = TypeVar("Config")
@@ -247,7 +274,7 @@ def _check(hint: Any, value: Any, path: str) -> Any:
         (hint,) = (a for a in args if a is not type(None))
         return _check(hint, value, path)
     if origin is Literal:
-        if value not in args:
+        if not any(value == arg and type(value) is type(arg) for arg in args):
             raise ConfigError(
                 f"{path}: {value!r} is not one of {', '.join(map(str, args))}", field=path
             )

@@ -38,7 +38,7 @@ def assemble(
         budget = Budget(extents, pages, memory.page_bytes, memory.context_pages, headroom)
     residency = Residency(
         extents,
-        min(config.slots_max or slots, slots),
+        config.slots_max or slots,
         ORDERS[config.eviction],
         costs.copy_s,
         config.load_retry_s,

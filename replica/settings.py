@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ def read_settings(flags: Mapping[str, Any]) -> FleetConfig:
     data: dict[str, Any] = {}
     if flags["config"] is not None:
         data = _read_yaml(flags["config"])
-    engine = dict(data.get("engine") or {})
+    engine = _section(data, "engine")
     engine_fields = {field.name for field in dataclasses.fields(EngineConfig)}
     for name, value in flags.items():
         if name == "config" or value is None or value == []:
@@ -27,7 +27,7 @@ def read_settings(flags: Mapping[str, Any]) -> FleetConfig:
         if name in engine_fields:
             engine[name] = value
         elif name == "adapter":
-            data["adapters"] = {**data.get("adapters", {}), **dict(map(_named_path, value))}
+            data["adapters"] = _section(data, "adapters") | _named_paths(value)
         elif name == "adapter_root":
             data["adapter_roots"] = value
         else:
@@ -56,11 +56,25 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def _named_path(text: str) -> tuple[str, str]:
-    name, equals, path = text.partition("=")
-    if not (name and equals and path):
-        raise ConfigError(f"--adapter {text}: must be NAME=PATH", field="adapter")
-    return name, path
+def _section(data: Mapping[str, Any], name: str) -> dict[str, Any]:
+    section = data.get(name)
+    if not isinstance(section, dict | None):
+        raise ConfigError(f"{name}: {section!r} is not a mapping", field=name)
+    return dict(section or {})
+
+
+def _named_paths(texts: Sequence[str]) -> dict[str, str]:
+    paths: dict[str, str] = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path):
+            raise ConfigError(f"--adapter {text}: must be NAME=PATH", field="adapter")
+        if name in paths:
+            raise ConfigError(
+                f"--adapter {text}: {name!r} is {paths[name]} already", field="adapter"
+            )
+        paths[name] = path
+    return paths
 
 
 def check_files(settings: FleetConfig) -> None:

@@ -61,13 +61,12 @@ class Validation:
                 pinned = other.pinned or others.get(other.digest, (0, False))[1]
                 others[other.digest] = self._bytes(other.parameters), pinned
         engine = self._config.engine
-        slots = engine.directory_slots - 1
         refusal = no_room(
             self._bytes(version.parameters),
             version.pinned,
             others.values(),
             self._arena_bytes,
-            min(engine.slots_max or slots, slots),
+            engine.slots_max or engine.directory_slots - 1,
         )
         if refusal is not None:
             raise AdapterRefused(f"lora_path: {version.name!r} has {refusal}", field="lora_path")

@@ -1,5 +1,6 @@
 """The command line: what it says when something is wrong, and what its flags become."""
 
+import re
 import socket
 import subprocess
 import sys
@@ -108,13 +109,27 @@ def test_paths_are_relative_to_where_the_command_was_typed(
         ("engine: {model: /m, dtype: int3}", "engine.dtype"),
         ("- a\n- b", "not a mapping"),
         ("a: [", "--config"),
+        ("engine: /m", "engine: '/m' is not a mapping"),
+        ("adapters: [/a/fr]", "adapters: ['/a/fr'] is not a mapping"),
     ],
 )
 def test_a_wrong_file_is_named(tmp_path: Path, text: str, named: str) -> None:
     file = tmp_path / "fleet.yaml"
     file.write_text(text)
-    with pytest.raises(ConfigError, match=named.replace(".", r"\.")):
-        read_settings({"config": file, "model": "/m"})
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        read_settings({"config": file, "model": "/m", "adapter": ["fr=/a/fr"]})
+
+
+def test_a_section_may_be_empty(tmp_path: Path) -> None:
+    file = tmp_path / "fleet.yaml"
+    file.write_text("engine:\nadapters:\n")
+    made = read_settings({"config": file, "model": "/m", "adapter": ["fr=/a/fr"]})
+    assert made.adapters == {"fr": "/a/fr"}
+
+
+def test_a_name_is_given_to_one_adapter() -> None:
+    with pytest.raises(ConfigError, match="--adapter fr=/b: 'fr' is /a already"):
+        settings(adapter=["fr=/a", "fr=/b"])
 
 
 @pytest.mark.parametrize("command", ["serve", "replica"])

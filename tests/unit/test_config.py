@@ -1,5 +1,6 @@
 """Configuration: what is unknown or wrong is refused naming the key."""
 
+import math
 from typing import Any
 
 import pytest
@@ -65,6 +66,17 @@ def test_a_fleet_is_loaded_and_dumped_without_loss() -> None:
         ({"engine": {"model": "m"}, "replicas": 0}, "replicas"),
         ({"engine": {"model": "m", "rank_max": 0}}, "rank_max"),
         ({"engine": {"model": "m", "slots_max": -1}}, "slots_max"),
+        ({"engine": {"model": "m", "slots_max": 256}}, "slots_max"),
+        ({"engine": {"model": "m", "directory_slots": 1}}, "directory_slots"),
+        ({"engine": {"model": "m", "host_memory": -1}}, "host_memory"),
+        ({"engine": {"model": "m", "prefetch_depth": -1}}, "prefetch_depth"),
+        ({"engine": {"model": "m", "parked_pages_max": -1}}, "parked_pages_max"),
+        ({"engine": {"model": "m", "head_start_s": -0.1}}, "head_start_s"),
+        ({"engine": {"model": "m", "quantum_s": math.nan}}, "quantum_s"),
+        ({"engine": {"model": "m", "load_retry_max_s": math.nan}}, "load_retry_max_s"),
+        ({"engine": {"model": "m", "plan_depth": True}}, "engine.plan_depth"),
+        ({"engine": {"model": "m"}, "drain_s": -1}, "drain_s"),
+        ({"engine": {"model": "m"}, "gpus_per_replica": -1}, "gpus_per_replica"),
         (
             {"engine": {"model": "m", "tensor_parallel": 2}, "gpus_per_replica": 1},
             "gpus_per_replica",
