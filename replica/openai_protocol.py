@@ -15,6 +15,8 @@ from cluster.errors import BadRequest
 CHOICES_MAX = 128
 STOPS_MAX = 32
 TOP_LOGPROBS_MAX = 20
+# Shares are sums of tokens divided by weights: beyond this they would lose tokens to rounding.
+WEIGHT_MAX = 1e6
 SHOWN_VALUE_MAX = 80
 
 # Known field → the values that ask for nothing. Anything else is refused by name.
@@ -146,7 +148,7 @@ class LoadAdapterRequest(BaseModel):
     lora_path: Annotated[str, Field(min_length=1)]
     load_inplace: bool = False
     pinned: bool = False
-    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    weight: Annotated[float, Field(ge=1 / WEIGHT_MAX, le=WEIGHT_MAX)] = 1.0
 
 
 class UnloadAdapterRequest(BaseModel):

@@ -2,7 +2,9 @@
 
 Each adapter's counter grows with the tokens it is served, divided by its weight; the one with the
 least goes first. One that was away comes back at the level of the least busy one present, so that
-it cannot save up (Sheng et al., Fairness in Serving Large Language Models, OSDI 2024).
+it cannot save up; where nobody is, at that of the last one who was, so that what that one was
+served alone is not held against it (Sheng et al., Fairness in Serving Large Language Models, OSDI
+2024).
 """
 
 import math
@@ -21,6 +23,7 @@ class Share:
         self._leaving: set[str | None] = set()
         self._had: dict[str | None, float] = {}
         self._present: dict[str | None, int] = {}
+        self._last = 0.0  # what the last one that was present had when it left
 
     def weigh(self, place: str, weight: float) -> None:
         """From now on what it is served counts a `weight`th."""
@@ -41,7 +44,7 @@ class Share:
         if not self.on:
             return
         if place not in self._present:
-            least = min((self._had[other] for other in self._present), default=0.0)
+            least = min((self._had[other] for other in self._present), default=self._last)
             self._had[place] = max(self._had.get(place, 0.0), least)
         self._present[place] = self._present.get(place, 0) + 1
 
@@ -51,6 +54,7 @@ class Share:
         self._present[place] -= 1
         if not self._present[place]:
             del self._present[place]
+            self._last = self._had[place]
             self._leave(place)
 
     def _leave(self, place: str | None) -> None:

@@ -391,6 +391,8 @@ async def test_bad_adapter_requests(path: str, body: dict[str, Any], field: str)
         ("weight", "0"),
         ("weight", "-0.5"),
         ("weight", "-1e+300"),
+        ("weight", "1e-7"),
+        ("weight", "10000000.0"),
         ("weight", '"2"'),
         ("weight", "null"),
         ("pinned", "1"),

@@ -64,6 +64,19 @@ def test_one_that_was_away_saves_nothing_up() -> None:
     assert 4 <= order.count("b") <= 6, "in turn from now on, not all at once"
 
 
+def test_what_one_was_served_alone_is_not_held_against_it() -> None:
+    core = both_resident(Share(on=True))
+    for i in range(30):
+        core.add(new(f"alone{i}", "a", max_tokens=1), 0.0)
+    first_tokens(core, 31)
+    assert not core.has_work
+    for i in range(20):
+        core.add(new(f"new{i}", "b", max_tokens=1), 0.0)
+        core.add(new(f"back{i}", "a", max_tokens=1), 0.0)
+    order = first_tokens(core, 10)
+    assert 4 <= order.count("a") <= 6, "in turn from now on"
+
+
 def test_a_prompt_counts_by_its_tokens() -> None:
     share = Share(on=True)
     share.enter("a")
@@ -101,7 +114,7 @@ def test_a_weight_may_change_and_is_forgotten_with_the_last_request() -> None:
     assert share.of("a") == 0.0
     share.enter("a")
     share.served("a", 100, sampled=False)
-    assert share.of("a") == 100.0
+    assert share.of("a") == 225.0
 
 
 def test_one_that_is_registered_again_in_time_is_not_forgotten() -> None:
