@@ -29,6 +29,7 @@ from replica.page_memory import PageMemory
 from replica.request import Sampling
 from replica.shape import PROJECTIONS, ModelShape, read_shape
 from replica.weights import load_weights
+from tests.kernels.machine_code import overwritten
 
 CPU = torch.device("cpu")
 # Of one block, on a Hopper GPU.
@@ -43,6 +44,7 @@ class Compiled:
     shared_bytes: int
     layouts: str
     ptx: str
+    machine_code: bytes
 
 
 class _Driver:
@@ -78,6 +80,7 @@ def intercept() -> None:
                     kernel.metadata.shared,
                     kernel.asm["ttgir"],
                     kernel.asm["ptx"],
+                    kernel.asm["cubin"],
                 )
             )
 
@@ -150,6 +153,10 @@ def attention() -> None:
     assert found.count("decode_kernel") == 2, found
     assert found.count("join_kernel") == 3, found
     assert found.count("prefill_kernel") == 2, found
+    for kernel in COMPILED:
+        if kernel.name == "prefill_kernel":
+            products, late = overwritten(kernel.machine_code)
+            assert products and not late, late
 
 
 def fused() -> None:
