@@ -5,6 +5,7 @@ import socket
 import uvicorn
 
 from cluster.config import FleetConfig
+from cluster.errors import EngineFailed
 from replica.link import EngineLink
 from replica.server import ServerConfig, build_app
 from replica.shape import read_shape
@@ -27,6 +28,15 @@ def server_config(config: FleetConfig, replica_id: str) -> ServerConfig:
 
 
 class _Server(uvicorn.Server):
+    """Ends also with its engine: whoever started it may start another."""
+
+    def __init__(self, config: uvicorn.Config, engine: EngineLink) -> None:
+        super().__init__(config)
+        self._engine = engine
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or not self._engine.alive
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for listener in sockets or []:
@@ -35,7 +45,9 @@ class _Server(uvicorn.Server):
 
 
 async def run(config: FleetConfig, listener: socket.socket) -> None:
-    """Until SIGINT or SIGTERM. Prints a line when requests are answered. Raises FleetError."""
+    """Until SIGINT or SIGTERM. Prints a line when requests are answered. Raises FleetError, also
+    when the engine has ended by itself.
+    """
     engine = EngineLink(config.engine)
     text = Text.read(config.engine.model)
     try:
@@ -48,8 +60,11 @@ async def run(config: FleetConfig, listener: socket.socket) -> None:
                 log_level="warning",
                 access_log=False,
                 timeout_graceful_shutdown=max(1, round(config.drain_s)),
-            )
+            ),
+            engine,
         )
         await server.serve(sockets=[listener])
+        if not engine.alive:
+            raise EngineFailed("the engine's process has ended")
     finally:
         await engine.stop()

@@ -93,3 +93,11 @@ def test_it_answers_takes_adapters_and_ends_quietly(
     assert process.wait(10) == 0
     assert psutil.wait_procs(started, timeout=3)[1] == []
     assert log.read_text() == f"ready: {url}/v1\n"
+
+
+def test_it_ends_with_its_engine(alone: tuple[subprocess.Popen[bytes], str, Path]) -> None:
+    process, url, log = alone
+    (engine,) = psutil.Process(process.pid).children()
+    engine.kill()
+    assert process.wait(10) == 1
+    assert log.read_text() == f"ready: {url}/v1\nlorafleet: the engine's process has ended\n"
