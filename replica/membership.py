@@ -272,7 +272,8 @@ class Membership:
 
     async def _add(self, check: Callable[[], Version], load_inplace: bool) -> Acknowledgement:
         version = await asyncio.to_thread(check)
-        self._validation.check_room(version, self._catalog.book.by_name())
+        versions = self._catalog.book.by_name()
+        await asyncio.to_thread(self._validation.check_room, version, versions)
         sequence, _ = await self._catalog.put(version, load_inplace=load_inplace)
         pending = await self._pending(sequence)
         return Acknowledgement(version.name, version.digest, sequence, pending)
