@@ -366,7 +366,7 @@ def _bench() -> None:
 @bench_cli.command("upstream")
 def bench_upstream(
     tables: Annotated[list[str] | None, typer.Argument(help="Which tables (default: all).")] = None,
-    runs: Annotated[int, typer.Option(min=1, help="Runs, of which the median is taken.")] = 3,
+    runs: Annotated[int, typer.Option(min=1, help="Runs, of which the median is taken.")] = 5,
     threads: Threads = 1,
 ) -> None:
     """Replay the upstream workloads, scaled down, on a toy model (about ten minutes on a CPU)."""

@@ -138,13 +138,13 @@ def _table(table: Table, toys: _Toys, runs: int, tell: Callable[[str], None]) ->
     each: dict[str, list[dict[str, Figures]]] = {policy: [] for policy in policies}
     tokens: dict[str, list[list[list[int]]]] = {policy: [] for policy in policies}
     loads: dict[str, int] = {}
-    for seed in range(1, runs + 1):
+    for seed in range(runs):  # those of the simulator
         for policy in policies:
             start_s = time.monotonic()
             run, loads[policy] = _run(table, policy, toys, seed, scale)
             each[policy].append(_by_stream(table, run.records))
             tokens[policy].append(run.tokens)
-            tell(f"{table.name} {policy} run {seed}: {time.monotonic() - start_s:.1f} s")
+            tell(f"{table.name} {policy} run {seed + 1}: {time.monotonic() - start_s:.1f} s")
     medians = {
         policy: {
             stream.name: median_figures([f[stream.name] for f in found]) for stream in table.streams
