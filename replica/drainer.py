@@ -78,11 +78,20 @@ class Drainer:
         return {victim for victim, drain in self.drains.items() if drain.starving == digest}
 
     def tick(self) -> None:
-        """End the drains whose starving adapter wants no place any more, or has one."""
+        """End the drains whose starving adapter wants no place any more, or has one.
+
+        And those of a victim whose only rows left before their first step: it has not run, so its
+        place is kept for them, and they could not get on.
+        """
         for victim, drain in list(self.drains.items()):
             starving = self._residency.adapters.get(drain.starving)
             waits = starving is not None and starving.starved_s is not None
-            if not waits or not self._residency.usable(victim) or self._loads(drain.starving):
+            if (
+                not waits
+                or not self._residency.usable(victim)
+                or self._loads(drain.starving)
+                or self._unused(victim)
+            ):
                 del self.drains[victim]
 
     def drain(
@@ -157,6 +166,10 @@ class Drainer:
         copies_s = 2 * self._costs.copy_s(bytes_max)
         turns = -(-waiting // max(places, 1))
         return turns * (self.slice_s(copies_s) + copies_s)
+
+    def _unused(self, digest: str) -> bool:
+        adapter = self._residency.adapters[digest]
+        return adapter.fresh and adapter.users == 0
 
     def _loads(self, digest: str) -> bool:
         return self._residency.adapters[digest].tier is Tier.LOADING

@@ -2,7 +2,7 @@
 
 import pytest
 
-from replica.drainer import Sharing
+from replica.drainer import Drain, Sharing
 from replica.loads import BASE_PLACE, Switches
 from replica.request import Phase
 from replica.scheduler import Scheduler
@@ -37,6 +37,17 @@ def test_without_a_threshold_nothing_is_drained() -> None:
     core.add(new("s", "c"), 0.0)
     run(core, 100.0)
     assert not core.drainer.drains
+
+
+def test_an_adapter_whose_rows_left_before_their_first_step_is_drained_no_longer() -> None:
+    """It is kept for whom it was placed, so neither they nor the starving one would get on."""
+    core = scheduler(sharing=DRAIN, arena=40)
+    core.add(new("x", "a"), 0.0)
+    run(core, 0.0)
+    core.loaded("a", 0.1)
+    core.add(new("s", "c"), 0.1)
+    core.drainer.drains["a"] = Drain("c", frozenset())
+    assert "x" in ran(run(core, 0.2)[0])
 
 
 def test_who_a_draining_adapter_may_still_take_is_fixed_when_the_drain_starts() -> None:
