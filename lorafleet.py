@@ -369,8 +369,8 @@ def bench_upstream(
     runs: Annotated[int, typer.Option(min=1, help="Runs, of which the median is taken.")] = 5,
     threads: Threads = 1,
 ) -> None:
-    """Replay the upstream workloads, scaled down, on a toy model (about ten minutes on a CPU)."""
-    from replica.bench import lines
+    """Replay the upstream workloads, scaled down, on a toy model (about 20 minutes)."""
+    from replica.bench import beside, lines
     from replica.bench import upstream as measure
     from replica.upstream import TABLES
 
@@ -379,6 +379,9 @@ def bench_upstream(
             raise ConfigError(f"tables: {name!r} is not one of {', '.join(TABLES)}")
     for result in measure(list(tables or TABLES), runs, threads, _tell):
         print("", *lines(result), sep="\n", flush=True)
+    if not tables or "14795" in tables:
+        for result in beside(runs, threads, _tell):
+            print("", *lines(result), sep="\n", flush=True)
 
 
 def _tell(line: str) -> None:

@@ -8,7 +8,7 @@ import contextlib
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.config import EngineConfig
@@ -35,13 +35,18 @@ def _nothing() -> None:
     pass
 
 
+def unpaced(rows: Sequence[Work]) -> float:
+    return 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    """since_s: when its plan was begun."""
+    """since_s: when its plan was begun. due_s: when its tokens may be taken."""
 
     plan: Plan
     ticket: Ticket
     since_s: float
+    due_s: float
 
 
 class Engine:
@@ -50,11 +55,19 @@ class Engine:
     wake: called from a loader thread when a load has ended, for whoever waits for work.
     steps: batches run. idle: nothing ran in the last step, and nothing will until a request comes
     or a load ends; wake_s: or, on the monotonic clock, this time comes. depth: batches in flight
-    when one is launched, that one included.
+    when one is launched, that one included. pace: what a batch takes at least, in seconds: its
+    tokens wait for that, so that a benchmark can have another device's times. late: batches that
+    took longer.
     """
 
-    def __init__(self, config: EngineConfig, wake: Callable[[], None] = _nothing) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        wake: Callable[[], None] = _nothing,
+        pace: Callable[[Sequence[Work]], float] = unpaced,
+    ) -> None:
         self.config = config
+        self._pace = pace
         self.shape = read_shape(config.model)
         self._followers: Followers | None = None
         if config.tensor_parallel == 1:
@@ -90,6 +103,7 @@ class Engine:
         self._seeds: dict[str, int] = {}
         self._random = random.Random(config.seed)
         self.steps = 0
+        self.late = 0
         self._step_s = Smoothed(0.0)
         self._committed_s = 0.0
 
@@ -206,13 +220,21 @@ class Engine:
         before = self._flight[-1].plan.rows if self._flight else ()
         index = {work.request.id: row for row, work in enumerate(before)}
         rows = [self._row(work, index) for work in plan.rows]
-        self._flight.append(_Launched(plan, self.runner.launch(rows), start_s))
+        # Its pace has the plan in it, but not the loads that it waited for.
+        began_s = start_s if self.config.overlap else time.monotonic()
+        due_s = began_s + self._pace(plan.rows)
+        self._flight.append(_Launched(plan, self.runner.launch(rows), start_s, due_s))
 
     def _commit(self) -> list[Delta]:
         """Takes the tokens of the oldest batch in flight."""
         launched = self._flight.popleft()
         sampled = launched.ticket.results()
         now_s = time.monotonic()
+        if launched.due_s > now_s:
+            time.sleep(launched.due_s - now_s)
+            now_s = time.monotonic()
+        else:
+            self.late += 1
         deltas = self.scheduler.commit(launched.plan, sampled, now_s)
         self.steps += 1
         # One that was planned ahead began to run when the batch before it ended.

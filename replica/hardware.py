@@ -61,15 +61,18 @@ class Card:
         context = sum(work.end for work in rows)
         active = {work.request.digest for work in rows}
         rank_sum = sum(ranks[digest] for digest in active if digest is not None)
-        read = WEIGHT_BYTES + KV_TOKEN_BYTES * context + RANK_BYTES * rank_sum
         prompt_tokens = sum(w.end - w.start for w in rows if w.end - w.start > 1)
+        return self.batch_s(context, prompt_tokens, rank_sum)
+
+    def batch_s(self, context: float, prompt_tokens: float, rank_sum: int) -> float:
+        read = WEIGHT_BYTES + KV_TOKEN_BYTES * context + RANK_BYTES * rank_sum
         return (
             self.fixed_s
             + read / (_BANDWIDTH_SHARE * self.bytes_per_s)
             + self.prompt_s(prompt_tokens)
         )
 
-    def prompt_s(self, tokens: int) -> float:
+    def prompt_s(self, tokens: float) -> float:
         """What prompt tokens add to a step."""
         return TOKEN_FLOP * tokens / (_PEAK_SHARE * self.flop_per_s)
 
