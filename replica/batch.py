@@ -73,6 +73,12 @@ class Batch:
             and self._passed_over[0] is not request
         )
 
+    def hopeful(self) -> list[Request]:
+        """Those that may get on the batch though there are no pages, in no particular order."""
+        first = [self._passed_over[0]] if self._passed_over is not None else []
+        others = [r for r in self.parked.values() if r not in first and self.placed(r)]
+        return first + others
+
     def admit(self, request: Request, now_s: float, alone: bool) -> bool:
         """Onto the batch. alone: nothing else runs in this step, so parked pages may be dropped."""
         if not self._give_pages(request, now_s, alone):

@@ -14,7 +14,7 @@ so. Base requests need no adapter: they wait for pages and batch space alone.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from cluster.costs import Costs
@@ -160,18 +160,14 @@ class Scheduler:
             rows.append(self._chunk(request, budget))
             budget -= rows[-1].end - rows[-1].start
         hold_s = self.loads.hold_until(self.limits.step_tokens_max, now_s)
-        for request in self._scan() if budget > 0 and not self.batch.full else ():
+        for request in self._scan(rows) if budget > 0 and not self.batch.full else ():
             if request.place in closed or not self.drainer.may_admit(request):
                 continue
             if self.flight.names(request):
                 continue  # it left the batch just now, and may have ended there
             if hold_s is not None and self.loads.holds(request):
                 continue
-            alone = not rows and not self.flight.plans
-            if self.switches.overlap and not alone and self.batch.hopeless(request):
-                if self.switches.skip and self.batch.parked:
-                    continue
-                break
+            alone = self._alone(rows)
             placed = self.loads.bring(request, rooms, now_s)
             if not placed or not self.batch.admit(request, now_s, alone):
                 if self.switches.skip:
@@ -349,14 +345,32 @@ class Scheduler:
         """The adapter of the first request, where that one blocks the rest."""
         if self.switches.skip:
             return None
-        return next((r.place for r in self._scan() if self.drainer.may_admit(r)), None)
+        return next((r.place for r in self._in_order() if self.drainer.may_admit(r)), None)
 
-    def _scan(self) -> Iterable[Request]:
+    def _in_order(self) -> Iterable[Request]:
         places = None
         if self.switches.overlap and self.switches.skip:
             placed = self.residency.placed.values()
             places = [None, *(a.digest for a in placed if a.tier is Tier.DEVICE)]
         return self.waiting.in_order(places, self.share.of if self.switches.skip else _nobody)
+
+    def _scan(self, rows: Sequence[Work]) -> Iterator[Request]:
+        """Who may get on the batch, until there are no pages; then those that have theirs.
+
+        rows: of this step, to which the caller adds while it goes on.
+        """
+        for request in self._in_order():
+            if self.switches.overlap and not self._alone(rows) and self.batch.hopeless(request):
+                break
+            yield request
+        else:
+            return
+        if self.switches.skip:
+            yield from self.waiting.ordered(self.batch.hopeful(), self.share.of)
+
+    def _alone(self, rows: Sequence[Work]) -> bool:
+        """Nothing else runs."""
+        return not rows and not self.flight.plans
 
     def _fail(self, request: Request, error: FleetError, now_s: float) -> Delta:
         self._end(request, Phase.FAILED, now_s)

@@ -128,13 +128,23 @@ class Victims:
 
 
 def _fewest(candidates: list[str], enough: Callable[[list[str]], bool]) -> list[str] | None:
-    """The first of them that are enough, without those that a later one made needless."""
-    victims: list[str] = []
-    while not enough(victims):
-        if not candidates:
-            return None
-        victims.append(candidates.pop(0))
-    for victim in list(victims):
+    """The first of them that are enough, without those that a later one made needless.
+
+    What is enough stays so when more leave: the number is found by halving.
+    """
+    if enough([]):
+        return []
+    if not enough(candidates):
+        return None
+    few, many = 0, len(candidates)
+    while many - few > 1:
+        middle = (few + many) // 2
+        if enough(candidates[:middle]):
+            many = middle
+        else:
+            few = middle
+    victims = candidates[:many]
+    for victim in victims[:-1]:
         others = [v for v in victims if v != victim]
         if enough(others):
             victims = others

@@ -89,6 +89,17 @@ class Waiting:
     def group(self, place: str | None) -> list[Request]:
         return [request for _, request in self._groups.get(place, ())]
 
+    def ordered(
+        self, requests: Iterable[Request], share: Callable[[str | None], float]
+    ) -> list[Request]:
+        """These as `in_order` would give them."""
+
+        def key(request: Request) -> tuple[int, float, int]:
+            priority, number = self._keys[request.id]
+            return priority, share(request.place), number
+
+        return sorted(requests, key=key)
+
     def in_order(
         self, places: Iterable[str | None] | None, share: Callable[[str | None], float]
     ) -> Iterator[Request]:
