@@ -1,7 +1,8 @@
 """Churn on a real engine: no token may come from another adapter's weights, or from old ones.
 
-Run with `python -m tests.bench.churn`. Names are drawn at random, most of them cold: the arena has
-room for a tenth of the adapters. Requests are cancelled, names re-pointed to new weights and back
+Run with `python -m tests.bench.churn`. Names are drawn at random: by turns from all, most of them
+cold, for the arena has room for a tenth of the adapters, and from few, which park each other's
+rows. Requests are cancelled, names re-pointed to new weights and back
 while requests run, parked and resumed. Every version's answers are computed first, one request at
 a time; every token of the churn is compared with them.
 """
@@ -23,7 +24,9 @@ from replica.toys import toy_adapter, toy_model
 
 RANKS = (4, 8, 16, 32)
 PROMPTS = [tuple(range(3 + 7 * i, 23 + 12 * i)) for i in range(3)]
-TOKENS = 32
+TOKENS = 96
+# So many requests in a row are for any adapter, or for the first so many.
+SPELL, HOT = 100, 20
 
 Answers = dict[tuple[str | None, int], list[int]]
 
@@ -118,7 +121,8 @@ def drive(
     sent = 0
     while sent < args.requests or engine.has_work:
         while sent < args.requests and len(asked) < 40:
-            name = rng.choice([None, *names])
+            among = list(names)[: HOT if sent // SPELL % 2 else None]
+            name = rng.choice([None, *among])
             digest = None if name is None else names[name][0].digest
             asked[f"r{sent}"] = (digest, rng.randrange(len(PROMPTS)))
             got[f"r{sent}"] = []
