@@ -189,6 +189,21 @@ def test_loads_share_the_rate_they_may_go_at(model: str, versions: list[Version]
     made.close()
 
 
+def test_a_batch_lasts_at_least_its_pace(model: str, versions: list[Version]) -> None:
+    pace_s = 0.05
+    made = Engine(EngineConfig(model, threads=1, seed=0), pace=lambda rows: pace_s * len(rows))
+    made.add(NewRequest("one", PROMPTS[0], GREEDY, None))
+    made.add(NewRequest("two", PROMPTS[1], GREEDY, None))
+    steps_s = []
+    while made.has_work:
+        start_s = time.monotonic()
+        made.step()
+        steps_s.append(time.monotonic() - start_s)
+    assert len(steps_s) == 6 and min(steps_s) >= 2 * pace_s
+    assert made.report().step_s >= 2 * pace_s
+    made.close()
+
+
 def test_a_broken_adapter_hurts_only_its_own_requests(
     model: str, versions: list[Version], tmp_path: Path
 ) -> None:
