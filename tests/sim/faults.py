@@ -47,6 +47,20 @@ FAULTS = (
     ),
     _fault(
         "scheduler",
+        "parked rows wait for pages that they have",
+        "batch",
+        "return first + others",
+        "return first",
+    ),
+    _fault(
+        "scheduler",
+        "who was passed over for pages is not asked again while there are none",
+        "batch",
+        "return first + others",
+        "return others",
+    ),
+    _fault(
+        "scheduler",
         "an ended request keeps its claim on the adapter",
         "scheduler",
         "self._evictions += self.residency.unclaim(place)",
@@ -279,6 +293,13 @@ FAULTS = (
         "victims",
         "        if enough(others):\n            victims = others",
         "        if not others:\n            victims = others",
+    ),
+    _fault(
+        "residency",
+        "the last of those that are enough stays",
+        "victims",
+        "    victims = candidates[:many]\n",
+        "    victims = candidates[:few]\n",
     ),
     _fault(
         "residency",

@@ -40,6 +40,28 @@ def test_a_new_request_takes_no_pages_of_parked_rows_while_others_run() -> None:
     assert ran(plan) == ["base"] and len(core.batch.parked) == 2
 
 
+def test_parked_rows_go_on_though_others_before_them_find_no_pages() -> None:
+    core = two_parked(pages=7)
+    core.add(new("base", prompt=4, max_tokens=12), 0.6)
+    run(core, 0.6)
+    assert core.pages.free == 0
+    for name in ("first", "second"):
+        core.add(new(name, priority=1), 0.6)
+    core.loaded("a", 0.6)
+    plan, _ = run(core, 0.6)
+    assert ran(plan) == ["base", "x", "y"]
+
+
+def test_one_that_waited_too_long_gets_pages_though_others_before_it_find_none() -> None:
+    core = two_parked(pages=7)
+    core.add(new("base", prompt=4, max_tokens=12), 0.6)
+    core.add(new("patient"), 0.6)
+    run(core, 0.6)
+    core.add(new("urgent", priority=1), 3.0)
+    plan, _ = run(core, 3.0)
+    assert ran(plan) == ["base", "patient"] and list(core.batch.parked) == ["x"]
+
+
 def test_alone_it_takes_them_rather_than_wait_for_nobody() -> None:
     core = two_parked(pages=7)
     core.add(new("large", prompt=30, max_tokens=4), 0.6)

@@ -116,6 +116,18 @@ def test_victims_are_as_many_as_the_bytes_ask_for() -> None:
     directory.check()
 
 
+@pytest.mark.parametrize("size, victims", [(40, ["large"]), (70, ["b", "large"])])
+def test_those_that_a_larger_one_after_them_makes_needless_stay(
+    size: int, victims: list[str]
+) -> None:
+    directory = residency()
+    for digest, bytes in (("a", 10), ("b", 20), ("large", 50), ("c", 20), ("new", size)):
+        directory.register(digest, f"/{digest}", bytes, pinned=False, now_s=0.0)
+    for now_s, digest in enumerate(("a", "b", "large", "c")):
+        bring(directory, digest, float(now_s))
+    assert directory.victims.for_image("new") == victims
+
+
 def test_scattered_bytes_slide_together_instead_of_a_third_eviction() -> None:
     directory = registered("a", "b", "c", "d", size=25)
     for now_s, digest in enumerate("abcd"):
