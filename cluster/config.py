@@ -12,6 +12,7 @@ from cluster.errors import ConfigError
 
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_THREADS_MAX = 1024
 
 
 def parse_bytes(text: str, field: str) -> int:
@@ -144,6 +145,10 @@ class EngineConfig:
         ):
             if getattr(self, name) is not None:
                 _not_negative(name, getattr(self, name))
+        if (self.threads or 0) > _THREADS_MAX:
+            raise ConfigError(
+                f"threads: {self.threads} must not be more than {_THREADS_MAX}", field="threads"
+            )
         slots = self.directory_slots - 1  # the base model has one
         if slots < (self.slots_max or 1):
             name = "slots_max" if slots else "directory_slots"

@@ -3,7 +3,8 @@
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -77,24 +78,31 @@ class Runner:
         cos_sin = rotary_tables(shape, context, self.dtype, self.device)
         on_gpu = self.device.type == "cuda"
         self._pages: PageMemory | None = None
+        field = "device_memory" if self.memory.shared else "kv_memory"
+        page_bytes = self.memory.pages * self.memory.page_bytes
         if kernels == "triton":
-            self._pages = PageMemory(self.memory, self.dtype, self.device)
-        self.arena = Arena(
-            shape,
-            config.adapter_memory,
-            config.directory_slots,
-            self.dtype,
-            self.device,
-            self._tell,
-            copies=CopyStream.on(self.device) if on_gpu else None,
-            host_pool=locked_pool(config.host_memory, self.device) if on_gpu else None,
-            memory=self._pages.flat if self._pages is not None and self.memory.shared else None,
-        )
+            with _asked_for(field, page_bytes):
+                self._pages = PageMemory(self.memory, self.dtype, self.device)
+        with _asked_for("host_memory", config.host_memory):
+            host_pool = locked_pool(config.host_memory, self.device) if on_gpu else None
+        with _asked_for("adapter_memory", config.adapter_memory):
+            self.arena = Arena(
+                shape,
+                config.adapter_memory,
+                config.directory_slots,
+                self.dtype,
+                self.device,
+                self._tell,
+                copies=CopyStream.on(self.device) if on_gpu else None,
+                host_pool=host_pool,
+                memory=self._pages.flat if self._pages is not None and self.memory.shared else None,
+            )
         executor: Executor
         if self._pages is None:
-            executor = GatherExecutor(
-                shape, weights, cos_sin, self.arena.lora(), self.memory.pages, self.page_tokens
-            )
+            with _asked_for(field, page_bytes):
+                executor = GatherExecutor(
+                    shape, weights, cos_sin, self.arena.lora(), self.memory.pages, self.page_tokens
+                )
         else:
             executor = self._paged(config, weights, cos_sin, self._pages)
         self._executor = executor if followers is None else followers.leading(executor)
@@ -157,6 +165,15 @@ class Runner:
         finally:
             self._ran_s = time.monotonic()
             self._running = False
+
+
+@contextmanager
+def _asked_for(field: str, size: int) -> Iterator[None]:
+    """Memory that is not to be had is told with what asked for it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch's errors of allocation are the former
+        raise ConfigError(f"{field}: {size} bytes: {error}", field=field) from error
 
 
 def _kernels(config: EngineConfig, device: torch.device) -> str:

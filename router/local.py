@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import re
 import secrets
 import shutil
 import signal
@@ -16,6 +17,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cluster.config import FleetConfig
@@ -170,7 +172,7 @@ class LocalFleet:
             )
             serve.run(application)
         except RuntimeError as error:
-            raise StartupError(_reason(error)) from error
+            raise StartupError(_reason([str(error), *_messages()])) from error
 
     def _wait(self) -> None:
         """Until a request for a model that cannot exist comes back from a replica."""
@@ -249,11 +251,22 @@ class _Hush:
             os.close(copy)
 
 
-def _reason(error: RuntimeError) -> str:
+def _messages() -> Iterator[str]:
+    """What Serve has to say of the deployments."""
+    from ray import serve
+
+    for application in serve.status().applications.values():
+        for deployment in application.deployments.values():
+            yield deployment.message
+
+
+def _reason(messages: Iterable[str]) -> str:
     """Serve gives the traceback of the replica's process; its last exception is the reason."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for text in messages for line in text.splitlines() if line.strip()]
     named = [line for line in lines if "Error: " in line or "Unsupported: " in line]
-    return named[-1] if named else (lines[-1] if lines else "Serve could not start the replicas")
+    if named:
+        return re.sub(r"^cluster\.errors\.\w+: ", "", named[-1])
+    return lines[0] if lines else "Serve could not start the replicas"
 
 
 def _finish_streams(directory: str, drain_s: float) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config import EngineConfig
+from cluster.errors import ConfigError
 from cluster.values import Tier, Version
 from replica.adapter_files import inspect
 from replica.engine import Engine
@@ -187,6 +188,13 @@ def test_loads_share_the_rate_they_may_go_at(model: str, versions: list[Version]
     assert time.monotonic() - start_s >= 0.1 * len(same)
     assert made.scheduler.costs.copy_bytes_per_s < 11 * size
     made.close()
+
+
+@pytest.mark.parametrize("field", ["kv_memory", "adapter_memory"])
+def test_memory_that_is_not_to_be_had_is_named(model: str, field: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{field}: \d+ bytes: ") as caught:
+        engine(model, [], **{field: 2**50})
+    assert caught.value.field == field
 
 
 def test_a_batch_lasts_at_least_its_pace(model: str, versions: list[Version]) -> None:

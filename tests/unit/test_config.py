@@ -68,6 +68,7 @@ def test_a_fleet_is_loaded_and_dumped_without_loss() -> None:
         ({"engine": {"model": "m", "slots_max": -1}}, "slots_max"),
         ({"engine": {"model": "m", "slots_max": 256}}, "slots_max"),
         ({"engine": {"model": "m", "directory_slots": 1}}, "directory_slots"),
+        ({"engine": {"model": "m", "threads": 100_000}}, "threads"),
         ({"engine": {"model": "m", "host_memory": -1}}, "host_memory"),
         ({"engine": {"model": "m", "prefetch_depth": -1}}, "prefetch_depth"),
         ({"engine": {"model": "m", "parked_pages_max": -1}}, "parked_pages_max"),
