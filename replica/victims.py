@@ -85,7 +85,7 @@ class Victims:
         if not self._free_slots and not idle:
             return None
         size = self._adapters[digest].bytes
-        end, hole = self._extents.packed(idle, immovable=self.loading())
+        end, hole = self._extents.packed(set(idle), immovable=self.loading())
         return self._budget.free_for(end if hole >= size else end + size)
 
     def loading(self) -> list[str]:
@@ -115,13 +115,13 @@ class Victims:
         size, limit = self._adapters[digest].bytes, self.limit_bytes
         if limit - self._extents.used + self._bytes(victims) < size:
             return False
-        end, hole = self._extents.packed(victims, immovable=loading)
+        end, hole = self._extents.packed(set(victims), immovable=loading)
         return max(hole, limit - limit % self._extents.alignment - end) >= size
 
     def _ends_at(self, end: int, victims: Sequence[str], loading: Collection[str]) -> bool:
         if self._extents.used - self._bytes(victims) > end:
             return False
-        return self._extents.packed(victims, immovable=loading)[0] <= end
+        return self._extents.packed(set(victims), immovable=loading)[0] <= end
 
     def _bytes(self, digests: Sequence[str]) -> int:
         return sum(self._adapters[digest].bytes for digest in digests)
@@ -143,9 +143,22 @@ def _fewest(candidates: list[str], enough: Callable[[list[str]], bool]) -> list[
             many = middle
         else:
             few = middle
-    victims = candidates[:many]
-    for victim in victims[:-1]:
-        others = [v for v in victims if v != victim]
-        if enough(others):
-            victims = others
-    return victims
+    *before, last = candidates[:many]
+    return [*_needed(before, [last], enough), last]
+
+
+def _needed(
+    victims: list[str], others: list[str], enough: Callable[[list[str]], bool]
+) -> list[str]:
+    """Those of them that must leave besides `others`; the first ones stay where there is a choice.
+
+    As if each were asked about in turn, but many are let off at once.
+    """
+    if not victims or enough(others):
+        return []
+    if len(victims) == 1:
+        return victims
+    middle = len(victims) // 2
+    first, second = victims[:middle], victims[middle:]
+    first = _needed(first, second + others, enough)
+    return first + _needed(second, first + others, enough)
