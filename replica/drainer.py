@@ -136,6 +136,7 @@ class Drainer:
                 ending.append(victim)
             elif now_s - victim.slice_s >= self.slice_s(copies_s):
                 over.append(victim)
+        ending.sort(key=lambda a: (left[a.digest], a.digest))
         wait_out = self._victims(digest, keep, ending)
         if wait_out is not None:
             return Way(closed=frozenset(wait_out) & {victim.digest for victim in ending})

@@ -147,6 +147,13 @@ FAULTS = (
     # Drainer
     _fault(
         "drainer",
+        "of those that end soon any is waited for",
+        "drainer",
+        "ending.sort(key=lambda a: (left[a.digest], a.digest))",
+        "pass",
+    ),
+    _fault(
+        "drainer",
         "a draining adapter takes everyone who was waiting",
         "drainer",
         "if r.place == victim and r.remaining <= left.get(victim, 0)",

@@ -236,6 +236,16 @@ def test_nothing_is_parked_where_waiting_out_costs_less() -> None:
     assert evicted(plan) == ["a"] and not core.batch.parked
 
 
+def test_of_those_that_end_soon_the_first_to_end_is_waited_for() -> None:
+    core = scheduler(sharing=PARK, copy_bytes_per_s=200.0)  # two copies: 0.4 s, 8 steps
+    begin(core, new("x", "a", max_tokens=8), new("y", "b", max_tokens=7))
+    core.add(new("s", "c"), 0.0)
+    core.add(new("more", "a"), 0.0)
+    core.add(new("none", "b"), 0.0)
+    plan, _ = run(core, 0.0)
+    assert loaded(plan) == [] and set(ran(plan)) == {"x", "y", "more"}
+
+
 def test_victims_are_as_many_as_the_bytes_ask_for_and_no_more() -> None:
     core = scheduler(sharing=PARK, sizes={"a": 30, "b": 60, "small": 20, "large": 90})
     begin(core, new("x", "a", max_tokens=60), new("y", "b", max_tokens=60))
