@@ -13,6 +13,8 @@ from cluster.errors import ConfigError
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _THREADS_MAX = 1024
+_SLOTS_MAX = 2**16
+_DRAIN_MAX_S = 86_400
 
 
 def parse_bytes(text: str, field: str) -> int:
@@ -145,10 +147,11 @@ class EngineConfig:
         ):
             if getattr(self, name) is not None:
                 _not_negative(name, getattr(self, name))
-        if (self.threads or 0) > _THREADS_MAX:
-            raise ConfigError(
-                f"threads: {self.threads} must not be more than {_THREADS_MAX}", field="threads"
-            )
+        for name, most in (("threads", _THREADS_MAX), ("directory_slots", _SLOTS_MAX)):
+            if (getattr(self, name) or 0) > most:
+                raise ConfigError(
+                    f"{name}: {getattr(self, name)} must not be more than {most}", field=name
+                )
         slots = self.directory_slots - 1  # the base model has one
         if slots < (self.slots_max or 1):
             name = "slots_max" if slots else "directory_slots"
@@ -197,6 +200,14 @@ class FleetConfig:
             _positive(name, getattr(self, name))
         for name in ("drain_s", "cpus_per_replica"):
             _not_negative(name, getattr(self, name))
+        if self.drain_s > _DRAIN_MAX_S:
+            raise ConfigError(
+                f"drain_s: {self.drain_s} must not be more than {_DRAIN_MAX_S}", field="drain_s"
+            )
+        if not self.host:
+            raise ConfigError("host: '' is no address; 0.0.0.0 is all of them", field="host")
+        if not all(self.api_keys):
+            raise ConfigError("api_keys: '' would let anybody in", field="api_keys")
         if self.gpus_per_replica is not None:
             _not_negative("gpus_per_replica", self.gpus_per_replica)
         if not 0 <= self.port <= 65535:

@@ -7,12 +7,13 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from redis import Redis as SyncRedis
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from cluster.errors import CatalogUnavailable
+from cluster.errors import CatalogUnavailable, ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,24 @@ def connect(url: str) -> Redis:
         socket_connect_timeout=COMMAND_TIMEOUT_S,
         retry=Retry(NoBackoff(), 0),
     )
+
+
+def check_reachable(url: str) -> None:
+    """Blocking. Raises ConfigError, without the URL: it may hold a password."""
+    try:
+        client = SyncRedis.from_url(
+            url, socket_timeout=CALL_TIMEOUT_S, socket_connect_timeout=CALL_TIMEOUT_S
+        )
+    except ValueError as error:
+        raise ConfigError(
+            "redis_url: not a URL such as redis://HOST:6379/0", field="redis_url"
+        ) from error
+    try:
+        client.ping()
+    except Unreachable as error:
+        raise ConfigError(f"redis_url: no Redis answers: {error}", field="redis_url") from error
+    finally:
+        client.close()
 
 
 def prefix(fleet: str) -> str:

@@ -26,6 +26,10 @@ def divide(config: EngineConfig, shape: ModelShape, dtype_bytes: int) -> Divisio
     size = config.page_tokens
     page_bytes = 2 * shape.layers * shape.kv_heads * shape.head_dim * dtype_bytes * size
     context = min(shape.context, config.context_tokens_max or shape.context)
+    if size > context:
+        raise ConfigError(
+            f"page_tokens: {size}, but a sequence has {context} at most", field="page_tokens"
+        )
     context_pages = -(-context // size)
     if config.device_memory is not None:
         pages = config.device_memory // page_bytes - 1

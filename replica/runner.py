@@ -78,7 +78,9 @@ class Runner:
         cos_sin = rotary_tables(shape, context, self.dtype, self.device)
         on_gpu = self.device.type == "cuda"
         self._pages: PageMemory | None = None
-        field = "device_memory" if self.memory.shared else "kv_memory"
+        field = "kv_memory" if config.kv_memory is not None else "batch_rows_max"
+        if self.memory.shared:
+            field = "device_memory"
         page_bytes = self.memory.pages * self.memory.page_bytes
         if kernels == "triton":
             with _asked_for(field, page_bytes):

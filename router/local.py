@@ -21,7 +21,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cluster.config import FleetConfig
-from cluster.errors import StartupError
+from cluster.errors import ConfigError, StartupError
+from cluster.redis_client import check_reachable
 from cluster.redis_server import RedisServer
 from router import environment
 
@@ -69,6 +70,9 @@ class LocalFleet:
 
     def start(self) -> None:
         """Returns when requests are answered. Raises StartupError; `stop` is still to be called."""
+        self._make_directory()
+        if self.config.redis_url is not None:
+            check_reachable(self.config.redis_url)
         url = self.config.redis_url or self._start_redis()
         self._hush = _Hush(Path(self.config.directory) / "fleet.log")
         environment.apply(self._variables(), os.environ)
@@ -117,6 +121,15 @@ class LocalFleet:
             shutil.rmtree(kept, ignore_errors=True)
             shutil.copytree(logs, kept, ignore_dangling_symlinks=True)
 
+    def _make_directory(self) -> None:
+        directory = self.config.directory
+        try:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"directory: {directory}: {error.strerror}", field="directory"
+            ) from error
+
     def _start_redis(self) -> str:
         self._redis = RedisServer(self.config.directory)
         self._redis.start()
@@ -161,6 +174,7 @@ class LocalFleet:
             _temp_dir=self._directory,
         )
         signal.signal(signal.SIGTERM, on_sigterm)
+        self._check_gpus(ray.cluster_resources().get("GPU", 0))
         from router.app import compose
 
         settled = dataclasses.replace(self.config, redis_url=None, api_keys=())
@@ -173,6 +187,15 @@ class LocalFleet:
             serve.run(application)
         except RuntimeError as error:
             raise StartupError(_reason([str(error), *_messages()])) from error
+
+    def _check_gpus(self, found: float) -> None:
+        """Serve would wait for them for ever."""
+        needed = self.config.replica_gpus * self.config.replicas
+        if self.config.engine.device == "cuda" and found < needed:
+            raise ConfigError(
+                f"device: cuda, but {needed:g} GPUs are needed and Ray finds {found:g} here",
+                field="device",
+            )
 
     def _wait(self) -> None:
         """Until a request for a model that cannot exist comes back from a replica."""

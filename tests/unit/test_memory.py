@@ -52,3 +52,10 @@ def test_too_little_is_named(shape: ModelShape, settings: dict[str, int], field:
     assert caught.value.field == field
     enough = {field: settings[field] + PAGE}
     assert divided(shape, **enough).pages > 0
+
+
+def test_a_page_is_no_longer_than_a_sequence(shape: ModelShape) -> None:
+    assert divided(shape, page_tokens=64, context_tokens_max=64).context_pages == 1
+    with pytest.raises(ConfigError, match=r"^page_tokens: 65") as caught:
+        divided(shape, page_tokens=65, context_tokens_max=64)
+    assert caught.value.field == "page_tokens"
