@@ -10,8 +10,10 @@ import yaml
 
 from cluster.config import EngineConfig, FleetConfig, load
 from cluster.errors import ConfigError, FleetError
+from cluster.versions import check_name
 from replica.adapter_files import inspect
 from replica.shape import read_shape
+from replica.text import Text
 
 
 def read_settings(flags: Mapping[str, Any]) -> FleetConfig:
@@ -32,6 +34,10 @@ def read_settings(flags: Mapping[str, Any]) -> FleetConfig:
             data["adapter_roots"] = value
         else:
             data[name] = value
+    for key in engine:
+        if key not in engine_fields:
+            known = ", ".join(sorted(engine_fields))
+            raise ConfigError(f"engine.{key}: unknown key (known: {known})", field=f"engine.{key}")
     if not engine.get("model"):
         raise ConfigError("--model: required: the directory of a Hugging Face checkpoint")
     settings = load(FleetConfig, {**data, "engine": engine})
@@ -84,10 +90,15 @@ def check_files(settings: FleetConfig) -> None:
         raise ConfigError(f"--model {engine.model}: no such directory", field="model")
     try:
         shape = read_shape(engine.model)
+        Text.read(engine.model)
     except FleetError as error:
         raise ConfigError(f"--model {engine.model}: {error.message}", field="model") from error
     shape.divided(engine.tensor_parallel)
     for name, path in settings.adapters.items():
+        try:
+            check_name(name, engine.base_name)
+        except FleetError as error:
+            raise ConfigError(f"--adapter {name!r}: {error.message}", field="adapter") from error
         if "://" in path:
             continue
         try:

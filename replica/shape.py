@@ -1,6 +1,7 @@
 """What a checkpoint's `config.json` says the model is; read without torch."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,20 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 # `dynamic` and `longrope` turn the same position differently as a sequence grows: cached keys
 # would be wrong then.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# What transformers reads of them, beside `rope_theta`.
+ROPE_NUMBERS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
+ROPE_OPTIONAL = (
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -103,7 +118,7 @@ def read_shape(model_dir: str) -> ModelShape:
     path = Path(model_dir) / "config.json"
     if not path.is_file():
         raise ModelUnsupported(f"{model_dir}: no config.json", field="model")
-    config = _read_json(path)
+    config = read_json(path)
     architecture = config.get("model_type")
     if architecture not in ARCHITECTURES:
         raise ModelUnsupported(
@@ -111,8 +126,10 @@ def read_shape(model_dir: str) -> ModelShape:
             f"(supported: {', '.join(ARCHITECTURES)})",
             field="model",
         )
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        named = isinstance(quantization, Mapping)
+        method = quantization.get("quant_method", "unknown") if named else quantization
         raise ModelUnsupported(f"{path}: quantization {method!r} is not supported", field="model")
     if config.get("hidden_act", "silu") != "silu":
         raise ModelUnsupported(
@@ -120,33 +137,35 @@ def read_shape(model_dir: str) -> ModelShape:
             field="model",
         )
     generation = Path(model_dir) / "generation_config.json"
-    try:
-        return _shape(config, _read_json(generation) if generation.is_file() else {}, str(path))
-    except KeyError as missing:
-        raise ModelUnsupported(f"{path}: no {missing.args[0]!r}", field="model") from None
+    eos_tokens = _tokens(config, str(path))
+    if generation.is_file():
+        eos_tokens |= _tokens(read_json(generation), str(generation))
+    return _shape(config, eos_tokens, str(path))
 
 
-def _shape(config: Mapping[str, Any], generation: Mapping[str, Any], where: str) -> ModelShape:
+def _shape(config: Mapping[str, Any], eos_tokens: frozenset[int], where: str) -> ModelShape:
     architecture = config["model_type"]
-    heads = config["num_attention_heads"]
+    hidden = _integer(config, "hidden_size", where)
+    heads = _integer(config, "num_attention_heads", where)
     attention_bias = architecture == "qwen2" or bool(config.get("attention_bias", False))
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     if dtype not in DTYPES:
         raise ModelUnsupported(f"{where}: dtype {dtype!r} is not supported", field="model")
     return ModelShape(
         architecture=architecture,
-        layers=config["num_hidden_layers"],
-        hidden=config["hidden_size"],
+        layers=_integer(config, "num_hidden_layers", where),
+        hidden=hidden,
         heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim")
-        or (128 if architecture == "qwen3" else config["hidden_size"] // heads),
-        intermediate=config["intermediate_size"],
-        vocab=config["vocab_size"],
-        context=config["max_position_embeddings"],
-        eos_tokens=_tokens(config.get("eos_token_id")) | _tokens(generation.get("eos_token_id")),
+        kv_heads=_integer(config, "num_key_value_heads", where, heads),
+        head_dim=_integer(
+            config, "head_dim", where, 128 if architecture == "qwen3" else hidden // heads
+        ),
+        intermediate=_integer(config, "intermediate_size", where),
+        vocab=_integer(config, "vocab_size", where),
+        context=_integer(config, "max_position_embeddings", where),
+        eos_tokens=eos_tokens,
         dtype=dtype,
-        norm_eps=config.get("rms_norm_eps", 1e-6),
+        norm_eps=_number(config, "rms_norm_eps", where, 1e-6),
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=attention_bias and architecture != "mistral",
         output_bias=attention_bias and architecture in ("llama", "qwen3"),
@@ -159,28 +178,39 @@ def _shape(config: Mapping[str, Any], generation: Mapping[str, Any], where: str)
 
 def _windows(config: Mapping[str, Any], where: str) -> tuple[int | None, ...]:
     """As transformers' configurations of the four architectures decide it."""
-    layers: int = config["num_hidden_layers"]
-    window: int | None
-    match config["model_type"]:
-        case "llama":
-            return (None,) * layers
-        case "mistral":
-            window = config.get("sliding_window", 4096)
-            return (window,) * layers
-    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+    layers = _integer(config, "num_hidden_layers", where)
+    if config["model_type"] == "llama":
+        return (None,) * layers
+    mistral = config["model_type"] == "mistral"
+    window: int | None = None
+    used = mistral or config.get("use_sliding_window")
+    if used and config.get("sliding_window", 4096) is not None:  # null: no window
+        window = _integer(config, "sliding_window", where, 4096)
+    if mistral:
+        return (window,) * layers
     first = config.get("max_window_layers", 28)
+    if window is not None and not _is_integer(first):
+        raise _wrong(where, "max_window_layers", first, "an integer")
     kinds = config.get("layer_types") or [
         "sliding_attention" if window is not None and layer >= first else "full_attention"
         for layer in range(layers)
     ]
-    if len(kinds) != layers or not {"sliding_attention", "full_attention"}.issuperset(kinds):
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != layers
+        or any(kind not in ("sliding_attention", "full_attention") for kind in kinds)
+    ):
         raise ModelUnsupported(f"{where}: layer_types {kinds} are not supported", field="model")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def _rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     # `rope_parameters` since transformers 5; `rope_scaling` beside `rope_theta` before it.
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    given = config.get(name) or {}
+    if not isinstance(given, Mapping):
+        raise _wrong(where, name, given, "a mapping")
+    rope = dict(given)
     rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
     rope.pop("type", None)
     rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
@@ -195,16 +225,61 @@ def _rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise ModelUnsupported(
             f"{where}: partial_rotary_factor {partial} is not supported", field="model"
         )
+    inside = f"{where}: {name}"
+    _number(rope, "rope_theta", inside if "rope_theta" in given else where)
+    if rope["rope_type"] != "default":
+        needed = ROPE_NUMBERS[rope["rope_type"]]
+        for number in (*needed, *filter(rope.get, ROPE_OPTIONAL)):
+            _number(rope, number, inside)
     return rope
 
 
-def _tokens(value: int | list[int] | None) -> frozenset[int]:
-    if value is None:
-        return frozenset()
-    return frozenset([value] if isinstance(value, int) else value)
+def _tokens(config: Mapping[str, Any], where: str) -> frozenset[int]:
+    value = config.get("eos_token_id")
+    tokens = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(_is_integer(token) and token >= 0 for token in tokens):
+        raise _wrong(where, "eos_token_id", value, "a token or a list of tokens")
+    return frozenset(tokens)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _integer(config: Mapping[str, Any], name: str, where: str, default: int | None = None) -> int:
+    """A positive one; the default, where there is one, also for null."""
+    value = _given(config, name, where, default)
+    if not _is_integer(value) or value < 1:
+        raise _wrong(where, name, value, "a positive integer")
+    return int(value)
+
+
+def _number(
+    config: Mapping[str, Any], name: str, where: str, default: float | None = None
+) -> float:
+    """A positive one; the default, where there is one, also for null."""
+    value = _given(config, name, where, default)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and value > 0):
+        raise _wrong(where, name, value, "a positive number")
+    return float(value)
+
+
+def _given(config: Mapping[str, Any], name: str, where: str, default: float | None) -> Any:
+    value = config.get(name)
+    if value is None and default is not None:
+        return default
+    if name not in config:
+        raise ModelUnsupported(f"{where}: no {name!r}", field="model")
+    return value
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _wrong(where: str, name: str, value: Any, wanted: str) -> ModelUnsupported:
+    return ModelUnsupported(f"{where}: {name} {value!r} is not {wanted}", field="model")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object of a checkpoint's file. Raises ModelUnsupported naming the file."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

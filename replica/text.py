@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from cluster.errors import BadRequest, ModelUnsupported
+from replica.shape import read_json
 
 # A character takes at most four bytes, so at most four tokens; tokens that add no text may come
 # between. Text that still ends in U+FFFD after this many tokens is taken to be meant so.
@@ -19,6 +20,7 @@ CONTEXT_TOKENS = 6
 REPLACEMENT = "\ufffd"
 # Longer texts are tokenized on another thread: 240 kB take 0.2 s, and streams would stand still.
 INLINE_CHARACTERS = 8192
+SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -44,7 +46,13 @@ class Text:
 
         if not (Path(model_dir) / "tokenizer.json").is_file():
             raise ModelUnsupported(f"{model_dir}: has no tokenizer.json")
-        return cls(PreTrainedTokenizerFast.from_pretrained(model_dir, local_files_only=True))
+        try:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir, local_files_only=True)
+        except Exception as error:  # Of many kinds; tokenizers raises Exception itself.
+            reason = " ".join(_broken_file(Path(model_dir), error).split())
+            raise ModelUnsupported(reason) from error
+        _check_template(tokenizer, model_dir)
+        return cls(tokenizer)
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         if len(text) <= INLINE_CHARACTERS:
@@ -117,6 +125,42 @@ class Text:
         self, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True
     ) -> "Detokenizer":
         return Detokenizer(self, prompt, skip_special_tokens=skip_special_tokens)
+
+
+def _broken_file(directory: Path, error: Exception) -> str:
+    """Which of the tokenizer's files is at fault for `error`, and why."""
+    from tokenizers import Tokenizer
+
+    for path in sorted(directory.glob("*.jinja")):
+        try:
+            path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as reason:
+            return f"{path}: {reason}"
+    for name in ("tokenizer.json", *SETTINGS_FILES):
+        path = directory / name
+        if not path.is_file():
+            continue
+        try:
+            read_json(path)
+            if name == "tokenizer.json":
+                Tokenizer.from_file(str(path))
+        except ModelUnsupported as reason:
+            return reason.message
+        except Exception as reason:
+            return f"{path}: {reason}"
+    return f"{directory}: its tokenizer cannot be read: {type(error).__name__}: {error}"
+
+
+def _check_template(tokenizer: Any, model_dir: str) -> None:
+    """Raises ModelUnsupported for a chat template that is not Jinja's language."""
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise ModelUnsupported(
+            f"{model_dir}: its chat template, line {error.lineno}: {error.message}"
+        ) from error
+    except Exception:
+        pass  # It may well refuse these messages, or there is none.
 
 
 def _byte_alphabet() -> dict[str, bytes]:

@@ -1,6 +1,7 @@
 """The command line: what it says when something is wrong, and what its flags become."""
 
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -161,6 +162,59 @@ def test_what_cannot_be_served_is_said_in_one_line(
             assert status == 2, arguments
             assert words in message, arguments
             assert message.count("\n") == 1, message
+
+
+@pytest.mark.parametrize("command", ["serve", "replica"])
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("config.json", "{}", "config.json: architecture None"),
+        ("tokenizer.json", "{}", "tokenizer.json: Model missing"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json: not a JSON object"),
+        ("chat_template.jinja", "{% if %}", "its chat template, line 1: "),
+    ],
+)
+def test_a_broken_checkpoint_is_said_in_one_line(
+    command: str,
+    file: str,
+    content: str,
+    words: str,
+    model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    (broken / file).write_text(content)
+    status, message = refused(capsys, command, "--model", str(broken))
+    assert status == 2
+    assert message.startswith(f"lorafleet: --model {broken}: {broken}") and words in message
+    assert message.count("\n") == 1, message
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("tiny", "'tiny' is the base model's name"),
+        ("a" * 257, "257 characters"),
+        ("a\tb", "control characters"),
+        (" a", "begins or ends with a space"),
+    ],
+)
+def test_an_adapter_whose_name_no_client_could_use_is_refused(
+    name: str, words: str, model: str, adapter: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--model", model, "--adapter", f"{name}={adapter}")
+    status, message = refused(capsys, "serve", *arguments)
+    assert status == 2
+    assert message.startswith(f"lorafleet: --adapter {name!r}: ") and words in message
+
+
+def test_a_misspelt_key_is_told_before_what_it_leaves_out(tmp_path: Path) -> None:
+    file = tmp_path / "fleet.yaml"
+    file.write_text("engine: {modle: /m}")
+    with pytest.raises(ConfigError, match=r"engine\.modle: unknown key"):
+        read_settings({"config": file, "model": None})
 
 
 def test_commands_to_a_fleet_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

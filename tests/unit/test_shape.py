@@ -1,6 +1,7 @@
 """What is read from `config.json`, and what is refused by name."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,50 @@ def test_a_missing_dimension_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelUnsupported, match="hidden_size"):
         read_shape(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"num_hidden_layers": "4"}, "num_hidden_layers '4' is not a positive integer"),
+        ({"num_hidden_layers": True}, "num_hidden_layers True is not"),
+        ({"num_attention_heads": 0}, "num_attention_heads 0 is not"),
+        ({"num_key_value_heads": [2]}, "num_key_value_heads [2] is not"),
+        ({"head_dim": 16.5}, "head_dim 16.5 is not"),
+        ({"hidden_size": None}, "hidden_size None is not"),
+        ({"max_position_embeddings": -5}, "max_position_embeddings -5 is not"),
+        ({"rms_norm_eps": "a"}, "rms_norm_eps 'a' is not a positive number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps nan is not"),
+        ({"eos_token_id": "</s>"}, "eos_token_id '</s>' is not a token"),
+        ({"rope_theta": "1e4"}, "config.json: rope_theta '1e4' is not a positive number"),
+        ({"rope_parameters": "x"}, "rope_parameters 'x' is not a mapping"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters: no 'factor'"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling: factor '2' is not"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8}}, "rope_scaling: no 'low_freq_factor'"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": "x"}},
+            "rope_scaling: beta_fast 'x' is not",
+        ),
+        ({"model_type": "mistral", "sliding_window": "8"}, "sliding_window '8' is not"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "8"},
+            "max_window_layers '8' is not",
+        ),
+        ({"model_type": "qwen3", "layer_types": 3}, "layer_types 3 are not supported"),
+        ({"quantization_config": "awq"}, "quantization 'awq' is not supported"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_field(
+    fields: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelUnsupported, match=re.escape(words)) as caught:
+        read(tmp_path, **fields)
+    assert caught.value.message.startswith(f"{tmp_path / 'config.json'}: ")
+
+
+def test_a_wrong_token_of_generation_is_named_with_its_file(tmp_path: Path) -> None:
+    with pytest.raises(ModelUnsupported, match=r"generation_config\.json: eos_token_id 'x'"):
+        read(tmp_path, generation={"eos_token_id": "x"})
 
 
 def test_no_config_at_all(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """Text comes out the same however its tokens arrive; stop strings are found across pieces."""
 
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cluster.errors import BadRequest, ModelUnsupported
 from replica.text import HELD_TOKENS_MAX, StopStrings, Text
+from tests.models import write_tokenizer
 from tests.serving import text, tokens_of
 
 WORDS = "Hällo wörld 你好, 👩‍👩‍👧 naïve\n  tabs\tand   spaces €"
@@ -166,6 +169,39 @@ def test_template_arguments_cannot_replace_ours(name: str) -> None:
 def test_a_model_without_a_tokenizer_is_refused(tmp_path: Any) -> None:
     with pytest.raises(ModelUnsupported, match=r"tokenizer\.json"):
         Text.read(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("tokenizer.json", b'{"version": "1.0", "added', "tokenizer.json: Unterminated string"),
+        ("tokenizer.json", b"{}", "tokenizer.json: Model missing"),
+        ("tokenizer.json", b"[]", "tokenizer.json: not a JSON object"),
+        ("tokenizer_config.json", b"{", "tokenizer_config.json: Expecting property name"),
+        ("tokenizer_config.json", b"[]", "tokenizer_config.json: not a JSON object"),
+        ("tokenizer_config.json", b"\xff", "tokenizer_config.json: 'utf-8' codec"),
+        ("chat_template.jinja", b"{{ \xff }}", "chat_template.jinja: 'utf-8' codec"),
+        ("chat_template.jinja", b"a\n{% if %}", "its chat template, line 2: Expected"),
+        ("chat_template.jinja", b"{{ x | nothing }}", "its chat template, line 1: No filter"),
+    ],
+)
+def test_a_broken_file_of_the_tokenizer_is_named(
+    file: str, content: bytes, words: str, tmp_path: Path
+) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ModelUnsupported, match=re.escape(words)) as caught:
+        Text.read(str(tmp_path))
+    assert caught.value.message.startswith(str(tmp_path))
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ messages[7].a.b }}", ""])
+def test_a_template_that_refuses_some_messages_is_none_to_refuse(
+    template: str, tmp_path: Path
+) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    Text.read(str(tmp_path))
 
 
 def test_the_http_process_does_without_torch_and_ray() -> None:
