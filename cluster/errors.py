@@ -10,7 +10,7 @@ FleetError
 ├── EngineFailed              500  the engine died under the request
 ├── AdapterFailed             503  known, but its load failed; it is tried again later
 ├── CatalogUnavailable        503  Redis cannot be reached, so nothing was changed
-├── ShuttingDown              503  no new requests
+├── ShuttingDown              503  no new requests, and none that outlasts the drain time
 └── StartupError                   nothing is served: the configuration or the model is at fault
     ├── ConfigError
     └── ModelUnsupported

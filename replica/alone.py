@@ -1,16 +1,21 @@
 """One replica by itself: engine, adapters in memory, HTTP server. No Ray, no Redis."""
 
+import asyncio
+import math
 import socket
 
 import uvicorn
 
 from cluster.config import FleetConfig
 from cluster.errors import EngineFailed
+from replica.front import Engine
 from replica.link import EngineLink
-from replica.server import ServerConfig, build_app
+from replica.server import Server, ServerConfig, build_app
 from replica.shape import read_shape
 from replica.standalone import Standalone
 from replica.text import Text
+
+_LAST_WORDS_S = 0.5
 
 
 def server_config(config: FleetConfig, replica_id: str) -> ServerConfig:
@@ -27,12 +32,26 @@ def server_config(config: FleetConfig, replica_id: str) -> ServerConfig:
     )
 
 
-class _Server(uvicorn.Server):
-    """Ends also with its engine: whoever started it may start another."""
+class Listening(uvicorn.Server):
+    """Ends also with its engine: whoever started it may start another.
 
-    def __init__(self, config: uvicorn.Config, engine: EngineLink) -> None:
-        super().__init__(config)
+    Stopped, it lets requests run for `drain_s`; then those that are left are told that it ends,
+    and soon after it hangs up on clients that do not read that.
+    """
+
+    def __init__(self, app: Server, engine: Engine, drain_s: float) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_level="warning",
+                access_log=False,
+                # Above what we take ourselves: uvicorn cancels without an answer.
+                timeout_graceful_shutdown=math.ceil(drain_s + _LAST_WORDS_S) + 1,
+            )
+        )
+        self._app = app
         self._engine = engine
+        self._drain_s = drain_s
 
     async def on_tick(self, counter: int) -> bool:
         return await super().on_tick(counter) or not self._engine.alive
@@ -42,6 +61,18 @@ class _Server(uvicorn.Server):
         for listener in sockets or []:
             host, port = listener.getsockname()[:2]
             print(f"ready: http://{host}:{port}/v1", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        cutting = asyncio.create_task(self._cut())
+        await super().shutdown(sockets)
+        cutting.cancel()
+
+    async def _cut(self) -> None:
+        await asyncio.sleep(self._drain_s)
+        self._app.cut()
+        await asyncio.sleep(_LAST_WORDS_S)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 async def run(config: FleetConfig, listener: socket.socket) -> None:
@@ -54,15 +85,8 @@ async def run(config: FleetConfig, listener: socket.socket) -> None:
         await engine.start()
         adapters = Standalone(engine, config)
         await adapters.start()
-        server = _Server(
-            uvicorn.Config(
-                build_app(engine, adapters, text, server_config(config, "local")),
-                log_level="warning",
-                access_log=False,
-                timeout_graceful_shutdown=max(1, round(config.drain_s)),
-            ),
-            engine,
-        )
+        app = build_app(engine, adapters, text, server_config(config, "local"))
+        server = Listening(app, engine, config.drain_s)
         await server.serve(sockets=[listener])
         if not engine.alive:
             raise EngineFailed("the engine's process has ended")

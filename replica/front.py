@@ -26,6 +26,9 @@ class Engine(Protocol):
         Errors come as `Delta.error`. May be called from any event loop.
         """
 
+    def cut(self, reason: str) -> None:
+        """Requests that run, and any that still come, fail with ShuttingDown."""
+
     async def register(self, version: Version, path: str) -> None:
         """From now on `version.digest` may be asked for; its files are under `path`."""
 

@@ -25,7 +25,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from cluster.config import EngineConfig
-from cluster.errors import EngineFailed, FleetError, StartupError
+from cluster.errors import EngineFailed, FleetError, ShuttingDown, StartupError
 from cluster.values import LoadReport, Residency, Version
 from replica.messages import (
     Cancel,
@@ -67,6 +67,7 @@ class EngineLink:
         self._callbacks: list[Callable[[list[Residency]], None]] = []
         self._threads: list[threading.Thread] = []
         self._alive = False
+        self._cut = ""
 
     @property
     def alive(self) -> bool:
@@ -126,11 +127,15 @@ class EngineLink:
         stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
         with self._lock:
             assert request.id not in self._streams, f"{request.id} runs already"
-            alive = self._alive
-            if alive:
+            refusal: FleetError | None = None
+            if not self._alive:
+                refusal = EngineFailed("the engine's process is gone")
+            elif self._cut:
+                refusal = ShuttingDown(self._cut, retry_after_s=1.0)
+            else:
                 self._streams[request.id] = stream
-        if not alive:
-            yield Delta(request.id, error=EngineFailed("the engine's process is gone"))
+        if refusal is not None:
+            yield Delta(request.id, error=refusal)
             return
         self._outbox.put(Submit(request))
         try:
@@ -144,6 +149,15 @@ class EngineLink:
                 ended = self._streams.pop(request.id, None) is None
             if not ended:
                 self._outbox.put(Cancel(request.id))
+
+    def cut(self, reason: str) -> None:
+        with self._lock:
+            self._cut = reason
+            streams, self._streams = self._streams, {}
+        for request_id, stream in streams.items():
+            self._outbox.put(Cancel(request_id))
+            error = ShuttingDown(reason, retry_after_s=1.0)
+            _deliver(stream.loop, [(stream, Delta(request_id, error=error))])
 
     async def register(self, version: Version, path: str) -> None:
         await self._ask(lambda call: Register(call, version, path))

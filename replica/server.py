@@ -5,8 +5,8 @@ import hmac
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,8 @@ from replica.wire import DONE, Answer, ChatWire, CompletionWire, Usage, Wanted, 
 
 log = logging.getLogger(__name__)
 
+_CUT = "this replica shut down before the answer was complete"
+
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
@@ -60,7 +62,7 @@ Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class Server:
-    """The ASGI application. `close()` and `drained()` end it in good order."""
+    """The ASGI application. `close()`, `drained()` and `cut()` end it in good order."""
 
     def __init__(
         self, engine: Engine, adapters: Adapters, text: Text, config: ServerConfig
@@ -74,6 +76,7 @@ class Server:
         self._closing = False
         self._idle = asyncio.Event()
         self._idle.set()
+        self._waits: set[asyncio.Timeout] = set()
         self.active = 0
         self.routes: Mapping[str, Mapping[str, Endpoint]] = {
             "/health": {"GET": self._health},
@@ -94,6 +97,17 @@ class Server:
     async def drained(self) -> None:
         """Returns when no request is running. May be awaited in the app's own event loop only."""
         await self._idle.wait()
+
+    def cut(self) -> None:
+        """From now on running requests are answered 503 too; streams end with an error event.
+
+        May be called in the app's own event loop only.
+        """
+        self._closing = True
+        self._engine.cut(_CUT)
+        now_s = asyncio.get_running_loop().time()
+        for wait in self._waits:
+            wait.reschedule(now_s)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -159,7 +173,24 @@ class Server:
         return wrapped
 
     async def _body(self, receive: Receive) -> bytes:
-        return await asgi.read_body(receive, self._config.body_bytes_max)
+        async with self._until_cut():
+            return await asgi.read_body(receive, self._config.body_bytes_max)
+
+    @asynccontextmanager
+    async def _until_cut(self) -> AsyncIterator[None]:
+        """Around what waits for others than the engine."""
+        wait = asyncio.timeout(None)
+        try:
+            async with wait:
+                self._waits.add(wait)
+                try:
+                    yield
+                finally:
+                    self._waits.discard(wait)
+        except TimeoutError:
+            if not wait.expired():
+                raise
+            raise ShuttingDown(_CUT, retry_after_s=1.0) from None
 
     async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = parse(ChatRequest, await self._body(receive))
@@ -295,19 +326,21 @@ class Server:
     async def _load_adapter(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = parse(LoadAdapterRequest, await self._body(receive))
         self._check_name(request.lora_name)
-        done = await self._adapters.add(
-            request.lora_name,
-            request.lora_path,
-            load_inplace=request.load_inplace,
-            pinned=request.pinned,
-            weight=request.weight,
-        )
+        async with self._until_cut():
+            done = await self._adapters.add(
+                request.lora_name,
+                request.lora_path,
+                load_inplace=request.load_inplace,
+                pinned=request.pinned,
+                weight=request.weight,
+            )
         await _acknowledge(send, f"Success: LoRA adapter '{done.name}' added successfully.", done)
 
     async def _unload_adapter(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = parse(UnloadAdapterRequest, await self._body(receive))
         self._check_name(request.lora_name)
-        done = await self._adapters.remove(request.lora_name)
+        async with self._until_cut():
+            done = await self._adapters.remove(request.lora_name)
         await _acknowledge(send, f"Success: LoRA adapter '{done.name}' removed successfully.", done)
 
     def _check_name(self, name: str) -> None:

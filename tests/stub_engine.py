@@ -150,6 +150,12 @@ class StubEngine:
             logprobs = tuple(_logprobs(token, sampling.logprobs) for token in tokens)
         return Delta(request.id, tuple(tokens), logprobs, finish)
 
+    def cut(self, reason: str) -> None:
+        for row in self._rows.values():
+            error = ShuttingDown(reason, retry_after_s=1.0)
+            row.deltas.put_nowait(Delta(row.request.id, error=error))
+        self._rows.clear()
+
     async def register(self, version: Version, path: str) -> None:
         self._registered[version.digest] = version
         self._tell([self._entry(version)])

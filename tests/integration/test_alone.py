@@ -1,5 +1,6 @@
 """`lorafleet replica`: one engine and its server, started through the command line."""
 
+import json
 import re
 import signal
 import subprocess
@@ -30,6 +31,9 @@ def alone(files: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes]
     command = [LORAFLEET, "replica", "--model", str(files / "tiny"), "--port", "0"]
     command += ["--adapter", f"fr={files / 'fr'}", "--adapter-root", str(files)]
     command += ["--dtype", "float32", "--adapter-memory", "4MiB", "--served-model-name", "base"]
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("drain_s: 0.0\n")
+    command += ["--config", str(settings)]
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment())
 
@@ -92,6 +96,22 @@ def test_it_answers_takes_adapters_and_ends_quietly(
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 0
     assert psutil.wait_procs(started, timeout=3)[1] == []
+    assert log.read_text() == f"ready: {url}/v1\n"
+
+
+def test_streams_that_it_stops_are_told(
+    alone: tuple[subprocess.Popen[bytes], str, Path],
+) -> None:
+    process, url, log = alone
+    body = {"model": "base", "prompt": "hello", "max_tokens": 400, "n": 32, "stream": True}
+    body |= {"ignore_eos": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as answer:
+        lines = answer.iter_lines()
+        assert next(lines).startswith("data: ")
+        process.send_signal(signal.SIGTERM)
+        last = [line for line in lines if line][-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
+    assert process.wait(10) == 0
     assert log.read_text() == f"ready: {url}/v1\n"
 
 
