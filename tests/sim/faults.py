@@ -428,7 +428,7 @@ FAULTS = (
         "budget",
         "a place is given back that is being copied into",
         "victims",
-        "return self._extents.packed(victims, immovable=loading)[0] <= end",
+        "return self._extents.packed(set(victims), immovable=loading)[0] <= end",
         "return True",
     ),
     _fault(
