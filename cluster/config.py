@@ -148,10 +148,8 @@ class EngineConfig:
             if getattr(self, name) is not None:
                 _not_negative(name, getattr(self, name))
         for name, most in (("threads", _THREADS_MAX), ("directory_slots", _SLOTS_MAX)):
-            if (getattr(self, name) or 0) > most:
-                raise ConfigError(
-                    f"{name}: {getattr(self, name)} must not be more than {most}", field=name
-                )
+            if getattr(self, name) is not None:
+                _at_most(name, getattr(self, name), most)
         slots = self.directory_slots - 1  # the base model has one
         if slots < (self.slots_max or 1):
             name = "slots_max" if slots else "directory_slots"
@@ -200,10 +198,7 @@ class FleetConfig:
             _positive(name, getattr(self, name))
         for name in ("drain_s", "cpus_per_replica"):
             _not_negative(name, getattr(self, name))
-        if self.drain_s > _DRAIN_MAX_S:
-            raise ConfigError(
-                f"drain_s: {self.drain_s} must not be more than {_DRAIN_MAX_S}", field="drain_s"
-            )
+        _at_most("drain_s", self.drain_s, _DRAIN_MAX_S)
         if not self.host:
             raise ConfigError("host: '' is no address; 0.0.0.0 is all of them", field="host")
         if not all(self.api_keys):
@@ -240,6 +235,11 @@ def _positive(name: str, value: float) -> None:
 def _not_negative(name: str, value: float) -> None:
     if not value >= 0:
         raise ConfigError(f"{name}: {value} must not be less than 0", field=name)
+
+
+def _at_most(name: str, value: float, most: float) -> None:
+    if not value <= most:
+        raise ConfigError(f"{name}: {value} must not be more than {most}", field=name)
 
 
 Config = TypeVar("Config")

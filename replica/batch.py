@@ -75,9 +75,10 @@ class Batch:
 
     def hopeful(self) -> list[Request]:
         """Those that may get on the batch though there are no pages, in no particular order."""
-        first = [self._passed_over[0]] if self._passed_over is not None else []
-        others = [r for r in self.parked.values() if r not in first and self.placed(r)]
-        return first + others
+        parked = [r for r in self.parked.values() if self.placed(r)]
+        if self._passed_over is None or self._passed_over[0].id in self.parked:
+            return parked
+        return [*parked, self._passed_over[0]]
 
     def admit(self, request: Request, now_s: float, alone: bool) -> bool:
         """Onto the batch. alone: nothing else runs in this step, so parked pages may be dropped."""

@@ -59,6 +59,7 @@ class Extents:
     def packed(self, gone: Collection[str], immovable: Collection[str]) -> tuple[int, int]:
         """Once these have left and the others slid down: where the last image ends, and the largest
         hole before it."""
+        gone = frozenset(gone)
         end = hole = 0
         for offset, size, digest in self._in_order():
             if digest in gone:

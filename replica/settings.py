@@ -34,13 +34,9 @@ def read_settings(flags: Mapping[str, Any]) -> FleetConfig:
             data["adapter_roots"] = value
         else:
             data[name] = value
-    for key in engine:
-        if key not in engine_fields:
-            known = ", ".join(sorted(engine_fields))
-            raise ConfigError(f"engine.{key}: unknown key (known: {known})", field=f"engine.{key}")
-    if not engine.get("model"):
+    settings = load(FleetConfig, {**data, "engine": {"model": "", **engine}})
+    if not settings.engine.model:
         raise ConfigError("--model: required: the directory of a Hugging Face checkpoint")
-    settings = load(FleetConfig, {**data, "engine": engine})
     # The replicas run in other directories.
     return dataclasses.replace(
         settings,

@@ -85,7 +85,7 @@ class Victims:
         if not self._free_slots and not idle:
             return None
         size = self._adapters[digest].bytes
-        end, hole = self._extents.packed(set(idle), immovable=self.loading())
+        end, hole = self._extents.packed(idle, immovable=self.loading())
         return self._budget.free_for(end if hole >= size else end + size)
 
     def loading(self) -> list[str]:
@@ -115,13 +115,13 @@ class Victims:
         size, limit = self._adapters[digest].bytes, self.limit_bytes
         if limit - self._extents.used + self._bytes(victims) < size:
             return False
-        end, hole = self._extents.packed(set(victims), immovable=loading)
+        end, hole = self._extents.packed(victims, immovable=loading)
         return max(hole, limit - limit % self._extents.alignment - end) >= size
 
     def _ends_at(self, end: int, victims: Sequence[str], loading: Collection[str]) -> bool:
         if self._extents.used - self._bytes(victims) > end:
             return False
-        return self._extents.packed(set(victims), immovable=loading)[0] <= end
+        return self._extents.packed(victims, immovable=loading)[0] <= end
 
     def _bytes(self, digests: Sequence[str]) -> int:
         return sum(self._adapters[digest].bytes for digest in digests)

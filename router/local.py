@@ -254,7 +254,6 @@ class _Hush:
     """Ray and Serve write on both streams as they please; into a file with that, until `end`."""
 
     def __init__(self, log: Path) -> None:
-        log.parent.mkdir(parents=True, exist_ok=True)
         sys.stdout.flush()
         sys.stderr.flush()
         self._kept = [(fd, os.dup(fd)) for fd in (1, 2)]

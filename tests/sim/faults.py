@@ -49,15 +49,15 @@ FAULTS = (
         "scheduler",
         "parked rows wait for pages that they have",
         "batch",
-        "return first + others",
-        "return first",
+        "return [*parked, self._passed_over[0]]",
+        "return [self._passed_over[0]]",
     ),
     _fault(
         "scheduler",
         "who was passed over for pages is not asked again while there are none",
         "batch",
-        "return first + others",
-        "return others",
+        "return [*parked, self._passed_over[0]]",
+        "return parked",
     ),
     _fault(
         "scheduler",
@@ -428,7 +428,7 @@ FAULTS = (
         "budget",
         "a place is given back that is being copied into",
         "victims",
-        "return self._extents.packed(set(victims), immovable=loading)[0] <= end",
+        "return self._extents.packed(victims, immovable=loading)[0] <= end",
         "return True",
     ),
     _fault(
