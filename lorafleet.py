@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import math
 import os
 import signal
@@ -9,6 +10,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -292,6 +294,39 @@ def upstream(
     print(HEADER)
     for name in TABLES:
         print("", *lines(compare(name, seeds)), sep="\n", flush=True)
+
+
+@simulate_cli.command("workload")
+def simulate_workload(
+    file: Annotated[Path, typer.Argument(help="YAML: card, memory, adapters, arrivals …")],
+    json_only: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="ours, skip, drain or resident. Repeat it for more (default: ours)."),
+    ] = None,
+    ttft_slo: Annotated[float, typer.Option(help="For goodput: seconds to the first token.")] = 1.0,
+    tpot_slo: Annotated[float, typer.Option(help="For goodput: seconds a token after it.")] = 0.05,
+) -> None:
+    """Simulate a workload on a card: what the scheduler makes of it, without a model or a GPU.
+
+    Example: lorafleet simulate workload chat.yaml --policy ours --policy skip
+    """
+    import json
+
+    from replica.settings import read_workload
+    from replica.simulated_workload import POLICIES, Slo, simulate, table
+
+    chosen = policy or ["ours"]
+    for name in chosen:
+        if name not in POLICIES:
+            raise ConfigError(f"--policy: {name!r} is not one of {', '.join(POLICIES)}")
+    workload, recorded = read_workload(file)
+    slo = Slo(ttft_slo, tpot_slo)
+    found = {name: simulate(workload, name, recorded, slo) for name in chosen}
+    if json_only:
+        print(json.dumps({name: dataclasses.asdict(each) for name, each in found.items()}, indent=2))
+    else:
+        print(*table(found), sep="\n")
 
 
 @bench_cli.callback()

@@ -304,4 +304,5 @@ class Batch:
         self._flight.took_from(request)
         self._pages.give_back(request.pages)
         request.pages = []
+        request.lost = max(request.lost, request.computed)
         request.computed = request.published = 0

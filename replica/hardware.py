@@ -24,12 +24,15 @@ published figures; all the others are predicted (`upstream.py` compares them):
           upstream rate 11 GB/s: 15512-large's mean TTFT before, 2,221 ms
     A100  fixed_s 4.7 ms: 17913's mean E2E − mean TTFT before, 4,150 ms
           upstream rate 3 GB/s: the same after, 4,223 ms
+
+The H100, L40S and A10G have vendors' figures and the fixed price of the nearest card above.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from cluster.values import Tier
 from replica.plan import Work
 
 WEIGHT_BYTES = 15.0e9
@@ -45,15 +48,19 @@ _PEAK_SHARE = 0.7
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """bytes_per_s: memory bandwidth. copy_bytes_per_s: host to device. load_s: of any load."""
+    """bytes_per_s: memory bandwidth. copy_bytes_per_s: host to device; disk_bytes_per_s: from files,
+    None: at the same rate. upstream_bytes_per_s: None where no server was measured. load_s: of any
+    load.
+    """
 
     name: str
     bytes_per_s: float
     flop_per_s: float
     copy_bytes_per_s: float
     fixed_s: float
-    upstream_bytes_per_s: float
     memory_bytes: float
+    upstream_bytes_per_s: float | None = None
+    disk_bytes_per_s: float | None = None
     load_s: float = 0.0
 
     def step_s(self, rows: Sequence[Work], ranks: Mapping[str | None, int]) -> float:
@@ -76,14 +83,22 @@ class Card:
         """What prompt tokens add to a step."""
         return TOKEN_FLOP * tokens / (_PEAK_SHARE * self.flop_per_s)
 
-    def copy_s(self, size: int) -> float:
-        return self.load_s + size / self.copy_bytes_per_s
+    def copy_s(self, size: int, source: Tier = Tier.HOST) -> float:
+        rate = self.copy_bytes_per_s
+        if source is Tier.DISK and self.disk_bytes_per_s is not None:
+            rate = self.disk_bytes_per_s
+        return self.load_s + size / rate
 
     def move_s(self, size: int) -> float:
         return 2 * size / (_BANDWIDTH_SHARE * self.bytes_per_s)
 
+    def with_files(self, bytes_per_s: float) -> "Card":
+        """The same card, where adapters that host memory does not hold come from files."""
+        return dataclasses.replace(self, disk_bytes_per_s=bytes_per_s)
+
     def as_upstream(self) -> "Card":
         """The same card, loading at the rate the measured servers did."""
+        assert self.upstream_bytes_per_s is not None
         return dataclasses.replace(
             self, copy_bytes_per_s=self.upstream_bytes_per_s, load_s=UPSTREAM_LOAD_S
         )
@@ -99,9 +114,38 @@ class Card:
         return int((0.9 * self.memory_bytes - ALL_WEIGHT_BYTES) / PAGE_BYTES)
 
 
-H200 = Card("h200-llama8b", 4.8e12, 990e12, 55e9, 0.0045, 11e9, 141e9)
-A100 = Card("a100-llama8b", 2.04e12, 312e12, 25e9, 0.0047, 3e9, 80e9)
-CARDS = {card.name: card for card in (H200, A100)}
+H200 = Card("h200-llama8b", 4.8e12, 990e12, 55e9, 0.0045, 141e9, upstream_bytes_per_s=11e9)
+H100 = Card("h100-llama8b", 3.35e12, 990e12, 55e9, 0.0045, 80e9)
+A100 = Card("a100-llama8b", 2.04e12, 312e12, 25e9, 0.0047, 80e9, upstream_bytes_per_s=3e9)
+L40S = Card("l40s-llama8b", 0.864e12, 362e12, 25e9, 0.0047, 48e9)
+A10G = Card("a10g-llama8b", 0.6e12, 125e12, 25e9, 0.0047, 24e9)
+CARDS = {card.name: card for card in (H200, H100, A100, L40S, A10G)}
+# Files are read, hashed and copied.
+DISK_BYTES_PER_S = 1.3e9
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredCard:
+    """A card of which only these three are known: a decode step, a prompt token, and copies."""
+
+    decode_s: float
+    prefill_token_s: float
+    copy_bytes_per_s: float
+    disk_bytes_per_s: float
+
+    def step_s(self, rows: Sequence[Work], ranks: Mapping[str | None, int]) -> float:
+        prompt_tokens = sum(w.end - w.start for w in rows if w.end - w.start > 1)
+        return self.decode_s + self.prompt_s(prompt_tokens)
+
+    def prompt_s(self, tokens: float) -> float:
+        return tokens * self.prefill_token_s
+
+    def copy_s(self, size: int, source: Tier = Tier.HOST) -> float:
+        return size / (self.disk_bytes_per_s if source is Tier.DISK else self.copy_bytes_per_s)
+
+    def move_s(self, size: int) -> float:
+        """Hidden in a step."""
+        return 0.0
 
 
 def image_bytes(rank: int) -> int:

@@ -131,6 +131,7 @@ class Request:
     What was planned is counted before it has committed (`flight.py`): tokens: length of prompt +
     output, with a token that a step in flight will give. computed: those of them whose keys and
     values lie in `pages` when that step has committed. step: the last step that has a row of it.
+    lost: up to which token it was computed when it last gave its pages up.
 
     cached: prompt tokens that were found in the prefix cache when it began. published: full pages
     that others can find; link: names the last of them. slot: its adapter's, while it runs.
@@ -150,6 +151,7 @@ class Request:
     tokens: int = field(init=False)
     computed: int = 0
     step: int = 0
+    lost: int = 0
     pages: list[int] = field(default_factory=list)
     cached: int = 0
     published: int = 0

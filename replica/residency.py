@@ -220,6 +220,13 @@ class Residency:
         for dropped in self.host.keep(digest, self.adapters[digest].bytes):
             self._left_host(dropped)
 
+    def begin_on_host(self, digest: str) -> None:
+        """Host memory holds its image before it was ever loaded."""
+        adapter = self.adapters[digest]
+        assert adapter.tier is Tier.DISK
+        self.keep_on_host(digest)
+        adapter.tier = Tier.HOST
+
     def drop_from_host(self) -> bool:
         """Host memory gives up the image that was used longest ago; False when it holds none."""
         dropped = self.host.drop_oldest()

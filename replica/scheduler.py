@@ -28,6 +28,7 @@ from replica.flight import Flight
 from replica.loads import BASE_PLACE, Loads, Switches
 from replica.pages import Pages
 from replica.plan import Plan, Work
+from replica.progress import Progress
 from replica.request import ENDED, Delta, Finish, NewRequest, Phase, Request, Sampled
 from replica.residency import Residency
 from replica.share import Share
@@ -55,6 +56,7 @@ class Scheduler:
         self.switches = switches or Switches()
         self.share = share or Share()
         self.stories = Stories()
+        self.progress = Progress()
         self.waiting = Waiting()
         self.flight = Flight()
         self.batch = Batch(
@@ -218,8 +220,12 @@ class Scheduler:
         deltas = []
         page_tokens, running, share = self.pages.page_tokens, Phase.RUNNING, self.share.on
         make = tuple.__new__
+        computed = again = 0
         for (request, start, end, _, sample), choice in zip(plan.rows, chosen, strict=True):
             assert sample == (choice is not None)
+            computed += end - start
+            if start < request.lost:
+                again += min(end, request.lost) - start
             if request.phase is not running:
                 if request.phase in ENDED:
                     continue  # it ended after this row was planned
@@ -246,6 +252,8 @@ class Scheduler:
             deltas.append(make(Delta, given))
             if finish is not None:
                 self._end(request, Phase.FINISHED, now_s)
+        self.progress.needed += computed - again
+        self.progress.again += again
         self._release()
         return deltas
 

@@ -14,13 +14,16 @@ from cluster.versions import check_name
 from replica.adapter_files import inspect
 from replica.shape import read_shape
 from replica.text import Text
+from replica.traces import Recorded, read_trace
+from replica.workload_file import Workload
+from replica.workload_file import parse as parse_workload
 
 
 def read_settings(flags: Mapping[str, Any]) -> FleetConfig:
     """The file of --config, then the flags that were given. Raises ConfigError."""
     data: dict[str, Any] = {}
     if flags["config"] is not None:
-        data = _read_yaml(flags["config"])
+        data = _read_yaml(flags["config"], f"--config {flags['config']}")
     engine = _section(data, "engine")
     engine_fields = {field.name for field in dataclasses.fields(EngineConfig)}
     for name, value in flags.items():
@@ -47,14 +50,38 @@ def read_settings(flags: Mapping[str, Any]) -> FleetConfig:
     )
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_workload(path: Path) -> tuple[Workload, list[Recorded]]:
+    """The file of `simulate workload`, and its slice of the trace that it names, if it does; a trace's
+    path is relative to the file. Raises ConfigError.
+    """
+    workload = parse_workload(_read_yaml(path, str(path)))
+    arrivals = workload.arrivals
+    if arrivals.trace is None:
+        return workload, []
+    trace = path.parent / os.path.expanduser(arrivals.trace)
+    try:
+        with trace.open() as lines:
+            recorded = read_trace(lines, str(trace))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"arrivals.trace: {error}", field="arrivals.trace") from error
+    end = arrivals.start + arrivals.requests
+    if end > len(recorded):
+        raise ConfigError(
+            f"arrivals: {arrivals.requests} requests from number {arrivals.start} on, but {trace} "
+            f"has {len(recorded)}",
+            field="arrivals",
+        )
+    return workload, recorded[arrivals.start : end]
+
+
+def _read_yaml(path: Path, where: str) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text()) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"--config {path}: {reason}", field="config") from error
+        raise ConfigError(f"{where}: {reason}", field="config") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"--config {path}: not a mapping of settings", field="config")
+        raise ConfigError(f"{where}: not a mapping of settings", field="config")
     return data
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.config import EngineConfig
+from cluster.values import Tier
 from replica.hardware import Card
 from replica.hardware import image_bytes as card_bytes
 from replica.plan import Work
@@ -74,7 +75,7 @@ class Pace:
         rank_sum = sum(ranks[digest] for digest in {work.request.digest for work in rows})
         return self._card.batch_s(context, prompt_tokens, rank_sum) * lengths / self._size.times
 
-    def copy_s(self, size: int) -> float:
+    def copy_s(self, size: int, source: Tier = Tier.HOST) -> float:
         return size / self.copy_bytes_per_s
 
     def move_s(self, size: int) -> float:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Protocol
 
+from cluster.values import Tier
 from replica.adapter import Load
 from replica.plan import Plan, Work
 from replica.request import NewRequest, Sampled, Sampling
@@ -24,7 +25,7 @@ class Model(Protocol):
 
     def step_s(self, rows: Sequence[Work], ranks: Mapping[str | None, int]) -> float: ...
 
-    def copy_s(self, size: int) -> float: ...
+    def copy_s(self, size: int, source: Tier = Tier.HOST) -> float: ...
 
     def move_s(self, size: int) -> float:
         """Within the device's memory."""
@@ -48,6 +49,11 @@ class Record:
     @property
     def e2e_s(self) -> float:
         return self.last_s - self.arrival.at_s
+
+    @property
+    def tpot_s(self) -> float:
+        """Between tokens on average; 0 of a single one."""
+        return (self.e2e_s - self.ttft_s) / max(self.tokens - 1, 1)
 
     def token(self, now_s: float) -> None:
         if self.first_s is None:
@@ -102,14 +108,14 @@ class Twin:
 
     def _arrive(self, name: str, arrival: Arrival) -> None:
         sampling = Sampling(max_tokens=arrival.output_tokens, temperature=0.0, ignore_eos=True)
-        prompt = (0,) * arrival.prompt_tokens
+        prompt = arrival.prompt(len(self._records))
         self._records[name] = Record(arrival)
         self.scheduler.add(NewRequest(name, prompt, sampling, arrival.adapter), arrival.at_s)
 
     def _end_copies(self) -> None:
         while self._copies and self._copies[0][0] <= self.now_s:
             _, _, load, copy_s = heapq.heappop(self._copies)
-            self.scheduler.costs.copied(load.bytes, load.source, copy_s)
+            self._copied(load, copy_s)
             self.scheduler.loaded(load.digest, self.now_s)
 
     def _step(self) -> float | None:
@@ -152,15 +158,22 @@ class Twin:
             self.now_s += self.model.move_s(moved)
             if room.load is None:
                 continue
-            copy_s = self.model.copy_s(room.load.bytes)
+            copy_s = self.model.copy_s(room.load.bytes, room.load.source)
             if self.scheduler.switches.overlap:
                 # One copy engine: copies follow one another.
                 self._copies_end_s = max(self._copies_end_s, self.now_s) + copy_s
                 entry = (self._copies_end_s, room.load.slot, room.load, copy_s)
                 heapq.heappush(self._copies, entry)
             else:
-                self.scheduler.costs.copied(room.load.bytes, room.load.source, copy_s)
+                self._copied(room.load, copy_s)
                 self.now_s += copy_s
+
+    def _copied(self, load: Load, copy_s: float) -> None:
+        """As in the engine: what was read from files stays in host memory, where there is any."""
+        self.scheduler.costs.copied(load.bytes, load.source, copy_s)
+        residency = self.scheduler.residency
+        if load.bytes and load.digest not in residency.host and residency.host.fits(load.bytes):
+            residency.keep_on_host(load.digest)
 
     def _checked(self) -> None:
         if self.check:
@@ -181,7 +194,7 @@ class Figures:
 
 def figures(records: Sequence[Record]) -> Figures:
     ttft = sorted(r.ttft_s * 1e3 for r in records)
-    tpot = [(r.e2e_s - r.ttft_s) / (r.tokens - 1) * 1e3 for r in records if r.tokens > 1]
+    tpot = [r.tpot_s * 1e3 for r in records if r.tokens > 1]
     return Figures(
         ttft_mean_ms=statistics.fmean(ttft),
         ttft_p50_ms=statistics.median(ttft),

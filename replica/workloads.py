@@ -11,18 +11,34 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from replica.traces import BLOCK_TOKENS
+
+_OWN_TOKENS = 2**24
+
 Choice = Literal["uniform", "distinct", "skewed"]
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request to come. adapter: its name, None for the base model. stream: whose figures."""
+    """One request to come. adapter: its name, None for the base model. stream: whose figures.
+    blocks: names of the prompt's beginnings, `traces.BLOCK_TOKENS` each; those of one name are alike.
+    """
 
     at_s: float
     adapter: str | None
     prompt_tokens: int
     output_tokens: int
     stream: str
+    blocks: tuple[int, ...] = ()
+
+    def prompt(self, number: int) -> tuple[int, ...]:
+        """Tokens that no other request's prompt begins with, but for its blocks. number: its own."""
+        named = min(len(self.blocks) * BLOCK_TOKENS, self.prompt_tokens)
+        known = (
+            block * BLOCK_TOKENS + i for block in self.blocks for i in range(BLOCK_TOKENS)
+        )
+        own = range(-(number + 1) * _OWN_TOKENS, -(number + 1) * _OWN_TOKENS + _OWN_TOKENS)
+        return (*itertools.islice(known, named), *own[: self.prompt_tokens - named])
 
 
 @dataclass(frozen=True, slots=True)
