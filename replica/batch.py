@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable
 
 from replica.adapter import PageMove, Room
 from replica.flight import Flight
+from replica.growth import Growth
 from replica.pages import Pages
 from replica.request import Phase, Request
 from replica.residency import Residency
@@ -30,6 +31,7 @@ class Batch:
         waiting: Waiting,
         stories: Stories,
         flight: Flight,
+        growth: Growth,
     ) -> None:
         self.rows_max = rows_max
         self.running: dict[str, Request] = {}
@@ -41,6 +43,9 @@ class Batch:
         self._waiting = waiting
         self._stories = stories
         self._flight = flight
+        self._growth = growth
+        self._peak: int | None = None  # pages that rows will need, of this step
+        self._ample: bool | None = None
         self._passed_over: tuple[Request, float] | None = None
         self._kept: tuple[int, float] = (0, math.inf)
         self._rooms: list[Room] = []
@@ -58,6 +63,8 @@ class Batch:
     def begin_step(self, rooms: list[Room], draining: Collection[str]) -> None:
         """rooms: where to put what makes room for pages. draining: whose place is promised."""
         self._rooms, self._draining = rooms, draining
+        self._peak = None
+        self._ample = None
         self._kept = (0, math.inf)
         self._none_from = math.inf
         if self._passed_over is not None and not self.placed(self._passed_over[0]):
@@ -66,7 +73,7 @@ class Batch:
     def hopeless(self, request: Request) -> bool:
         """There are no pages for it; nor for others, but for parked rows that kept theirs."""
         return (
-            self._pages.free == 0
+            self._pages.free <= self.peak
             and (self._residency.budget is None or self._none_from <= 1)
             and not request.pages
             and self._passed_over is not None
@@ -117,8 +124,9 @@ class Batch:
             request.link = self._pages.publish(request.link, tokens, request.pages[index])
             request.published = index + 1
 
-    def park_all(self, places: tuple[str, ...], now_s: float) -> bool:
-        """All rows of these adapters, with their pages; False, and nothing done, if too many.
+    def park_all(self, places: tuple[str, ...], newcomer: Request, now_s: float) -> bool:
+        """All rows of these adapters, with their pages, for the newcomer's; False, and nothing done,
+        if these could not stay beside what the others and the newcomer will need.
 
         Rows that lost their pages each time they were parked would get nowhere.
         """
@@ -126,6 +134,13 @@ class Batch:
         held = self._parked_pages() + sum(len(r.pages) for r in rows)
         if self._parked_pages_max is not None and held > self._parked_pages_max:
             return False
+        stay = [r for r in self.running.values() if r.place not in places]
+        needed = self._growth.peak(stay, [*self.parked.values(), *rows])
+        if newcomer.id not in self.parked:
+            needed += self._growth.of(newcomer)
+        if self._growth.spent >= 1 or needed > self._pages.free:
+            return False
+        self._peak = None
         for request in rows:
             self._off(request, now_s)
             request.become(Phase.PARKED)
@@ -133,6 +148,27 @@ class Batch:
             self._waiting.add(request)
             self._stories.note(request.id, now_s, Event.PARKED)
         return True
+
+    @property
+    def short(self) -> bool:
+        """A request that could run finds no pages."""
+        return self._passed_over is not None
+
+    @property
+    def ample(self) -> bool:
+        """There are pages for all that wait, beside what the others will need."""
+        if self._ample is None:
+            left = self._pages.free - self.peak
+            for request in self._waiting:
+                if left < 0:
+                    break
+                if not request.pages:
+                    left -= self._growth.of(request)
+            self._ample = left >= 0
+        return self._ample
+
+    def holds_pages(self, request: Request) -> bool:
+        return bool(request.pages)
 
     def has_pages_for(self, request: Request) -> bool:
         missing = self._pages.needed(request.tokens) - self._pages.free
@@ -194,7 +230,11 @@ class Batch:
         assert most is None or self._parked_pages() <= most
 
     def _give_pages(self, request: Request, now_s: float, alone: bool) -> bool:
-        found = self._find_prefix(request) if not request.pages else ()
+        back = bool(request.pages)  # what it will need is left free already
+        if not (back or alone or self._may_fit(request)):
+            self._pass_over(request, now_s)
+            return False
+        found = self._find_prefix(request) if not back else ()
         count = self._pages.needed(request.tokens) - len(request.pages)
         if count <= 0:
             return True
@@ -203,17 +243,42 @@ class Batch:
             patient = self._saves_for(request, now_s)
             saved = 0 if patient else self._saved(now_s)
         kept = 0 if alone else self._kept_from(request)
+        grown = 0
+        if not (alone or back):
+            grown = self.peak + max(self._growth.of(request) - count, 0)
+            if 0 < count + grown - self._pages.free:
+                self._make_pages(count + grown - self._pages.free, now_s, False, request)
         pages = None
-        if not (saved or kept) or self._pages.free - count >= saved + kept:
-            pages = self._take(count, now_s, drop=alone or patient, spare=request)
-        if pages is None and not saved and self._passed_over is None:
-            self._passed_over = (request, now_s)
+        if not (saved or kept or grown) or self._pages.free - count >= saved + kept + grown:
+            pages = self._take(count, now_s, drop=alone, spare=request)
+        if pages is None and not saved:
+            self._pass_over(request, now_s)
         if pages is None:
             if found:
                 self._forget_pages(request)
             return False
         request.pages += pages
+        if not back and self._peak is not None:
+            self._peak += max(self._growth.of(request), 0)
         return True
+
+    @property
+    def peak(self) -> int:
+        """Pages that rows of the batch and parked ones will need."""
+        if self._peak is None:
+            self._peak = self._growth.peak(self.running.values(), self.parked.values())
+        return self._peak
+
+    def _may_fit(self, request: Request) -> bool:
+        """False only where even with all that idle adapters give there are too few pages."""
+        if self._pages.may_match(request.digest, request.prompt):
+            return True
+        missing = self._pages.needed(request.tokens) + self.peak - self._pages.free
+        return missing <= 0 or missing <= self._residency.victims.spare_pages()
+
+    def _pass_over(self, request: Request, now_s: float) -> None:
+        if self._passed_over is None:
+            self._passed_over = (request, now_s)
 
     def _find_prefix(self, request: Request) -> tuple[int, ...]:
         """At least one token is left to compute: its logits choose the next one."""

@@ -13,6 +13,7 @@ An adapter starves when requests wait for it and no idle adapter can leave for i
   done is waited out.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,9 @@ from cluster.values import Tier
 from replica.adapter import Adapter
 from replica.request import Request
 from replica.residency import Residency
+
+# Of a slice: a victim that ends sooner is waited out.
+_SOON = 0.0
 
 # A slice lasts at least so many times as long as bringing one image in and the other back.
 _COPIES_A_SLICE = 5
@@ -121,20 +125,35 @@ class Drainer:
             self.started += 1
 
     def park(
-        self, digest: str, keep: set[str], running: Iterable[Request], now_s: float
+        self,
+        digest: str,
+        keep: set[str],
+        running: Iterable[Request],
+        waiting: Sequence[Request],
+        now_s: float,
     ) -> Way | None:
-        """Whose rows to park for a starving adapter, none of `keep`; None while it has to wait."""
+        """Whose rows to park for a starving adapter, none of `keep`; None while it has to wait.
+
+        waiting: its own requests. Where all of them have tokens already, it takes the place of one
+        that has more left to do, until it has waited for as long as its turn takes to come.
+        """
         if not self.sharing.park:
             return None
         left = _longest(running)
         adapter = self._residency.adapters[digest]
         copy_s = self._residency.copy_s
+        most = math.inf
+        if not self._due(adapter, waiting, now_s):
+            most = max(r.remaining for r in waiting) / len(waiting)
         over, ending = [], []
         for victim in self._in_use():
             copies_s = copy_s(victim) + copy_s(adapter)
-            if left[victim.digest] * self._costs.decode_s <= copies_s:
+            slice_s = self.slice_s(copies_s)
+            if left[victim.digest] * self._costs.decode_s <= max(copies_s, _SOON * slice_s):
                 ending.append(victim)
-            elif now_s - victim.slice_s >= self.slice_s(copies_s):
+            elif now_s - victim.slice_s >= slice_s and (
+                most == math.inf or left[victim.digest] / victim.users > most
+            ):
                 over.append(victim)
         ending.sort(key=lambda a: (left[a.digest], a.digest))
         wait_out = self._victims(digest, keep, ending)
@@ -143,6 +162,16 @@ class Drainer:
         over.sort(key=lambda a: (-left[a.digest], a.slice_s, a.digest))
         victims = self._victims(digest, keep, over)
         return None if victims is None else Way(victims=tuple(victims))
+
+    def _due(self, adapter: Adapter, waiting: Sequence[Request], now_s: float) -> bool:
+        """A request of it has no token yet, or it waited for the turns of all others but one."""
+        if adapter.starved_s is None or not all(request.begun for request in waiting):
+            return True
+        adapters, pinned = self._residency.adapters.values(), self._residency.pinned
+        places = max(len(self._residency.placed) - pinned, 1)
+        turns = -(-(len(adapters) - pinned - places) // places)
+        copies_s = 2 * self._costs.copy_s(adapter.bytes)
+        return now_s - adapter.starved_s >= 2 * (turns - 1) * (self.slice_s(copies_s) + copies_s)
 
     def saves_for(self, digest: str, keep: set[str], now_s: float) -> bool:
         """Whether nobody else may take a place, for this one found none for longer than a slice.

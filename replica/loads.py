@@ -20,6 +20,12 @@ from replica.waiting import Waiting
 # The place that the base model takes when `base_slot` is shared: no bytes, but a slot.
 BASE_PLACE = ""
 
+# So many of the shortest turns after pages were short rows are parked again.
+_CALM_TURNS = 10
+
+# Prompts that take longer than so many of the shortest turns wait: computing is what is short.
+_PILE_TURNS = 4
+
 # A copy that is not there when it was expected is given this part of a prefill more.
 _LATE = 0.1
 
@@ -63,6 +69,7 @@ class Loads:
         self._drainer = drainer
         self._costs = costs
         self._stories = stories
+        self._short_s = -math.inf  # when pages were short for the last time
 
     def plan(self, first: str | None, now_s: float, closed: set[str]) -> list[Room]:
         """Begin the loads there is room for; those who find none take a place, or wait.
@@ -100,7 +107,8 @@ class Loads:
                 if not self._has_pages(digest, now_s):
                     continue  # it starves for pages: a place would not help it
                 victims = self._take_place(digest, keep, now_s, closed)
-                if victims is None and self._drainer.sharing.park:
+                begun = self._waiting.all_begun(digest)
+                if victims is None and self._drainer.sharing.park and not begun:
                     none_used = min(none_used, size)
                     if self._drainer.saves_for(digest, keep, now_s):
                         break
@@ -174,8 +182,14 @@ class Loads:
             self._stories.note(request.id, now_s, Event.LOAD_FAILED)
 
     def _starving(self, first: str | None) -> Iterable[str]:
+        """Where pages are short, those whose rows hold some go first: they alone can run at once."""
         starving = self.order.digests()
-        return starving if self.switches.skip else [d for d in starving if d == first]
+        if not self.switches.skip:
+            return [d for d in starving if d == first]
+        if not self._batch.parked or not self._batch.short:
+            return starving
+        parked = {request.place for request in self._batch.parked.values()}
+        return sorted(starving, key=lambda digest: digest not in parked)
 
     def _keep(self, digest: str, pinned: bool) -> set[str]:
         keep = self._drainer.kept(digest)
@@ -185,7 +199,19 @@ class Loads:
         return keep | (sooner - self._drainer.drained_for(digest))
 
     def _idle_victims(self, digest: str, keep: set[str]) -> list[str] | None:
-        return self._residency.victims.for_image(digest, keep, spare_fresh=self.switches.skip)
+        """One that was loaded for a request without pages does not keep its place from rows that
+        hold some.
+        """
+        lacking: set[str] = set()
+        if self._batch.short and self._batch.holds_pages(self._waiting.head(digest)):
+            lacking = {
+                a.digest
+                for a in self._residency.placed.values()
+                if a.fresh and a.wanted and not self._batch.holds_pages(self._waiting.head(a.digest))
+            }
+        return self._residency.victims.for_image(
+            digest, keep, spare_fresh=self.switches.skip, lacking=lacking
+        )
 
     def _reserve(self, digest: str, now_s: float, all_of_them: bool = False) -> None:
         """It leaves the pages for a request that waits for them longer than anyone for it."""
@@ -236,17 +262,44 @@ class Loads:
         """
         if max(self.expected.values(), default=now_s) > now_s + self._costs.decode_s:
             return None
-        way = self._drainer.park(digest, keep, self._batch.running.values(), now_s)
+        if self._places_are_not_what_is_short(now_s):
+            return None
+        waiting = self._waiting.group(digest)
+        if not waiting[0].begun and not self._prompt_fits_a_turn(waiting[0]):
+            return None
+        way = self._drainer.park(digest, keep, self._batch.running.values(), waiting, now_s)
         if way is None:
             self._drain(digest, now_s)
             return None
         closed |= way.closed
         if not way.victims:
             return None
-        if not self._batch.park_all(way.victims, now_s):
+        if not self._batch.park_all(way.victims, self._waiting.head(digest), now_s):
             self._drain(digest, now_s)
             return None
         return list(way.victims)
+
+    def _places_are_not_what_is_short(self, now_s: float) -> bool:
+        """But pages or computing, now or of late. Parking gives places alone; and what is parked
+        holds pages that others could end with.
+        """
+        if self._batch.short or not self._batch.ample or self._prompts_pile_up():
+            self._short_s = now_s
+        return now_s - self._short_s < _CALM_TURNS * self._drainer.sharing.quantum_s
+
+    def _prompts_pile_up(self) -> bool:
+        tokens = 0
+        for request in self._waiting:
+            tokens += max(len(request.prompt) - request.computed, 0)
+            if self._costs.prefill_s(tokens) > _PILE_TURNS * self._drainer.sharing.quantum_s:
+                return True
+        return False
+
+    def _prompt_fits_a_turn(self, request: Request) -> bool:
+        """Its first token comes within a turn, after the prompts that are being computed."""
+        ahead = sum(max(len(r.prompt) - r.computed, 0) for r in self._batch.running.values())
+        tokens = ahead + len(request.prompt) - request.computed
+        return not ahead or self._costs.prefill_s(tokens) <= self._drainer.sharing.quantum_s
 
     def _has_pages(self, digest: str, now_s: float) -> bool:
         """Or waited so long that pages are to be saved for it, which takes a place first."""

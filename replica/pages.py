@@ -116,6 +116,10 @@ class Pages:
         assert 0 <= first <= self.first
         self.first = first
 
+    def may_match(self, root: Root, tokens: Sequence[int]) -> bool:
+        """Whether any page is known that `tokens` begin with."""
+        return (root, tuple(tokens[: self.page_tokens])) in self._known
+
     def match(self, root: Root, tokens: Sequence[int], most: int | None = None) -> Prefix:
         """The longest known run of full pages at the beginning of `tokens`; they are held now.
 

@@ -80,6 +80,10 @@ class Residency:
         (self._pinned.add if pinned else self._pinned.discard)(digest)
         self._touch(digest)
 
+    @property
+    def pinned(self) -> int:
+        return len(self._pinned)
+
     def refusal(self, digest: str, size: int, pinned: bool) -> str | None:
         """Why it can never be served here, in words; None when it can."""
         size = self.extents.aligned(size)

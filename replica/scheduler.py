@@ -25,10 +25,10 @@ from replica.admission import Limits, accepted, admissible
 from replica.batch import Batch
 from replica.drainer import Drainer, Sharing
 from replica.flight import Flight
+from replica.growth import Growth
 from replica.loads import BASE_PLACE, Loads, Switches
 from replica.pages import Pages
 from replica.plan import Plan, Work
-from replica.progress import Progress
 from replica.request import ENDED, Delta, Finish, NewRequest, Phase, Request, Sampled
 from replica.residency import Residency
 from replica.share import Share
@@ -56,7 +56,7 @@ class Scheduler:
         self.switches = switches or Switches()
         self.share = share or Share()
         self.stories = Stories()
-        self.progress = Progress()
+        self.growth = Growth(pages.page_tokens, pages.total * pages.page_tokens)
         self.waiting = Waiting()
         self.flight = Flight()
         self.batch = Batch(
@@ -68,6 +68,7 @@ class Scheduler:
             self.waiting,
             self.stories,
             self.flight,
+            self.growth,
         )
         self.drainer = Drainer(sharing or Sharing(), residency, self.costs)
         self.loads = Loads(
@@ -251,9 +252,9 @@ class Scheduler:
             given = (request.id, (token,), reported, finish, None, cached)
             deltas.append(make(Delta, given))
             if finish is not None:
+                self.growth.ended(len(request.output))
                 self._end(request, Phase.FINISHED, now_s)
-        self.progress.needed += computed - again
-        self.progress.again += again
+        self.growth.computed(computed - again, again)
         self._release()
         return deltas
 
@@ -284,6 +285,7 @@ class Scheduler:
             starves = adapter.wanted and adapter.tier is not Tier.DEVICE
             assert not starves or adapter.starved_s is not None
         self.batch.check()
+        self.growth.check(self.limits.batch_rows_max)
         self.loads.order.check()
         slots: dict[str | None, int | None] = {None: 0}
         slots |= {a.digest: a.slot for a in self.residency.adapters.values()}

@@ -112,7 +112,7 @@ def _figures(records: Sequence[Record], scheduler: Scheduler, slo: Slo) -> Workl
         e2e_p99_ms=percentile(e2e, 0.99) * 1e3,
         itl_max_ms=max(r.gap_max_s for r in records) * 1e3,
         makespan_s=max(r.last_s for r in records),
-        computed_over_needed=scheduler.progress.over_needed,
+        computed_over_needed=scheduler.growth.over_needed,
         loads=scheduler.residency.loads,
         parks=scheduler.stories.counts[Event.PARKED],
     )

@@ -44,6 +44,7 @@ class Victims:
         keep: Collection[str] = (),
         parkable: Sequence[str] = (),
         spare_fresh: bool = True,
+        lacking: Collection[str] = (),
     ) -> list[str] | None:
         """Who would have to leave for it; None when even all of them would not be enough.
 
@@ -52,7 +53,7 @@ class Victims:
         has not run yet is kept for it, else two of them could evict each other for ever. Only where
         the queue has one head, and nothing else may load, is spare_fresh off.
         """
-        idle = self._order(self._candidates(spare_fresh))
+        idle = self._order(self._candidates(spare_fresh, lacking))
         candidates = [c.digest for c in idle if c.digest not in keep]
         candidates += [victim for victim in parkable if victim not in keep]
         loading = self.loading()
@@ -91,7 +92,7 @@ class Victims:
     def loading(self) -> list[str]:
         return [a.digest for a in self._placed.values() if a.tier is Tier.LOADING]
 
-    def _candidates(self, spare_fresh: bool) -> list[Candidate]:
+    def _candidates(self, spare_fresh: bool, lacking: Collection[str] = ()) -> list[Candidate]:
         return [
             Candidate(
                 a.digest,
@@ -105,7 +106,7 @@ class Victims:
             if a.tier is Tier.DEVICE
             and a.users == 0
             and not a.pinned
-            and not (spare_fresh and a.fresh and a.wanted)
+            and not (spare_fresh and a.fresh and a.wanted and a.digest not in lacking)
         ]
 
     def _fits(self, digest: str, victims: Sequence[str], loading: Collection[str]) -> bool:

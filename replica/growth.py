@@ -1,0 +1,96 @@
+"""How many pages rows will still need: what admission and parking leave free for them.
+
+A row grows by a token a step until it ends. When that is nobody knows: `max_tokens` bounds it, and
+clients often leave that far above what they get. So a row is expected to grow by `horizon` tokens,
+or up to its bound where that is nearer. The horizon follows the outputs of requests that ended, and
+what had to be computed again because rows grew further: as that comes to AGAIN_MAX of what was
+needed, the horizon has no end. Then all pages a row can ever need are left free for it, and nothing
+more is computed again (the idea of SGLang's `new_token_ratio`, with a bound).
+"""
+
+import math
+from collections.abc import Iterable
+
+from cluster.costs import Smoothed
+from replica.request import Request
+
+# Tokens computed again ÷ tokens needed, of late.
+AGAIN_MAX = 0.05
+# Before any request has ended.
+_FIRST_MEAN = 256.0
+# The horizon over the mean output: few outputs are longer than that.
+_HORIZON = 2.0
+# Of how many times the memory's tokens "of late" is, at most.
+_WINDOW = 40
+
+
+class Growth:
+    """needed, again: tokens computed for the first time, and once more."""
+
+    def __init__(self, page_tokens: int, capacity_tokens: int) -> None:
+        """capacity_tokens: of all pages."""
+        self.needed = self.again = 0
+        self._late_needed = self._late_again = 0.0
+        self._page_tokens = page_tokens
+        self._capacity_tokens = capacity_tokens
+        self._window = float(_WINDOW * capacity_tokens)
+        self._output = Smoothed(_FIRST_MEAN)
+
+    @property
+    def over_needed(self) -> float:
+        """Tokens computed ÷ tokens that had to be."""
+        return (self.needed + self.again) / max(self.needed, 1)
+
+    def computed(self, needed: int, again: int) -> None:
+        self.needed += needed
+        self.again += again
+        self._late_needed += needed
+        self._late_again += again
+        if self._late_needed > self._window:
+            self._late_needed /= 2
+            self._late_again /= 2
+
+    def ended(self, output_tokens: int) -> None:
+        self._output.take_in(output_tokens)
+
+    @property
+    def spent(self) -> float:
+        """Of what may be computed again: 1 when it is all spent."""
+        return self._late_again / max(self._late_needed, self._window / 2) / AGAIN_MAX
+
+    @property
+    def horizon(self) -> float:
+        """Tokens that a row is expected to grow by, at most."""
+        spent = self.spent
+        return math.inf if spent >= 1 else _HORIZON * self._output.value / (1 - spent)
+
+    def of(self, request: Request) -> int:
+        """Pages that it is still to take."""
+        tokens = min(request.tokens_max, request.tokens + self.horizon)
+        return -int(-tokens // self._page_tokens) - len(request.pages)
+
+    def peak(self, running: Iterable[Request], parked: Iterable[Request]) -> int:
+        """Pages that these need at most beyond those they have. Running rows give theirs back as
+        they end; parked ones have no end in sight.
+        """
+        still = sum(map(self.of, parked))
+        horizon = self.horizon
+        if horizon == math.inf:
+            # Rows may share pages, which are not given back with the first of them.
+            return still + sum(map(self.of, running))
+        rows = sorted((min(r.tokens_max - r.tokens, horizon), r.tokens) for r in running)
+        alive, tokens = len(rows), sum(own for _, own in rows)
+        held = sum(len(r.pages) for r in running)
+        most = 0.0
+        for left, own in rows:
+            # When this one ends; a page more for each, for none is filled exactly.
+            most = max(most, (tokens + alive * left) / self._page_tokens + alive - held)
+            alive, tokens = alive - 1, tokens - own
+        return still + math.ceil(most)
+
+    def check(self, rows_max: int) -> None:
+        """When the horizon loses its end, rows that began before may still take each other's pages:
+        once each, and what they hold together is the memory, again and again by shrinking shares.
+        """
+        slack = (2 + math.log2(rows_max + 1)) * self._capacity_tokens
+        assert self.again <= 2 * AGAIN_MAX * self.needed + slack, "the same tokens again and again"
