@@ -8,7 +8,7 @@ from launch to launch; a prefill's and a mixed step's is until its tokens are th
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,13 +21,11 @@ from replica.request import NewRequest, Sampling
 from replica.runner import Runner
 from tests.bench.on_gpu.figures import median, medians, over, spread
 from tests.bench.on_gpu.floors import (
-    Cost,
     decode_bytes,
     group_sizes,
     image_bytes,
     kv_token_bytes,
     lora_share,
-    matmul_cost,
 )
 from tests.bench.on_gpu.models import Adapters, layout, scratch
 from tests.bench.on_gpu.profiles import kernel_seconds, profiled
@@ -41,7 +39,6 @@ GOAL_DECODE_PERCENT, GOAL_PREFILL_PERCENT = 5.0, 8.0
 _KERNELS = 20
 _GREEDY = Sampling(max_tokens=2**20, temperature=0.0, ignore_eos=True)
 _TOP_P = replace(_GREEDY, temperature=0.8, top_p=0.9)
-Batches = dict[str, list[Row]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,19 +95,15 @@ def run(setting: Setting) -> None:
     sizes = _fitting(setting, TINY if setting.tiny else FULL)
     with _engine(setting, sizes) as server:
         runner = server.engine.runner
-        _tell_fallbacks(setting, runner)
+        captured = graphs.Captured(runner.capture_fallback)
+        what, why = "captures that failed", captured.name.lower()
+        setting.report.add(SECTION, what, captured, most=0, beside=why)
         slots = place_adapters(runner, setting, sizes)
+        own = slots[GOAL_LORA]
         setting.attempt(SECTION, "contexts", partial(_fill, runner, setting, sizes))
         # What is worth most first: whatever fails or is late leaves those before it.
-        for name, own in slots.items():
-            what = f"LoRA in decode, {name}"
-            setting.attempt(SECTION, what, partial(_lora, runner, setting, sizes, name, own))
-        own = slots[GOAL_LORA]
-        setting.attempt(SECTION, "mixed steps", partial(_mixed, runner, setting, sizes, own))
-        for prompts in sizes.prefills:
-            what = _prompts(*prompts)
-            setting.attempt(SECTION, what, partial(_prefill, runner, setting, own, *prompts))
-        setting.attempt(SECTION, "top-p", partial(_top_p, runner, setting, sizes, own))
+        for what, work in _compared(runner, setting, sizes, slots).items():
+            setting.attempt(SECTION, what, partial(work, what))
         for count in sizes.rows:
             what = f"{count} rows"
             setting.attempt(SECTION, what, partial(_decode, runner, setting, sizes, count))
@@ -118,12 +111,98 @@ def run(setting: Setting) -> None:
             for name, of in (("base", [0]), (GOAL_LORA, own)):
                 profile = partial(_profile, runner, setting, sizes, name, of)
                 setting.attempt(SECTION, f"profile of {name}", profile)
-        for own in slots.values():
-            for slot in own:
+        for placed in slots.values():
+            for slot in placed:
                 runner.arena.clear(slot)
-        for names in ((None,), tuple(name for name in server.digests if name is not None)):
-            what = f"the engine's steps, {'base' if names == (None,) else GOAL_LORA}"
-            setting.attempt(SECTION, what, partial(_engine_steps, server, setting, sizes, names))
+        adapters = [name for name in server.digests if name is not None]
+        for what, names in (("base", [None]), (GOAL_LORA, adapters)):
+            steps = partial(_engine_steps, server, setting, sizes, what, names)
+            setting.attempt(SECTION, f"the engine's steps, {what}", steps)
+
+
+def _compared(
+    runner: Runner, setting: Setting, sizes: Sizes, slots: Mapping[str, Sequence[int]]
+) -> dict[str, Callable[[str], None]]:
+    """What LoRA adds, in percent, and top-p: by name, what measures it."""
+    made: dict[str, Callable[[str], None]] = {}
+    shape, itemsize, count = setting.shape, setting.itemsize, sizes.lora_rows
+    step = partial(_step_s, runner, steps=sizes.steps)
+    once = partial(_run_s, runner)
+    over = partial(_over, setting, sizes.rounds)
+    base, own = decoding(setting, sizes, count), slots[GOAL_LORA]
+    for name, placed in slots.items():
+        active = sizes.adapters[name][: min(count, len(placed))]
+        floor = lora_share(shape, itemsize, [sizes.context] * count, active)
+        made[f"LoRA in decode, {name} at {count} rows"] = partial(
+            over,
+            measure=step,
+            base=base,
+            more=decoding(setting, sizes, count, placed),
+            most=GOAL_DECODE_PERCENT if name == GOAL_LORA else None,
+            beside=f", floor {100 * floor:.1f}%",
+        )
+    # Rows that decode and a piece of a prompt, as while requests come.
+    rows, page = min(count, max(sizes.rows) - 1), max(sizes.rows) * -(-sizes.context // 16)
+    mixed = [
+        [
+            *decoding(setting, sizes, rows, placed),
+            *prompts_of(setting, 1, sizes.chunk, placed, page),
+        ]
+        for placed in ([0], own)
+    ]
+    made[f"LoRA in a step of {rows} decodes and {sizes.chunk} prompt tokens"] = partial(
+        over, measure=once, base=mixed[0], more=mixed[1]
+    )
+    for prompts, length in sizes.prefills:
+        tokens = prompts * length
+        made[f"LoRA in prefill of {prompts} × {length:,}"] = partial(
+            over,
+            measure=once,
+            base=prompts_of(setting, prompts, length, [0]),
+            more=prompts_of(setting, prompts, length, own),
+            most=GOAL_PREFILL_PERCENT if tokens >= 2048 else None,
+            matmuls=tokens,
+        )
+    # The draw is behind the graph.
+    made[f"top-p 0.9 instead of greedy in decode, {GOAL_LORA} at {count} rows"] = partial(
+        over,
+        measure=step,
+        base=decoding(setting, sizes, count, own),
+        more=decoding(setting, sizes, count, own, _TOP_P),
+    )
+    return made
+
+
+def _over(
+    setting: Setting,
+    rounds: int,
+    what: str,
+    *,
+    measure: Callable[[Sequence[Row]], float],
+    base: Sequence[Row],
+    more: Sequence[Row],
+    most: float | None = None,
+    beside: str = "",
+    matmuls: int = 0,
+) -> None:
+    """They take turns, so that whatever drifts, drifts for both; the first two only warm up.
+
+    matmuls: tokens whose matmuls alone are told beside.
+    """
+    warm = 0 if setting.tiny else 2
+    turns = [{"base": measure(base), "more": measure(more)} for _ in range(warm + rounds)][warm:]
+    found = medians(turns)
+    if matmuls:
+        beside += f", matmuls alone {_matmuls_s(setting, matmuls) * 1e3:.2f} ms"
+    setting.report.add(
+        SECTION,
+        what,
+        100 * over(turns, "more", "base"),
+        "%",
+        most=most,
+        beside=f"{found['more'] * 1e3:.2f} ms, without {found['base'] * 1e3:.2f}{beside}",
+        rounds_s=turns,
+    )
 
 
 def _fitting(setting: Setting, sizes: Sizes) -> Sizes:
@@ -177,13 +256,6 @@ def only(rows: Sequence[int]) -> Iterator[None]:
         yield
     finally:
         graphs.buckets = before
-
-
-def _tell_fallbacks(setting: Setting, runner: Runner) -> None:
-    captured = graphs.Captured(runner.capture_fallback)
-    setting.report.add(
-        SECTION, "captures that failed", captured, most=0, beside=captured.name.lower()
-    )
 
 
 def place_adapters(runner: Runner, setting: Setting, sizes: Sizes) -> dict[str, list[int]]:
@@ -291,79 +363,6 @@ def _launch_s(runner: Runner, rows: Sequence[Row]) -> float:
     return median(found)
 
 
-def _in_turn(
-    batches: Batches, rounds: int, measure: Callable[[Sequence[Row]], float]
-) -> list[dict[str, float]]:
-    """They take turns, so that whatever drifts, drifts for all. The first round only warms up."""
-    return [{name: measure(rows) for name, rows in batches.items()} for _ in range(rounds + 1)][1:]
-
-
-def _lora(runner: Runner, setting: Setting, sizes: Sizes, name: str, slots: Sequence[int]) -> None:
-    count, contexts = sizes.lora_rows, [sizes.context] * sizes.lora_rows
-    batches = {"base": decoding(setting, sizes, count)}
-    batches["LoRA"] = decoding(setting, sizes, count, slots)
-    rounds = _in_turn(batches, sizes.rounds, lambda rows: _step_s(runner, rows, sizes.steps))
-    found = medians(rounds)
-    active = sizes.adapters[name][: min(count, len(slots))]
-    floor = lora_share(setting.shape, setting.itemsize, contexts, active)
-    setting.report.add(
-        SECTION,
-        f"LoRA in decode, {name} at {count} rows, over base",
-        100 * over(rounds, "LoRA", "base"),
-        "%",
-        most=GOAL_DECODE_PERCENT if name == GOAL_LORA else None,
-        beside=f"floor {100 * floor:.1f}%, {found['LoRA'] * 1e3:.2f} ms, "
-        f"base {found['base'] * 1e3:.2f} ms",
-        rounds_s=rounds,
-    )
-
-
-def _top_p(runner: Runner, setting: Setting, sizes: Sizes, slots: Sequence[int]) -> None:
-    """What rows that draw from some of the vocabulary add: the draw is behind the graph."""
-    count = sizes.lora_rows
-    batches = {
-        name: decoding(setting, sizes, count, slots, sampling)
-        for name, sampling in (("greedy", _GREEDY), ("top-p", _TOP_P))
-    }
-    rounds = _in_turn(batches, sizes.rounds, lambda rows: _step_s(runner, rows, sizes.steps))
-    found = medians(rounds)
-    setting.report.add(
-        SECTION,
-        f"top-p 0.9 in decode, {GOAL_LORA} at {count} rows, over greedy",
-        100 * over(rounds, "top-p", "greedy"),
-        "%",
-        beside=f"{found['top-p'] * 1e3:.2f} ms, greedy {found['greedy'] * 1e3:.2f} ms",
-        rounds_s=rounds,
-    )
-
-
-def _mixed(runner: Runner, setting: Setting, sizes: Sizes, slots: Sequence[int]) -> None:
-    """Rows that decode and a piece of a prompt, as while requests come."""
-    count, chunk = min(sizes.lora_rows, max(sizes.rows) - 1), sizes.chunk
-    page = max(sizes.rows) * -(-sizes.context // 16)
-    batches = {
-        name: [
-            *decoding(setting, sizes, count, own),
-            *prompts_of(setting, 1, chunk, own, page),
-        ]
-        for name, own in (("base", [0]), ("LoRA", slots))
-    }
-    rounds = _in_turn(batches, 2 * sizes.rounds, partial(_run_s, runner))
-    found = medians(rounds)
-    shape, itemsize = setting.shape, setting.itemsize
-    cost = matmul_cost(shape, itemsize, count + chunk, count + 1)
-    cost += Cost(kv_token_bytes(shape, itemsize) * sizes.context * count)
-    setting.report.add(
-        SECTION,
-        f"LoRA in {count} decodes + {chunk} prompt tokens, {GOAL_LORA}, over base",
-        100 * over(rounds, "LoRA", "base"),
-        "%",
-        beside=f"{found['LoRA'] * 1e3:.2f} ms, base {found['base'] * 1e3:.2f}, "
-        f"floor {cost.floor_s(setting.rates) * 1e3:.2f} ms",
-        rounds_s=rounds,
-    )
-
-
 def _profile(
     runner: Runner, setting: Setting, sizes: Sizes, name: str, slots: Sequence[int]
 ) -> None:
@@ -383,34 +382,8 @@ def _profile(
         )
 
 
-def _prefill(
-    runner: Runner, setting: Setting, slots: Sequence[int], count: int, length: int
-) -> None:
-    batches = {
-        name: prompts_of(setting, count, length, own)
-        for name, own in (("base", [0]), ("LoRA", slots))
-    }
-    rounds = _in_turn(batches, 2 if setting.tiny else 6, partial(_run_s, runner))
-    found = medians(rounds)
-    matmuls_s = _matmuls_s(setting, count * length)
-    setting.report.add(
-        SECTION,
-        f"LoRA in {_prompts(count, length)}, over base",
-        100 * over(rounds, "LoRA", "base"),
-        "%",
-        most=GOAL_PREFILL_PERCENT if count * length >= 2048 else None,
-        beside=f"{found['LoRA'] * 1e3:.1f} ms, base {found['base'] * 1e3:.1f}, "
-        f"matmuls alone {matmuls_s * 1e3:.1f} ms",
-        rounds_s=rounds,
-    )
-
-
-def _prompts(count: int, length: int) -> str:
-    return f"prefill of {count} × {length:,}"
-
-
 def _engine_steps(
-    server: Served, setting: Setting, sizes: Sizes, names: Sequence[str | None]
+    server: Served, setting: Setting, sizes: Sizes, what: str, names: Sequence[str | None]
 ) -> None:
     """The same decode steps planned by the scheduler and committed to it, as a server's are."""
     engine, count, steps = server.engine, sizes.lora_rows, sizes.steps
@@ -418,19 +391,17 @@ def _engine_steps(
     # Those that have their prompts computed first decode meanwhile.
     longest = sizes.context - 2 * count - steps * (sizes.rounds + 2)
     prompt = max(longest, sizes.context // 4)
-    waiting = set()
-    for i in range(count):
+    waiting = {f"{what} {i}": names[i % len(names)] for i in range(count)}
+    for request, name in waiting.items():
         drawn = torch.randint(3, setting.shape.vocab, (prompt,), generator=generator).tolist()
         sampling = replace(_GREEDY, max_tokens=sizes.context - prompt)
-        digest = server.digests[names[i % len(names)]]
-        engine.add(NewRequest(f"{names}-{i}", tuple(drawn), sampling, digest))
-        waiting.add(f"{names}-{i}")
-    everyone = sorted(waiting)
+        engine.add(NewRequest(request, tuple(drawn), sampling, server.digests[name]))
+    everyone = list(waiting)
     while waiting:
         for delta in engine.step():
             if delta.error is not None:
                 raise delta.error
-            waiting.discard(delta.request_id)
+            waiting.pop(delta.request_id, None)
     rounds = []
     for _ in range(sizes.rounds):
         start_s = time.perf_counter()
@@ -444,13 +415,12 @@ def _engine_steps(
         engine.cancel(name)
     while engine.has_work:
         engine.step()
-    placed = [0] if None in names else sorted(engine.runner.arena._placed)
+    placed = [0] if what == "base" else sorted(engine.runner.arena._placed)
     alike = decoding(setting, replace(sizes, context=context), count, placed)
     alone = [_step_s(engine.runner, alike, steps) for _ in range(sizes.rounds + 1)][1:]
     setting.report.add(
         SECTION,
-        f"the engine's step, {'base' if None in names else GOAL_LORA}, {count} × {context:,}, "
-        "over the runner's",
+        f"the engine's step, {what}, {count} × {context:,}, over the runner's",
         100 * (median(rounds) / median(alone) - 1),
         "%",
         beside=f"{median(rounds) * 1e3:.2f} ms, runner alone {median(alone) * 1e3:.2f} ms",

@@ -80,11 +80,10 @@ def run(command: Sequence[str], out: Path, seconds: float, at_once: int) -> None
         while waiting and len(running) < at_once:
             running.append(_Probe.start(waiting.pop(0), command, out))
         for probe in list(running):
-            took_s = time.monotonic() - probe.started_s
-            ended = None
+            took_s, ended = time.monotonic() - probe.started_s, None
             if probe.process.poll() is not None:
                 ended = f"ended with status {probe.process.returncode}"
-            elif took_s > seconds:
+            elif _late(probe, seconds):
                 probe.kill()
                 ended = f"killed after {seconds:g} s"
             if ended is not None:
@@ -93,6 +92,10 @@ def run(command: Sequence[str], out: Path, seconds: float, at_once: int) -> None
         time.sleep(0.05)
     took_s = time.monotonic() - start_s
     print(f"smoke: {len(PROBES) - failed} of {len(PROBES)} without a fault, {took_s:.0f} s")
+
+
+def _late(probe: _Probe, seconds: float) -> bool:
+    return time.monotonic() - probe.started_s > seconds
 
 
 def _line_of(probe: _Probe, results: Path, ended: str, took_s: float) -> dict[str, Any]:
