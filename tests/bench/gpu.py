@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
             layers = 1 if args.tiny else 2
             setting = Setting(device, args.tiny, directory, report, args.seed, layers)
             setting.until_s = time.monotonic() + args.budget_s
-            probes.run(args.probe, setting)
+            probes.run(args.probe, setting, _heading(device, args))
         return 0
     # Of tiny shapes on a processor only the sums can be right or wrong.
     report = Report(args.out, claims=("check",) if args.tiny else _claims(args.device))

@@ -50,10 +50,10 @@ _TINY_SIZES = decode.TINY
 _TRACE_LINES = 12
 
 
-def run(name: str, setting: Setting) -> None:
+def run(name: str, setting: Setting, heading: Sequence[str]) -> None:
     faulthandler.enable()
     start_s = time.monotonic()
-    report, found = setting.report, []
+    report, found = setting.report, [*heading] if name == "versions" else []
     assert report.out is not None
     if setting.device.type != "cuda" and name in _ON_CUDA:
         found.append("skipped: needs CUDA")
@@ -156,6 +156,8 @@ def _model(setting: Setting) -> tuple[PagedExecutor, dict[str, list[Row]]]:
         context_tokens_max=sizes.tokens + 64,
         cuda_graphs=False,
     )
+    # Compiles more than there is time for, and what is computed here compiles what it needs.
+    PagedExecutor.warm = lambda self: None  # type: ignore[method-assign]
     runner = Runner(config, setting.shape)
     slots = decode.place_adapters(runner, setting, sizes)[decode.GOAL_LORA]
     batches = {
