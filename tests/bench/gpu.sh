@@ -20,6 +20,7 @@ shift 2
 cd "$(dirname "$0")/../.." || exit 1
 work=$(mktemp -d)
 python=${PYTHON:-python3}
+archive=$(echo "$what" | tr , -).tgz
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
 case $what in
@@ -51,7 +52,7 @@ limit() {
 }
 
 keep() {
-    tar -czf "$work.tgz" -C "$work" --exclude='*.json.gz' . && mv "$work.tgz" "$out/$what.tgz"
+    tar -czf "$work.tgz" -C "$work" --exclude='*.json.gz' . && mv "$work.tgz" "$out/$archive"
     for profile in "$work"/*/*.json.gz; do
         if [ -f "$profile" ] && [ "$(wc -c < "$profile")" -lt 15000000 ]; then
             mv "$profile" "$out/"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cluster.config import EngineConfig
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, StartupError
 from cluster.values import Version
 from replica import graphs
 from replica.adapter_files import inspect
@@ -223,6 +223,17 @@ def test_after_a_failed_capture_lora_uses_no_stream_of_its_own(
     captured = graphs.capture_what_can_be(executor, torch.device("cpu"))
     assert captured is Captured.WITHOUT_SHRINK_STREAM
     assert found == [True, False, False]
+
+
+def test_an_engine_does_not_start_where_a_failed_capture_has_lost_cuda(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def lost(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    with pytest.raises(StartupError, match=r"only a new process .* illegal memory access"):
+        graphs._settle(torch.device("cpu"))
 
 
 @pytest.mark.gpu

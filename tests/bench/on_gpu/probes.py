@@ -61,7 +61,10 @@ def run(name: str, setting: Setting, heading: Sequence[str]) -> None:
         setting.attempt(SECTION, name, partial(_PROBES[name], setting))
     shown = [finding for finding in report.findings if finding.short or finding.holds is False]
     found += [" ".join(filter(None, finding.cells()[1:])) for finding in shown]
-    ends = ["\n".join(trace.strip().splitlines()[-_TRACE_LINES:]) for trace in report.traces]
+    # What fails everywhere for one reason is told once.
+    traces = [trace.strip().splitlines() for trace in report.traces]
+    ends = list({lines[-1]: "\n".join(lines[-_TRACE_LINES:]) for lines in traces}.values())
+    found += [f"FAILED {what}" for _, what in report.failures if ": not measured" not in what]
     line = {
         "name": name,
         "ok": not report.traces and all(finding.holds is not False for finding in shown),
@@ -299,11 +302,11 @@ def _profiler(setting: Setting) -> None:
 
 _PROBES: Mapping[str, Callable[[Setting], None]] = {
     "versions": _versions,
-    # Prefill's P operand in registers first (triton #9433).
-    "integers": lambda setting: _kernels(setting, "integers", "lora-integers"),
+    # Prefill's P operand in registers (triton #9433).
+    "integers": lambda setting: _kernels(setting, "integers"),
     "prefill": lambda setting: _kernels(setting, "prefill"),
     "decode": lambda setting: _kernels(setting, "decode"),
-    "lora": lambda setting: _kernels(setting, "lora", "lora-replayed"),
+    "lora": lambda setting: _kernels(setting, "lora-integers", "lora", "lora-replayed"),
     "fused": lambda setting: _kernels(setting, "norms", "rotary", "gated"),
     "sampling": lambda setting: _kernels(setting, "sampling"),
     "fetch": _fetch,

@@ -143,7 +143,8 @@ def _loads(
         "%",
         most=GOAL_PERCENT,
         beside=f"{took_s:.2f} s, {copied / took_s / 1e9:.1f} GB/s copied, "
-        f"longest gap {1e3 * max(idle_gaps, default=0.0):.2f} ms",
+        f"longest gap {1e3 * max(idle_gaps, default=0.0):.2f} ms, "
+        f"{engine.report().host_locked_bytes / 1e9:.1f} GB page-locked",
         counts=counts,
         gaps_s=idle_gaps,
         late_s=watch.late_s,
