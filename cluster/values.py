@@ -59,6 +59,9 @@ class LoadReport:
     free_bytes: for adapters, without an eviction, of capacity_bytes. free_pages: that can be taken,
     of capacity_pages. Where they share one memory, both capacities are what there is for each now.
     steps: steps run since start, so that a reader can tell a stuck engine from an idle one.
+    capture_fallback: 0 as configured; 1: decode steps are captured without the shrink's own stream,
+    for the capture with it failed; 2: none is. host_locked_bytes: page-locked for adapter images,
+    less than `host_memory` where the system did not lock as much.
 
     Counted since start: requests for an adapter by where it was when they came (`hits_device`,
     `hits_loading`, else `misses`), loads, evictions, loads that no row used, drains, rows parked,
@@ -86,3 +89,5 @@ class LoadReport:
     parks: int = 0
     resumes: int = 0
     preemptions: int = 0
+    capture_fallback: int = 0
+    host_locked_bytes: int = 0

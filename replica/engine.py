@@ -202,6 +202,8 @@ class Engine:
             parks=scheduler.stories.counts[Event.PARKED],
             resumes=scheduler.stories.counts[Event.RESUMED],
             preemptions=scheduler.stories.counts[Event.PREEMPTED],
+            capture_fallback=self.runner.capture_fallback,
+            host_locked_bytes=self.runner.host_locked_bytes,
         )
 
     def close(self) -> None:
@@ -315,8 +317,10 @@ class Engine:
         self._let_go_of_dropped()
         image = self._images.get(load.digest)
         keep = image is None and residency.host.fits(load.bytes)
-        # It is read to where it will be kept, so what has to go for it goes now.
-        while keep and pool is not None and not pool.fits(load.bytes):
+        # It is read to where it will be kept, so what has to go for it goes now. One that is larger
+        # than what could be page-locked is kept elsewhere.
+        into = pool if keep and pool is not None and load.bytes <= pool.size else None
+        while into is not None and not into.fits(load.bytes):
             if not residency.drop_from_host():
                 break
             self._let_go_of_dropped()

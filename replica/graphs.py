@@ -1,11 +1,18 @@
 """Decode steps captured once a bucket of rows, replayed over buffers that are written in place."""
 
+import contextlib
+import logging
 from collections.abc import Callable
+from enum import IntEnum
 from functools import partial
+from typing import Protocol
 
 import torch
 
+from cluster.errors import StartupError
 from replica.paged_batch import Inputs, PackedRows, PageTable, Room, decode_inputs, padding
+
+log = logging.getLogger(__name__)
 
 Work = Callable[[], None]
 Capture = Callable[[Work], Work]
@@ -38,12 +45,85 @@ class CudaCapture:
             work()
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        # Of this thread's calls only: what other threads do meanwhile must not spoil it.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        ):
-            work()
+        current = torch.cuda.current_stream()
+        try:
+            # Of this thread's calls only: what other threads do meanwhile must not spoil it.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                work()
+        except BaseException:
+            self._abandon(graph, current)
+            raise
         return graph.replay
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph, current: torch.cuda.Stream) -> None:
+        """CUDA has ended a capture that it is not content with; torch then leaves the capture's
+        stream current, and its pool open.
+        """
+        torch.cuda.set_stream(current)
+        # Torch's allocators still ask it which stream it captured.
+        _ABANDONED.append(graph)
+        with contextlib.suppress(RuntimeError):  # then torch had got as far as that
+            torch._C._cuda_endAllocateToPool(current.device_index, self._pool)
+
+
+_ABANDONED: list[torch.cuda.CUDAGraph] = []
+
+
+class Captured(IntEnum):
+    """What decode steps came to when the engine started."""
+
+    AS_CONFIGURED = 0
+    WITHOUT_SHRINK_STREAM = 1
+    NOT_AT_ALL = 2
+
+
+class Capturing(Protocol):
+    """Whose decode steps are captured. capture: changes nothing where it raises."""
+
+    def capture(self, capture: Capture) -> None: ...
+
+    def shrink_in_line(self) -> None:
+        """From now on LoRA uses no stream of its own."""
+
+
+def capture_what_can_be(steps: Capturing, device: torch.device) -> Captured:
+    """Slow is better than not at all, so any error counts, and is said. Raises StartupError where
+    CUDA is lost after one.
+    """
+    for captured, less in (
+        (Captured.AS_CONFIGURED, "without the shrink's own stream"),
+        (Captured.WITHOUT_SHRINK_STREAM, "kernel by kernel, without CUDA graphs"),
+    ):
+        try:
+            # A new one each time: nothing is shared with one that failed.
+            steps.capture(CudaCapture(device) if device.type == "cuda" else keep)
+            return captured
+        except Exception as error:
+            log.warning(
+                "decode steps cannot be captured, so they run %s: %s", less, error, exc_info=True
+            )
+        if device.type == "cuda":
+            _settle(device)
+        steps.shrink_in_line()
+    return Captured.NOT_AT_ALL
+
+
+def _settle(device: torch.device) -> None:
+    """Leaves a failed capture behind. Raises StartupError where CUDA is lost to this process."""
+    try:
+        # An error that nobody has asked for yet comes with the next launch, and goes with it.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=device)
+        torch.cuda.synchronize(device)
+        torch.zeros(1, device=device).cpu()
+        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        raise StartupError(
+            f"CUDA is lost to this process since a capture failed, and only a new process gets it "
+            f"back (cuda_graphs: false captures nothing): {error}"
+        ) from error
 
 
 class DecodeGraphs:

@@ -5,15 +5,22 @@ A piece is free again when nobody refers to it any more: the host tier refers to
 keeps, a load to its own until the device has all of it.
 """
 
+import contextlib
 import itertools
+import logging
 import weakref
 from collections import deque
 from typing import Any
 
 import torch
 
-from cluster.errors import ConfigError
 from replica.extents import Extents
+
+log = logging.getLogger(__name__)
+
+# As often as less is tried when the system does not lock as much as is wanted. Images beyond the
+# pool leave the host, so that much less would be worse than memory that is not locked.
+_HALVINGS = 3
 
 
 class Piece:
@@ -29,7 +36,8 @@ class HostPool:
     def __init__(self, memory: torch.Tensor) -> None:
         assert memory.dtype == torch.uint8
         self._memory = memory
-        self._extents = Extents(len(memory))
+        self.size = len(memory)
+        self._extents = Extents(self.size)
         self._numbers = itertools.count()
         # A finalizer runs anywhere, in the middle of `take` too: what it lets go of is queued.
         self._let_go: deque[str] = deque()
@@ -64,21 +72,37 @@ class HostPool:
 
 
 def locked_pool(size: int, device: torch.device) -> HostPool | None:
-    """size: bytes; None of 0. Raises ConfigError when the system does not give that much."""
-    if not size:
-        return None
+    """size: bytes. Smaller where the system does not lock that much; None where it locks too little
+    to be of use: images then lie wherever there is memory, and are copied in pieces.
+    """
+    for given in [size >> halving for halving in range(_HALVINGS + 1)]:
+        if not given:
+            break
+        pool = _locked(given, device)
+        if pool is not None:
+            if given < size:
+                log.warning("host_memory: %d of %d bytes are page-locked", given, size)
+            return pool
+    if size:
+        log.warning("host_memory: of %d bytes none is page-locked, so loads take longer", size)
+    return None
+
+
+def _locked(size: int, device: torch.device) -> HostPool | None:
     try:
         memory = torch.empty(size, dtype=torch.uint8)
         # Not `pin_memory=True`, whose allocator takes the next power of two.
         with torch.cuda.device(device):
             status = int(_cudart().cudaHostRegister(memory.data_ptr(), size, _PORTABLE))
-    except RuntimeError as error:
-        raise ConfigError(f"host_memory: {size} bytes: {error}", field="host_memory") from error
+    except (RuntimeError, MemoryError) as error:
+        log.warning("host_memory: %d bytes: %s", size, error)
+        return None
     if status:
-        raise ConfigError(
-            f"host_memory: {size} bytes cannot be page-locked (cudaError {status})",
-            field="host_memory",
-        )
+        log.warning("host_memory: %d bytes cannot be page-locked (cudaError %d)", size, status)
+        # CUDA would tell of it again at the next launch.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=device)
+        return None
     pool = HostPool(memory)
     # Kept by the finalizer: the memory must not go before it is unlocked.
     weakref.finalize(pool, _unlock, memory).atexit = False

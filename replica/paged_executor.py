@@ -84,7 +84,7 @@ class PagedExecutor:
 
     @torch.inference_mode()
     def capture(self, capture: Capture) -> None:
-        """From now on decode steps are replayed; before any launch."""
+        """From now on decode steps are replayed; before any launch. They are not if it raises."""
 
         def step(inputs: Inputs, lora: bool) -> None:
             logits = self._step(inputs, lora)
@@ -92,8 +92,12 @@ class PagedExecutor:
             # long as it takes to read them once.
             self._logits[: len(logits)].copy_(logits)
 
-        self._graphs = DecodeGraphs(len(self._tokens), self._table)
-        self._graphs.capture(step, lambda rows: self._lora.begin([0] * rows, rows=rows), capture)
+        graphs = DecodeGraphs(len(self._tokens), self._table)
+        graphs.capture(step, lambda rows: self._lora.begin([0] * rows, rows=rows), capture)
+        self._graphs = graphs
+
+    def shrink_in_line(self) -> None:
+        self._lora.overlap = False
 
     @torch.inference_mode()
     def warm(self) -> None:

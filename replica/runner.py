@@ -78,6 +78,7 @@ class Runner:
         cos_sin = rotary_tables(shape, context, self.dtype, self.device)
         on_gpu = self.device.type == "cuda"
         self._pages: PageMemory | None = None
+        self.capture_fallback = 0  # see `graphs.Captured`
         field = "kv_memory" if config.kv_memory is not None else "batch_rows_max"
         if self.memory.shared:
             field = "device_memory"
@@ -85,8 +86,7 @@ class Runner:
         if kernels == "triton":
             with _asked_for(field, page_bytes):
                 self._pages = PageMemory(self.memory, self.dtype, self.device)
-        with _asked_for("host_memory", config.host_memory):
-            host_pool = locked_pool(config.host_memory, self.device) if on_gpu else None
+        host_pool = locked_pool(config.host_memory, self.device) if on_gpu else None
         with _asked_for("adapter_memory", config.adapter_memory):
             self.arena = Arena(
                 shape,
@@ -108,6 +108,7 @@ class Runner:
         else:
             executor = self._paged(config, weights, cos_sin, self._pages)
         self._executor = executor if followers is None else followers.leading(executor)
+        self.host_locked_bytes = 0 if host_pool is None else host_pool.size
         self._running = False
         self._ran_s = float("-inf")
 
@@ -127,7 +128,7 @@ class Runner:
         pages: PageMemory,
     ) -> Executor:
         # What they import needs triton.
-        from replica.graphs import CudaCapture, keep
+        from replica import graphs
         from replica.paged_decoder import paged_cache
         from replica.paged_executor import PagedExecutor
 
@@ -144,7 +145,7 @@ class Runner:
         if on_gpu:
             executor.warm()
         if config.cuda_graphs:
-            executor.capture(CudaCapture(self.device) if on_gpu else keep)
+            self.capture_fallback = graphs.capture_what_can_be(executor, self.device)
         return executor
 
     def move_pages(self, moves: Sequence[PageMove]) -> None:

@@ -35,7 +35,8 @@ class TritonLora:
     other rows, adapters and ranks, padded to the same number of rows.
 
     groups: as for `ops.Lora`; a group's projections follow each other in the directory, three at
-    most. overlap: `start` shrinks on a stream of its own, beside the base matmul.
+    most. overlap: `start` shrinks on a stream of its own, beside the base matmul; it may be turned
+    off between steps.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class TritonLora:
         self._arena = arena
         self._groups = [tuple(group) for group in groups]
         self._rank_max = rank_max
-        self._overlap = overlap
+        self.overlap = overlap
         self._tilings = tuple(tilings)
         self._unit = offset_unit(groups)
         self._directory = directory
@@ -142,7 +143,7 @@ class TritonLora:
 
     def start(self, x: torch.Tensor, layer: int, group: int) -> None:
         """x [rows, inputs] must stay as it is until `add` has been called with it."""
-        if not self._overlap or self._alone is not None or not self._tiles:
+        if not self.overlap or self._alone is not None or not self._tiles:
             return
         self._started = layer, group
         if self._side is None:

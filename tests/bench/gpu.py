@@ -1,14 +1,17 @@
 """On a GPU: checks the kernels, times them, and measures the whole engine at Llama-3.1-8B's size.
 
-    python tests/bench/gpu.py --out DIR               on the GPU machine, 10 minutes a section
+    sh tests/bench/gpu.sh all DIR                     on the GPU machine, what is worth most first
+    python tests/bench/gpu.py --only decode --out DIR     one section
     python tests/bench/gpu.py --device cpu --tiny     that it runs, in Triton's interpreter
 
 Needs torch, triton, transformers, numpy and safetensors, and no network: weights and adapters are
 random, made on the device. Sections, each by itself with --only:
 
+    smoke     a minute: each thing that may fail on a GPU in a process of its own; only by itself
     check     kernels against the reference, by relative error
     time      kernels over their own floor of bytes or operations
-    decode    decode steps over the bandwidth floor, what LoRA adds, prefill over its matmuls
+    decode    what LoRA adds to decode, mixed steps and prefill; decode over its bandwidth floor;
+              the engine's steps over the runner's
     upstream  the published workloads, beside the published figures
     trace     how long the device waits while large adapters are copied in
 """
@@ -18,8 +21,10 @@ import importlib
 import os
 import signal
 import sys
+import tempfile
 import time
 import types
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +35,8 @@ _MODULES = {"time": "times"}
 def main(arguments: list[str] | None = None) -> int:
     args = _parse(arguments)
     _prepare(args.device)
+    if args.only == ("smoke",):
+        return _smoke(args)
     import torch
 
     from tests.bench.on_gpu.models import scratch
@@ -38,30 +45,63 @@ def main(arguments: list[str] | None = None) -> int:
     from tests.bench.on_gpu.setting import Setting
 
     device = torch.device(args.device)
-    # Of tiny shapes on a processor only the sums can be right or wrong.
-    report = Report(args.out, claims=("check",) if args.tiny else SECTIONS)
     torch.manual_seed(args.seed)
+    if args.probe is not None:
+        from tests.bench.on_gpu import probes
+
+        with scratch(2**20) as directory:
+            report = Report(args.out, keep=False)
+            layers = 1 if args.tiny else 2
+            setting = Setting(device, args.tiny, directory, report, args.seed, layers)
+            setting.until_s = time.monotonic() + args.budget_s
+            probes.run(args.probe, setting, _heading(device, args))
+        return 0
+    # Of tiny shapes on a processor only the sums can be right or wrong.
+    report = Report(args.out, claims=("check",) if args.tiny else _claims(args.device))
     # Whoever's time is up still gets the table.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with scratch(2**20) as directory:
         setting = Setting(device, args.tiny, directory, report, args.seed)
-        setting.tables, setting.variants, setting.dtypes = args.tables, args.variants, args.dtypes
+        setting.kernels, setting.dtypes = args.kernels, args.dtypes
+        setting.tables, setting.variants = args.tables, args.variants
         heading = _heading(device, args)
         report.tell(heading[0])
+
+        def run(name: str) -> None:
+            release(device)
+            module = importlib.import_module(f"tests.bench.on_gpu.{_MODULES.get(name, name)}")
+            module.run(setting)
+
         for name in args.only:
             setting.until_s = time.monotonic() + args.budget_s
             try:
-                release(device)
-                module = importlib.import_module(f"tests.bench.on_gpu.{_MODULES.get(name, name)}")
-                module.run(setting)
-            except Exception as error:
-                # The other sections still have something to say.
-                report.failed(name, "section", error)
+                setting.attempt(name, "section", partial(run, name))
             except KeyboardInterrupt:
                 report.skipped(name, "the rest of the section", "it was interrupted")
                 break
     report.finish(heading)
     return 1 if report.failures else 0
+
+
+def _smoke(args: argparse.Namespace) -> int:
+    from tests.bench.on_gpu import smoke
+
+    each_s = min(args.budget_s, 45.0 if args.device == "cuda" else 180.0)
+    command = [sys.executable, str(Path(__file__)), "--device", args.device]
+    command += ["--seed", str(args.seed), "--budget-s", str(each_s - 10)]
+    command += ["--tiny"] if args.tiny else []
+    at_once = len(smoke.PROBES) if args.device == "cuda" else os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as directory:
+        smoke.run(command, args.out or Path(directory), each_s, at_once)
+    return 0
+
+
+def _claims(device: str) -> tuple[str, ...]:
+    """Milliseconds of published workloads are claimed of the card that they were worked out for."""
+    import torch
+
+    published = device == "cuda" and "H200" in torch.cuda.get_device_name()
+    return tuple(name for name in SECTIONS if name != "upstream" or published)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -75,10 +115,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--budget-s", type=float, default=540.0, help="no section begins anything new after it"
     )
     parser.add_argument("--out", type=Path, help="for results.jsonl and table.md")
+    parser.add_argument("--kernels", type=_words, default=(), help="of check, with commas")
     parser.add_argument("--dtypes", type=_words, default=(), help="of check, with commas")
     parser.add_argument("--tables", type=_words, default=(), help="upstream's, with commas")
     parser.add_argument("--variants", type=_words, default=(), help="places, shared")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--probe", help=argparse.SUPPRESS)  # what smoke starts
     args = parser.parse_args(arguments)
     if args.device == "cpu" and not args.tiny:
         parser.error("--device cpu: only with --tiny")
@@ -91,6 +133,8 @@ def _words(text: str) -> tuple[str, ...]:
 
 def _names(text: str) -> tuple[str, ...]:
     names = _words(text)
+    if names == ("smoke",):
+        return names
     if unknown := set(names) - set(SECTIONS):
         raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: not a section")
     return names

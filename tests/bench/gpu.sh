@@ -1,21 +1,58 @@
 #!/bin/sh
-# The GPU bench in parts of less than ten minutes, for a machine that is lent for half an hour:
+# The GPU bench on a machine that is lent for minutes:
 #
-#     sh tests/bench/gpu.sh PART DIR      PART: kernels, steps, upstream-1, upstream-2
+#     sh tests/bench/gpu.sh WHAT DIR [options of gpu.py, such as --device cpu --tiny]
+#
+# WHAT: one of the sections of `limit` below, several with commas, or a part:
+#     smoke                           a minute: what has never run on a GPU, side by side
+#     kernels, steps, upstream-1, -2  less than ten minutes each
+#     all                             smoke, then what is worth most first
+# No section begins, or goes on, when BUDGET_S seconds are over: by default 1500 for all, else 570.
 #
 # Each section is a process of its own with its own time, so that one that hangs or crashes costs
-# only itself. DIR gets a few files at the most: PART.tgz with all logs and results, and profiles.
-# What is printed is short: tables, and last what failed or was missed.
+# only itself. DIR gets a few files at the most: WHAT.tgz with all logs and results, anew after each
+# section, and profiles. What is printed is short: tables, and last what failed or was missed.
 set -u
-part=$1
+what=$1
 mkdir -p "$2"
 out=$(cd "$2" && pwd)
+shift 2
 cd "$(dirname "$0")/../.." || exit 1
 work=$(mktemp -d)
+python=${PYTHON:-python3}
+archive=$(echo "$what" | tr , -).tgz
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
+case $what in
+kernels) names="check tests time" ;;
+steps) names="decode trace" ;;
+upstream-1) names="14795 17913" ;;
+upstream-2) names="15512-large 15512-small" ;;
+all) names="smoke decode 17913 15512-large 15512-small trace check time tests 14795" ;;
+*) names=$(echo "$what" | tr , ' ') ;;
+esac
+[ "$what" = all ] && budget=${BUDGET_S:-1500} || budget=${BUDGET_S:-570}
+end=$(($(date +%s) + budget))
+
+# Seconds that a section may take.
+limit() {
+    case $1 in
+    smoke) echo 60 ;;
+    check) echo 200 ;;
+    tests) echo 150 ;;
+    time) echo 150 ;;
+    decode) echo 260 ;;
+    trace) echo 270 ;;
+    14795) echo 335 ;;
+    17913) echo 205 ;;
+    15512-large) echo 300 ;;
+    15512-small) echo 220 ;;
+    *) echo 0 ;;
+    esac
+}
+
 keep() {
-    tar -czf "$out/$part.tgz" -C "$work" --exclude='*.json.gz' .
+    tar -czf "$work.tgz" -C "$work" --exclude='*.json.gz' . && mv "$work.tgz" "$out/$archive"
     for profile in "$work"/*/*.json.gz; do
         if [ -f "$profile" ] && [ "$(wc -c < "$profile")" -lt 15000000 ]; then
             mv "$profile" "$out/"
@@ -23,13 +60,14 @@ keep() {
     done
 }
 
-# name, seconds, arguments. The budget ends a section in good order; the signals, whatever it does.
+# What it is called, arguments. The budget ends a section in good order; the signals, whatever it
+# does.
 section() {
-    name=$1 seconds=$2
-    shift 2
-    timeout -s TERM -k 15 "$seconds" python3 tests/bench/gpu.py --out "$work/$name" \
-        --budget-s "$((seconds - 30))" "$@" > "$work/$name.log" 2>&1
-    echo "status $?" >> "$work/$name.log"
+    log=$1
+    shift
+    timeout -s TERM -k 15 "$seconds" "$python" tests/bench/gpu.py --out "$work/$log" \
+        --budget-s "$((seconds - 30))" "$@" > "$work/$log.log" 2>&1
+    echo "status $?" >> "$work/$log.log"
 }
 
 # Where a section came to its end, its table; else the last that it said.
@@ -42,46 +80,60 @@ show() {
     fi
 }
 
-case $part in
-kernels)
-    for dtype in bfloat16 float16 float32; do
-        section "check-$dtype" 240 --only check --dtypes "$dtype" &
-    done
-    # Of the tests, those that need a device. They run beside the checks, which time nothing. Other
-    # versions of libraries warn of other things, and plugins may be missing that options are for.
-    PYTHONPATH=.:kernels TRITON_INTERPRET=0 timeout -k 15 200 python3 -m pytest -q -m gpu \
-        -o addopts= -o filterwarnings=default tests/kernels tests/unit/test_streams.py \
-        > "$work/pytest.log" 2>&1
-    wait
+# A section, options.
+run() {
+    name=$1
+    shift
+    case $name in
+    smoke)
+        # Of all that is printed, a machine's log may keep only the last: what was found is short.
+        "$python" tests/bench/gpu.py --only smoke --out "$work/smoke" "$@" 2>&1 |
+            tee "$work/smoke.log" |
+            if [ "$what" = all ]; then grep -v '^       [^!]'; else cat; fi
+        return ;;
+    check)
+        # Each family by itself: an error that CUDA does not forget takes nobody else's kernels.
+        families="integers lora-integers norms rotary gated sampling decode prefill lora"
+        families="$families lora-replayed engine"
+        for family in $families; do
+            section "check-$family" --only check --kernels "$family" "$@" &
+        done
+        wait
+        for family in $families; do show "check-$family"; done
+        return ;;
+    tests)
+        # Those that need a device. Other versions of libraries warn of other things, and plugins
+        # may be missing that options are for.
+        PYTHONPATH=.:kernels TRITON_INTERPRET=0 timeout -k 15 "$seconds" "$python" -m pytest -q \
+            -m gpu -o addopts= -o filterwarnings=default tests/kernels tests/unit/test_streams.py \
+            > "$work/tests.log" 2>&1
+        echo "== tests: $(tail -n 1 "$work/tests.log")"
+        return ;;
+    decode | trace | time) section "$name" --only "$name" "$@" ;;
+    *) section "$name" --only upstream --tables "$name" "$@" ;;
+    esac
+    show "$name"
+}
+
+# Whoever's time is up still has what was found until then.
+trap 'keep; exit 0' TERM INT
+for each in $names; do
+    seconds=$(limit "$each")
+    left=$((end - $(date +%s) - 15))
+    if [ "$seconds" = 0 ]; then
+        echo "no such part or section: $each" >&2
+        exit 2
+    elif [ "$left" -lt 45 ]; then
+        echo "== $each: not measured, $((left + 15)) of $budget s were left" | tee "$work/$each.log"
+        continue
+    elif [ "$left" -lt "$seconds" ]; then
+        seconds=$left
+    fi
+    run "$each" "$@" &
+    wait $!
     keep
-    section time 150 --only time
-    for name in check-float32 check-float16 check-bfloat16 time; do show "$name"; done
-    echo "== pytest: $(tail -n 1 "$work/pytest.log")"
-    ;;
-steps)
-    section decode 260 --only decode
-    keep
-    section trace 270 --only trace
-    for name in decode trace; do show "$name"; done
-    ;;
-upstream-1)
-    section 14795 335 --only upstream --tables 14795
-    keep
-    section 17913 205 --only upstream --tables 17913
-    for name in 14795 17913; do show "$name"; done
-    ;;
-upstream-2)
-    section 15512-large 300 --only upstream --tables 15512-large
-    keep
-    section 15512-small 220 --only upstream --tables 15512-small
-    for name in 15512-large 15512-small; do show "$name"; done
-    ;;
-*)
-    echo "no such part: $part" >&2
-    exit 2
-    ;;
-esac
-keep
+done
 echo "== failed, left out or missed"
-grep -hE '^(FAILED|ERROR)|MISSED|Error:' "$work"/*.log | grep -v '^\[' | sort -u | cut -c -220 | tail -n 30
+grep -hE '^(FAILED|ERROR)|MISSED|Error:|not measured' "$work"/*.log | grep -v '^\[' | sort -u |
+    cut -c -220 | tail -n 30
 rm -rf "$work"

@@ -297,6 +297,25 @@ def test_the_oldest_image_leaves_locked_memory_for_one_that_is_to_be_read(
     made.close()
 
 
+def test_images_larger_than_what_could_be_locked_are_kept_in_other_memory(
+    model: str, versions: list[Version]
+) -> None:
+    first, second = versions[0], versions[4]
+    size = first.parameters * 4
+    made = engine(model, [first, second], adapter_memory=size + 2**10, host_memory=2 * size + 2**11)
+    device = LateDevice(prompt=True)
+    arena = made.runner.arena
+    arena._streams, arena.host_pool = device.copy_stream(), HostPool(device.lock(size - 1))
+    for version in (first, second):
+        made.add(NewRequest("r", PROMPTS[0], GREEDY, version.digest))
+        drive(made, {})
+    assert {digest: image.piece for digest, image in made._images.items()} == {
+        first.digest: None,
+        second.digest: None,
+    }
+    made.close()
+
+
 @pytest.mark.parametrize(
     "settings",
     [

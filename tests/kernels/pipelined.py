@@ -60,6 +60,7 @@ def load(model_dir: str, adapters: Sequence[str] = (), **settings: Any) -> Runne
     }
     config = EngineConfig(model=model_dir, **defaults | settings)
     runner = Runner(config, read_shape(model_dir))
+    assert runner.capture_fallback == 0
     offset = 0
     for slot, path in enumerate(adapters, start=1):
         image = read_image(path, runner.shape, runner.dtype)

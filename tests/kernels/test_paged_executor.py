@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from cluster.config import EngineConfig
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, StartupError
 from cluster.values import Version
 from replica import graphs
 from replica.adapter_files import inspect
 from replica.engine import Engine
 from replica.gather_executor import GatherExecutor
+from replica.graphs import Captured, CudaCapture, Work
 from replica.image import read_image
 from replica.paged_executor import PagedExecutor
 from replica.request import NewRequest, Sampling
@@ -122,7 +123,13 @@ def test_a_graph_is_replayed_with_other_rows_lengths_and_adapters(
     assert recorder.replays >= 5
 
 
-def churn(model_dir: str, paths: Sequence[str], requests: int, **settings: Any) -> dict[str, Any]:
+def churn(
+    model_dir: str,
+    paths: Sequence[str],
+    requests: int,
+    captured: Captured = Captured.AS_CONFIGURED,
+    **settings: Any,
+) -> dict[str, Any]:
     """Tokens of requests that want adapters in turn, more of them than there are places for."""
     defaults: dict[str, Any] = {"slots_max": 2, "batch_rows_max": 4, "step_tokens_max": 16}
     config = EngineConfig(
@@ -153,7 +160,8 @@ def churn(model_dir: str, paths: Sequence[str], requests: int, **settings: Any) 
             assert delta.error is None, delta.error
             got.setdefault(delta.request_id, []).extend(delta.tokens)
         engine.scheduler.check()
-    assert engine.report().loads >= len(paths)
+    report = engine.report()
+    assert report.loads >= len(paths) and report.capture_fallback == captured
     engine.close()
     return got
 
@@ -165,6 +173,97 @@ def test_an_engine_under_churn_gives_the_same_tokens(llama: str, tmp_path: Path)
     assert churn(llama, paths, 16, kernels="triton") == expected
     assert churn(llama, paths, 16, kernels="triton", cuda_graphs=False) == expected
     assert churn(llama, paths, 16, kernels="triton", plan_depth=2) == expected
+
+
+@pytest.mark.usefixtures("by_reference")
+@pytest.mark.parametrize("captured", [Captured.WITHOUT_SHRINK_STREAM, Captured.NOT_AT_ALL])
+def test_an_engine_whose_captures_fail_starts_without_and_says_so(
+    captured: Captured,
+    llama: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    paths = adapters_of(tmp_path, llama)
+    expected = churn(llama, paths, 8, kernels="torch")
+    begun: list[Work] = []
+
+    def fails_halfway(work: Work) -> Work:
+        if not begun:
+            begun.append(work)
+            return work
+        begun.clear()
+        failures.append(work)
+        raise RuntimeError(f"capture {len(failures)} is invalidated")
+
+    failures: list[Work] = []
+    monkeypatch.setattr(
+        graphs, "keep", lambda work: work if len(failures) == captured else fails_halfway(work)
+    )
+    assert churn(llama, paths, 8, captured, kernels="triton") == expected
+    said = [record.message for record in caplog.records if record.name == graphs.log.name]
+    assert len(said) == captured and "without the shrink's own stream" in said[0]
+    assert all(f"capture {n} is invalidated" in text for n, text in enumerate(said, 1))
+
+
+def test_after_a_failed_capture_lora_uses_no_stream_of_its_own(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    def capture(work: Work) -> Work:
+        found.append(executor._lora.overlap)
+        if len(found) == 1:
+            raise RuntimeError("capturing stream has unjoined work")
+        return work
+
+    executor = load(llama, kernels="triton", batch_rows_max=1, cuda_graphs=False)._executor
+    assert isinstance(executor, PagedExecutor)
+    monkeypatch.setattr(graphs, "keep", capture)
+    captured = graphs.capture_what_can_be(executor, torch.device("cpu"))
+    assert captured is Captured.WITHOUT_SHRINK_STREAM
+    assert found == [True, False, False]
+
+
+def test_an_engine_does_not_start_where_a_failed_capture_has_lost_cuda(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def lost(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    with pytest.raises(StartupError, match=r"only a new process .* illegal memory access"):
+        graphs._settle(torch.device("cpu"))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_capture_that_failed_leaves_streams_and_memory_as_they_were(
+    device: torch.device,
+) -> None:
+    x, side = torch.ones(1000, device=device), torch.cuda.Stream()
+    event = torch.cuda.Event()
+
+    def unjoined() -> None:
+        x.add_(1)
+        if torch.cuda.is_current_stream_capturing():
+            event.record()
+            side.wait_event(event)
+            with torch.cuda.stream(side):
+                x.mul_(2)
+            torch.cuda.synchronize()
+
+    before = torch.cuda.current_stream()
+    with pytest.raises(RuntimeError):
+        CudaCapture(device)(unjoined)
+    assert torch.cuda.current_stream() == before
+    graphs._settle(device)
+    replay = CudaCapture(device)(lambda: x.add_(1))
+    x.zero_()
+    replay()
+    with torch.cuda.stream(side):
+        assert int(torch.ones(3, device=device).sum()) == 3
+    torch.cuda.synchronize()
+    assert (x == 1).all()
 
 
 def test_an_engine_gives_the_same_tokens_by_the_kernels_themselves(

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from replica.hardware import KV_TOKEN_BYTES, RANK_BYTES, WEIGHT_BYTES
 from replica.image import read_image
 from replica.shape import ModelShape
 from replica.upstream import TABLES
-from tests.bench.on_gpu import floors, upstream
+from tests.bench.on_gpu import floors, smoke, upstream
+from tests.bench.on_gpu.cases import Case
 from tests.bench.on_gpu.check_model import divergence
 from tests.bench.on_gpu.figures import (
     covered_share,
@@ -30,11 +32,13 @@ from tests.bench.on_gpu.floors import Cost, Rates
 from tests.bench.on_gpu.models import LLAMA_8B, TINY, Adapters, layout, write_model
 from tests.bench.on_gpu.profiles import intervals, kernel_seconds
 from tests.bench.on_gpu.report import Report
+from tests.bench.on_gpu.setting import Setting
 
 ROOT = Path(__file__).parents[2]
 ON_GPU = sorted(path.stem for path in (ROOT / "tests/bench/on_gpu").glob("*.py"))
 # They need Triton, which a CPU install may not have.
-KERNELS = {"check", "check_attention", "check_fused", "check_lora", "small_copies", "times"}
+KERNELS = {"check", "check_attention", "check_fused", "check_lora", "decode", "probes"}
+KERNELS |= {"small_copies", "times"}
 REFUSED = "ray redis pydantic fastapi starlette typer yaml pytest peft".split()  # noqa: SIM905
 BF16 = 2
 
@@ -83,7 +87,9 @@ def test_lora_reads_each_adapter_once_and_y_twice() -> None:
 
 
 def test_the_larger_of_two_times_is_the_floor() -> None:
-    rates = Rates(bytes_per_s=100.0, flop_per_s=1000.0, copy_in_bytes_per_s=1.0)
+    rates = Rates(
+        bytes_per_s=100.0, read_bytes_per_s=120.0, flop_per_s=1000.0, copy_in_bytes_per_s=1.0
+    )
     assert Cost(50, 100).floor_s(rates) == 0.5
     assert Cost(50, 100).bound_by(rates) == "bytes"
     assert Cost(50, 2000).floor_s(rates) == 2.0
@@ -185,18 +191,104 @@ def test_a_report_is_written_as_it_comes_and_ends_in_a_table(
     assert "detail" not in printed and "detail" in (tmp_path / "table.md").read_text()
 
 
-def test_each_part_of_the_bench_ends_within_ten_minutes_and_together_they_are_all_of_it() -> None:
+def test_what_fails_is_said_and_the_rest_has_its_turn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setting = Setting(torch.device("cpu"), True, tmp_path, Report(None))
+
+    def fails() -> int:
+        raise RuntimeError("illegal memory access")
+
+    assert setting.attempt("decode", "LoRA", fails) is None
+    assert setting.attempt("decode", "prefill", lambda: 7) == 7
+    setting.until_s = 0.0
+    assert setting.attempt("decode", "profile", lambda: 7) is None
+    assert setting.report.failures == [
+        ("decode", "LoRA: RuntimeError: illegal memory access"),
+        ("decode", "profile: not measured, the section's time was used up"),
+    ]
+    assert "Traceback" in capsys.readouterr().out
+
+
+def test_a_check_that_raises_leaves_what_came_before_it(tmp_path: Path) -> None:
+    check = pytest.importorskip("tests.bench.on_gpu.check", reason="Triton is not installed")
+    right = Case("right", lambda: torch.ones(2), lambda: torch.ones(2))
+    wrong = Case("wrong", lambda: torch.ones(2), lambda: torch.zeros(3))
+    report = Report(None, lambda text: None)
+    setting = Setting(torch.device("cpu"), True, tmp_path, report)
+    setting.attempt("check", "kernel", lambda: check._check(setting, "kernel", [right, wrong], 0.1))
+    assert [f.what for f in report.findings] == [
+        "kernel, right",
+        "kernel, worst relative error",
+    ]
+    assert len(report.failures) == 1
+
+
+PROBE = """
+import json, os, sys, time
+name, out = sys.argv[sys.argv.index("--probe") + 1], sys.argv[sys.argv.index("--out") + 1]
+print(f"[   0.1 s] smoke {name} has begun", flush=True)
+if name == "prefill":
+    time.sleep(600)
+if name == "fetch":
+    os._exit(3)
+if name == "lock":
+    os.abort()
+with open(out + "/smoke.jsonl", "a") as file:
+    file.write(json.dumps({"name": name, "ok": True, "seconds": 0.1, "found": ["all"]}) + "\\n")
+"""
+
+
+def test_a_probe_that_hangs_or_dies_leaves_a_line_and_the_others_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def hangs(probe: Any, seconds: float) -> bool:
+        return probe.name == "prefill" and "has begun" in probe.log.read_text()
+
+    monkeypatch.setattr(smoke, "_late", hangs)
+    script = tmp_path / "probe.py"
+    script.write_text(PROBE)
+    smoke.run([sys.executable, str(script)], tmp_path / "out", 3.0, at_once=4)
+    written = (tmp_path / "out" / "smoke.jsonl").read_text().splitlines()
+    lines = {line["name"]: line for line in map(json.loads, written)}
+    assert set(lines) == set(smoke.PROBES) and len(written) == len(lines)
+    failed = {name: line["error"] for name, line in lines.items() if "error" in line}
+    assert {name: error.splitlines()[0] for name, error in failed.items()} == {
+        "prefill": "killed after 3 s",
+        "fetch": "ended with status 3",
+        "lock": "ended with status -6",
+    }
+    assert lines["prefill"]["found"] == ["[   0.1 s] smoke prefill has begun"]
+    printed = capsys.readouterr().out
+    assert "FAILED prefill" in printed and "smoke: 11 of 14 without a fault" in printed
+
+
+def test_every_probe_is_one_that_a_process_knows() -> None:
+    probes = pytest.importorskip("tests.bench.on_gpu.probes", reason="Triton is not installed")
+    assert set(probes._PROBES) == set(smoke.PROBES)
+    assert set(smoke.PROBES) > probes._ON_CUDA
+
+
+def test_the_parts_of_the_bench_end_within_ten_minutes_and_all_begins_with_what_is_worth_most() -> (
+    None
+):
     script = (ROOT / "tests/bench/gpu.sh").read_text()
-    parts = re.findall(r"^([a-z]+[-12]*)\)\n(.*?)^    ;;", script, re.MULTILINE | re.DOTALL)
-    assert [name for name, _ in parts] == ["kernels", "steps", "upstream-1", "upstream-2"]
-    for _, body in parts:
-        lines = re.findall(r"^ *section \S+ (\d+) (.*?)( &)?$", body, re.MULTILINE)
-        # Those that run beside each other come first, and are killed 15 s after their time is up.
-        beside = max((int(seconds) + 15 for seconds, _, also in lines if also), default=0)
-        assert beside + sum(int(s) + 15 for s, _, also in lines if not also) <= 570
-    named = {name for only in re.findall(r"--only (\S+)", script) for name in only.split(",")}
-    assert named == {"check", "time", "decode", "upstream", "trace"}
-    assert set(re.findall(r"--tables (\S+)", script)) == set(upstream.NAMES)
+    parts = dict(re.findall(r'^(\S+)\) names="(.*)" ;;$', script, re.MULTILINE))
+    limits = {
+        name: int(seconds)
+        for name, seconds in re.findall(r"^ +(\S+)\) echo (\d+) ;;$", script, re.MULTILINE)
+    }
+    everything = parts.pop("all").split()
+    assert everything[:3] == ["smoke", "decode", "17913"]
+    assert sorted(everything) == sorted(name for name in limits if name != "*")
+    assert set(parts) == {"kernels", "steps", "upstream-1", "upstream-2"}
+    # Those that are killed have 15 s more.
+    for names in parts.values():
+        assert sum(limits[name] + 15 for name in names.split()) <= 570
+    assert {*upstream.NAMES, "decode", "trace", "time", "check"} < set(limits)
+    checked = " ".join(re.findall(r'families="(.*)"', script)).replace("$families ", "").split()
+    check = pytest.importorskip("tests.bench.on_gpu.check", reason="Triton is not installed")
+    assert sorted(checked) == sorted([*check.FAMILIES, check.ENGINE])
 
 
 def test_the_bench_imports_nothing_of_the_servers() -> None:

@@ -432,6 +432,8 @@ async def test_metrics_are_prometheus_text(app: Server) -> None:
     lines = answer.text.splitlines()
     assert "# TYPE lorafleet_steps_total counter" in lines
     assert "lorafleet_running 0" in lines
+    assert "lorafleet_capture_fallback 0" in lines
+    assert "lorafleet_host_locked_bytes 0" in lines
     assert 'lorafleet_adapters{tier="device"} 1' in lines
 
 

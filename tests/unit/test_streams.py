@@ -2,6 +2,7 @@
 there when it was queued, and nothing on the host is overwritten while it is read.
 """
 
+import contextlib
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from cluster.values import Tier
 from replica import arena as arena_module
+from replica import host_pool
 from replica.adapter import Load
 from replica.adapter_files import inspect
 from replica.arena import Arena
@@ -262,6 +264,57 @@ def test_random_loads_moves_clears_and_forwards(
     )
     device.run()
     assert len(forwards) > 50 and all(saw() for saw in forwards)
+
+
+class Cudart:
+    """Locks pages up to a size, as a system with a limit does."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.asked: list[int] = []
+        self.locked: set[int] = set()
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        self.asked.append(size)
+        if size > self.most:
+            return 2
+        self.locked.add(address)
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        self.locked.remove(address)
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("most", "given", "asked"),
+    [
+        (800, 800, [800]),
+        (399, 200, [800, 400, 200]),
+        (99, None, [800, 400, 200, 100]),
+    ],
+)
+def test_as_many_pages_are_locked_as_the_system_allows(
+    most: int,
+    given: int | None,
+    asked: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    cudart = Cudart(most)
+    monkeypatch.setattr(host_pool, "_cudart", lambda: cudart)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    pool = locked_pool(800, torch.device("cpu"))
+    assert cudart.asked == asked
+    assert (None if pool is None else pool.size) == given
+    assert len(cudart.locked) == (given is not None)
+    assert ("host_memory: " in caplog.text) == (given != 800)
+    del pool
+    assert not cudart.locked
+
+
+def test_no_pages_are_locked_when_none_are_wanted() -> None:
+    assert locked_pool(0, torch.device("cpu")) is None
 
 
 @pytest.mark.gpu

@@ -6,11 +6,12 @@ every dtype: there a single wrong bit shows (triton #9433: on Hopper, matmuls wh
 lies in registers gave wrong sums before ptxas 13.3).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, product
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import product
 
 import torch
 
+from replica.shape import ModelShape
 from tests.bench.on_gpu import check_attention, check_fused, check_lora, check_model
 from tests.bench.on_gpu.cases import Case, farthest, relative
 from tests.bench.on_gpu.inputs import Draw
@@ -26,63 +27,89 @@ def run(setting: Setting) -> None:
     dtypes = [torch.float32, torch.float16] if setting.tiny else list(TOLERANCE)
     if setting.dtypes:
         dtypes = [getattr(torch, name) for name in setting.dtypes]
+    names = setting.kernels or [*FAMILIES, ENGINE]
     with torch.inference_mode():
-        _kernels_in_each(dtypes, setting)
-    if torch.float32 in dtypes and setting.has_time(SECTION, "engine"):
+        for dtype, name in product(dtypes, [name for name in names if name != ENGINE]):
+            _check_family(setting, name, dtype)
+    if ENGINE in names and torch.float32 in dtypes and setting.has_time(SECTION, ENGINE):
         check_model.run(setting)
 
 
-def _kernels_in_each(dtypes: Sequence[torch.dtype], setting: Setting) -> None:
-    for dtype in dtypes:
+Family = Callable[[Draw, ModelShape, bool], Iterable[Case]]
+
+
+def _norms(draw: Draw, shape: ModelShape, tiny: bool) -> Iterator[Case]:
+    for rows, hidden in product(_rows(tiny), (16, 24) if tiny else (4096, 768, 5120)):
+        yield from check_fused.norms(draw, rows, hidden)
+
+
+def _gated(draw: Draw, shape: ModelShape, tiny: bool) -> Iterator[Case]:
+    for rows, inner in product(_rows(tiny), (16, 24) if tiny else (14336, 4864, 100)):
+        yield check_fused.gated(draw, rows, inner)
+
+
+def _sampling(draw: Draw, shape: ModelShape, tiny: bool) -> Iterator[Case]:
+    return (check_fused.sampling(draw, rows, 300 if tiny else 128256) for rows in (1, 33))
+
+
+def _rows(tiny: bool) -> Sequence[int]:
+    return (1, 3) if tiny else (1, 3, 67)
+
+
+FAMILIES: Mapping[str, tuple[str, Family]] = {
+    "integers": ("attention, integers", lambda d, s, tiny: check_attention.integers(d, tiny)),
+    "lora-integers": ("LoRA, integers", check_lora.integers),
+    "norms": ("norms", _norms),
+    "rotary": ("rotary and store", lambda d, s, tiny: check_fused.rotary(d, tiny)),
+    "gated": ("gated activation", _gated),
+    "sampling": ("sampling", _sampling),
+    "decode": ("attention, decode", lambda d, s, tiny: check_attention.decodes(d, tiny)),
+    "prefill": ("attention, prefill", lambda d, s, tiny: check_attention.prefills(d, tiny)),
+    "lora": ("LoRA", check_lora.cases),
+    "lora-replayed": ("LoRA, replayed", check_lora.replayed),
+}
+"""By the name to ask for it: what it is called, and its cases."""
+ENGINE = "engine"
+
+
+def _check_family(setting: Setting, family: str, dtype: torch.dtype) -> None:
+    title, cases = FAMILIES[family]
+    name = f"{title} {str(dtype).removeprefix('torch.')}"
+
+    def check() -> None:
         draw = Draw(setting.seed, setting.device, dtype)
-        for kernel, cases in _kernels(setting, draw):
-            name = f"{kernel} {str(dtype).removeprefix('torch.')}"
-            if setting.has_time(SECTION, name):
-                try:
-                    _check(setting, name, cases, TOLERANCE[dtype])
-                except Exception as error:
-                    # A kernel that does not even compile leaves the others their turn.
-                    setting.report.failed(SECTION, name, error)
+        _check(setting, name, cases(draw, setting.shape, setting.tiny), TOLERANCE[dtype])
 
-
-def _kernels(setting: Setting, draw: Draw) -> Iterator[tuple[str, Iterable[Case]]]:
-    tiny, shape = setting.tiny, setting.shape
-    rows: Sequence[int] = (1, 3) if tiny else (1, 3, 67)
-    norms = product(rows, (16, 24) if tiny else (4096, 768, 5120))
-    yield "norms", chain.from_iterable(check_fused.norms(draw, *size) for size in norms)
-    yield "rotary and store", check_fused.rotary(draw, tiny)
-    gates = product(rows, (16, 24) if tiny else (14336, 4864, 100))
-    yield "gated activation", (check_fused.gated(draw, *size) for size in gates)
-    vocab = 300 if tiny else 128256
-    yield "sampling", (check_fused.sampling(draw, rows, vocab) for rows in (1, 33))
-    yield "attention, decode", check_attention.decodes(draw, tiny)
-    yield "attention, prefill", check_attention.prefills(draw, tiny)
-    yield "attention, integers", check_attention.integers(draw, tiny)
-    yield "LoRA", check_lora.cases(draw, shape, tiny)
-    yield "LoRA, replayed", check_lora.replayed(draw, shape, tiny)
-    yield "LoRA, integers", check_lora.integers(draw, shape, tiny)
+    setting.attempt(SECTION, name, check)
 
 
 def _check(setting: Setting, name: str, cases: Iterable[Case], tolerance: float) -> None:
-    """The worst of all cases goes into the short table."""
+    """The worst of all cases goes into the short table, also where one of them raises."""
     worst, where, most = 0.0, "", tolerance
-    for case in cases:
-        found, again, wanted = case.run(), case.run(), case.wanted()
-        same = torch.equal(found, again)
-        # A moving error is no error that a tolerance is for.
-        error = relative(found, wanted) if same else float("nan")
-        largest = farthest(found, wanted)
-        most = 0.0 if case.exact else tolerance
-        if not where or not error <= worst:
-            worst, where = error, case.name
-        setting.report.add(
-            SECTION,
-            f"{name}, {case.name}",
-            error,
-            most=most,
-            beside=f"largest {largest:.1e}" + ("" if same else ", DIFFERENT the second time"),
-            short=False,
-            largest=largest,
-            deterministic=same,
-        )
-    setting.report.add(SECTION, f"{name}, worst relative error", worst, most=most, beside=where)
+    try:
+        for case in cases:
+            if where and not setting.has_time(SECTION, f"{name}, {case.name} and the rest"):
+                break
+            found, again, wanted = case.run(), case.run(), case.wanted()
+            same = torch.equal(found, again)
+            # A moving error is no error that a tolerance is for.
+            error = relative(found, wanted) if same else float("nan")
+            largest = farthest(found, wanted)
+            most = 0.0 if case.exact else tolerance
+            if not where or not error <= worst:
+                worst, where = error, case.name
+            setting.report.add(
+                SECTION,
+                f"{name}, {case.name}",
+                error,
+                most=most,
+                beside=f"largest {largest:.1e}" + ("" if same else ", DIFFERENT the second time"),
+                short=False,
+                largest=largest,
+                deterministic=same,
+            )
+    finally:
+        if where:
+            setting.report.add(
+                SECTION, f"{name}, worst relative error", worst, most=most, beside=where
+            )

@@ -8,6 +8,7 @@ import torch
 from lora_kernels import reference
 from lora_kernels.lora import TritonLora
 from lora_kernels.reference import Directory
+from replica.graphs import CudaCapture, keep
 from replica.shape import GROUPS, PROJECTIONS, ModelShape
 from tests.bench.on_gpu.cases import Case
 from tests.bench.on_gpu.inputs import LAYERS, Draw
@@ -17,7 +18,7 @@ LAYER = LAYERS - 1
 
 @dataclass(frozen=True, slots=True)
 class Adapters:
-    """The projections of a model of two layers, and adapters over them in an arena."""
+    """The projections of a model of a few layers, and adapters over them in an arena."""
 
     directory: Directory
     arena: torch.Tensor
@@ -44,13 +45,15 @@ class Adapters:
         return out
 
 
-def drawn(draw: Draw, shape: ModelShape, ranks: Sequence[int | Sequence[int]]) -> Adapters:
+def drawn(
+    draw: Draw, shape: ModelShape, ranks: Sequence[int | Sequence[int]], layers: int = LAYERS
+) -> Adapters:
     """ranks: of each adapter, one for all of its projections or one for each."""
     sizes = list(shape.projections.values())
     full = [[rank] * len(sizes) if isinstance(rank, int) else rank for rank in ranks]
     order = {name: index for index, name in enumerate(PROJECTIONS)}
     groups = [[(order[n], *shape.projections[n]) for n in group] for group in GROUPS]
-    return Adapters(*draw.adapters(sizes, full), groups)
+    return Adapters(*draw.adapters(sizes, full, layers), groups)
 
 
 def _groups(tiny: bool) -> Sequence[int]:
@@ -162,14 +165,7 @@ def _captured(
         operation.start(x, LAYER, group)
         operation.add(x, y, LAYER, group)
 
-    work()
-    if x.device.type != "cuda":
-        return work
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
+    return CudaCapture(x.device)(work) if x.device.type == "cuda" else keep(work)
 
 
 def integers(draw: Draw, shape: ModelShape, tiny: bool) -> Iterator[Case]:

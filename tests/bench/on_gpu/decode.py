@@ -1,26 +1,35 @@
-"""Steps of a whole model through the runner: decode over its bandwidth floor, what LoRA adds, and
-prefill over its matmuls alone.
+"""Steps of a whole model: decode over its bandwidth floor, what LoRA adds to decode, to prefill and
+to both at once; steps of the runner alone, and then of the engine with its scheduler around it.
 
 Rows hold random tokens' keys and values of `context` tokens, and decode the same position again and
-again, each step taking its tokens from the one before on the device. A step's time is the loop's:
-from launch to launch, as an engine sees it.
+again, each step taking its tokens from the one before on the device. A step's time is the loop's,
+from launch to launch; a prefill's and a mixed step's is until its tokens are there.
 """
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch.nn import functional as F
 
+from replica import graphs
 from replica.launch import Row
-from replica.request import Sampling
+from replica.request import NewRequest, Sampling
 from replica.runner import Runner
 from tests.bench.on_gpu.figures import median, medians, over, spread
-from tests.bench.on_gpu.floors import decode_bytes, group_sizes, lora_share
-from tests.bench.on_gpu.models import layout
+from tests.bench.on_gpu.floors import (
+    decode_bytes,
+    group_sizes,
+    image_bytes,
+    kv_token_bytes,
+    lora_share,
+)
+from tests.bench.on_gpu.models import Adapters, layout, scratch
 from tests.bench.on_gpu.profiles import kernel_seconds, profiled
-from tests.bench.on_gpu.served import release
+from tests.bench.on_gpu.served import Served, served
 from tests.bench.on_gpu.setting import Setting
 
 SECTION = "decode"
@@ -29,23 +38,30 @@ GOAL_LORA = "r16 × 8"
 GOAL_DECODE_PERCENT, GOAL_PREFILL_PERCENT = 5.0, 8.0
 _KERNELS = 20
 _GREEDY = Sampling(max_tokens=2**20, temperature=0.0, ignore_eos=True)
+_TOP_P = replace(_GREEDY, temperature=0.8, top_p=0.9)
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
     """adapters: what they are called → the ranks of those that the rows share out evenly.
 
-    prefills: tokens. parts: into how many sequences, each with its own adapter, one is cut.
+    prefills: how many sequences, each with its own adapter, of how many tokens. chunk: of the
+    prompt in a mixed step.
     """
 
     rows: tuple[int, ...]
     lora_rows: int
     context: int
     adapters: dict[str, tuple[int, ...]]
-    prefills: tuple[int, ...]
-    parts: int
+    prefills: tuple[tuple[int, int], ...]
+    chunk: int
     rounds: int
     steps: int
+
+    @property
+    def tokens(self) -> int:
+        """Of the largest step."""
+        return max(self.context, *(count * length for count, length in self.prefills))
 
 
 FULL = Sizes(
@@ -53,13 +69,13 @@ FULL = Sizes(
     lora_rows=64,
     context=1024,
     adapters={
+        GOAL_LORA: (16,) * 8,
         "r16 × 1": (16,),
-        "r16 × 8": (16,) * 8,
         "r16 × 32": (16,) * 32,
         "r64 × 8": (64,) * 8,
     },
-    prefills=(2048, 8192),
-    parts=4,
+    prefills=((1, 2048), (4, 512), (1, 8192), (4, 2048), (8, 128), (1, 128)),
+    chunk=512,
     rounds=5,
     steps=40,
 )
@@ -67,53 +83,182 @@ TINY = Sizes(
     rows=(1, 2),
     lora_rows=2,
     context=20,
-    adapters={"r16 × 1": (16,), "r16 × 8": (4, 4)},
-    prefills=(16,),
-    parts=2,
+    adapters={GOAL_LORA: (4, 4), "r16 × 1": (16,)},
+    prefills=((1, 16), (2, 4)),
+    chunk=8,
     rounds=1,
     steps=1,
 )
 
 
 def run(setting: Setting) -> None:
-    sizes = TINY if setting.tiny else FULL
-    runner = _runner(setting, sizes)
-    slots = _place_adapters(runner, setting, sizes)
-    _decode(runner, setting, sizes)
-    if setting.has_time(SECTION, "LoRA in decode"):
-        _lora(runner, setting, sizes, slots)
-    for tokens in sizes.prefills:
-        if setting.has_time(SECTION, f"prefill of {tokens}"):
-            _prefill(runner, setting, sizes, slots, tokens)
-    if setting.device.type == "cuda" and setting.has_time(SECTION, "profile"):
-        _profile(runner, setting, sizes, slots[GOAL_LORA])
+    sizes = _fitting(setting, TINY if setting.tiny else FULL)
+    with _engine(setting, sizes) as server:
+        runner = server.engine.runner
+        captured = graphs.Captured(runner.capture_fallback)
+        what, why = "captures that failed", captured.name.lower()
+        setting.report.add(SECTION, what, captured, most=0, beside=why)
+        slots = place_adapters(runner, setting, sizes)
+        own = slots[GOAL_LORA]
+        setting.attempt(SECTION, "contexts", partial(_fill, runner, setting, sizes))
+        # What is worth most first: whatever fails or is late leaves those before it.
+        for what, work in _compared(runner, setting, sizes, slots).items():
+            setting.attempt(SECTION, what, partial(work, what))
+        for count in sizes.rows:
+            what = f"{count} rows"
+            setting.attempt(SECTION, what, partial(_decode, runner, setting, sizes, count))
+        if setting.device.type == "cuda":
+            for name, of in (("base", [0]), (GOAL_LORA, own)):
+                profile = partial(_profile, runner, setting, sizes, name, of)
+                setting.attempt(SECTION, f"profile of {name}", profile)
+        for placed in slots.values():
+            for slot in placed:
+                runner.arena.clear(slot)
+        adapters = [name for name in server.digests if name is not None]
+        for what, names in (("base", [None]), (GOAL_LORA, adapters)):
+            steps = partial(_engine_steps, server, setting, sizes, what, names)
+            setting.attempt(SECTION, f"the engine's steps, {what}", steps)
 
 
-def _runner(setting: Setting, sizes: Sizes) -> Runner:
-    start_s = time.monotonic()
-    release(setting.device)
-    longest = max(*sizes.prefills, sizes.context)
-    ranks = [rank for ranks in sizes.adapters.values() for rank in ranks]
-    _, elements = layout(setting.shape, 1)
-    page_bytes = 16 * 2 * setting.shape.layers * setting.shape.kv_heads * setting.shape.head_dim
-    page_bytes *= setting.itemsize
-    sequences = max(max(sizes.rows) * -(-sizes.context // 16), -(-longest // 16))
-    config = setting.config(
-        adapter_memory=sum(ranks) * elements * setting.itemsize + len(ranks) * 256,
-        kv_memory=page_bytes * (sequences + 64),
-        host_memory=0,
-        directory_slots=len(ranks) + 1,
-        batch_rows_max=max(sizes.rows),
-        step_tokens_max=longest,
-        context_tokens_max=longest + 64,
-        prefix_cache=False,
+def _compared(
+    runner: Runner, setting: Setting, sizes: Sizes, slots: Mapping[str, Sequence[int]]
+) -> dict[str, Callable[[str], None]]:
+    """What LoRA adds, in percent, and top-p: by name, what measures it."""
+    made: dict[str, Callable[[str], None]] = {}
+    shape, itemsize, count = setting.shape, setting.itemsize, sizes.lora_rows
+    step = partial(_step_s, runner, steps=sizes.steps)
+    once = partial(_run_s, runner)
+    over = partial(_over, setting, sizes.rounds)
+    base, own = decoding(setting, sizes, count), slots[GOAL_LORA]
+    for name, placed in slots.items():
+        active = sizes.adapters[name][: min(count, len(placed))]
+        floor = lora_share(shape, itemsize, [sizes.context] * count, active)
+        made[f"LoRA in decode, {name} at {count} rows"] = partial(
+            over,
+            measure=step,
+            base=base,
+            more=decoding(setting, sizes, count, placed),
+            most=GOAL_DECODE_PERCENT if name == GOAL_LORA else None,
+            beside=f", floor {100 * floor:.1f}%",
+        )
+    # Rows that decode and a piece of a prompt, as while requests come.
+    rows, page = min(count, max(sizes.rows) - 1), max(sizes.rows) * -(-sizes.context // 16)
+    mixed = [
+        [
+            *decoding(setting, sizes, rows, placed),
+            *prompts_of(setting, 1, sizes.chunk, placed, page),
+        ]
+        for placed in ([0], own)
+    ]
+    made[f"LoRA in a step of {rows} decodes and {sizes.chunk} prompt tokens"] = partial(
+        over, measure=once, base=mixed[0], more=mixed[1]
     )
-    runner = Runner(config, setting.shape)
-    setting.report.tell(f"model and graphs made in {time.monotonic() - start_s:.1f} s")
-    return runner
+    for prompts, length in sizes.prefills:
+        tokens = prompts * length
+        made[f"LoRA in prefill of {prompts} × {length:,}"] = partial(
+            over,
+            measure=once,
+            base=prompts_of(setting, prompts, length, [0]),
+            more=prompts_of(setting, prompts, length, own),
+            most=GOAL_PREFILL_PERCENT if tokens >= 2048 else None,
+            matmuls=tokens,
+        )
+    # The draw is behind the graph.
+    made[f"top-p 0.9 instead of greedy in decode, {GOAL_LORA} at {count} rows"] = partial(
+        over,
+        measure=step,
+        base=decoding(setting, sizes, count, own),
+        more=decoding(setting, sizes, count, own, _TOP_P),
+    )
+    return made
 
 
-def _place_adapters(runner: Runner, setting: Setting, sizes: Sizes) -> dict[str, list[int]]:
+def _over(
+    setting: Setting,
+    rounds: int,
+    what: str,
+    *,
+    measure: Callable[[Sequence[Row]], float],
+    base: Sequence[Row],
+    more: Sequence[Row],
+    most: float | None = None,
+    beside: str = "",
+    matmuls: int = 0,
+) -> None:
+    """They take turns, so that whatever drifts, drifts for both; the first two only warm up.
+
+    matmuls: tokens whose matmuls alone are told beside.
+    """
+    warm = 0 if setting.tiny else 2
+    turns = [{"base": measure(base), "more": measure(more)} for _ in range(warm + rounds)][warm:]
+    found = medians(turns)
+    if matmuls:
+        beside += f", matmuls alone {_matmuls_s(setting, matmuls) * 1e3:.2f} ms"
+    setting.report.add(
+        SECTION,
+        what,
+        100 * over(turns, "more", "base"),
+        "%",
+        most=most,
+        beside=f"{found['more'] * 1e3:.2f} ms, without {found['base'] * 1e3:.2f}{beside}",
+        rounds_s=turns,
+    )
+
+
+def _fitting(setting: Setting, sizes: Sizes) -> Sizes:
+    """Without the batches whose keys and values this card has no memory for."""
+    row_bytes = kv_token_bytes(setting.shape, setting.itemsize) * sizes.context
+    room = setting.room - _adapter_bytes(setting, sizes)
+    rows = tuple(count for count in sizes.rows if count * row_bytes < 0.8 * room)
+    return replace(sizes, rows=rows, lora_rows=min(sizes.lora_rows, max(rows)))
+
+
+def _adapter_bytes(setting: Setting, sizes: Sizes) -> int:
+    ranks = [rank for ranks in sizes.adapters.values() for rank in ranks]
+    return sum(image_bytes(setting.shape, rank, setting.itemsize) + 256 for rank in ranks)
+
+
+@contextlib.contextmanager
+def _engine(setting: Setting, sizes: Sizes) -> Iterator[Served]:
+    """One model for both: its runner first, then the engine, which has the adapters that the goal
+    is for.
+    """
+    start_s = time.monotonic()
+    sequences = max(max(sizes.rows) * -(-sizes.context // 16), -(-sizes.tokens // 16))
+    page_bytes = 16 * kv_token_bytes(setting.shape, setting.itemsize)
+    adapter_bytes = _adapter_bytes(setting, sizes)
+    ranks = sizes.adapters[GOAL_LORA]
+    images = sum(image_bytes(setting.shape, rank, setting.itemsize) for rank in ranks)
+    with scratch(2**30) as directory, only(sizes.rows):
+        adapters = Adapters(directory, setting.shape, setting.dtype, setting.device)
+        versions = adapters.versions({f"a{i}": rank for i, rank in enumerate(ranks)})
+        config = setting.config(
+            adapter_memory=adapter_bytes,
+            kv_memory=page_bytes * (sequences + 64),
+            host_memory=2 * images,
+            directory_slots=sum(map(len, sizes.adapters.values())) + 1,
+            batch_rows_max=max(sizes.rows),
+            step_tokens_max=sizes.tokens,
+            context_tokens_max=sizes.tokens + 64,
+            prefix_cache=False,
+        )
+        with served(config, versions, setting.device) as server:
+            setting.report.tell(f"model and graphs made in {time.monotonic() - start_s:.1f} s")
+            yield server
+
+
+@contextlib.contextmanager
+def only(rows: Sequence[int]) -> Iterator[None]:
+    """Graphs of the batches that are measured, for each takes its time to capture."""
+    before = graphs.buckets
+    graphs.buckets = lambda rows_max: list(rows)
+    try:
+        yield
+    finally:
+        graphs.buckets = before
+
+
+def place_adapters(runner: Runner, setting: Setting, sizes: Sizes) -> dict[str, list[int]]:
     """Slots of each set of adapters. Their images are random numbers, made where they lie."""
     slots: dict[str, list[int]] = {}
     arena, offset, slot = runner.arena, 0, 1
@@ -129,7 +274,13 @@ def _place_adapters(runner: Runner, setting: Setting, sizes: Sizes) -> dict[str,
     return slots
 
 
-def _rows(setting: Setting, sizes: Sizes, count: int, slots: Sequence[int] = (0,)) -> list[Row]:
+def decoding(
+    setting: Setting,
+    sizes: Sizes,
+    count: int,
+    slots: Sequence[int] = (0,),
+    sampling: Sampling = _GREEDY,
+) -> list[Row]:
     """Rows that decode at the end of their context; their adapters in turn."""
     pages = -(-sizes.context // 16)
     return [
@@ -138,7 +289,7 @@ def _rows(setting: Setting, sizes: Sizes, count: int, slots: Sequence[int] = (0,
             position=sizes.context - 1,
             pages=range(i * pages, (i + 1) * pages),
             slot=slots[i % len(slots)],
-            sampling=_GREEDY,
+            sampling=sampling,
             seed=i,
             generated=0,
         )
@@ -155,33 +306,30 @@ def _fill(runner: Runner, setting: Setting, sizes: Sizes) -> None:
         drawn = torch.randint(3, setting.shape.vocab, (sizes.context,), generator=generator)
         row_pages = range(i * pages, (i + 1) * pages)
         batch.append(Row(drawn.tolist(), 0, row_pages, 0, _GREEDY, i, 0))
-        if (len(batch) + 1) * sizes.context > max(*sizes.prefills, sizes.context):
+        if (len(batch) + 1) * sizes.context > sizes.tokens:
             runner.run(batch)
             batch = []
     if batch:
         runner.run(batch)
 
 
-def _decode(runner: Runner, setting: Setting, sizes: Sizes) -> None:
-    _fill(runner, setting, sizes)
-    rates = setting.rates
-    for count in sizes.rows:
-        rows = _rows(setting, sizes, count)
-        rounds = [_step_s(runner, rows, sizes.steps) for _ in range(sizes.rounds + 1)][1:]
-        step_s = median(rounds)
-        contexts = [sizes.context] * count
-        floor_s = decode_bytes(setting.shape, setting.itemsize, contexts) / rates.bytes_per_s
-        setting.report.add(
-            SECTION,
-            f"step of {count} × {sizes.context}, over the bandwidth floor",
-            step_s / floor_s,
-            " ×",
-            most=GOAL_OVER_FLOOR if count == GOAL_ROWS else None,
-            beside=f"{step_s * 1e3:.2f} ms, floor {floor_s * 1e3:.2f} ms",
-            spread=spread(rounds),
-            rounds_s=rounds,
-            launch_s=_launch_s(runner, rows),
-        )
+def _decode(runner: Runner, setting: Setting, sizes: Sizes, count: int) -> None:
+    rows = decoding(setting, sizes, count)
+    rounds = [_step_s(runner, rows, sizes.steps) for _ in range(sizes.rounds + 1)][1:]
+    step_s = median(rounds)
+    size = decode_bytes(setting.shape, setting.itemsize, [sizes.context] * count)
+    floor_s, read_s = size / setting.rates.bytes_per_s, size / setting.rates.read_bytes_per_s
+    setting.report.add(
+        SECTION,
+        f"step of {count} × {sizes.context}, over the bandwidth floor",
+        step_s / floor_s,
+        " ×",
+        most=GOAL_OVER_FLOOR if count == GOAL_ROWS else None,
+        beside=f"{step_s * 1e3:.2f} ms, floor {floor_s * 1e3:.2f}, only read {read_s * 1e3:.2f} ms",
+        spread=spread(rounds),
+        rounds_s=rounds,
+        launch_s=_launch_s(runner, rows),
+    )
 
 
 def _step_s(runner: Runner, rows: Sequence[Row], steps: int) -> float:
@@ -215,98 +363,82 @@ def _launch_s(runner: Runner, rows: Sequence[Row]) -> float:
     return median(found)
 
 
-def _lora(runner: Runner, setting: Setting, sizes: Sizes, slots: dict[str, list[int]]) -> None:
-    """Base and each set of adapters take turns, so that whatever drifts, drifts for all."""
-    count = sizes.lora_rows
-    batches = {"base": _rows(setting, sizes, count)}
-    batches |= {name: _rows(setting, sizes, count, own) for name, own in slots.items()}
-    rounds = [
-        {name: _step_s(runner, rows, sizes.steps) for name, rows in batches.items()}
-        for _ in range(sizes.rounds + 1)
-    ][1:]
-    found = medians(rounds)
-    contexts = [sizes.context] * count
-    for name, ranks in sizes.adapters.items():
-        active = ranks[: min(count, len(ranks))]
-        floor = lora_share(setting.shape, setting.itemsize, contexts, active)
-        setting.report.add(
-            SECTION,
-            f"LoRA in decode, {name} at {count} rows, over base",
-            100 * over(rounds, name, "base"),
-            "%",
-            most=GOAL_DECODE_PERCENT if name == GOAL_LORA else None,
-            beside=f"floor {100 * floor:.1f}%, {found[name] * 1e3:.2f} ms, "
-            f"base {found['base'] * 1e3:.2f} ms",
-            rounds_s=rounds,
-        )
-
-
-def _profile(runner: Runner, setting: Setting, sizes: Sizes, slots: Sequence[int]) -> None:
+def _profile(
+    runner: Runner, setting: Setting, sizes: Sizes, name: str, slots: Sequence[int]
+) -> None:
     """Which kernels the time of a few steps goes to, which the profiler slows down."""
     steps = 5
-    for name, own in (("base", [0]), (GOAL_LORA, slots)):
-        rows = _rows(setting, sizes, sizes.lora_rows, own)
-        path = (
-            setting.report.out or setting.directory
-        ) / f"step-{name.replace(' × ', 'x')}.json.gz"
-        trace = profiled(lambda rows=rows: [runner.run(rows) for _ in range(steps)], path)
-        for kernel, seconds, count in kernel_seconds(trace)[:_KERNELS]:
-            setting.report.add(
-                SECTION,
-                f"{name}: {kernel[:70]}",
-                seconds / steps * 1e6,
-                " µs a step",
-                beside=f"{count / steps:g} launches",
-                short=False,
-            )
-
-
-def _prefill(
-    runner: Runner, setting: Setting, sizes: Sizes, slots: dict[str, list[int]], tokens: int
-) -> None:
-    """One sequence, and `parts` sequences of as many tokens together; base and adapters in turn."""
-    own = slots[GOAL_LORA]
-    whole, part = [tokens], [tokens // sizes.parts] * sizes.parts
-    batches = {
-        "base": _chunks(setting, whole, [0]),
-        "one adapter": _chunks(setting, whole, own),
-        "base, in parts": _chunks(setting, part, [0]),
-        "an adapter a part": _chunks(setting, part, own),
-    }
-    rounds = [
-        {name: _run_s(runner, rows) for name, rows in batches.items()}
-        for _ in range(sizes.rounds + 2)
-    ][2:]
-    found = medians(rounds)
-    matmuls_s = _matmuls_s(setting, tokens)
-    setting.report.add(
-        SECTION,
-        f"prefill of {tokens:,}, matmuls alone ÷ all",
-        100 * matmuls_s / found["base"],
-        "%",
-        beside=f"{found['base'] * 1e3:.1f} ms, matmuls {matmuls_s * 1e3:.1f} ms",
-        rounds_s=rounds,
-    )
-    for name, base in (("one adapter", "base"), ("an adapter a part", "base, in parts")):
+    rows = decoding(setting, sizes, sizes.lora_rows, slots)
+    path = (setting.report.out or setting.directory) / f"step-{name.replace(' × ', 'x')}.json.gz"
+    trace = profiled(lambda: [runner.run(rows) for _ in range(steps)], path)
+    for kernel, seconds, count in kernel_seconds(trace)[:_KERNELS]:
         setting.report.add(
             SECTION,
-            f"LoRA in prefill of {tokens:,}, {name}, over base",
-            100 * over(rounds, name, base),
-            "%",
-            most=GOAL_PREFILL_PERCENT,
-            beside=f"{found[name] * 1e3:.1f} ms, base {found[base] * 1e3:.1f} ms",
+            f"{name}: {kernel[:70]}",
+            seconds / steps * 1e6,
+            " µs a step",
+            beside=f"{count / steps:g} launches",
+            short=False,
         )
 
 
-def _chunks(setting: Setting, lengths: Sequence[int], slots: Sequence[int]) -> list[Row]:
+def _engine_steps(
+    server: Served, setting: Setting, sizes: Sizes, what: str, names: Sequence[str | None]
+) -> None:
+    """The same decode steps planned by the scheduler and committed to it, as a server's are."""
+    engine, count, steps = server.engine, sizes.lora_rows, sizes.steps
     generator = torch.Generator().manual_seed(setting.seed)
-    rows, page = [], 0
-    for i, length in enumerate(lengths):
+    # Those that have their prompts computed first decode meanwhile.
+    longest = sizes.context - 2 * count - steps * (sizes.rounds + 2)
+    prompt = max(longest, sizes.context // 4)
+    waiting = {f"{what} {i}": names[i % len(names)] for i in range(count)}
+    for request, name in waiting.items():
+        drawn = torch.randint(3, setting.shape.vocab, (prompt,), generator=generator).tolist()
+        sampling = replace(_GREEDY, max_tokens=sizes.context - prompt)
+        engine.add(NewRequest(request, tuple(drawn), sampling, server.digests[name]))
+    everyone = list(waiting)
+    while waiting:
+        for delta in engine.step():
+            if delta.error is not None:
+                raise delta.error
+            waiting.pop(delta.request_id, None)
+    rounds = []
+    for _ in range(sizes.rounds):
+        start_s = time.perf_counter()
+        for _ in range(steps):
+            engine.step()
+        rounds.append((time.perf_counter() - start_s) / steps)
+    running = list(engine.scheduler.batch.running.values())
+    assert len(running) == count, f"{len(running)} of {count} rows were left"
+    context = sum(request.computed for request in running) // count
+    for name in everyone:
+        engine.cancel(name)
+    while engine.has_work:
+        engine.step()
+    placed = [0] if what == "base" else sorted(engine.runner.arena._placed)
+    alike = decoding(setting, replace(sizes, context=context), count, placed)
+    alone = [_step_s(engine.runner, alike, steps) for _ in range(sizes.rounds + 1)][1:]
+    setting.report.add(
+        SECTION,
+        f"the engine's step, {what}, {count} × {context:,}, over the runner's",
+        100 * (median(rounds) / median(alone) - 1),
+        "%",
+        beside=f"{median(rounds) * 1e3:.2f} ms, runner alone {median(alone) * 1e3:.2f} ms",
+        spread=spread(rounds),
+        rounds_s=rounds,
+    )
+
+
+def prompts_of(
+    setting: Setting, count: int, length: int, slots: Sequence[int], page: int = 0
+) -> list[Row]:
+    """page: the first that they may use."""
+    generator = torch.Generator().manual_seed(setting.seed)
+    rows, held = [], -(-length // 16)
+    for i in range(count):
         drawn = torch.randint(3, setting.shape.vocab, (length,), generator=generator).tolist()
-        held = -(-length // 16)
-        pages = range(page, page + held)
+        pages = range(page + i * held, page + (i + 1) * held)
         rows.append(Row(drawn, 0, pages, slots[i % len(slots)], _GREEDY, i, 0))
-        page += held
     return rows
 
 

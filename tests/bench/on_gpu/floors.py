@@ -12,11 +12,13 @@ from replica.shape import GROUPS, ModelShape
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """As measured here. bytes_per_s: of a copy within the device, bytes read plus bytes written.
-    flop_per_s: of a large matmul. copy_in_bytes_per_s: from page-locked host memory.
+    """As measured here. bytes_per_s: of a copy within the device, bytes read plus bytes written;
+    read_bytes_per_s: of what only reads. flop_per_s: of a large matmul. copy_in_bytes_per_s: from
+    page-locked host memory.
     """
 
     bytes_per_s: float
+    read_bytes_per_s: float
     flop_per_s: float
     copy_in_bytes_per_s: float
 
@@ -42,6 +44,11 @@ def streamed_parameters(shape: ModelShape) -> int:
     layer = sum(inputs * outputs for inputs, outputs in shape.projections.values())
     layer += 2 * shape.hidden
     return shape.layers * layer + shape.hidden + shape.vocab * shape.hidden
+
+
+def weight_bytes(shape: ModelShape, itemsize: int) -> int:
+    """All of them, the embeddings too."""
+    return (streamed_parameters(shape) + shape.vocab * shape.hidden) * itemsize
 
 
 def kv_token_bytes(shape: ModelShape, itemsize: int) -> int:

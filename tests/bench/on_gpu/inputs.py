@@ -8,6 +8,7 @@ import torch
 from lora_kernels.reference import Directory
 
 PAGE_TOKENS = 16
+# Of caches and adapters; a launch is for one of them.
 LAYERS = 2
 
 
@@ -20,16 +21,25 @@ class Heads:
 
 @dataclass(slots=True)
 class Paged:
-    """Rows of queries over pages in no order. rows: (queries, keys, the queries' own included)."""
+    """Rows of queries over pages in no order. rows: (queries, keys, the queries' own included).
+    cache: [pages, layers, 2, kv_heads, page_tokens, head_dim]; keys, values: of its last layer.
+    """
 
     rows: Sequence[tuple[int, int]]
     q: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
+    cache: torch.Tensor
     table: torch.Tensor
     starts: torch.Tensor
     lengths: torch.Tensor
     out: torch.Tensor
+
+    @property
+    def keys(self) -> torch.Tensor:
+        return self.cache[:, -1, 0]
+
+    @property
+    def values(self) -> torch.Tensor:
+        return self.cache[:, -1, 1]
 
     @property
     def queries_max(self) -> int:
@@ -64,11 +74,11 @@ class Draw:
     def order(self, count: int) -> torch.Tensor:
         return torch.randperm(count, generator=self._generator, device=self.device)
 
-    def paged(self, heads: Heads, rows: Sequence[tuple[int, int]]) -> Paged:
-        """Keys and values are one of two layers of a cache whose pages are whole pieces."""
+    def paged(self, heads: Heads, rows: Sequence[tuple[int, int]], layers: int = LAYERS) -> Paged:
+        """Keys and values are one layer of a cache whose pages are whole pieces."""
         used = [-(-keys // PAGE_TOKENS) for _, keys in rows]
         pages = sum(used) + 1
-        cache = self.normal(pages, 2, 2, heads.kv_heads, PAGE_TOKENS, heads.head_dim)
+        cache = self.normal(pages, layers, 2, heads.kv_heads, PAGE_TOKENS, heads.head_dim)
         order = self.order(pages - 1).tolist()
         width = -(-max(used) // 16) * 16
         table = torch.full((len(rows), width), pages - 1, dtype=torch.int32)
@@ -80,8 +90,7 @@ class Draw:
         return Paged(
             rows,
             q,
-            cache[:, 1, 0],
-            cache[:, 1, 1],
+            cache,
             table.to(self.device),
             queries.cumsum(0).to(self.device, torch.int32),
             torch.tensor([keys for _, keys in rows], dtype=torch.int32, device=self.device),
@@ -89,13 +98,16 @@ class Draw:
         )
 
     def adapters(
-        self, projections: Sequence[tuple[int, int]], ranks: Sequence[Sequence[int]]
+        self,
+        projections: Sequence[tuple[int, int]],
+        ranks: Sequence[Sequence[int]],
+        layers: int = LAYERS,
     ) -> tuple[Directory, torch.Tensor]:
-        """Two layers. ranks: of each adapter, from slot 1 on, one for each of the projections."""
-        directory = Directory(len(ranks) + 1, LAYERS, len(projections))
+        """ranks: of each adapter, from slot 1 on, one for each of the projections."""
+        directory = Directory(len(ranks) + 1, layers, len(projections))
         start = 0
         for slot, own in enumerate(ranks, 1):
-            for layer in range(LAYERS):
+            for layer in range(layers):
                 sized = zip(projections, own, strict=True)
                 for index, ((inputs, outputs), rank) in enumerate(sized):
                     at = slot, layer, index

@@ -42,7 +42,7 @@ class Finding:
 
 class Report:
     """out: a directory for `results.jsonl` and `table.md`; None writes neither. claims: sections
-    whose goals count.
+    whose goals count. keep: write what is found.
     """
 
     def __init__(
@@ -50,15 +50,19 @@ class Report:
         out: Path | None,
         tell: Callable[[str], None] = print,
         claims: Collection[str] | None = None,
+        keep: bool = True,
     ) -> None:
         self.findings: list[Finding] = []
         self.failures: list[tuple[str, str]] = []
+        self.traces: list[str] = []
         self.out = out
+        self._keep = keep and out is not None
         self._tell = tell
         self._claims = claims
         self._start_s = time.monotonic()
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
+        if self._keep and out is not None:
             (out / "results.jsonl").write_text("")
 
     def add(
@@ -96,6 +100,7 @@ class Report:
         trace = "".join(traceback.format_exception(error))
         first = (str(error).strip().splitlines() or [""])[0]
         self.failures.append((section, f"{what}: {type(error).__name__}: {first[:160]}"))
+        self.traces.append(trace)
         self._line(section=section, what=what, error=trace)
         self.tell(f"{section} {what} FAILED\n{trace}")
 
@@ -130,7 +135,7 @@ class Report:
             yield f"FAILED or left out: {section} {what}"
 
     def _line(self, **fields: Any) -> None:
-        if self.out is not None:
+        if self._keep and self.out is not None:
             with (self.out / "results.jsonl").open("a") as file:
                 file.write(json.dumps(fields) + "\n")
 

@@ -24,16 +24,19 @@ class Timer:
     repeats: int
     _flushed: torch.Tensor | None = field(default=None, repr=False)
 
-    def seconds(self, run: Callable[[], object], capture: bool = True) -> list[float]:
-        """Of each repeat. capture: through a graph, so that no launch is waited for."""
+    def seconds(
+        self, run: Callable[[], object], capture: bool = True, pieces: int = 1
+    ) -> list[float]:
+        """Of each repeat. capture: through a graph, so that no launch is waited for. pieces: how
+        many alike `run` does; a small kernel alone takes no longer than its graph does to start.
+        """
         if self.device.type != "cuda":
             run()
-            return [host_s(run) for _ in range(self.repeats)]
+            return [host_s(run) / pieces for _ in range(self.repeats)]
         for _ in range(3):
             run()
         torch.cuda.synchronize()
-        graph = _captured(run) if capture else None
-        timed = run if graph is None else graph.replay
+        timed = self._captured(run) if capture else run
         timed()
         if self._flushed is None:
             self._flushed = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=self.device)
@@ -44,7 +47,22 @@ class Timer:
             timed()
             end.record()
         torch.cuda.synchronize()
-        return [begin.elapsed_time(end) / 1e3 for begin, end in events]
+        return [begin.elapsed_time(end) / 1e3 / pieces for begin, end in events]
+
+    def _captured(self, run: Callable[[], object]) -> Callable[[], object]:
+        """As it is where it cannot be captured, for it waits for the device somewhere."""
+        # What it needs, not every machine with this bench's tests has.
+        from replica.graphs import CudaCapture
+
+        def work() -> None:
+            run()
+
+        try:
+            return CudaCapture(self.device)(work)
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            print(f"not captured, timed call by call: {str(error).splitlines()[0][:160]}")
+            return run
 
     def rates(self, tiny: bool) -> Rates:
         """The ceilings everything is compared with, on random numbers."""
@@ -53,6 +71,11 @@ class Timer:
         source = torch.randint(0, 127, (bytes,), dtype=torch.int8, device=self.device)
         target = torch.empty_like(source)
         copy_s = median(self.seconds(lambda: target.copy_(source)))
+        # Whichever of torch's ways to read all of it is faster.
+        matrix = source.view(dtype).view(-1, 1024)
+        vector = torch.ones(1024, dtype=dtype, device=self.device)
+        ways: list[Callable[[], object]] = [lambda: torch.mv(matrix, vector), matrix.sum]
+        read_s = min(median(self.seconds(way)) for way in ways)
         host = torch.empty(bytes // 16, dtype=torch.int8, pin_memory=self.device.type == "cuda")
         host.copy_(source[: len(host)])
         part = target[: len(host)]
@@ -60,23 +83,8 @@ class Timer:
         a, b = (torch.randn(side, side, dtype=dtype, device=self.device) for _ in range(2))
         out = torch.empty_like(a)
         matmul_s = median(self.seconds(lambda: torch.mm(a, b, out=out)))
-        return Rates(2 * bytes / copy_s, 2 * side**3 / matmul_s, len(host) / copy_in_s)
-
-
-def _captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
-    """None where it cannot be captured, for it waits for the device somewhere."""
-    graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.current_stream()
-    try:
-        with torch.cuda.graph(graph):
-            run()
-    except RuntimeError as error:
-        # Where a capture fails, torch leaves its stream current.
-        torch.cuda.set_stream(stream)
-        torch.cuda.synchronize()
-        print(f"not captured, timed call by call: {str(error).splitlines()[0][:160]}")
-        return None
-    return graph
+        flop_per_s, copy_in_per_s = 2 * side**3 / matmul_s, len(host) / copy_in_s
+        return Rates(2 * bytes / copy_s, bytes / read_s, flop_per_s, copy_in_per_s)
 
 
 def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:

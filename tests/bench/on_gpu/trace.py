@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,31 +108,33 @@ def run(setting: Setting) -> None:
         with served(config, versions, setting.device) as server:
             server.warm([sizes.prompt // 8, sizes.prompt], 2, setting.seed)
             rng = random.Random(setting.seed)
-            _measure(setting, server, sizes, size, rng)
-            if setting.device.type == "cuda" and setting.has_time(SECTION, "profile"):
-                _profile(setting, server, sizes, rng)
+            watch = Watch(setting.device, server.engine.runner.launch)
+            server.engine.runner.launch = watch  # type: ignore[method-assign]
+            _begin_rows(server.engine, sizes, rng)
+            loads = partial(_loads, setting, server.engine, watch, sizes, size, rng)
+            setting.attempt(SECTION, "device idle during loads", loads)
+            calm = partial(_calm, setting, server.engine, watch, sizes)
+            setting.attempt(SECTION, "device idle without loads", calm)
+            if setting.device.type == "cuda":
+                profile = partial(_profile, setting, server, sizes, rng)
+                setting.attempt(SECTION, "profile", profile)
 
 
-def _measure(setting: Setting, server: Served, sizes: Sizes, size: int, rng: random.Random) -> None:
-    engine = server.engine
-    watch = Watch(setting.device, engine.runner.launch)
-    engine.runner.launch = watch  # type: ignore[method-assign]
+def _begin_rows(engine: Engine, sizes: Sizes, rng: random.Random) -> None:
     for i in range(sizes.rows):
         _ask(engine, rng, f"base {i}", sizes.prompt, 3 * sizes.prompt - 2, None)
     _until_first(engine, {f"base {i}" for i in range(sizes.rows)})
 
-    watch.start()
-    for _ in range(sizes.calm_steps):
-        engine.step()
-    calm, calm_gaps, calm_s = watch.idle()
 
+def _loads(
+    setting: Setting, engine: Engine, watch: Watch, sizes: Sizes, size: int, rng: random.Random
+) -> None:
     before = engine.report()
     watch.start()
     while engine.report().loads - before.loads < sizes.loads:
         _ask_for_absent(engine, rng, sizes)
     idle, idle_gaps, took_s = watch.idle()
     counts = counted(before, engine.report())
-
     copied = counts["loads"] * size
     setting.report.add(
         SECTION,
@@ -140,19 +143,27 @@ def _measure(setting: Setting, server: Served, sizes: Sizes, size: int, rng: ran
         "%",
         most=GOAL_PERCENT,
         beside=f"{took_s:.2f} s, {copied / took_s / 1e9:.1f} GB/s copied, "
-        f"longest gap {1e3 * max(idle_gaps, default=0.0):.2f} ms",
+        f"longest gap {1e3 * max(idle_gaps, default=0.0):.2f} ms, "
+        f"{engine.report().host_locked_bytes / 1e9:.1f} GB page-locked",
         counts=counts,
         gaps_s=idle_gaps,
         late_s=watch.late_s,
     )
+
+
+def _calm(setting: Setting, engine: Engine, watch: Watch, sizes: Sizes) -> None:
+    watch.start()
+    for _ in range(sizes.calm_steps):
+        engine.step()
+    idle, idle_gaps, took_s = watch.idle()
     setting.report.add(
         SECTION,
         "device idle without loads",
-        100 * calm,
+        100 * idle,
         "%",
-        beside=f"{calm_s / sizes.calm_steps * 1e3:.2f} ms a step, "
-        f"median gap {1e6 * median(calm_gaps or [0.0]):.0f} µs",
-        gaps_s=calm_gaps,
+        beside=f"{took_s / sizes.calm_steps * 1e3:.2f} ms a step, "
+        f"median gap {1e6 * median(idle_gaps or [0.0]):.0f} µs",
+        gaps_s=idle_gaps,
     )
 
 

@@ -9,18 +9,18 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from cluster.config import EngineConfig
-from cluster.errors import ConfigError
 from cluster.values import Version
 from replica.published import published
 from replica.twin import Figures, Record, figures
 from replica.upstream import TABLES, Table
 from replica.workloads import arrivals
-from tests.bench.on_gpu.floors import image_bytes, streamed_parameters
+from tests.bench.on_gpu.floors import image_bytes, weight_bytes
 from tests.bench.on_gpu.models import Adapters, scratch
 from tests.bench.on_gpu.report import number
 from tests.bench.on_gpu.served import counted, served
@@ -82,12 +82,7 @@ FULL, TINY = Scale(), Scale(lengths=128, requests=50, adapters=4, ranks=16)
 
 def run(setting: Setting) -> None:
     for name in setting.tables or NAMES:
-        if setting.has_time(SECTION, name):
-            try:
-                _measure(name, setting)
-            except Exception as error:
-                # One workload that fails does not take the others with it.
-                setting.report.failed(SECTION, name, error)
+        setting.attempt(SECTION, name, partial(_measure, name, setting))
 
 
 def _measure(name: str, setting: Setting) -> None:
@@ -97,14 +92,9 @@ def _measure(name: str, setting: Setting) -> None:
         adapters = Adapters(directory, setting.shape, setting.dtype, setting.device)
         versions = adapters.versions(table.ranks)
         for variant in setting.variants or VARIANTS:
-            what = f"{name} {variant}"
-            if setting.has_time(SECTION, what):
-                try:
-                    _replay(setting, table, variant, versions)
-                except ConfigError as error:
-                    setting.report.skipped(SECTION, what, error.message)
-                except Exception as error:
-                    setting.report.failed(SECTION, what, error)
+            setting.attempt(
+                SECTION, f"{name} {variant}", partial(_replay, setting, table, variant, versions)
+            )
 
 
 def _replay(setting: Setting, table: Table, variant: str, versions: Mapping[str, Version]) -> None:
@@ -145,7 +135,7 @@ def config_of(
     if variant == "places":
         memory = {
             "adapter_memory": table.places * (max(sizes) + 256),
-            "kv_memory": 2**21 if setting.tiny else 32 * 2**30,
+            "kv_memory": 2**21 if setting.tiny else _kv_bytes(setting, table.places * max(sizes)),
             "slots_max": table.places,
         }
     else:
@@ -168,9 +158,13 @@ def _shared_bytes(setting: Setting, table: Table, adapters: int) -> int:
     if setting.device.type != "cuda":
         return adapters + 2**21
     _, here = torch.cuda.mem_get_info(setting.device)
-    weights = streamed_parameters(setting.shape) * setting.itemsize
-    weights += setting.shape.vocab * setting.shape.hidden * setting.itemsize
+    weights = weight_bytes(setting.shape, setting.itemsize)
     return int(0.85 * min(here, table.card.memory_bytes)) - weights
+
+
+def _kv_bytes(setting: Setting, adapters: int) -> int:
+    """For a full batch of the longest sequences, or what this card has left."""
+    return min(32 * 2**30, setting.room - adapters)
 
 
 def _image_bytes(setting: Setting, rank: int) -> int:
