@@ -43,7 +43,7 @@ def compose(config: FleetConfig, engine: str = ENGINE) -> serve.Application:
     """engine: import path of what makes a `replica.front.Engine` from an EngineConfig."""
     environment.check(os.environ)
     environment.redis_url()
-    settled = dataclasses.replace(config, engine=_settle(config))
+    settled = dataclasses.replace(config, engine=settle(config))
     router_config = RequestRouterConfig(
         request_router_class="router.affinity:AdapterAffinityRouter",
         request_router_kwargs={
@@ -86,8 +86,10 @@ def compose(config: FleetConfig, engine: str = ENGINE) -> serve.Application:
     return bound._with_ingress_request_router(ingress.bind(bound))
 
 
-def _settle(config: FleetConfig) -> EngineConfig:
-    """What `auto` means is decided once, here, not by each replica for itself."""
+def settle(config: FleetConfig) -> EngineConfig:
+    """What `auto` means of devices and threads is decided once, here, not by each replica for
+    itself. What memory and processor allow is not: the replicas may be on other nodes.
+    """
     engine = config.engine
     if engine.device == "auto":
         gpus = ray.cluster_resources().get("GPU", 0) if ray.is_initialized() else 0
