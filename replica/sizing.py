@@ -206,7 +206,7 @@ def described(asked: EngineConfig, made: EngineConfig, whole: ModelShape) -> lis
         room = _room(made, divide(made, part, DTYPE_BYTES[made.dtype]), part)
     return [
         f"dtype: {made.dtype} on {made.device}{why}",
-        f"memory: {room}, {shown(made.host_memory or 0)} of the host's for adapters that left it",
+        f"memory: {room}, host tier {shown(made.host_memory or 0)}",
     ]
 
 
@@ -226,4 +226,7 @@ def _room(made: EngineConfig, memory: Division, part: ModelShape) -> str:
 
 
 def shown(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size} bytes"

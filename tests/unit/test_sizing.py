@@ -245,4 +245,4 @@ def test_what_was_chosen_is_told(small: ModelShape) -> None:
     both = on_gpu(config, 4 * GIB, GIB, 0, shared=True)
     _, memory = described(asked, both, small)
     assert memory.startswith("memory: 2.7 GiB for KV pages (")
-    assert "tokens) and adapters together (up to 20 of rank 64), 0 MiB of the host's" in memory
+    assert "tokens) and adapters together (up to 20 of rank 64), host tier 0 bytes" in memory
