@@ -180,6 +180,12 @@ class EngineConfig:
             )
 
     @property
+    def sized(self) -> bool:
+        """Whether what adapters and KV pages take of the device is given."""
+        apart = self.adapter_memory is not None and self.kv_memory is not None
+        return apart or self.device_memory is not None
+
+    @property
     def base_name(self) -> str:
         return self.served_model_name or self.model.rstrip("/").rsplit("/", 1)[-1]
 

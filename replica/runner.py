@@ -67,6 +67,8 @@ class Runner:
                 "read those (on a GPU); set adapter_memory and kv_memory",
                 field="device_memory",
             )
+        if config.sized:
+            divide(config, shape, self.image_dtype_bytes)  # refused before the model is read
         weights = load_weights(
             config.model,
             whole,
@@ -134,8 +136,8 @@ class Runner:
         cos_sin: tuple[torch.Tensor, torch.Tensor],
         kernels: str,
     ) -> EngineConfig:
-        """On CUDA, with the memory chosen that is not given; the same on every rank."""
-        if config.device_memory or (config.adapter_memory and config.kv_memory):
+        """On CUDA, with the sizes that are not given; the same on every rank."""
+        if config.sized:
             return config
         from replica.largest_step import free_beside, run_largest_step
 

@@ -72,7 +72,7 @@ def on_gpu(
     step needs beside. page_bytes: all pages of a full batch. shared: whether kernels can read both
     from one memory. Raises ConfigError.
     """
-    if config.device_memory is not None:
+    if config.sized:
         return config
     memory = int((free - peak) * config.memory_utilization)
     if memory <= 0:
@@ -202,7 +202,7 @@ def described(asked: EngineConfig, made: EngineConfig, whole: ModelShape) -> lis
     if asked.dtype == "auto" and made.dtype != whole.dtype:
         why = f": the checkpoint is {whole.dtype}, which this processor does not compute natively"
     room = f"{made.memory_utilization:g} of what is free on the GPU for adapters and KV pages"
-    if made.device_memory is not None or made.adapter_memory is not None:
+    if made.sized:
         room = _room(made, divide(made, part, DTYPE_BYTES[made.dtype]), part)
     return [
         f"dtype: {made.dtype} on {made.device}{why}",

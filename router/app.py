@@ -95,6 +95,12 @@ def settle(config: FleetConfig) -> EngineConfig:
         gpus = ray.cluster_resources().get("GPU", 0) if ray.is_initialized() else 0
         enough = gpus >= config.replica_gpus * config.replicas
         engine = dataclasses.replace(engine, device="cuda" if enough else "cpu")
+    if engine.device == "cuda" and 0 < config.replica_gpus < 1 and not engine.sized:
+        raise ConfigError(
+            f"gpus_per_replica: {config.replica_gpus}: each of the replicas on a GPU would take "
+            "what is free; set engine.device_memory",
+            field="gpus_per_replica",
+        )
     if engine.device == "cpu" and engine.threads is None:
         cores = len(os.sched_getaffinity(0))
         processes = config.replicas * engine.tensor_parallel

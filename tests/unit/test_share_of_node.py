@@ -1,13 +1,15 @@
-"""How many replicas share one node's memory, as its Ray and the configuration have it."""
+"""How many replicas share one node's memory, as Ray and the configuration have it; or a GPU's."""
 
 from typing import Any
 
 import pytest
 
 from cluster.config import EngineConfig, FleetConfig
+from cluster.errors import ConfigError
 from replica.actor import with_share
 from replica.node import Node
 from replica.sizing import share
+from router.app import settle
 
 MEMORY = 64 * 2**30
 
@@ -43,3 +45,15 @@ def test_whoever_starts_last_has_as_much_as_the_first() -> None:
 def test_a_share_that_is_given_wins() -> None:
     engine = EngineConfig("m", replica_memory=7)
     assert with_share(FleetConfig(engine), {"CPU": 1.0}, Node(MEMORY, MEMORY, False)) == engine
+
+
+def test_replicas_that_share_a_gpu_are_told_what_each_may_take() -> None:
+    def shared(gpus: float, **engine: Any) -> FleetConfig:
+        return FleetConfig(EngineConfig("m", device="cuda", **engine), gpus_per_replica=gpus)
+
+    with pytest.raises(ConfigError, match=r"^gpus_per_replica: 0\.5: ") as caught:
+        settle(shared(0.5, adapter_memory=1))
+    assert caught.value.field == "gpus_per_replica"
+    for config in (shared(0.5, device_memory=1), shared(0.5, adapter_memory=1, kv_memory=1)):
+        assert settle(config) == config.engine
+    assert settle(shared(1)) == shared(1).engine
