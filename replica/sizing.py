@@ -140,7 +140,8 @@ def _on_cpu(config: EngineConfig, whole: ModelShape, node: Node) -> EngineConfig
         "adapter_memory" if adapters is None else "kv_memory" if pages is None else "host_memory"
     )
     page = kv_page_bytes(config, part, DTYPE_BYTES[config.dtype])
-    if rest < 2 * page:
+    if rest < 2 * page and None in (adapters, pages):
+        field = "adapter_memory" if adapters is None else "kv_memory"
         raise ConfigError(
             f"{field}: nothing is left for it of {memory} bytes · memory_utilization "
             f"{config.memory_utilization}: " + _listed(taken),
@@ -151,7 +152,7 @@ def _on_cpu(config: EngineConfig, whole: ModelShape, node: Node) -> EngineConfig
         adapters = min(_adapters_wanted(config, part), _adapters_share(config, part, rest))
         left -= adapters
     if host is None:
-        host = rest // _HOST_SHARE
+        host = max(rest, 0) // _HOST_SHARE
         left -= host
     if pages is None:
         pages = min(batch_pages(config, part) * page, left)

@@ -162,6 +162,8 @@ def test_sizes_that_are_given_win_and_count(small: ModelShape) -> None:
     assert sizes(made(small, 4, host_memory=0))[2] == 0
     given = {"adapter_memory": 2**50, "kv_memory": 2**50, "host_memory": 2**50}
     assert sizes(made(small, 4, **given)) == (2**50,) * 3
+    del given["host_memory"]
+    assert sizes(made(small, 4, **given)) == (2**50, 2**50, 0), "the host tier can be done without"
 
 
 @pytest.mark.parametrize(
