@@ -13,8 +13,6 @@ from cluster.config import EngineConfig
 from replica.arena import ALIGNMENT_BYTES, Arena
 from replica.memory import Division, kv_page_bytes
 from replica.page_memory import PageMemory
-from replica.paged_decoder import paged_cache
-from replica.paged_executor import PagedExecutor
 from replica.shape import ModelShape
 from replica.weights import Weights
 
@@ -42,6 +40,10 @@ def run_largest_step(
     cos_sin: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
     """With all that an executor holds beside its pages; they are one, that nobody has."""
+    # What they import needs triton.
+    from replica.paged_decoder import paged_cache
+    from replica.paged_executor import PagedExecutor
+
     dtype, device = weights.embeddings.dtype, weights.embeddings.device
     page_bytes = kv_page_bytes(config, shape, dtype.itemsize)
     pages = PageMemory(Division(0, page_bytes, 0, 0, shared=False), dtype, device)

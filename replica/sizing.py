@@ -136,9 +136,6 @@ def _on_cpu(config: EngineConfig, whole: ModelShape, node: Node) -> EngineConfig
         ("host_memory", host or 0),
     )
     rest = int(memory * config.memory_utilization) - sum(size for _, size in taken)
-    field = (
-        "adapter_memory" if adapters is None else "kv_memory" if pages is None else "host_memory"
-    )
     page = kv_page_bytes(config, part, DTYPE_BYTES[config.dtype])
     if rest < 2 * page and None in (adapters, pages):
         field = "adapter_memory" if adapters is None else "kv_memory"
