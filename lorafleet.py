@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from cluster.errors import AdapterRefused, ConfigError, FleetError
-from replica.settings import absolute, check_files, read_settings
+from replica.settings import absolute, check_files, read_settings, with_rank_expected
 from router.flags import (
     Adapter,
     AdapterMemory,
@@ -169,6 +169,7 @@ def replica(
     """
     settings = read_settings(locals())
     check_files(settings)
+    settings = dataclasses.replace(settings, engine=with_rank_expected(settings))
     from replica.alone import run
 
     with _listen(settings.host, settings.port) as listener, _until_signalled():

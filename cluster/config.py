@@ -30,19 +30,25 @@ class EngineConfig:
     """One engine on one device.
 
     model: directory of an HF checkpoint. served_model_name: the base model's name on the API
-    (default: the directory's name). dtype auto: what the checkpoint says. load_format dummy: random
-    weights, made on the device by `seed`; of the checkpoint only config.json is read.
+    (default: the directory's name). dtype auto: what the checkpoint says; on a CPU float32, unless
+    that is bfloat16 and the processor computes it natively. load_format dummy: random weights, made
+    on the device by `seed`; of the checkpoint only config.json is read.
     kernels auto: triton on CUDA, torch on CPU. triton on CPU: where TRITON_INTERPRET=1 has it
     interpreted, for tests. cuda_graphs: decode steps are captured when the engine starts; off,
     each of their kernels is launched anew.
-    adapter_memory: bytes of device memory for adapter images. slots_max: how many adapters may be
-    resident; None: as many as fit the bytes, up to `directory_slots`. host_memory: bytes of host
-    memory for images that left the device (page-locked on CUDA), so that they come back without
-    their files; 0: none.
-    kv_memory: bytes of device memory for keys and values; None: room for `batch_rows_max` sequences
-    of 2,048 tokens, or of the model's whole context where that is shorter.
-    device_memory: bytes of device memory that adapter images and KV pages share, instead of
-    `adapter_memory` and `kv_memory` apart: adapters take what pages leave free and give it back.
+    adapter_memory: bytes of device memory for adapter images. kv_memory: for keys and values.
+    device_memory: for both together, instead of those two (on a GPU): adapters take what pages
+    leave free and give it back. host_memory: bytes of host memory for images that left the device
+    (page-locked on CUDA), so that they come back without their files; 0: none. Those that are None
+    are chosen when the engine starts (replica/sizing.py): on CUDA one device_memory, from
+    `memory_utilization` of what is free when the model is there and one largest step has run; on a
+    CPU, from as much of `replica_memory`.
+    replica_memory: bytes of the machine's memory that one replica may use, model and all; None: the
+    cgroup's limit, or what is free, divided by the replicas on this machine. rank_expected: memory
+    that is chosen has room for 16 adapters of this rank, where it can; None: the largest rank of
+    the adapters known at the start, else 64.
+    slots_max: how many adapters may be resident; None: as many as fit the bytes, up to
+    `directory_slots`.
     headroom_pages: pages that adapters leave free for rows that run; None: one for each row of a
     full batch, and those of one step's prompts.
     step_tokens_max: prompt and decode tokens computed in one step (prefill is cut into chunks).
@@ -75,13 +81,16 @@ class EngineConfig:
     load_format: Literal["auto", "dummy"] = "auto"
     kernels: Literal["auto", "torch", "triton"] = "auto"
     cuda_graphs: bool = True
-    adapter_memory: int = 64 * 2**20
-    host_memory: int = 256 * 2**20
+    adapter_memory: int | None = None
+    host_memory: int | None = None
     rank_max: int = 256
     slots_max: int | None = None
     directory_slots: int = 256
     kv_memory: int | None = None
     device_memory: int | None = None
+    memory_utilization: float = 0.9
+    replica_memory: int | None = None
+    rank_expected: int | None = None
     headroom_pages: int | None = None
     page_tokens: int = 16
     context_tokens_max: int | None = None
@@ -112,7 +121,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name in (
-            "adapter_memory",
+            "memory_utilization",
             "rank_max",
             "directory_slots",
             "page_tokens",
@@ -126,8 +135,11 @@ class EngineConfig:
             _positive(name, getattr(self, name))
         for name in (
             "slots_max",
+            "adapter_memory",
             "kv_memory",
             "device_memory",
+            "replica_memory",
+            "rank_expected",
             "context_tokens_max",
             "load_bytes_per_s",
             "threads",
@@ -150,6 +162,14 @@ class EngineConfig:
         for name, most in (("threads", _THREADS_MAX), ("directory_slots", _SLOTS_MAX)):
             if getattr(self, name) is not None:
                 _at_most(name, getattr(self, name), most)
+        _at_most("memory_utilization", self.memory_utilization, 1)
+        for name in ("adapter_memory", "kv_memory"):
+            if self.device_memory is not None and getattr(self, name) is not None:
+                raise ConfigError(
+                    f"device_memory: {self.device_memory}, but {name} is {getattr(self, name)}: "
+                    "adapters and pages have one memory or one each",
+                    field="device_memory",
+                )
         slots = self.directory_slots - 1  # the base model has one
         if slots < (self.slots_max or 1):
             name = "slots_max" if slots else "directory_slots"
@@ -158,6 +178,12 @@ class EngineConfig:
                 f"{slots} for adapters",
                 field=name,
             )
+
+    @property
+    def sized(self) -> bool:
+        """Whether what adapters and KV pages take of the device is given."""
+        apart = self.adapter_memory is not None and self.kv_memory is not None
+        return apart or self.device_memory is not None
 
     @property
     def base_name(self) -> str:

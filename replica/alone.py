@@ -1,6 +1,7 @@
 """One replica by itself: engine, adapters in memory, HTTP server. No Ray, no Redis."""
 
 import asyncio
+import dataclasses
 import math
 import socket
 
@@ -83,6 +84,7 @@ async def run(config: FleetConfig, listener: socket.socket) -> None:
     text = Text.read(config.engine.model)
     try:
         await engine.start()
+        config = dataclasses.replace(config, engine=engine.config)
         adapters = Standalone(engine, config)
         await adapters.start()
         app = build_app(engine, adapters, text, server_config(config, "local"))

@@ -43,7 +43,7 @@ def assemble(
         costs.copy_s,
         config.load_retry_s,
         config.load_retry_max_s,
-        HostTier(config.host_memory),
+        HostTier(config.host_memory or 0),
         budget,
     )
     limits = Limits(

@@ -66,7 +66,6 @@ class Engine:
         wake: Callable[[], None] = _nothing,
         pace: Callable[[Sequence[Work]], float] = unpaced,
     ) -> None:
-        self.config = config
         self._pace = pace
         self.shape = read_shape(config.model)
         self._followers: Followers | None = None
@@ -74,6 +73,8 @@ class Engine:
             self.runner = Runner(config, self.shape)
         else:
             self.runner, self._followers = start_ranks(config, self.shape, wake)
+        # From here on with what it left open.
+        self.config = config = self.runner.config
         arena = self.runner.arena
         self.scheduler = assemble(
             config,

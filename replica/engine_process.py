@@ -14,6 +14,7 @@ from cluster.errors import EngineFailed, FleetError
 from replica.engine import Engine
 from replica.messages import Cancel, Command, Forget, Hangup, Message, Register, Submit, Tell, Wake
 from replica.request import Delta
+from replica.sizing import described
 
 # How often an engine at work tells its load; a change of residency is told at once.
 _REPORT_S = 0.05
@@ -121,7 +122,9 @@ def main() -> None:
         except FleetError as error:
             pipe.send(error)
             return
-        pipe.send(engine.report())
+        for line in described(config, engine.config, engine.shape):
+            print(f"lorafleet: {line}", file=sys.stderr, flush=True)
+        pipe.send((engine.config, engine.report()))
         calm_collector()
         threading.Thread(target=_listen, args=(pipe, inbox), name="reader", daemon=True).start()
         try:

@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from cluster.config import EngineConfig
 from cluster.values import LoadReport, Residency, Version
 from replica.request import Delta, NewRequest
 from replica.story import Happening
@@ -15,6 +16,10 @@ class Engine(Protocol):
     @property
     def alive(self) -> bool:
         """False once the engine can answer nothing more."""
+
+    @property
+    def config(self) -> EngineConfig:
+        """With all decided that was left open, once it has started."""
 
     async def start(self) -> None: ...
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -47,7 +48,7 @@ class GatherExecutor:
         self._page_count, self._page_tokens = page_count, page_tokens
         size = (shape.layers, 2, shape.kv_heads, page_count + 1, page_tokens, shape.head_dim)
         # Zeros, for what is masked must be finite. One page more than is given out: padding.
-        self.cache = torch.zeros(size, dtype=self._dtype, device=self._device)
+        self.cache = _zeros(size, self._dtype, self._device)
         self._previous: list[Sampled | None] = []
 
     def launch(self, rows: Sequence[Row]) -> Computed:
@@ -151,6 +152,16 @@ class GatherExecutor:
 
     def _tensor(self, array: NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+
+def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """On a CPU torch writes them, and all of it is taken at once; the system has zeros for numpy,
+    and gives each page when it is first written to.
+    """
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    flat = np.zeros(math.prod(size) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(flat).view(dtype).view(size)
 
 
 def _cuts(counts: NDArray[np.int64], used: NDArray[np.int64]) -> Iterator[tuple[int, int]]:

@@ -74,6 +74,10 @@ class EngineLink:
         return self._alive
 
     @property
+    def config(self) -> EngineConfig:
+        return self._config
+
+    @property
     def pid(self) -> int | None:
         return None if self._process is None else self._process.pid
 
@@ -100,7 +104,7 @@ class EngineLink:
         if isinstance(ready, FleetError):
             self._process.wait()
             raise ready
-        self._report = ready
+        self._config, self._report = ready
         self._alive = True
         for name, target in (("engine-writer", self._write), ("engine-reader", self._read)):
             thread = threading.Thread(target=target, name=name, daemon=True)

@@ -24,8 +24,8 @@ class Division:
 def divide(config: EngineConfig, shape: ModelShape, dtype_bytes: int) -> Division:
     """shape: of the part of the model that is on the device. Raises ConfigError."""
     size = config.page_tokens
-    page_bytes = 2 * shape.layers * shape.kv_heads * shape.head_dim * dtype_bytes * size
-    context = min(shape.context, config.context_tokens_max or shape.context)
+    page_bytes = kv_page_bytes(config, shape, dtype_bytes)
+    context = _context(config, shape)
     if size > context:
         raise ConfigError(
             f"page_tokens: {size}, but a sequence has {context} at most", field="page_tokens"
@@ -42,11 +42,28 @@ def divide(config: EngineConfig, shape: ModelShape, dtype_bytes: int) -> Divisio
         arena_bytes = (pages - context_pages) * page_bytes
         return Division(pages, page_bytes, context_pages, arena_bytes, shared=True)
     if config.kv_memory is None:
-        pages = config.batch_rows_max * -(-min(2048, context) // size)
+        pages = batch_pages(config, shape)
     else:
         pages = config.kv_memory // page_bytes
     if pages == 0:
         raise ConfigError(
             f"kv_memory: {config.kv_memory} bytes hold no page of {page_bytes}", field="kv_memory"
         )
+    assert config.adapter_memory is not None, "not settled yet"
     return Division(pages, page_bytes, context_pages, config.adapter_memory, shared=False)
+
+
+def kv_page_bytes(config: EngineConfig, shape: ModelShape, dtype_bytes: int) -> int:
+    """Keys and values of all layers."""
+    token = 2 * shape.layers * shape.kv_heads * shape.head_dim * dtype_bytes
+    return token * config.page_tokens
+
+
+def batch_pages(config: EngineConfig, shape: ModelShape) -> int:
+    """Room for a full batch of sequences of 2,048 tokens, or as long as they can be."""
+    longest = min(2048, _context(config, shape))
+    return config.batch_rows_max * -(-longest // config.page_tokens)
+
+
+def _context(config: EngineConfig, shape: ModelShape) -> int:
+    return min(shape.context, config.context_tokens_max or shape.context)

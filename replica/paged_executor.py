@@ -102,7 +102,7 @@ class PagedExecutor:
     @torch.inference_mode()
     def warm(self) -> None:
         """Has the kernels of batches with chunks compiled, and those that draw from some of the
-        vocabulary, before a request waits for it.
+        vocabulary, before a request waits for it. The largest step is among them.
 
         Which of a kernel's forms runs depends on how many tokens there are. These go to the page
         that nobody holds.
@@ -118,6 +118,9 @@ class PagedExecutor:
             for lora in (True, False):
                 logits = self._step(mixed_inputs(packed, lists, self._table), lora)
         self._choice(logits, [_NARROW] * len(logits))
+        # As many as there can be, beside the logits of a step: nothing takes more memory.
+        every = self._logits.new_zeros(self._logits.shape)
+        self._choice(every, [_NARROW] * len(every))
 
     @torch.inference_mode()
     def launch(self, rows: Sequence[Row]) -> PagedTicket:

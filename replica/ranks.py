@@ -59,6 +59,12 @@ class Ranks:
         """Every rank's x, one after the other, into parts [ranks · rows, …]."""
         _gather(parts, x)
 
+    def least(self, value: int) -> int:
+        """The least of all ranks' values."""
+        values = torch.tensor(value, device=self.device)
+        dist.all_reduce(values, dist.ReduceOp.MIN)
+        return int(values.item())
+
     def vocab_rows(self, vocab: int) -> slice:
         """The tokens that this rank computes the logits of: all, where they cannot be shared."""
         return slice(None) if vocab % self.shard.ranks else self.shard.cut(vocab)

@@ -17,12 +17,15 @@ from replica.decoder import rotary_tables
 from replica.gather_executor import GatherExecutor
 from replica.host_pool import locked_pool
 from replica.launch import Executor, Row, Ticket
-from replica.memory import divide
+from replica.memory import batch_pages, divide, kv_page_bytes
+from replica.node import read_node
 from replica.orders import MovePages, Order
 from replica.page_memory import PageMemory
 from replica.ranks import Ranks
 from replica.request import Sampled
 from replica.shape import ModelShape
+from replica.sizing import on_gpu as sized_on_gpu
+from replica.sizing import settled, step_bytes
 from replica.streams import CopyStream
 from replica.weights import Weights, load_weights
 
@@ -52,18 +55,20 @@ class Runner:
             torch.set_num_threads(config.threads)
         self.shape = shape = whole.divided(1 if ranks is None else ranks.shard.ranks)
         self.device = _device(config) if ranks is None else ranks.device
-        self.dtype = getattr(torch, shape.dtype if config.dtype == "auto" else config.dtype)
+        config = settled(config, whole, self.device.type, read_node())
+        self.dtype = getattr(torch, config.dtype)
         assert isinstance(self.dtype, torch.dtype)
         self.page_tokens = config.page_tokens
         context = min(shape.context, config.context_tokens_max or shape.context)
         kernels = _kernels(config, self.device)
-        self.memory = divide(config, shape, self.image_dtype_bytes)
-        if self.memory.shared and kernels == "torch":
+        if config.device_memory is not None and kernels == "torch":
             raise ConfigError(
                 "device_memory: adapters share the memory of KV pages only where Triton kernels "
                 "read those (on a GPU); set adapter_memory and kv_memory",
                 field="device_memory",
             )
+        if config.sized:
+            divide(config, shape, self.image_dtype_bytes)  # refused before the model is read
         weights = load_weights(
             config.model,
             whole,
@@ -77,6 +82,11 @@ class Runner:
             self._tell = followers.tell
         cos_sin = rotary_tables(shape, context, self.dtype, self.device)
         on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            config = self._sized(config, weights, cos_sin, kernels)
+        self.config = config
+        self.memory = divide(config, shape, self.image_dtype_bytes)
+        assert config.host_memory is not None
         self._pages: PageMemory | None = None
         self.capture_fallback = 0  # see `graphs.Captured`
         field = "kv_memory" if config.kv_memory is not None else "batch_rows_max"
@@ -87,10 +97,10 @@ class Runner:
             with _asked_for(field, page_bytes):
                 self._pages = PageMemory(self.memory, self.dtype, self.device)
         host_pool = locked_pool(config.host_memory, self.device) if on_gpu else None
-        with _asked_for("adapter_memory", config.adapter_memory):
+        with _asked_for("adapter_memory", self.memory.arena_bytes):
             self.arena = Arena(
                 shape,
-                config.adapter_memory,
+                self.memory.arena_bytes,
                 config.directory_slots,
                 self.dtype,
                 self.device,
@@ -119,6 +129,32 @@ class Runner:
     @property
     def image_dtype_bytes(self) -> int:
         return int(self.dtype.itemsize)
+
+    def _sized(
+        self,
+        config: EngineConfig,
+        weights: Weights,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        kernels: str,
+    ) -> EngineConfig:
+        """On CUDA, with the sizes that are not given; the same on every rank."""
+        if config.sized:
+            return config
+        from replica.largest_step import free_beside, run_largest_step
+
+        shape, shared = self.shape, kernels == "triton"
+
+        def step() -> None:
+            if shared:
+                run_largest_step(config, shape, weights, cos_sin)
+
+        free, peak = free_beside(self.device, step)
+        if not shared:
+            peak = step_bytes(config, shape)
+        if weights.ranks is not None:
+            free, peak = weights.ranks.least(free), -weights.ranks.least(-peak)
+        pages = batch_pages(config, shape) * kv_page_bytes(config, shape, self.image_dtype_bytes)
+        return sized_on_gpu(config, free, peak, pages, shared=shared)
 
     def _paged(
         self,

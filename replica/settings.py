@@ -1,5 +1,6 @@
 """The operator's settings: a file, then flags, checked against the model and the adapters."""
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ import yaml
 from cluster.config import EngineConfig, FleetConfig, load
 from cluster.errors import ConfigError, FleetError
 from cluster.versions import check_name
-from replica.adapter_files import inspect
+from replica.adapter_files import inspect, read_adapter
 from replica.shape import read_shape
 from replica.text import Text
 from replica.traces import Recorded, read_trace
@@ -128,6 +129,21 @@ def check_files(settings: FleetConfig) -> None:
             inspect(path, shape, engine.rank_max)
         except FleetError as error:
             raise ConfigError(f"--adapter {name}={path}: {error.message}") from error
+
+
+def with_rank_expected(settings: FleetConfig) -> EngineConfig:
+    """The largest rank of the adapters that are here, unless it is given. Reads headers only; what
+    is wrong with an adapter others say.
+    """
+    engine = settings.engine
+    if engine.rank_expected is not None:
+        return engine
+    ranks = []
+    for path in settings.adapters.values():
+        if "://" not in path:
+            with contextlib.suppress(FleetError):
+                ranks.append(read_adapter(path, read_shape(engine.model)).rank)
+    return dataclasses.replace(engine, rank_expected=max(ranks, default=None))
 
 
 def absolute(path: str) -> str:

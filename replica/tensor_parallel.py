@@ -28,11 +28,13 @@ from replica.adapter import Load
 from replica.image import Image
 from replica.launch import Executor, Row, Ticket
 from replica.loader import Loaded, Loader
+from replica.node import read_node
 from replica.orders import Answer, Bring, Broken, Brought, Drop, Here, Order, PageTables, Ready
 from replica.ranks import Ranks, device_of, open_store
 from replica.request import Sampled
 from replica.runner import Runner
 from replica.shape import ModelShape, Shard
+from replica.sizing import settled
 
 _STOP_S = 5.0
 # Without a rank the others never come back from a sum that they wait for together.
@@ -230,6 +232,8 @@ def start_ranks(
 ) -> tuple[Runner, Followers]:
     """Rank 0 and the others, once all have loaded the model. Raises StartupError."""
     shape.divided(config.tensor_parallel)  # before anything is started for a model that is not
+    # Once, not by each rank for itself.
+    config = settled(config, shape, device_of(config, 0).type, read_node())
     followers = Followers(config, wake)
     try:
         with followers.together():

@@ -11,18 +11,16 @@ from replica.adapter import no_room
 from replica.adapter_files import inspect, read_adapter
 from replica.memory import divide
 from replica.shape import ModelShape
-
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+from replica.sizing import DTYPE_BYTES
 
 
 class Validation:
-    """Blocking: call it on a thread."""
+    """Blocking: call it on a thread. config: with the engine's own dtype and sizes."""
 
     def __init__(self, config: FleetConfig, shape: ModelShape) -> None:
         self._config = config
         self._shape = shape
-        dtype = config.engine.dtype
-        self._weight_bytes = _DTYPE_BYTES[shape.dtype if dtype == "auto" else dtype]
+        self._weight_bytes = DTYPE_BYTES[config.engine.dtype]
         self._part = shape.divided(config.engine.tensor_parallel)
         self._part_parameters: dict[str, int] = {}  # by digest
         self._arena_bytes = divide(config.engine, self._part, self._weight_bytes).arena_bytes
@@ -49,8 +47,9 @@ class Validation:
         image_bytes = self._bytes(info.digest, info.parameters, fetched)
         if image_bytes > self._arena_bytes:
             raise AdapterRefused(
-                f"lora_path: {path!r} takes {image_bytes} bytes of adapter memory, "
-                f"all there is are {self._arena_bytes}",
+                f"lora_path: {path!r} takes {image_bytes} bytes of adapter memory in "
+                f"{engine.dtype}, all there is are {self._arena_bytes} "
+                f"({'adapter_memory' if engine.device_memory is None else 'device_memory'})",
                 field="lora_path",
             )
         uri = path if is_url(path) else local_path(path)

@@ -43,7 +43,7 @@ def compose(config: FleetConfig, engine: str = ENGINE) -> serve.Application:
     """engine: import path of what makes a `replica.front.Engine` from an EngineConfig."""
     environment.check(os.environ)
     environment.redis_url()
-    settled = dataclasses.replace(config, engine=_settle(config))
+    settled = dataclasses.replace(config, engine=settle(config))
     router_config = RequestRouterConfig(
         request_router_class="router.affinity:AdapterAffinityRouter",
         request_router_kwargs={
@@ -86,13 +86,21 @@ def compose(config: FleetConfig, engine: str = ENGINE) -> serve.Application:
     return bound._with_ingress_request_router(ingress.bind(bound))
 
 
-def _settle(config: FleetConfig) -> EngineConfig:
-    """What `auto` means is decided once, here, not by each replica for itself."""
+def settle(config: FleetConfig) -> EngineConfig:
+    """What `auto` means of devices and threads is decided once, here, not by each replica for
+    itself. What memory and processor allow is not: the replicas may be on other nodes.
+    """
     engine = config.engine
     if engine.device == "auto":
         gpus = ray.cluster_resources().get("GPU", 0) if ray.is_initialized() else 0
         enough = gpus >= config.replica_gpus * config.replicas
         engine = dataclasses.replace(engine, device="cuda" if enough else "cpu")
+    if engine.device == "cuda" and 0 < config.replica_gpus < 1 and not engine.sized:
+        raise ConfigError(
+            f"gpus_per_replica: {config.replica_gpus}: each of the replicas on a GPU would take "
+            "what is free; set engine.device_memory",
+            field="gpus_per_replica",
+        )
     if engine.device == "cpu" and engine.threads is None:
         cores = len(os.sched_getaffinity(0))
         processes = config.replicas * engine.tensor_parallel

@@ -24,7 +24,10 @@ Port = Annotated[
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda (default: auto).")]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="float32, bfloat16 or float16 (default: what the checkpoint says)."),
+    typer.Option(
+        help="float32, bfloat16 or float16 (default: what the checkpoint says; on a CPU float32, "
+        "unless it computes the checkpoint's bfloat16 natively)."
+    ),
 ]
 AdapterRoot = Annotated[
     list[str] | None,
@@ -37,25 +40,27 @@ AdapterMemory = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Device memory for adapters, by replica, such as 64MiB or 8GiB (default: 64MiB).",
+        help="Device memory for adapters, by replica, such as 64MiB or 8GiB (default: chosen at "
+        "the start, as are the others, and printed then).",
     ),
 ]
 HostMemory = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Host memory for adapters that left the device, by replica (default: 256MiB).",
+        help="Host memory for adapters that left the device, by replica (default: chosen).",
     ),
 ]
 KvMemory = Annotated[
     str | None,
-    typer.Option(metavar="SIZE", help="Device memory for keys and values (default: by batch)."),
+    typer.Option(metavar="SIZE", help="Device memory for keys and values (default: chosen)."),
 ]
 DeviceMemory = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Device memory that adapters and keys and values share (default: each has its own).",
+        help="Device memory that adapters and keys and values share (default: on a GPU 0.9 of what "
+        "is free beside the model and one step; on a CPU each has its own).",
     ),
 ]
 RankMax = Annotated[int | None, typer.Option(help="Largest rank accepted (default: 256).")]

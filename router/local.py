@@ -20,10 +20,14 @@ import urllib.request
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from cluster.config import FleetConfig
+from cluster.config import EngineConfig, FleetConfig
 from cluster.errors import ConfigError, StartupError
 from cluster.redis_client import check_reachable
 from cluster.redis_server import RedisServer
+from replica.node import read_node
+from replica.settings import with_rank_expected
+from replica.shape import read_shape
+from replica.sizing import described, settled, share
 from router import environment
 
 START_S = 300.0
@@ -62,6 +66,7 @@ class LocalFleet:
         self._redis: RedisServer | None = None
         self._claim: ReplicaPorts | None = None
         self._ray_started = False
+        self._node = read_node()  # before anything of the fleet takes memory
 
     @property
     def url(self) -> str:
@@ -108,10 +113,12 @@ class LocalFleet:
             self._hush.end()
             self._hush = None
 
-    def say(self, line: str) -> None:
-        """A line for the terminal: standard output is Ray's while the fleet runs."""
+    def say(self, line: str, *, aside: bool = False) -> None:
+        """A line for the terminal: standard output is Ray's while the fleet runs. aside: on
+        standard error.
+        """
         assert self._hush is not None
-        self._hush.say(line)
+        self._hush.say(line, aside)
 
     def _keep_logs(self) -> None:
         """What Ray and Serve have logged is there to be read until the next run."""
@@ -177,8 +184,8 @@ class LocalFleet:
         self._check_gpus(ray.cluster_resources().get("GPU", 0))
         from router.app import compose
 
-        settled = dataclasses.replace(self.config, redis_url=None, api_keys=())
-        application = compose(settled, self._engine)
+        config = dataclasses.replace(self.config, redis_url=None, api_keys=())
+        application = compose(dataclasses.replace(config, engine=self._settle()), self._engine)
         try:
             serve.start(
                 http_options={"host": self.config.host, "port": self.config.port},
@@ -187,6 +194,23 @@ class LocalFleet:
             serve.run(application)
         except RuntimeError as error:
             raise StartupError(_reason([str(error), *_messages()])) from error
+
+    def _settle(self) -> EngineConfig:
+        """For all replicas at once: each would take what the others are about to. What a GPU has
+        free is its replica's alone to find out.
+        """
+        from router.app import settle
+
+        engine = with_rank_expected(self.config)
+        if engine.replica_memory is None:
+            memory = share(self._node.free, self.config.replicas)
+            engine = dataclasses.replace(engine, replica_memory=memory)
+        asked = settle(dataclasses.replace(self.config, engine=engine))
+        shape = read_shape(engine.model)
+        made = settled(asked, shape, asked.device, self._node)
+        for line in described(asked, made, shape):
+            self.say(f"lorafleet: {line}", aside=True)
+        return made
 
     def _check_gpus(self, found: float) -> None:
         """Serve would wait for them for ever."""
@@ -261,9 +285,9 @@ class _Hush:
             for fd, _ in self._kept:
                 os.dup2(file.fileno(), fd)
 
-    def say(self, line: str) -> None:
-        """On the standard output that was."""
-        os.write(self._kept[0][1], f"{line}\n".encode())
+    def say(self, line: str, aside: bool) -> None:
+        """On the standard output that was, or standard error."""
+        os.write(self._kept[aside][1], f"{line}\n".encode())
 
     def end(self) -> None:
         sys.stdout.flush()

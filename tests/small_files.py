@@ -2,9 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy
 from safetensors.numpy import save_file
+
+from cluster.config import EngineConfig
 
 LAYERS, HIDDEN = 2, 8
 
@@ -24,6 +27,12 @@ def write_model_config(directory: Path) -> str:
     }
     (directory / "config.json").write_text(json.dumps(config))
     return str(directory)
+
+
+def settled_config(model: str, **settings: Any) -> EngineConfig:
+    """What an engine makes of one that leaves dtype and memory open."""
+    decided = {"device": "cpu", "dtype": "float32", "adapter_memory": 2**26, "host_memory": 2**26}
+    return EngineConfig(model, **decided | settings)
 
 
 def write_adapter(directory: Path, *, rank: int = 2, seed: int = 0) -> str:

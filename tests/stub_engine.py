@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
+from cluster.config import EngineConfig
 from cluster.errors import FleetError, ModelNotFound, QueueFull, ShuttingDown
 from cluster.values import LoadReport, Residency, Tier, Version
 from replica.request import Delta, Finish, NewRequest, TokenLogprobs
@@ -43,7 +44,9 @@ class StubEngine:
         scripts: dict[str | None, Sequence[int]] | None = None,
         eos: frozenset[int] = frozenset(),
         queue_max: int = 4096,
+        config: EngineConfig = EngineConfig("stub"),
     ) -> None:
+        self.config = config
         self.step_s = step_s
         self.tokens_per_step = tokens_per_step
         self.first_token_s = first_token_s

@@ -21,6 +21,7 @@ from replica.adapter_files import inspect
 from replica.engine import Engine
 from replica.request import NewRequest, Sampling
 from replica.shape import read_shape
+from replica.sizing import DTYPE_BYTES
 from replica.weights import Linear, load_weights
 from tests.models import make_adapter, make_model
 
@@ -46,6 +47,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--adapters", type=int, default=16)
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", *DTYPE_BYTES),
+        default="auto",
+        help="default: what an engine takes here for a bfloat16 checkpoint",
+    )
     parser.add_argument("--profile", action="store_true", help="print where base steps go")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
@@ -61,13 +68,14 @@ def measure(args: argparse.Namespace, directory: Path) -> None:
         kv_memory=256 * 2**20,
         step_tokens_max=args.rows * PROMPT_TOKENS,
         threads=args.threads,
+        dtype=args.dtype,
     )
     base, mixed = Engine(config), Engine(config)
     digests = [
         _register(mixed, directory / f"adapter-{n}", model_dir, RANKS[n % len(RANKS)], n)
         for n in range(args.adapters)
     ]
-    alone = _matmuls(model_dir, args.rows)
+    alone = _matmuls(model_dir, args.rows, base.runner.dtype)
     times: dict[str, list[float]] = {"alone": [], "base": [], "mixed": []}
     for round_ in range(args.rounds + 1):
         _fill(base, [None] * args.rows)
@@ -79,18 +87,18 @@ def measure(args: argparse.Namespace, directory: Path) -> None:
                     times[name].append(elapsed_s)
         _empty(base, args)
         _empty(mixed, args)
-    _print(args, times)
+    _print(args, base.config.dtype, times)
     if args.profile:
         _profile(base, args)
 
 
-def _print(args: argparse.Namespace, times: dict[str, list[float]]) -> None:
+def _print(args: argparse.Namespace, dtype: str, times: dict[str, list[float]]) -> None:
     def ratio(over: str, under: str) -> float:
         pairs = zip(times[under], times[over], strict=True)
         return statistics.median(u / o for u, o in pairs)
 
     print(
-        f"{args.rows} rows, context {PROMPT_TOKENS}–{PROMPT_TOKENS + args.steps}, bfloat16, "
+        f"{args.rows} rows, context {PROMPT_TOKENS}–{PROMPT_TOKENS + args.steps}, {dtype}, "
         f"{torch.get_num_threads()} threads, {len(times['base'])} steps each"
     )
     for name, text in (
@@ -107,7 +115,7 @@ def _print(args: argparse.Namespace, times: dict[str, list[float]]) -> None:
     )
 
 
-def _matmuls(model_dir: str, rows: int) -> Callable[[], object]:
+def _matmuls(model_dir: str, rows: int, dtype: torch.dtype) -> Callable[[], object]:
     shape = read_shape(model_dir)
     matrices: list[torch.Tensor] = []
 
@@ -115,8 +123,8 @@ def _matmuls(model_dir: str, rows: int) -> Callable[[], object]:
         matrices.append(weight)
         return partial(F.linear, weight=weight)
 
-    load_weights(model_dir, shape, torch.bfloat16, torch.device("cpu"), keep)
-    inputs = {m.shape[1]: torch.randn(rows, m.shape[1], dtype=torch.bfloat16) for m in matrices}
+    load_weights(model_dir, shape, dtype, torch.device("cpu"), keep)
+    inputs = {m.shape[1]: torch.randn(rows, m.shape[1], dtype=dtype) for m in matrices}
 
     @torch.inference_mode()
     def run() -> None:

@@ -33,7 +33,7 @@ END = b"0\r\n\r\n"
 
 def stub(config: EngineConfig) -> StubEngine:
     """The engine of the benchmark's replicas: gives tokens as fast as they are taken."""
-    return StubEngine(script=tuple(range(40, 80)), queue_max=config.queue_max)
+    return StubEngine(script=tuple(range(40, 80)), queue_max=config.queue_max, config=config)
 
 
 class Stream(asyncio.Protocol):

@@ -4,13 +4,17 @@ import json
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
+from replica.shape import read_shape
+from replica.toys import toy_adapter
 from tests.fleet import LORAFLEET, environment, eventually
 from tests.models import make_adapter, make_model
 
@@ -27,13 +31,20 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def alone(files: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str, Path]]:
     """The process, its URL, and what it has written."""
-    log = tmp_path / "log"
-    command = [LORAFLEET, "replica", "--model", str(files / "tiny"), "--port", "0"]
-    command += ["--adapter", f"fr={files / 'fr'}", "--adapter-root", str(files)]
+    command = ["--adapter", f"fr={files / 'fr'}", "--adapter-root", str(files)]
     command += ["--dtype", "float32", "--adapter-memory", "4MiB", "--served-model-name", "base"]
     settings = tmp_path / "settings.yaml"
     settings.write_text("drain_s: 0.0\n")
     command += ["--config", str(settings)]
+    with replica(files / "tiny", command, tmp_path / "log") as started:
+        yield started
+
+
+@contextmanager
+def replica(
+    model: Path, arguments: Sequence[str], log: Path
+) -> Iterator[tuple[subprocess.Popen[bytes], str, Path]]:
+    command = [LORAFLEET, "replica", "--model", str(model), "--port", "0", *arguments]
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment())
 
@@ -96,7 +107,7 @@ def test_it_answers_takes_adapters_and_ends_quietly(
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 0
     assert psutil.wait_procs(started, timeout=3)[1] == []
-    assert log.read_text() == f"ready: {url}/v1\n"
+    assert besides(log) == [f"ready: {url}/v1"]
 
 
 def test_streams_that_it_stops_are_told(
@@ -112,7 +123,7 @@ def test_streams_that_it_stops_are_told(
         last = [line for line in lines if line][-1]
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
     assert process.wait(10) == 0
-    assert log.read_text() == f"ready: {url}/v1\n"
+    assert besides(log) == [f"ready: {url}/v1"]
 
 
 def test_it_ends_with_its_engine(alone: tuple[subprocess.Popen[bytes], str, Path]) -> None:
@@ -120,4 +131,53 @@ def test_it_ends_with_its_engine(alone: tuple[subprocess.Popen[bytes], str, Path
     (engine,) = psutil.Process(process.pid).children()
     engine.kill()
     assert process.wait(10) == 1
-    assert log.read_text() == f"ready: {url}/v1\nlorafleet: the engine's process has ended\n"
+    assert besides(log) == [f"ready: {url}/v1", "lorafleet: the engine's process has ended"]
+
+
+def test_without_a_word_on_memory_16_adapters_are_resident_at_once(
+    files: Path, tmp_path: Path
+) -> None:
+    model = files / "tiny"
+    shape = read_shape(str(model))
+    names = [f"a{n}" for n in range(17)]
+    arguments = []
+    for n, name in enumerate(names):
+        path = toy_adapter(tmp_path / name, shape, (8, 16, 32, 64)[n % 4], n)
+        arguments += ["--adapter", f"{name}={path}"]
+    with replica(model, arguments, tmp_path / "log") as (_, url, log):
+
+        def complete(name: str) -> int:
+            body = {"model": name, "prompt": "hello", "max_tokens": 8, "ignore_eos": True}
+            return httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code
+
+        with ThreadPoolExecutor(len(names)) as threads:
+            assert set(threads.map(complete, names)) == {200}
+        listed = httpx.get(f"{url}/v1/adapters").json()
+        tiers = [held["tier"] for a in listed["data"] for held in a["residency"].values()]
+        assert tiers == ["device"] * len(names)
+        assert listed["replicas"][0]["load"]["evictions"] == 0
+        dtype, memory = log.read_text().splitlines()[:2]
+        assert dtype == "lorafleet: dtype: float32 on cpu"
+        assert re.match(r"lorafleet: memory: .* for adapters \(255 of rank 64\), ", memory)
+
+
+def test_an_adapter_that_cannot_fit_is_refused_at_the_start_with_the_numbers(
+    files: Path,
+) -> None:
+    command = [LORAFLEET, "replica", "--model", str(files / "tiny"), "--port", "0"]
+    command += ["--adapter", f"fr={files / 'fr'}", "--adapter-memory", "1000"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment())
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"lorafleet: adapters\.fr: .* takes \d+ bytes of adapter memory in float32, all there is "
+        r"are 1000 \(adapter_memory\)",
+        done.stderr.splitlines()[-1],
+    )
+
+
+def besides(log: Path) -> list[str]:
+    """What it has written beside what it has chosen."""
+    lines = log.read_text().splitlines()
+    chosen = [line for line in lines if re.match("lorafleet: (dtype|memory): ", line)]
+    assert len(chosen) == 2
+    return [line for line in lines if line not in chosen]

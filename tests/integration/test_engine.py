@@ -193,7 +193,7 @@ def test_loads_share_the_rate_they_may_go_at(model: str, versions: list[Version]
 @pytest.mark.parametrize("field", ["kv_memory", "adapter_memory"])
 def test_memory_that_is_not_to_be_had_is_named(model: str, field: str) -> None:
     with pytest.raises(ConfigError, match=rf"^{field}: \d+ bytes: ") as caught:
-        engine(model, [], **{field: 2**50})
+        engine(model, [], **{"kv_memory": 2**20, "adapter_memory": 2**20, field: 2**50})
     assert caught.value.field == field
 
 

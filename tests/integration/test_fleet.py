@@ -284,4 +284,7 @@ def test_it_stops_quickly_and_leaves_nothing(running: Fleet) -> None:
     status, took_s, left = running.stop(signal.SIGINT)
     assert (status, left) == (0, [])
     assert took_s < 10
-    assert running.output().count("\n") == 1, running.output()
+    dtype, memory, ready = running.output().splitlines()
+    assert dtype == "lorafleet: dtype: float32 on cpu"
+    assert memory.startswith("lorafleet: memory: ") and "(2 of rank 8)" in memory
+    assert ready == f"ready: {running.url}/v1"

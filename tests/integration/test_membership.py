@@ -12,7 +12,7 @@ import pytest
 import redis.asyncio
 
 from cluster.catalog import Catalog, encode_version
-from cluster.config import EngineConfig, FleetConfig
+from cluster.config import FleetConfig
 from cluster.errors import (
     AdapterFailed,
     AdapterRefused,
@@ -29,7 +29,7 @@ from cluster.registry import Follower
 from cluster.values import LoadReport, Residency, Version
 from replica import settling
 from replica.membership import Membership
-from tests.small_files import write_adapter, write_model_config
+from tests.small_files import settled_config, write_adapter, write_model_config
 from tests.stub_engine import StubEngine
 from tests.until import until
 
@@ -55,7 +55,7 @@ class Fleet:
         self.directory = directory
         self.root = directory / "adapters"
         self.config = FleetConfig(
-            engine=EngineConfig(model=write_model_config(directory / "base")),
+            engine=settled_config(write_model_config(directory / "base")),
             name=name,
             adapter_roots=(str(self.root),),
             directory=str(directory / "fleet"),

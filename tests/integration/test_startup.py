@@ -18,20 +18,28 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def said(arguments: Sequence[str], status: int, directory: Path) -> str:
-    """What it says before it ends with that status."""
+    """What it says before it ends with that status, beside what it has chosen."""
     failing = Fleet(arguments, directory)
     try:
         assert failing.process.wait(timeout=START_S) == status, failing.output()
     finally:
         failing.stop()
-    line = failing.output()
-    assert line.startswith("lorafleet: ") and line.count("\n") == 1, line
-    return line.removeprefix("lorafleet: ")
+    lines = [line.removeprefix("lorafleet: ") for line in failing.output().splitlines(True)]
+    (line,) = [line for line in lines if not line.startswith(("dtype: ", "memory: "))]
+    return line
 
 
 def test_what_keeps_the_replicas_from_starting_is_told(model: str, tmp_path: Path) -> None:
     arguments = ["--model", model, "--device", "cpu", "--kv-memory", "1000TiB"]
+    arguments += ["--adapter-memory", "1MiB", "--host-memory", "0"]
     assert said(arguments, 1, tmp_path).startswith("kv_memory: ")
+
+
+def test_memory_that_leaves_the_rest_nothing_is_refused(model: str, tmp_path: Path) -> None:
+    arguments = ["--model", model, "--device", "cpu", "--kv-memory", "1000TiB"]
+    line = said(arguments, 2, tmp_path)
+    assert line.startswith("adapter_memory: nothing is left for it of ")
+    assert f"kv_memory {1000 * 2**40}" in line
 
 
 def test_gpus_that_are_not_there_are_not_waited_for(model: str, tmp_path: Path) -> None:

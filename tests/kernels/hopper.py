@@ -188,7 +188,12 @@ def executor() -> None:
     with tempfile.TemporaryDirectory() as directory:
         shape = _model(Path(directory))
         config = EngineConfig(
-            directory, dtype="bfloat16", load_format="dummy", kernels="torch", kv_memory=2**22
+            directory,
+            dtype="bfloat16",
+            load_format="dummy",
+            kernels="torch",
+            adapter_memory=2**24,
+            kv_memory=2**22,
         )
         weights = load_weights(directory, shape, torch.bfloat16, CPU, dummy_seed=0)
     from lora_kernels import fused

@@ -1,7 +1,8 @@
 """Adapters and KV pages in one memory on the paged path: the same tokens as with a memory each."""
 
+import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,15 @@ import torch
 from cluster.config import EngineConfig
 from cluster.errors import AdapterRefused, ConfigError
 from cluster.values import Version
+from replica import largest_step
 from replica.adapter import PageMove
 from replica.adapter_files import inspect
+from replica.decoder import rotary_tables
 from replica.engine import Engine
+from replica.paged_executor import PagedExecutor
 from replica.request import NewRequest, Sampling
+from replica.sampling import Choice, Draw
+from replica.weights import load_weights
 from tests.kernels.pipelined import PAGE_TOKENS, TINY, adapters_of
 from tests.models import make_model
 
@@ -149,3 +155,37 @@ def test_an_adapter_beyond_what_a_context_leaves_is_refused(llama: str, tmp_path
 def test_where_pages_are_not_pieces_of_memory_it_is_refused(llama: str) -> None:
     with pytest.raises(ConfigError, match=r"device_memory: adapters share .* only where Triton"):
         engine(llama, kernels="torch", device_memory=2**24)
+
+
+@pytest.mark.usefixtures("by_reference")
+def test_one_memory_is_what_the_model_and_the_largest_step_leave(
+    llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the same runner asks CUDA what is free; here a step runs and CUDA is played."""
+    measured: list[int] = []
+    choice = PagedExecutor._choice
+
+    def chosen(self: PagedExecutor, logits: torch.Tensor, draws: Sequence[Draw]) -> Choice:
+        measured.append(len(logits))
+        return choice(self, logits, draws)
+
+    def free_beside(device: torch.device, step: Callable[[], None]) -> tuple[int, int]:
+        step()
+        return 1000 * PAGE_BYTES + 4096, 4096
+
+    made = engine(llama)
+    runner, config = (
+        made.runner,
+        dataclasses.replace(
+            made.config, adapter_memory=None, kv_memory=None, memory_utilization=0.5
+        ),
+    )
+    monkeypatch.setattr(largest_step, "free_beside", free_beside)
+    monkeypatch.setattr(PagedExecutor, "_choice", chosen)
+    weights = load_weights(llama, made.shape, torch.float32, torch.device("cpu"))
+    cos_sin = rotary_tables(made.shape, made.shape.context, torch.float32, torch.device("cpu"))
+    sized = runner._sized(config, weights, cos_sin, "triton")
+    assert sized.device_memory == 500 * PAGE_BYTES
+    assert max(measured) == config.batch_rows_max, "every row may draw from some of the vocabulary"
+    assert runner._sized(sized, weights, cos_sin, "triton") is sized
+    made.close()

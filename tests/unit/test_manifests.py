@@ -166,6 +166,15 @@ def test_the_application_exists_and_its_arguments_load(serve: Document) -> None:
     assert config.engine.model.startswith("/models/")
 
 
+def test_memory_is_left_to_the_engine_within_what_its_pod_has(
+    service: Document, serve: Document
+) -> None:
+    engine = serve["applications"][0]["args"]["engine"]
+    assert [name for name in engine if name.endswith("_memory")] == []
+    for template in templates(service).values():
+        assert "memory" in template["spec"]["containers"][0]["resources"]["limits"]
+
+
 def test_head_and_workers_have_the_same_environment(service: Document) -> None:
     environments = [variables(t["spec"]["containers"][0]) for t in templates(service).values()]
     assert len(environments) >= 2

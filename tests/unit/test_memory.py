@@ -19,7 +19,8 @@ def shape(tmp_path: Path) -> ModelShape:
 
 
 def divided(shape: ModelShape, **settings: object) -> Division:
-    return divide(EngineConfig("m", **settings), shape, 2)  # type: ignore[arg-type]
+    memory = {} if "device_memory" in settings else {"adapter_memory": 2**20}
+    return divide(EngineConfig("m", **memory | settings), shape, 2)  # type: ignore[arg-type]
 
 
 PAGE = 2 * 2 * 3 * 8 * 2 * 16

@@ -58,7 +58,9 @@ class Group:
         meeting = threading.Barrier(ranks)
         table: list[Any] = [None] * ranks
         self._threads = ThreadPoolExecutor(ranks)
-        config = EngineConfig(model, device="cpu", threads=1, batch_rows_max=8)
+        config = EngineConfig(
+            model, device="cpu", threads=1, batch_rows_max=8, tensor_parallel=ranks
+        )
 
         def start(rank: int) -> Runner:
             shard = Shard(rank, ranks)

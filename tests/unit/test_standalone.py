@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import EngineConfig, FleetConfig
+from cluster.config import FleetConfig
 from cluster.errors import AdapterRefused, BadRequest, ConfigError, ModelNotFound
 from cluster.values import Version
 from replica.standalone import Standalone
-from tests.small_files import write_adapter, write_model_config
+from tests.small_files import settled_config, write_adapter, write_model_config
 from tests.stub_engine import StubEngine
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> FleetConfig:
-    engine = EngineConfig(model=write_model_config(tmp_path / "base"))
+    engine = settled_config(write_model_config(tmp_path / "base"))
     roots = (str(tmp_path / "adapters"),)
     return FleetConfig(engine=engine, adapter_roots=roots, directory=str(tmp_path / "fleet"))
 

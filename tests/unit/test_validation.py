@@ -5,17 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import EngineConfig, FleetConfig
+from cluster.config import FleetConfig
 from cluster.errors import AdapterRefused
 from replica.shape import read_shape
 from replica.validation import Validation
-from tests.small_files import HIDDEN, LAYERS, write_adapter, write_model_config
+from tests.small_files import HIDDEN, LAYERS, settled_config, write_adapter, write_model_config
 
 
 def test_room_is_that_of_a_ranks_image_which_is_more_than_its_share(tmp_path: Path) -> None:
     model = write_model_config(tmp_path / "base")
     part = 4 * LAYERS * 2 * (HIDDEN + HIDDEN // 2)  # A of q_proj is every rank's, B is cut
-    engine = EngineConfig(model, tensor_parallel=2, adapter_memory=2 * part - 1)
+    engine = settled_config(model, tensor_parallel=2, adapter_memory=2 * part - 1)
     config = FleetConfig(engine, directory=str(tmp_path / "fleet"))
 
     def validation() -> Validation:

@@ -82,6 +82,7 @@ def _tokens(
         adapter_memory=2 * (size + 256),
         slots_max=2,
         kv_memory=2**20 if setting.tiny else 2**26,
+        host_memory=2**28,
         batch_rows_max=8,
         step_tokens_max=64,
         **fields,
