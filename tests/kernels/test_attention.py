@@ -281,12 +281,14 @@ def test_integers_that_pick_one_value_come_out_exactly(
 
 
 def test_each_key_is_counted_once(kernel_dtype: torch.dtype) -> None:
+    # All but one division is exact. A GPU divides to two units in the last place of float32; then
+    # the result is rounded.
+    rounding = 2 * torch.finfo(torch.float32).eps + torch.finfo(kernel_dtype).eps / 2
     lengths, chunks, heads, kv_heads = SIZES
     rows, expected = counting(make_rows(lengths, chunks, heads, kv_heads, dtype=kernel_dtype))
-    rounding = torch.finfo(kernel_dtype).eps
-    torch.testing.assert_close(rows.prefilled(1.0).double(), expected, rtol=rounding, atol=1e-7)
+    torch.testing.assert_close(rows.prefilled(1.0).double(), expected, rtol=rounding, atol=0)
     rows, expected = counting(make_rows(lengths, None, heads, kv_heads, dtype=kernel_dtype))
-    torch.testing.assert_close(rows.decoded(1.0).double(), expected, rtol=rounding, atol=1e-7)
+    torch.testing.assert_close(rows.decoded(1.0).double(), expected, rtol=rounding, atol=0)
 
 
 # torch's own
