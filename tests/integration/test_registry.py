@@ -31,7 +31,8 @@ from cluster.redis_client import connect
 from cluster.values import LoadReport, Residency, Tier
 held = [Residency("d1", Tier.DEVICE, 10, 1.0)]
 async def main():
-    publisher = Publisher(connect(sys.argv[1]), sys.argv[2], "lonely", lease_s=float(sys.argv[3]), report_s=0.05,
+    publisher = Publisher(connect(sys.argv[1]), sys.argv[2], "lonely",
+                          lease_s=float(sys.argv[3]), report_s=0.05,
                           residency=lambda: held, report=LoadReport)
     print(publisher.incarnation, flush=True)
     await publisher.run()
