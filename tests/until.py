@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 TIMEOUT_S = 60.0
+WORK_S = 1200.0  # where the test itself has much to compute
 POLL_S = 0.005
 
 

@@ -29,7 +29,7 @@ from replica.request import Delta, NewRequest, Sampling
 from replica.shape import read_shape
 from replica.tensor_parallel import _Process
 from tests.models import edit_tensors, make_adapter, make_model
-from tests.until import TIMEOUT_S, until, until_now
+from tests.until import TIMEOUT_S, WORK_S, until, until_now
 
 # Of log-probabilities. Ranks sum in another order: that alters sums of 64 and 96 products by about
 # 1e-6 of their size, and three layers make ten times that of it. An adapter makes 0.1 and more.
@@ -97,7 +97,7 @@ def parallel(model: str, versions: list[Version]) -> Iterator[Engine]:
 def drive(engine: Engine) -> dict[str, list[Delta]]:
     """Steps until all work has ended, with the invariants checked after each."""
     got: dict[str, list[Delta]] = {}
-    deadline = time.monotonic() + TIMEOUT_S
+    deadline = time.monotonic() + WORK_S
     while engine.has_work:
         assert time.monotonic() < deadline, engine.report()
         for delta in engine.step():
@@ -204,7 +204,7 @@ def test_an_adapter_reloaded_and_a_name_pointed_elsewhere_while_others_run(
     got: dict[str, list[Delta]] = {}
 
     def go_on(until_ended: str) -> None:
-        deadline = time.monotonic() + TIMEOUT_S
+        deadline = time.monotonic() + WORK_S
         while until_ended not in got or not got[until_ended][-1].last:
             assert time.monotonic() < deadline
             for delta in parallel.step():
@@ -446,7 +446,7 @@ with followers.together():
     time.sleep(3600)
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=600
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=WORK_S
     )
     assert done.returncode == 1
     assert "rank 1 of 2 ended by signal 9" in done.stderr.splitlines()[-1]

@@ -17,6 +17,7 @@ from replica.engine import Engine
 from replica.request import NewRequest, Sampling
 from tests.kernels.pipelined import PAGE_TOKENS, TINY, adapters_of
 from tests.models import make_model
+from tests.until import WORK_S
 
 PAGE_BYTES = 2 * 2 * 32 * 4 * PAGE_TOKENS
 CONTEXT_PAGES = 128 // PAGE_TOKENS
@@ -83,7 +84,7 @@ class Watched:
         self.engine.add(request)
 
     def run(self, steps: int | None = None) -> None:
-        deadline_s = time.monotonic() + 120
+        deadline_s = time.monotonic() + WORK_S
         while self.engine.has_work and steps != 0:
             assert time.monotonic() < deadline_s, self.engine.report()
             for delta in self.engine.step():

@@ -30,6 +30,7 @@ from tests.bench.on_gpu.floors import Cost, Rates
 from tests.bench.on_gpu.models import LLAMA_8B, TINY, Adapters, layout, write_model
 from tests.bench.on_gpu.profiles import intervals, kernel_seconds
 from tests.bench.on_gpu.report import Report
+from tests.until import WORK_S
 
 ROOT = Path(__file__).parents[2]
 ON_GPU = sorted(path.stem for path in (ROOT / "tests/bench/on_gpu").glob("*.py"))
@@ -220,6 +221,6 @@ for name in {modules}: __import__(name)
         text=True,
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": path},
-        timeout=120,
+        timeout=WORK_S,
     )
     assert done.returncode == 0, done.stderr
