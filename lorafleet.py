@@ -325,7 +325,9 @@ def simulate_workload(
     slo = Slo(ttft_slo, tpot_slo)
     found = {name: simulate(workload, name, recorded, slo) for name in chosen}
     if json_only:
-        print(json.dumps({name: dataclasses.asdict(each) for name, each in found.items()}, indent=2))
+        print(
+            json.dumps({name: dataclasses.asdict(each) for name, each in found.items()}, indent=2)
+        )
     else:
         print(*table(found), sep="\n")
 

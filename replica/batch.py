@@ -246,7 +246,7 @@ class Batch:
         grown = 0
         if not (alone or back):
             grown = self.peak + max(self._growth.of(request) - count, 0)
-            if 0 < count + grown - self._pages.free:
+            if count + grown - self._pages.free > 0:
                 self._make_pages(count + grown - self._pages.free, now_s, False, request)
         pages = None
         if not (saved or kept or grown) or self._pages.free - count >= saved + kept + grown:

@@ -207,7 +207,9 @@ class Loads:
             lacking = {
                 a.digest
                 for a in self._residency.placed.values()
-                if a.fresh and a.wanted and not self._batch.holds_pages(self._waiting.head(a.digest))
+                if a.fresh
+                and a.wanted
+                and not self._batch.holds_pages(self._waiting.head(a.digest))
             }
         return self._residency.victims.for_image(
             digest, keep, spare_fresh=self.switches.skip, lacking=lacking

@@ -118,9 +118,7 @@ def _figures(records: Sequence[Record], scheduler: Scheduler, slo: Slo) -> Workl
     )
 
 
-def _divide(
-    workload: Workload, policy: str, recorded: Sequence[Recorded]
-) -> tuple[Division, int]:
+def _divide(workload: Workload, policy: str, recorded: Sequence[Recorded]) -> tuple[Division, int]:
     """How the memory is divided, and the longest sequence that is served with it."""
     sizes = [image_bytes(rank) for rank in workload.ranks]
     if workload.kv_pages is not None:

@@ -128,9 +128,7 @@ def adapter_name(index: int) -> str:
     return f"a{index}"
 
 
-def _recorded(
-    workload: Workload, recorded: Sequence[Recorded], context: int
-) -> Iterator[Recorded]:
+def _recorded(workload: Workload, recorded: Sequence[Recorded], context: int) -> Iterator[Recorded]:
     first_s, last_s = recorded[0].at_s, recorded[-1].at_s
     scale = 1.0
     if workload.arrivals.rate is not None and last_s > first_s:
@@ -203,7 +201,9 @@ def _engine(value: object) -> Mapping[str, Any]:
 
 
 def _memory_is_said_once(workload: Workload) -> None:
-    apart = [n for n in ("places", "adapter_memory", "kv_pages") if getattr(workload, n) is not None]
+    apart = [
+        n for n in ("places", "adapter_memory", "kv_pages") if getattr(workload, n) is not None
+    ]
     if workload.memory is not None and apart:
         raise ConfigError(f"memory: {workload.memory}, but {apart[0]} is given too", field="memory")
     if workload.places is not None and workload.adapter_memory is not None:

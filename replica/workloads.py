@@ -34,9 +34,7 @@ class Arrival:
     def prompt(self, number: int) -> tuple[int, ...]:
         """Tokens that no other request's prompt begins with, but for its blocks. number: its own."""
         named = min(len(self.blocks) * BLOCK_TOKENS, self.prompt_tokens)
-        known = (
-            block * BLOCK_TOKENS + i for block in self.blocks for i in range(BLOCK_TOKENS)
-        )
+        known = (block * BLOCK_TOKENS + i for block in self.blocks for i in range(BLOCK_TOKENS))
         own = range(-(number + 1) * _OWN_TOKENS, -(number + 1) * _OWN_TOKENS + _OWN_TOKENS)
         return (*itertools.islice(known, named), *own[: self.prompt_tokens - named])
 

@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from replica.streams import CopyStream, Event
-
-_DEADLINE_S = 20.0
+from tests.until import TIMEOUT_S
 
 
 class LateEvent:
@@ -106,7 +105,7 @@ class LateDevice:
                 if not any(self._advance(stream) for stream in self.order(self)):
                     if not self.compute.work and not self.copies.work and not until():
                         return
-                    assert self.changed.wait(_DEADLINE_S), "the queues wait for each other"
+                    assert self.changed.wait(TIMEOUT_S), "the queues wait for each other"
 
     def turn(self, order: Callable[["LateDevice"], Sequence[LateStream]]) -> None:
         with self.changed:

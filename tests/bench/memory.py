@@ -140,7 +140,7 @@ def _replica(model: Path, arguments: Sequence[str], log: Path) -> Iterator[str]:
         return re.search(r"^ready: (http\S+)/v1$", log.read_text(), re.M)
 
     try:
-        yield eventually(ready, 120, "the replica is ready")[1]
+        yield eventually(ready, "the replica is ready", 120)[1]
     finally:
         process.terminate()
         process.wait(30)

@@ -15,14 +15,14 @@ import pytest
 
 from replica.shape import read_shape
 from replica.toys import toy_adapter
-from tests.fleet import LORAFLEET, environment, eventually
+from tests.fleet import ANSWER_S, LORAFLEET, START_S, STOP_S, environment, eventually
 from tests.models import make_adapter, make_model
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("files")
-    model = make_model(root / "tiny")
+    model = make_model(root / "tiny", max_position_embeddings=8192)
     for i, name in enumerate(("fr", "de")):
         make_adapter(root / name, model, seed=i + 1)
     return root
@@ -32,7 +32,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(files: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str, Path]]:
     """The process, its URL, and what it has written."""
     command = ["--adapter", f"fr={files / 'fr'}", "--adapter-root", str(files)]
-    command += ["--dtype", "float32", "--adapter-memory", "4MiB", "--served-model-name", "base"]
+    command += ["--dtype", "float32", "--adapter-memory", "4MiB", "--kv-memory", "64MiB"]
+    command += ["--served-model-name", "base"]
     settings = tmp_path / "settings.yaml"
     settings.write_text("drain_s: 0.0\n")
     command += ["--config", str(settings)]
@@ -53,7 +54,7 @@ def replica(
         return re.search(r"^ready: (http\S+)/v1$", log.read_text(), re.M)
 
     try:
-        yield process, eventually(ready, 60, "the replica is ready")[1], log
+        yield process, eventually(ready, "the replica is ready", START_S)[1], log
     finally:
         process.kill()
         process.wait()
@@ -66,12 +67,12 @@ def test_it_answers_takes_adapters_and_ends_quietly(
 
     def complete(model: str) -> httpx.Response:
         body = {"model": model, "prompt": "hello", "max_tokens": 4}
-        return httpx.post(f"{url}/v1/completions", json=body, timeout=30)
+        return httpx.post(f"{url}/v1/completions", json=body, timeout=ANSWER_S)
 
     def cli(*arguments: str) -> tuple[int, str]:
         command = [LORAFLEET, *arguments, "--url", url]
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=30, env=environment()
+            command, capture_output=True, text=True, timeout=ANSWER_S, env=environment()
         )
         return done.returncode, done.stdout + done.stderr
 
@@ -90,7 +91,7 @@ def test_it_answers_takes_adapters_and_ends_quietly(
     assert "fr" in said
     assert "de (pinned)" in said
     assert "2.5" in said
-    listed = httpx.get(f"{url}/v1/adapters").json()["data"]
+    listed = httpx.get(f"{url}/v1/adapters", timeout=ANSWER_S).json()["data"]
     assert [(e["id"], e["pinned"], e["weight"]) for e in listed] == [
         ("de", True, 2.5),
         ("fr", False, 1.0),
@@ -105,8 +106,8 @@ def test_it_answers_takes_adapters_and_ends_quietly(
     assert said.startswith("lorafleet: 404: ")
     started = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 0
-    assert psutil.wait_procs(started, timeout=3)[1] == []
+    assert process.wait(STOP_S) == 0
+    assert psutil.wait_procs(started, timeout=STOP_S)[1] == []
     assert besides(log) == [f"ready: {url}/v1"]
 
 
@@ -114,15 +115,15 @@ def test_streams_that_it_stops_are_told(
     alone: tuple[subprocess.Popen[bytes], str, Path],
 ) -> None:
     process, url, log = alone
-    body = {"model": "base", "prompt": "hello", "max_tokens": 400, "n": 32, "stream": True}
+    body = {"model": "base", "prompt": "hello", "max_tokens": 8000, "n": 32, "stream": True}
     body |= {"ignore_eos": True}
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as answer:
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=ANSWER_S) as answer:
         lines = answer.iter_lines()
         assert next(lines).startswith("data: ")
         process.send_signal(signal.SIGTERM)
         last = [line for line in lines if line][-1]
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
-    assert process.wait(10) == 0
+    assert process.wait(STOP_S) == 0
     assert besides(log) == [f"ready: {url}/v1"]
 
 
@@ -130,7 +131,7 @@ def test_it_ends_with_its_engine(alone: tuple[subprocess.Popen[bytes], str, Path
     process, url, log = alone
     (engine,) = psutil.Process(process.pid).children()
     engine.kill()
-    assert process.wait(10) == 1
+    assert process.wait(STOP_S) == 1
     assert besides(log) == [f"ready: {url}/v1", "lorafleet: the engine's process has ended"]
 
 
@@ -148,7 +149,7 @@ def test_without_a_word_on_memory_16_adapters_are_resident_at_once(
 
         def complete(name: str) -> int:
             body = {"model": name, "prompt": "hello", "max_tokens": 8, "ignore_eos": True}
-            return httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code
+            return httpx.post(f"{url}/v1/completions", json=body, timeout=ANSWER_S).status_code
 
         with ThreadPoolExecutor(len(names)) as threads:
             assert set(threads.map(complete, names)) == {200}
@@ -166,7 +167,9 @@ def test_an_adapter_that_cannot_fit_is_refused_at_the_start_with_the_numbers(
 ) -> None:
     command = [LORAFLEET, "replica", "--model", str(files / "tiny"), "--port", "0"]
     command += ["--adapter", f"fr={files / 'fr'}", "--adapter-memory", "1000"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment())
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=START_S, env=environment()
+    )
     assert done.returncode == 2
     assert re.fullmatch(
         r"lorafleet: adapters\.fr: .* takes \d+ bytes of adapter memory in float32, all there is "

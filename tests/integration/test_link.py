@@ -5,8 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -26,14 +25,17 @@ from replica.link import EngineLink
 from replica.request import Delta, Finish, NewRequest, Sampling
 from replica.shape import read_shape
 from tests.models import edit_config, make_adapter, make_model
+from tests.until import until, until_now
 
 GREEDY = Sampling(max_tokens=8, temperature=0.0, ignore_eos=True)
-ENDLESS = Sampling(max_tokens=400, temperature=0.0, ignore_eos=True)
+# Longer than any test takes to end what runs.
+ENDLESS = Sampling(max_tokens=8000, temperature=0.0, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_model(tmp_path_factory.mktemp("link") / "base")
+    base = tmp_path_factory.mktemp("link") / "base"
+    return make_model(base, max_position_embeddings=8192)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,9 @@ def adapter(model: str, tmp_path_factory: pytest.TempPathFactory) -> Version:
 
 @pytest.fixture
 async def link(model: str) -> AsyncIterator[EngineLink]:
-    link = EngineLink(EngineConfig(model, threads=1, queue_max=4, batch_rows_max=2))
+    link = EngineLink(
+        EngineConfig(model, threads=1, queue_max=4, batch_rows_max=2, kv_memory=2**24)
+    )
     await link.start()
     yield link
     await link.stop()
@@ -53,13 +57,6 @@ async def link(model: str) -> AsyncIterator[EngineLink]:
 
 async def collect(link: EngineLink, request: NewRequest) -> list[Delta]:
     return [delta async for delta in link.generate(request)]
-
-
-async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        await asyncio.sleep(0.01)
 
 
 async def test_tokens_stream_and_the_last_delta_says_why(link: EngineLink) -> None:
@@ -116,15 +113,27 @@ async def test_closing_the_stream_frees_pages(link: EngineLink) -> None:
 
 
 async def test_a_full_queue_is_told_to_the_one_that_found_it_full(link: EngineLink) -> None:
-    tasks = [
-        asyncio.create_task(collect(link, NewRequest(f"r{i}", (5, 6), ENDLESS))) for i in range(12)
-    ]
-    results = await asyncio.gather(*tasks)
-    refused = [r for r in results if isinstance(r[0].error, QueueFull)]
-    assert refused and all(len(r) == 1 for r in refused)
-    ended = [r for r in results if r[-1].finish is Finish.LENGTH]
-    assert len(ended) + len(refused) == 12
-    assert len(ended) >= 6
+    """Two run and four wait."""
+
+    def ask(count: int) -> list[asyncio.Task[list[Delta]]]:
+        names = (f"{count}-{i}" for i in range(count))
+        return [
+            asyncio.create_task(collect(link, NewRequest(name, (5, 6), ENDLESS))) for name in names
+        ]
+
+    running = ask(2)
+    await until(lambda: link.report().running == 2)
+    more = ask(10)
+    await until(lambda: sum(task.done() for task in more) == 6)
+    for task in more:
+        if task.done():
+            (refused,) = task.result()
+            assert isinstance(refused.error, QueueFull)
+    await until(lambda: (link.report().running, link.report().waiting) == (2, 4))
+    for task in [*running, *more]:
+        task.cancel()
+    await asyncio.gather(*running, *more, return_exceptions=True)
+    await until(lambda: (link.report().running, link.report().waiting) == (0, 0))
 
 
 async def test_a_killed_engine_fails_its_streams_and_the_next_ones(link: EngineLink) -> None:
@@ -167,10 +176,7 @@ sys.stdin.read()
         engine = int(parent.stdout.readline())
         os.kill(engine, 0)
         parent.kill()
-    deadline = time.monotonic() + 10
-    while _runs(engine):
-        assert time.monotonic() < deadline, "the engine outlived its parent"
-        time.sleep(0.01)
+    until_now(lambda: not _runs(engine))
 
 
 def _runs(pid: int) -> bool:

@@ -2,10 +2,11 @@
 
 import asyncio
 import dataclasses
+import math
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 
 import pytest
@@ -28,12 +29,14 @@ from cluster.redis_server import RedisServer
 from cluster.registry import Follower
 from cluster.values import LoadReport, Residency, Version
 from replica import settling
+from replica.front import Acknowledgement
 from replica.membership import Membership
 from tests.small_files import settled_config, write_adapter, write_model_config
 from tests.stub_engine import StubEngine
-from tests.until import until
+from tests.until import TIMEOUT_S, until
 
-LEASE_S, REPORT_S, ACKNOWLEDGE_S = 0.6, 0.05, 1.0
+# Many reports a lease: a replica that gets no core for a while is not taken for dead.
+LEASE_S, REPORT_S = 2.0, 0.05
 
 
 class GatedEngine(StubEngine):
@@ -44,7 +47,7 @@ class GatedEngine(StubEngine):
         self.gate = threading.Event()
 
     async def register(self, version: Version, path: str) -> None:
-        await asyncio.to_thread(self.gate.wait, 10)
+        await asyncio.to_thread(self.gate.wait, TIMEOUT_S)
         await super().register(version, path)
 
 
@@ -61,7 +64,7 @@ class Fleet:
             directory=str(directory / "fleet"),
             lease_s=LEASE_S,
             report_s=REPORT_S,
-            acknowledge_s=ACKNOWLEDGE_S,
+            acknowledge_s=TIMEOUT_S,
         )
         self.replicas: list[tuple[Membership, StubEngine]] = []
         self.tasks: list[asyncio.Task[None]] = []
@@ -108,7 +111,7 @@ class Fleet:
 
     async def close(self) -> None:
         for membership, _ in self.replicas:
-            await asyncio.wait_for(membership.stop(), 10)
+            await asyncio.wait_for(membership.stop(), TIMEOUT_S)
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
@@ -246,23 +249,59 @@ async def test_a_version_stays_while_any_name_points_at_it(
     assert digests(engine) == set()
 
 
-async def test_a_silent_replica_is_named(shared_redis: str, running: Fleet) -> None:
-    one, _ = await running.replica(shared_redis, "r1", acknowledge_s=0.2)
-    await running.replica(shared_redis, "r2", acknowledge_s=0.2)
+class Patience:
+    """The clock by which a replica waits for the others: their time is over when the test says."""
+
+    def __init__(self) -> None:
+        self._looks_left = math.inf
+
+    def monotonic(self) -> float:
+        self._looks_left -= 1
+        if self._looks_left >= 0:
+            return 0.0
+        self._looks_left = math.inf
+        return math.inf
+
+    async def pending(
+        self, change: Awaitable[Acknowledgement], follower: Follower, sequence: int, *applied: str
+    ) -> tuple[str, ...]:
+        """Who is named when just those have applied the change, which has that sequence."""
+        waiting = asyncio.ensure_future(change)
+        await until(lambda: all(follower.replicas[r].catalog_sequence >= sequence for r in applied))
+        self._looks_left = 1  # what is known at the first one may be from before that
+        return (await waiting).pending
+
+
+@pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> Patience:
+    patience = Patience()
+    monkeypatch.setattr("replica.membership.time", patience)
+    return patience
+
+
+async def test_a_silent_replica_is_named(
+    shared_redis: str, running: Fleet, patience: Patience
+) -> None:
+    one, _ = await running.replica(shared_redis, "r1")
+    await running.replica(shared_redis, "r2")
     follower = await running.follower(shared_redis)
     running.silent(shared_redis, "silent")
-    await until(lambda: "silent" in follower.replicas)
-    assert (await one.add("a", running.adapter("a"))).pending == ("silent",)
-    assert (await one.remove("a")).pending == ("silent",)
+    await until(lambda: set(follower.replicas) == {"r1", "r2", "silent"})
+    adding = one.add("a", running.adapter("a"))
+    assert await patience.pending(adding, follower, 1, "r1", "r2") == ("silent",)
+    assert await patience.pending(one.remove("a"), follower, 2, "r1", "r2") == ("silent",)
 
 
 async def test_a_replica_acknowledges_only_what_its_engine_has(
-    shared_redis: str, running: Fleet
+    shared_redis: str, running: Fleet, patience: Patience
 ) -> None:
-    one, _ = await running.replica(shared_redis, "r1", acknowledge_s=0.3)
+    one, _ = await running.replica(shared_redis, "r1")
     slow, engine = await running.replica(shared_redis, "r2", engine_kind=GatedEngine)
     assert isinstance(engine, GatedEngine)
-    assert (await one.add("a", running.adapter("a"))).pending == ("r2",)
+    follower = await running.follower(shared_redis)
+    await until(lambda: set(follower.replicas) == {"r1", "r2"})
+    adding = one.add("a", running.adapter("a"))
+    assert await patience.pending(adding, follower, 1, "r1") == ("r2",)
     finding = asyncio.create_task(slow.find("a"))
     engine.gate.set()
     version = await finding
@@ -273,7 +312,7 @@ async def test_a_replica_acknowledges_only_what_its_engine_has(
 async def test_a_silent_replica_that_dies_holds_nobody_up(
     shared_redis: str, running: Fleet
 ) -> None:
-    one, _ = await running.replica(shared_redis, acknowledge_s=5.0)
+    one, _ = await running.replica(shared_redis)
     follower = await running.follower(shared_redis)
     running.silent(shared_redis, "silent")
     await until(lambda: "silent" in follower.replicas)
@@ -313,11 +352,11 @@ async def test_a_replica_that_restarts_is_a_new_incarnation_and_undoes_nothing(
 async def test_a_dead_engine_takes_its_replica_out_of_view_at_once(
     shared_redis: str, running: Fleet
 ) -> None:
-    _, engine = await running.replica(shared_redis)
+    _, engine = await running.replica(shared_redis, lease_s=3600.0)
     follower = await running.follower(shared_redis)
     await until(lambda: "r1" in follower.replicas)
     engine.stopped = True
-    assert await until(lambda: not follower.replicas) < LEASE_S / 2
+    await until(lambda: not follower.replicas)  # an hour before its lease runs out
 
 
 async def test_what_is_described_is_what_the_engines_hold(
@@ -465,10 +504,10 @@ async def test_without_redis_it_serves_what_it_knows(
     path = running.adapter("b", seed=1)
     for write in (one.add("b", path), one.remove("a")):
         with pytest.raises(CatalogUnavailable) as caught:
-            await asyncio.wait_for(write, 3)
+            await asyncio.wait_for(write, TIMEOUT_S)
         assert caught.value.status == 503
     with pytest.raises(CatalogUnavailable):
-        await asyncio.wait_for(one.describe(), 3)
+        await asyncio.wait_for(one.describe(), TIMEOUT_S)
     await until(lambda: not one.connected)
     assert "r1" in follower.replicas
     own_redis.start()

@@ -13,7 +13,7 @@ import redis
 from cluster import redis_server
 from cluster.errors import StartupError
 from cluster.redis_server import RedisServer
-from tests.until import until_now
+from tests.until import TIMEOUT_S, until_now
 
 STARTER = """
 import sys, time
@@ -26,7 +26,7 @@ time.sleep(600)
 
 
 def client(server: RedisServer) -> redis.Redis:
-    return redis.Redis.from_url(server.url, decode_responses=True, socket_timeout=5)
+    return redis.Redis.from_url(server.url, decode_responses=True, socket_timeout=TIMEOUT_S)
 
 
 def answers(server: RedisServer) -> bool:

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
@@ -18,9 +19,10 @@ from cluster.redis_client import connect, prefix
 from cluster.redis_server import RedisServer
 from cluster.registry import Follower, Registry, channel
 from cluster.values import LoadReport, Residency, Tier
-from tests.until import until
+from tests.until import TIMEOUT_S, until
 
-LEASE_S, REPORT_S = 0.6, 0.05
+# Many reports a lease: a replica that gets no core for a while is not taken for dead.
+LEASE_S, REPORT_S = 2.0, 0.05
 
 LONELY = """
 import asyncio, sys
@@ -29,7 +31,8 @@ from cluster.redis_client import connect
 from cluster.values import LoadReport, Residency, Tier
 held = [Residency("d1", Tier.DEVICE, 10, 1.0)]
 async def main():
-    publisher = Publisher(connect(sys.argv[1]), sys.argv[2], "lonely", lease_s=0.6, report_s=0.05,
+    publisher = Publisher(connect(sys.argv[1]), sys.argv[2], "lonely",
+                          lease_s=float(sys.argv[3]), report_s=0.05,
                           residency=lambda: held, report=LoadReport)
     print(publisher.incarnation, flush=True)
     await publisher.run()
@@ -50,6 +53,16 @@ class Replica:
         self.held[digest] = Residency(digest, tier, size, 1.0)
 
 
+@dataclass
+class Clock:
+    """A follower's. It goes on when the test says, so that leases run out in its view only then."""
+
+    now_s: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
 class Fleet:
     """Publishers and followers of one fleet that run until the test ends."""
 
@@ -58,13 +71,15 @@ class Fleet:
         self.tasks: list[asyncio.Task[None]] = []
         self.clients: list[redis.asyncio.Redis] = []
 
-    def publish(self, url: str, replica: Replica, replica_id: str = "r1") -> Publisher:
+    def publish(
+        self, url: str, replica: Replica, replica_id: str = "r1", lease_s: float = LEASE_S
+    ) -> Publisher:
         self.clients.append(connect(url))
         publisher = Publisher(
             self.clients[-1],
             self.name,
             replica_id,
-            lease_s=LEASE_S,
+            lease_s=lease_s,
             report_s=REPORT_S,
             residency=lambda: list(replica.held.values()),
             report=lambda: replica.load,
@@ -74,8 +89,10 @@ class Fleet:
         self.tasks.append(asyncio.create_task(publisher.run()))
         return publisher
 
-    async def follow(self, url: str, silence_s: float = 0.2) -> Follower:
-        follower = Follower(url, self.name, base_name="base", silence_s=silence_s)
+    async def follow(
+        self, url: str, silence_s: float = 0.2, clock: Callable[[], float] = time.monotonic
+    ) -> Follower:
+        follower = Follower(url, self.name, base_name="base", silence_s=silence_s, clock=clock)
         self.tasks.append(asyncio.create_task(follower.run()))
         await until(lambda: follower.connected)
         return follower
@@ -83,7 +100,8 @@ class Fleet:
     async def close(self) -> None:
         for task in self.tasks:
             task.cancel()
-        _, pending = await asyncio.wait(self.tasks, timeout=5) if self.tasks else ((), ())
+        waited = asyncio.wait(self.tasks, timeout=TIMEOUT_S) if self.tasks else None
+        _, pending = await waited if waited is not None else ((), ())
         assert not pending, "a cancellation was lost"
         for client in self.clients:
             await client.aclose()
@@ -171,19 +189,21 @@ async def test_a_replica_that_leaves_in_order_is_gone_at_once(
     follower = await running.follow(shared_redis)
     replica = Replica()
     replica.hold("d1")
-    running.publish(shared_redis, replica)
+    running.publish(shared_redis, replica, lease_s=3600.0)
     await until(lambda: "r1" in follower.replicas)
     replica.alive = False
-    assert await until(lambda: not follower.replicas) < LEASE_S / 2
+    await until(lambda: not follower.replicas)  # an hour before its lease runs out
     assert await keys(shared_redis, running.name) == set()
 
 
 async def test_a_killed_replica_is_gone_within_the_lease_time(
     shared_redis: str, running: Fleet
 ) -> None:
-    follower = await running.follow(shared_redis)
+    clock = Clock()
+    follower = await running.follow(shared_redis, clock=clock)
     child = subprocess.Popen(  # noqa: ASYNC220
-        [sys.executable, "-c", LONELY, shared_redis, running.name], stdout=subprocess.PIPE
+        [sys.executable, "-c", LONELY, shared_redis, running.name, str(LEASE_S)],
+        stdout=subprocess.PIPE,
     )
     try:
         await until(lambda: "lonely" in follower.replicas)
@@ -192,8 +212,10 @@ async def test_a_killed_replica_is_gone_within_the_lease_time(
     finally:
         child.kill()
         child.communicate()
-    assert await until(lambda: not follower.replicas) < LEASE_S + 0.2
-    assert await until(gone(shared_redis, running.name)) < 0.2
+    await until(gone(shared_redis, running.name))
+    assert set(follower.replicas) == {"lonely"}
+    clock.now_s += LEASE_S
+    assert not follower.replicas
     assert follower.resyncs == looks  # it left by the clock, not by a look at Redis
 
 
@@ -319,7 +341,8 @@ async def test_junk_on_the_channel_disturbs_no_view(shared_redis: str, running: 
 async def test_while_redis_is_away_the_view_stays_and_after_it_is_true_again(
     own_redis: RedisServer, running: Fleet
 ) -> None:
-    follower = await running.follow(own_redis.url)
+    clock = Clock()
+    follower = await running.follow(own_redis.url, clock=clock)
     staying, leaving = Replica(), Replica()
     staying.hold("d1")
     running.publish(own_redis.url, staying, "staying")
@@ -327,17 +350,20 @@ async def test_while_redis_is_away_the_view_stays_and_after_it_is_true_again(
     await until(lambda: len(follower.replicas) == 2)
     own_redis.stop()
     await until(lambda: not follower.connected)
-    loop = asyncio.get_running_loop()
-    until_s = loop.time() + 2 * LEASE_S  # longer than any lease: nobody may leave meanwhile
-    await until(lambda: len(follower.replicas) < 2 or loop.time() > until_s)
+    clock.now_s += 2 * LEASE_S
     assert set(follower.replicas) == {"staying", "leaving"}
     leaving.alive = False
     staying.hold("d2")
+    await until(running.tasks[-1].done)  # it leaves without a word: Redis is away
+    await asyncio.sleep(LEASE_S)  # at least: then no lease is left in the Redis that returns
     own_redis.start()
     # Each has a lease time to be heard: whoever goes on is in the view all the while.
-    await until(lambda: set(follower.replicas) in ({"staying"}, {"leaving"}, set()))
-    assert set(follower.replicas) == {"staying"}
     await until(lambda: set(follower.replicas["staying"].residency) == {"d1", "d2"})
+    assert set(follower.replicas) == {"staying", "leaving"}
+    clock.now_s += 0.6 * LEASE_S
+    await until(lambda: follower.replicas["staying"].seen_s == clock.now_s)
+    clock.now_s += 0.6 * LEASE_S
+    assert set(follower.replicas) == {"staying"}
 
 
 async def test_a_killed_redis_is_filled_again_by_the_replicas(
@@ -363,16 +389,15 @@ async def test_a_killed_redis_is_filled_again_by_the_replicas(
 
 
 async def test_a_hung_redis_empties_no_view(own_redis: RedisServer, running: Fleet) -> None:
-    follower = await running.follow(own_redis.url, silence_s=0.1)
+    clock = Clock()
+    follower = await running.follow(own_redis.url, silence_s=0.1, clock=clock)
     running.publish(own_redis.url, Replica())
     await until(lambda: "r1" in follower.replicas)
     assert own_redis.pid is not None
     os.kill(own_redis.pid, signal.SIGSTOP)
     try:
-        assert await until(lambda: not follower.connected) < LEASE_S
-        loop = asyncio.get_running_loop()
-        until_s = loop.time() + 2 * LEASE_S
-        await until(lambda: not follower.replicas or loop.time() > until_s)
+        await until(lambda: not follower.connected)
+        clock.now_s += 2 * LEASE_S
         assert "r1" in follower.replicas
     finally:
         os.kill(own_redis.pid, signal.SIGCONT)

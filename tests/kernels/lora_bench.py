@@ -20,6 +20,8 @@ SLOTS = 12
 # More than the largest image takes, in elements.
 SHELF = 36_000
 EVERYTHING = tuple(range(len(SIZES)))
+# Of the largest number. In float32 a product of the shrink is a sum of up to 1,088 products, in any
+# order: a few units in the last place of it. The other types round it, the delta and the result.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 

@@ -129,8 +129,12 @@ def picking(rows: Rows, window: int | None = None) -> tuple[Rows, torch.Tensor]:
 def counting(rows: Rows) -> tuple[Rows, torch.Tensor]:
     """Integers, by which all keys weigh the same; what has to come out is counts over a length.
 
-    Key n has 1 at place n of the value, modulo its size. The scale does not matter.
+    Key n has 1 at place n of the value, modulo its size. The scale does not matter. A key's score
+    is the sum of the query, which for integers is the same in any order: all weights are 1, and
+    the last division alone rounds.
     """
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randint(-8, 9, rows.q.shape, generator=generator).to(rows.q)
     head_dim = rows.q.shape[2]
     expected = torch.empty_like(rows.q, dtype=torch.float64)
     for row, length in enumerate(rows.lengths.tolist()):
@@ -141,4 +145,4 @@ def counting(rows: Rows) -> tuple[Rows, torch.Tensor]:
         begin, end = rows.starts[row : row + 2].tolist()
         counts = ones[:, 0].double().cumsum(0)[length - (end - begin) :]
         expected[begin:end] = (counts / counts.sum(1, keepdim=True))[:, None].to(expected)
-    return rows, expected
+    return replace(rows, q=q), expected

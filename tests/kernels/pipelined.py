@@ -19,6 +19,7 @@ from tests.models import make_adapter
 
 VOCAB = 96
 PAGE_TOKENS = 8
+# Of log-probabilities: sums in another order make 3e-6 here.
 TOLERANCE = 1e-4
 TINY = {
     "vocab_size": VOCAB,

@@ -9,7 +9,10 @@ import torch.nn.functional as F
 from lora_kernels import attention, reference
 from tests.kernels.paged_rows import DEVICE, PICKING_SCALE, Rows, counting, make_rows, picking
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+# In float32 a score is a sum of 64 to 256 products, scaled by up to 0.5. In another order it is off
+# by some 1e-5, and with it the weight of a value of size 1; a key too many or too few makes 1e-2.
+# The other types round the weights and the result: two units in the last place, for values to 4.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
@@ -281,12 +284,14 @@ def test_integers_that_pick_one_value_come_out_exactly(
 
 
 def test_each_key_is_counted_once(kernel_dtype: torch.dtype) -> None:
+    # All but one division is exact. A GPU divides to two units in the last place of float32; then
+    # the result is rounded.
+    rounding = 2 * torch.finfo(torch.float32).eps + torch.finfo(kernel_dtype).eps / 2
     lengths, chunks, heads, kv_heads = SIZES
     rows, expected = counting(make_rows(lengths, chunks, heads, kv_heads, dtype=kernel_dtype))
-    rounding = torch.finfo(kernel_dtype).eps
-    torch.testing.assert_close(rows.prefilled(1.0).double(), expected, rtol=rounding, atol=1e-7)
+    torch.testing.assert_close(rows.prefilled(1.0).double(), expected, rtol=rounding, atol=0)
     rows, expected = counting(make_rows(lengths, None, heads, kv_heads, dtype=kernel_dtype))
-    torch.testing.assert_close(rows.decoded(1.0).double(), expected, rtol=rounding, atol=1e-7)
+    torch.testing.assert_close(rows.decoded(1.0).double(), expected, rtol=rounding, atol=0)
 
 
 # torch's own

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.kernels.hopper import CASES
+from tests.until import WORK_S
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,6 +22,6 @@ def test_what_is_launched_compiles(case: str, tmp_path: Path) -> None:
         env=surroundings | {"TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=WORK_S,
     )
     assert done.returncode == 0, done.stdout + done.stderr

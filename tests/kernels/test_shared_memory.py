@@ -23,6 +23,7 @@ from replica.sampling import Choice, Draw
 from replica.weights import load_weights
 from tests.kernels.pipelined import PAGE_TOKENS, TINY, adapters_of
 from tests.models import make_model
+from tests.until import WORK_S
 
 PAGE_BYTES = 2 * 2 * 32 * 4 * PAGE_TOKENS
 CONTEXT_PAGES = 128 // PAGE_TOKENS
@@ -89,7 +90,7 @@ class Watched:
         self.engine.add(request)
 
     def run(self, steps: int | None = None) -> None:
-        deadline_s = time.monotonic() + 120
+        deadline_s = time.monotonic() + WORK_S
         while self.engine.has_work and steps != 0:
             assert time.monotonic() < deadline_s, self.engine.report()
             for delta in self.engine.step():

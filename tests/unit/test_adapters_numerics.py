@@ -17,6 +17,7 @@ from replica.runner import Runner
 from replica.shape import read_shape
 from tests.models import make_adapter, make_model
 
+# Of log-probabilities: as in `test_decoder.py`. An adapter makes 0.1 and more.
 TOLERANCE = 1e-4
 VOCAB = 320
 DECODED = 6

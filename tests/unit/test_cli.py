@@ -18,6 +18,7 @@ from replica.settings import read_settings
 from router.local import ReplicaPorts
 from tests.fleet import LORAFLEET, environment
 from tests.models import edit_config, make_adapter, make_model
+from tests.until import TIMEOUT_S
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,11 @@ def settings(**flags: object) -> FleetConfig:
 def run(*arguments: str) -> tuple[int, str, str]:
     """Exit status, standard output, standard error of the real program."""
     done = subprocess.run(
-        [LORAFLEET, *arguments], capture_output=True, text=True, timeout=60, env=environment()
+        [LORAFLEET, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        env=environment(),
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -237,7 +242,9 @@ def test_a_replica_alone_needs_neither_ray_nor_redis() -> None:
     code = (
         "import sys, lorafleet, replica.alone; print(sorted({'ray', 'redis'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT_S
+    )
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 

@@ -33,6 +33,7 @@ from tests.bench.on_gpu.models import LLAMA_8B, TINY, Adapters, layout, write_mo
 from tests.bench.on_gpu.profiles import intervals, kernel_seconds
 from tests.bench.on_gpu.report import Report
 from tests.bench.on_gpu.setting import Setting
+from tests.until import WORK_S
 
 ROOT = Path(__file__).parents[2]
 ON_GPU = sorted(path.stem for path in (ROOT / "tests/bench/on_gpu").glob("*.py"))
@@ -312,6 +313,6 @@ for name in {modules}: __import__(name)
         text=True,
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": path},
-        timeout=120,
+        timeout=WORK_S,
     )
     assert done.returncode == 0, done.stderr

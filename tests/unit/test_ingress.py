@@ -77,10 +77,11 @@ def test_a_model_behind_a_long_prompt_is_found_quickly() -> None:
     prompt = ("x" * 50 + '\\"model\\": \\"no\\" {') * 20_000
     body = b'{"prompt": "' + prompt.encode() + b'", "model": "fr"}'
     assert len(body) > 10**6
-    start_s = time.perf_counter()
+    # Of this process alone, whatever else runs. To look at each byte from each would take hours.
+    start_s = time.process_time()
     assert find_model(body) == "fr"
     assert find_model(body[:-40]) is None
-    assert time.perf_counter() - start_s < 0.5
+    assert time.process_time() - start_s < 10
 
 
 def test_a_list_of_token_ids_costs_nothing_much() -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.until import WORK_S
+
 ROOT = Path(__file__).parents[2]
 ROOMS = ("cluster", "replica", "router", "kernels/lora_kernels")
 
@@ -127,7 +129,7 @@ def loaded_by(names: list[str], suspects: set[str]) -> set[str]:
     """Which of `suspects` a fresh interpreter has in sys.modules after importing `names`."""
     code = f"import sys\nfor name in {names}: __import__(name)\nprint(*sys.modules, sep='\\n')"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=WORK_S
     )
     assert done.returncode == 0, done.stderr
     return suspects & set(done.stdout.split())

@@ -19,7 +19,7 @@ from cluster.errors import (
 from replica.openai_protocol import UNSUPPORTED
 from tests.serving import BASE, CONFIG, Book, app_with, client_of, live
 from tests.stub_engine import StubEngine
-from tests.until import until
+from tests.until import TIMEOUT_S, until
 
 CHAT = "/v1/chat/completions"
 PLAIN = "/v1/completions"
@@ -308,7 +308,7 @@ async def test_while_shutting_down_new_requests_are_refused_and_running_ones_fin
         app.close()
         late = await client.post(path, json=body)
         health = await client.get("/health")
-        drained = asyncio.create_task(asyncio.wait_for(app.drained(), timeout=10))
+        drained = asyncio.create_task(asyncio.wait_for(app.drained(), TIMEOUT_S))
         engine.hold = False
         assert (await running).status_code == 200
         await drained

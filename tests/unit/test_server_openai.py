@@ -15,6 +15,7 @@ from cluster.errors import EngineFailed
 from replica.server import Server
 from tests.serving import ADAPTER, BASE, CONFIG, Book, app_with, client_of, live, text
 from tests.stub_engine import StubEngine
+from tests.until import TIMEOUT_S
 
 ASK: Any = [{"role": "user", "content": "hi"}]
 PROSE = "Hällo wörld, this goes on. "
@@ -439,7 +440,7 @@ async def test_metrics_are_prometheus_text(app: Server) -> None:
 
 async def test_many_streams_at_once_do_not_mix() -> None:
     engine = await scripted()
-    async with live(await app_with(engine)) as url, httpx.AsyncClient(timeout=30) as client:
+    async with live(await app_with(engine)) as url, httpx.AsyncClient(timeout=TIMEOUT_S) as client:
 
         async def one(model: str) -> str:
             body = {"model": model, "prompt": "hi", "max_tokens": 14, "stream": True}

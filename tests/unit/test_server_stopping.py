@@ -15,7 +15,7 @@ from replica.alone import Listening
 from replica.server import Server
 from tests.serving import BASE, CONFIG, app_with
 from tests.stub_engine import StubEngine
-from tests.until import until
+from tests.until import TIMEOUT_S, until
 
 PLAIN = {"model": BASE, "prompt": "hi", "max_tokens": 120}
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -52,7 +52,7 @@ async def ask(port: int, body: dict[str, Any], *, sent: float = 1.0) -> Connecti
 
 async def answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], bytes]:
     """All up to the end of the connection: status, headers, body."""
-    data = await asyncio.wait_for(reader.read(), 10)
+    data = await asyncio.wait_for(reader.read(), TIMEOUT_S)
     head, _, body = data.partition(b"\r\n\r\n")
     status, *lines = head.decode().split("\r\n")
     return int(status.split()[1]), dict(line.split(": ", 1) for line in lines), body
@@ -82,7 +82,7 @@ async def test_what_outlasts_the_drain_time_is_told(
             assert headers["retry-after"] == "1"
             assert json.loads(body)["error"]["code"] == "shutting_down"
             writer.close()
-        end = (await asyncio.wait_for(begun.read(), 10)).decode()
+        end = (await asyncio.wait_for(begun.read(), TIMEOUT_S)).decode()
         begun_writer.close()
         assert "[DONE]" not in end
         last = end.rpartition("data: ")[2]
