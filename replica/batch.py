@@ -125,8 +125,8 @@ class Batch:
             request.published = index + 1
 
     def park_all(self, places: tuple[str, ...], newcomer: Request, now_s: float) -> bool:
-        """All rows of these adapters, with their pages, for the newcomer's; False, and nothing done,
-        if these could not stay beside what the others and the newcomer will need.
+        """All rows of these adapters, with their pages, for the newcomer's. False, and nothing
+        done, if these pages could not stay beside what the others and the newcomer will need.
 
         Rows that lost their pages each time they were parked would get nowhere.
         """

@@ -13,7 +13,6 @@ An adapter starves when requests wait for it and no idle adapter can leave for i
   done is waited out.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -23,11 +22,11 @@ from replica.adapter import Adapter
 from replica.request import Request
 from replica.residency import Residency
 
-# Of a slice: a victim that ends sooner is waited out.
-_SOON = 0.0
-
 # A slice lasts at least so many times as long as bringing one image in and the other back.
 _COPIES_A_SLICE = 5
+
+# Where nothing may be parked, an adapter is drained for after so many times the turns of all.
+_LATE_TURNS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +100,14 @@ class Drainer:
     def drain(
         self, digest: str, running: Iterable[Request], waiting: Iterable[Request], now_s: float
     ) -> None:
-        """Start draining for a starving adapter, unless it is too early or under way."""
-        threshold_s = self.sharing.drain_wait_threshold_s
-        starved_s = self._residency.adapters[digest].starved_s
+        """Start draining for a starving adapter, unless it is too early or under way.
+
+        With parking that is only where nothing may be parked, and for who waited very long.
+        """
+        adapter = self._residency.adapters[digest]
+        threshold_s, starved_s = self.sharing.drain_wait_threshold_s, adapter.starved_s
+        if self.sharing.park and not threshold_s:
+            threshold_s = _LATE_TURNS * max(self._turns(), 1) * self._turn_s(adapter)
         if not threshold_s or starved_s is None or now_s - starved_s < threshold_s:
             return
         if any(drain.starving == digest for drain in self.drains.values()):
@@ -142,17 +146,16 @@ class Drainer:
         left = _longest(running)
         adapter = self._residency.adapters[digest]
         copy_s = self._residency.copy_s
-        most = math.inf
+        own = None
         if not self._due(adapter, waiting, now_s):
-            most = max(r.remaining for r in waiting) / len(waiting)
+            own = max(r.remaining for r in waiting) / len(waiting)
         over, ending = [], []
         for victim in self._in_use():
             copies_s = copy_s(victim) + copy_s(adapter)
-            slice_s = self.slice_s(copies_s)
-            if left[victim.digest] * self._costs.decode_s <= max(copies_s, _SOON * slice_s):
+            if left[victim.digest] * self._costs.decode_s <= copies_s:
                 ending.append(victim)
-            elif now_s - victim.slice_s >= slice_s and (
-                most == math.inf or left[victim.digest] / victim.users > most
+            elif now_s - victim.slice_s >= self.slice_s(copies_s) and (
+                own is None or left[victim.digest] / victim.users > own
             ):
                 over.append(victim)
         ending.sort(key=lambda a: (left[a.digest], a.digest))
@@ -164,14 +167,20 @@ class Drainer:
         return None if victims is None else Way(victims=tuple(victims))
 
     def _due(self, adapter: Adapter, waiting: Sequence[Request], now_s: float) -> bool:
-        """A request of it has no token yet, or it waited for the turns of all others but one."""
+        """A request of it has no token yet; or it waited twice as long as others take turns."""
         if adapter.starved_s is None or not all(request.begun for request in waiting):
             return True
-        adapters, pinned = self._residency.adapters.values(), self._residency.pinned
-        places = max(len(self._residency.placed) - pinned, 1)
-        turns = -(-(len(adapters) - pinned - places) // places)
+        return now_s - adapter.starved_s >= 2 * (self._turns() - 1) * self._turn_s(adapter)
+
+    def _turns(self) -> int:
+        """Until one of the adapters that are not placed has its own, when all of them wait."""
+        residency = self._residency
+        places = max(len(residency.placed) - residency.pinned, 1)
+        return -(-(len(residency.adapters) - residency.pinned - places) // places)
+
+    def _turn_s(self, adapter: Adapter) -> float:
         copies_s = 2 * self._costs.copy_s(adapter.bytes)
-        return now_s - adapter.starved_s >= 2 * (turns - 1) * (self.slice_s(copies_s) + copies_s)
+        return self.slice_s(copies_s) + copies_s
 
     def saves_for(self, digest: str, keep: set[str], now_s: float) -> bool:
         """Whether nobody else may take a place, for this one found none for longer than a slice.

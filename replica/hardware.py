@@ -48,9 +48,9 @@ _PEAK_SHARE = 0.7
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """bytes_per_s: memory bandwidth. copy_bytes_per_s: host to device; disk_bytes_per_s: from files,
-    None: at the same rate. upstream_bytes_per_s: None where no server was measured. load_s: of any
-    load.
+    """bytes_per_s: memory bandwidth. copy_bytes_per_s: host to device. disk_bytes_per_s: from
+    files; None: at the same rate. upstream_bytes_per_s: None where no server was measured. load_s:
+    of any load.
     """
 
     name: str

@@ -182,7 +182,7 @@ class Loads:
             self._stories.note(request.id, now_s, Event.LOAD_FAILED)
 
     def _starving(self, first: str | None) -> Iterable[str]:
-        """Where pages are short, those whose rows hold some go first: they alone can run at once."""
+        """Where pages are short, adapters whose rows hold some go first: only these can run."""
         starving = self.order.digests()
         if not self.switches.skip:
             return [d for d in starving if d == first]
@@ -216,12 +216,15 @@ class Loads:
         )
 
     def _reserve(self, digest: str, now_s: float, all_of_them: bool = False) -> None:
-        """It leaves the pages for a request that waits for them longer than anyone for it."""
+        """It leaves rows their growth, and the pages for a request that waits for them longer than
+        anyone for it.
+        """
         budget, starved_s = self._residency.budget, self._residency.adapters[digest].starved_s
         if budget is not None:
             since_s = math.inf if starved_s is None else starved_s
             saved = self._batch.saved_before(since_s, now_s)
-            budget.reserved = budget.total if all_of_them else saved
+            growth = max(self._batch.peak - budget.headroom, 0)
+            budget.reserved = budget.total if all_of_them else saved + growth
 
     def _waits_for_pages(self, digest: str, keep: set[str], now_s: float) -> bool:
         """Where it starved for too long for memory that KV pages hold, new rows leave it them.
@@ -264,11 +267,13 @@ class Loads:
         """
         if max(self.expected.values(), default=now_s) > now_s + self._costs.decode_s:
             return None
-        if self._places_are_not_what_is_short(now_s):
-            return None
         waiting = self._waiting.group(digest)
-        if not waiting[0].begun and not self._prompt_fits_a_turn(waiting[0]):
-            return None
+        if self._drainer.sharing.park:
+            if self._overloaded(now_s):
+                self._drain(digest, now_s)
+                return None
+            if not waiting[0].begun and not self._prompt_fits_a_turn(waiting[0]):
+                return None
         way = self._drainer.park(digest, keep, self._batch.running.values(), waiting, now_s)
         if way is None:
             self._drain(digest, now_s)
@@ -281,9 +286,9 @@ class Loads:
             return None
         return list(way.victims)
 
-    def _places_are_not_what_is_short(self, now_s: float) -> bool:
-        """But pages or computing, now or of late. Parking gives places alone; and what is parked
-        holds pages that others could end with.
+    def _overloaded(self, now_s: float) -> bool:
+        """Pages or computing are short, or were of late: places alone would help nobody, and rows
+        that are parked hold pages that others could end with.
         """
         if self._batch.short or not self._batch.ample or self._prompts_pile_up():
             self._short_s = now_s

@@ -52,8 +52,8 @@ def read_settings(flags: Mapping[str, Any]) -> FleetConfig:
 
 
 def read_workload(path: Path) -> tuple[Workload, list[Recorded]]:
-    """The file of `simulate workload`, and its slice of the trace that it names, if it does; a trace's
-    path is relative to the file. Raises ConfigError.
+    """The file of `simulate workload`, and its slice of the trace that it names, if it does. The
+    trace's path is relative to the file. Raises ConfigError.
     """
     workload = parse_workload(_read_yaml(path, str(path)))
     arrivals = workload.arrivals

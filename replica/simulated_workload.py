@@ -92,9 +92,10 @@ def _run(
 ) -> WorkloadFigures:
     division, context = _divide(workload, policy, recorded)
     scheduler = _scheduler(workload, policy, division, context)
-    ranks: dict[str | None, int] = {adapter_name(i): r for i, r in enumerate(workload.ranks)}
+    ranks: dict[str | None, int] = {None: 0}
+    ranks |= {adapter_name(i): r for i, r in enumerate(workload.ranks)}
     coming = arrivals(workload, recorded, context, seed)
-    twin = Twin(scheduler, workload.card, {None: 0} | ranks, check=check, depth=2)
+    twin = Twin(scheduler, workload.card, ranks, check=check, depth=2)
     records = twin.run(coming)
     return _figures(records, scheduler, slo)
 
@@ -164,7 +165,7 @@ def _scheduler(workload: Workload, policy: str, division: Division, context: int
             "queue_max": 1_000_000,
             "directory_slots": len(sizes) + 1,
             **workload.engine,
-            **POLICIES[policy],  # type: ignore[arg-type]
+            **POLICIES[policy],
         },
     )
     if workload.places is not None and policy != "resident":

@@ -9,9 +9,10 @@ Two formats are known by their columns:
 
 import csv
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from cluster.errors import ConfigError
 
@@ -21,7 +22,7 @@ BLOCK_TOKENS = 512
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """at_s: since any fixed time. blocks: names of the prompt's beginnings, BLOCK_TOKENS each."""
+    """at_s: since any fixed time. blocks: names of the prompt's parts, BLOCK_TOKENS each."""
 
     at_s: float
     prompt_tokens: int
@@ -30,46 +31,42 @@ class Recorded:
 
 
 def read_trace(lines: Iterable[str], where: str) -> list[Recorded]:
-    """In order of time. where: names the file in the ConfigError that a bad line raises."""
-    numbered = ((n, line.strip()) for n, line in enumerate(lines, 1))
-    filled = [(n, line) for n, line in numbered if line]
-    if not filled:
+    """In order of time; requests that were answered with nothing are left out.
+
+    where: names the file in the ConfigError that a line raises which is not as it should be.
+    """
+    numbered = [(n, line.strip()) for n, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
         raise ConfigError(f"{where}: no requests", field="arrivals.trace")
-    read = _mooncake if filled[0][1].startswith("{") else _azure
-    recorded = []
-    number = filled[0][0]
+    columns: list[str] | None = None
+    if not numbered[0][1].startswith("{"):
+        columns = next(csv.reader([numbered.pop(0)[1]]))
+    recorded = [_read(line, columns, f"{where}, line {n}") for n, line in numbered]
+    answered = [r for r in recorded if r.prompt_tokens > 0 and r.output_tokens > 0]
+    return sorted(answered, key=lambda request: request.at_s)
+
+
+def _read(line: str, columns: list[str] | None, where: str) -> Recorded:
+    """columns: None of JSON."""
     try:
-        for number, request in read(filled):
-            if request.prompt_tokens < 1 or request.output_tokens < 1:
-                continue  # some of Azure's requests were answered with nothing
-            recorded.append(request)
-    except (KeyError, TypeError, ValueError) as error:
-        what = f"no column {error}" if isinstance(error, KeyError) else str(error)
-        raise ConfigError(f"{where}: near line {number}: {what}", field="arrivals.trace") from error
-    return sorted(recorded, key=lambda request: request.at_s)
+        if columns is None:
+            return _mooncake(json.loads(line))
+        return _azure(dict(zip(columns, next(csv.reader([line])), strict=True)))
+    except KeyError as error:
+        raise ConfigError(f"{where}: no column {error}", field="arrivals.trace") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{where}: {error}", field="arrivals.trace") from error
 
 
-def _azure(lines: list[tuple[int, str]]) -> Iterator[tuple[int, Recorded]]:
-    for (number, _), row in zip(lines[1:], csv.DictReader(line for _, line in lines), strict=False):
-        yield (
-            number,
-            Recorded(
-                datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp(),
-                int(row["ContextTokens"]),
-                int(row["GeneratedTokens"]),
-            ),
-        )
+def _azure(row: Mapping[str, str]) -> Recorded:
+    at = datetime.fromisoformat(row["TIMESTAMP"][:26])  # it has more digits than there are of a µs
+    return Recorded(at.timestamp(), int(row["ContextTokens"]), int(row["GeneratedTokens"]))
 
 
-def _mooncake(lines: list[tuple[int, str]]) -> Iterator[tuple[int, Recorded]]:
-    for number, line in lines:
-        row = json.loads(line)
-        yield (
-            number,
-            Recorded(
-                row["timestamp"] / 1e3,
-                row["input_length"],
-                row["output_length"],
-                tuple(row.get("hash_ids", ())),
-            ),
-        )
+def _mooncake(row: Mapping[str, Any]) -> Recorded:
+    return Recorded(
+        row["timestamp"] / 1e3,
+        int(row["input_length"]),
+        int(row["output_length"]),
+        tuple(map(int, row.get("hash_ids", ()))),
+    )

@@ -214,7 +214,8 @@ def twin(table: Table, policy: str, check: bool = False) -> Twin:
     card = table.card.as_upstream() if chosen.upstream else table.card
     ranks: dict[str | None, int] = {None: 0} | dict(table.ranks.items())
     scheduler = _scheduler(table, chosen, card, shared=policy == SHARED)
-    return Twin(scheduler, card, ranks, check=check, mixed=chosen.mixed)
+    depth = 1 if chosen.upstream else 2
+    return Twin(scheduler, card, ranks, check=check, mixed=chosen.mixed, depth=depth)
 
 
 def _scheduler(table: Table, policy: Policy, card: Card, shared: bool) -> Scheduler:

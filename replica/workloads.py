@@ -21,7 +21,7 @@ Choice = Literal["uniform", "distinct", "skewed"]
 @dataclass(frozen=True, slots=True)
 class Arrival:
     """One request to come. adapter: its name, None for the base model. stream: whose figures.
-    blocks: names of the prompt's beginnings, `traces.BLOCK_TOKENS` each; those of one name are alike.
+    blocks: names of the prompt's parts, `traces.BLOCK_TOKENS` each; parts of one name are alike.
     """
 
     at_s: float
@@ -32,7 +32,7 @@ class Arrival:
     blocks: tuple[int, ...] = ()
 
     def prompt(self, number: int) -> tuple[int, ...]:
-        """Tokens that no other request's prompt begins with, but for its blocks. number: its own."""
+        """Tokens unlike any other request's but for its blocks. number: its own."""
         named = min(len(self.blocks) * BLOCK_TOKENS, self.prompt_tokens)
         known = (block * BLOCK_TOKENS + i for block in self.blocks for i in range(BLOCK_TOKENS))
         own = range(-(number + 1) * _OWN_TOKENS, -(number + 1) * _OWN_TOKENS + _OWN_TOKENS)
