@@ -69,7 +69,9 @@ class EngineConfig:
     request that has no token yet. parked_pages_max: pages that parked rows may hold; None: all.
     drain_wait_threshold_s: without parking, how long an adapter starves before another is drained
     for it; 0: never. eviction: which idle adapter leaves first. page_wait_max_s: how long a prompt
-    may be passed over for want of pages before pages are saved for it. fair_share: adapters get
+    may be passed over for want of pages before pages are saved for it. growth_outputs: how far rows
+    are expected to grow, in mean outputs of late: as many pages are left free for them, so that
+    none has to be computed again; 0: none are. fair_share: adapters get
     batch space in turn, by the tokens they were served. prefix_cache: prompts that begin alike, for
     the same version of the same adapter, share the pages of what they have in common.
     """
@@ -116,6 +118,7 @@ class EngineConfig:
     drain_wait_threshold_s: float = 0.0
     eviction: Literal["cost", "lru", "fifo"] = "cost"
     page_wait_max_s: float = 2.0
+    growth_outputs: float = 2.0
     fair_share: bool = False
     prefix_cache: bool = True
 
@@ -156,6 +159,7 @@ class EngineConfig:
             "parked_pages_max",
             "drain_wait_threshold_s",
             "page_wait_max_s",
+            "growth_outputs",
         ):
             if getattr(self, name) is not None:
                 _not_negative(name, getattr(self, name))

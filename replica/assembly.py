@@ -7,6 +7,7 @@ from replica.budget import Budget
 from replica.drainer import Sharing
 from replica.eviction import ORDERS
 from replica.extents import Extents
+from replica.growth import Growth
 from replica.host_tier import HostTier
 from replica.loads import Switches
 from replica.memory import Division
@@ -76,4 +77,5 @@ def assemble(
         switches,
         sharing,
         Share(on=config.fair_share),
+        Growth(config.page_tokens, memory.pages * config.page_tokens, config.growth_outputs),
     )

@@ -18,8 +18,6 @@ from replica.request import Request
 AGAIN_MAX = 0.05
 # Before any request has ended.
 _FIRST_MEAN = 256.0
-# The horizon over the mean output: few outputs are longer than that.
-_HORIZON = 2.0
 # Of how many times the memory's tokens "of late" is, at most.
 _WINDOW = 40
 
@@ -27,13 +25,16 @@ _WINDOW = 40
 class Growth:
     """needed, again: tokens computed for the first time, and once more."""
 
-    def __init__(self, page_tokens: int, capacity_tokens: int) -> None:
-        """capacity_tokens: of all pages."""
+    def __init__(self, page_tokens: int, capacity_tokens: int, outputs: float = 2.0) -> None:
+        """capacity_tokens: of all pages. outputs: the horizon, in mean outputs; few are longer than
+        two. 0: nothing is left free until too much was computed again.
+        """
         self.needed = self.again = 0
         self._late_needed = self._late_again = 0.0
         self._page_tokens = page_tokens
         self._capacity_tokens = capacity_tokens
         self._window = float(_WINDOW * capacity_tokens)
+        self._outputs = outputs
         self._output = Smoothed(_FIRST_MEAN)
 
     @property
@@ -62,7 +63,7 @@ class Growth:
     def horizon(self) -> float:
         """Tokens that a row is expected to grow by, at most."""
         spent = self.spent
-        return math.inf if spent >= 1 else _HORIZON * self._output.value / (1 - spent)
+        return math.inf if spent >= 1 else self._outputs * self._output.value / (1 - spent)
 
     def of(self, request: Request) -> int:
         """Pages that it is still to take."""

@@ -48,6 +48,7 @@ class Scheduler:
         switches: Switches | None = None,
         sharing: Sharing | None = None,
         share: Share | None = None,
+        growth: Growth | None = None,
     ) -> None:
         self.limits = limits
         self.pages = pages
@@ -56,7 +57,7 @@ class Scheduler:
         self.switches = switches or Switches()
         self.share = share or Share()
         self.stories = Stories()
-        self.growth = Growth(pages.page_tokens, pages.total * pages.page_tokens)
+        self.growth = growth or Growth(pages.page_tokens, pages.total * pages.page_tokens)
         self.waiting = Waiting()
         self.flight = Flight()
         self.batch = Batch(

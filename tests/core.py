@@ -12,6 +12,7 @@ from replica.admission import Limits
 from replica.budget import Budget
 from replica.drainer import Sharing
 from replica.extents import Extents
+from replica.growth import Growth
 from replica.loads import Switches
 from replica.pages import Pages
 from replica.plan import Plan
@@ -46,8 +47,11 @@ def scheduler(
     page_wait_max_s: float = 2.0,
     page_bytes: int | None = None,
     headroom: int = 0,
+    growth_outputs: float = 0.0,
 ) -> Scheduler:
-    """page_bytes: adapters share the memory of that many `pages`, instead of an `arena`."""
+    """page_bytes: adapters share the memory of that many `pages`, instead of an `arena`.
+    growth_outputs: 0: rows get on the batch though it will lack pages for them to grow.
+    """
     limits = Limits(
         rows, tokens, queue, loads, context, frozenset({EOS}), parked_pages_max, page_wait_max_s
     )
@@ -59,7 +63,8 @@ def scheduler(
     residency = Residency(extents, slots, order, costs.copy_s, 1.0, 8.0, budget=budget)
     for digest, size in sizes.items():
         residency.register(digest, f"/{digest}", size, pinned=digest in pinned, now_s=0.0)
-    return Scheduler(limits, kv, residency, costs, switches, sharing, share)
+    growth = Growth(16, pages * 16, growth_outputs)
+    return Scheduler(limits, kv, residency, costs, switches, sharing, share, growth)
 
 
 def new(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from cluster.costs import Costs
+from cluster.values import Tier
 from replica import eviction
 from replica.admission import Limits
 from replica.drainer import Sharing
@@ -32,7 +33,7 @@ class Device:
     def step_s(self, rows: Sequence[Work], ranks: Mapping[str | None, int]) -> float:
         return self.prefill_s if any(w.end - w.start > 1 for w in rows) else self.decode_s
 
-    def copy_s(self, size: int) -> float:
+    def copy_s(self, size: int, source: Tier = Tier.HOST) -> float:
         return self.load_s
 
     def move_s(self, size: int) -> float:

@@ -37,7 +37,7 @@ def test_copies_run_at_the_rate_of_pcie() -> None:
     assert A100.copy_s(10**9) == pytest.approx(0.04)
 
 
-@pytest.mark.parametrize("name", sorted(CARDS))
+@pytest.mark.parametrize("name", [c.name for c in (H200, A100)])
 def test_upstream_loads_slower_and_pays_for_each_tensor_but_computes_the_same(name: str) -> None:
     card = CARDS[name]
     upstream = card.as_upstream()

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from cluster.costs import Costs
+from cluster.values import Tier
 from replica.admission import Limits
 from replica.drainer import Sharing
 from replica.eviction import ORDERS
@@ -28,7 +29,7 @@ class Device:
         tokens = sum(work.end - work.start for work in rows if work.end - work.start > 1)
         return 0.01 + 1e-4 * tokens
 
-    def copy_s(self, size: int) -> float:
+    def copy_s(self, size: int, source: Tier = Tier.HOST) -> float:
         return size * 5e-3
 
     def move_s(self, size: int) -> float:
