@@ -10,7 +10,12 @@ An adapter starves when requests wait for it and no idle adapter can leave for i
   victim keeps its place for a slice that starts with its first step and lasts several copies, else
   all time went into swapping. Of those whose slice is over, the one with the most left goes: mean
   waits are shortest when what is nearly done is done. A victim that will end before the copies were
-  done is waited out.
+  done is waited out. Who has no token yet gets a place for that; who was parked takes one only from
+  a victim with more left to do, until it is due. So a new request has its first token soon, and
+  what is long gives way to what is short where there is too much to do, instead of all being late.
+
+Where pages or computing are what is short (`Loads`), nobody is parked: a place would help nobody,
+and what is parked holds pages. There an adapter that waited very long is drained for.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,7 +30,7 @@ from replica.residency import Residency
 # A slice lasts at least so many times as long as bringing one image in and the other back.
 _COPIES_A_SLICE = 5
 
-# Where nothing may be parked, an adapter is drained for after so many times the turns of all.
+# Where nobody is parked, an adapter is drained for after so many times the turns of all.
 _LATE_TURNS = 10
 
 
@@ -107,7 +112,7 @@ class Drainer:
         adapter = self._residency.adapters[digest]
         threshold_s, starved_s = self.sharing.drain_wait_threshold_s, adapter.starved_s
         if self.sharing.park and not threshold_s:
-            threshold_s = _LATE_TURNS * max(self._turns(), 1) * self._turn_s(adapter)
+            threshold_s = _LATE_TURNS * max(self._all_turns_s(adapter), self._turn_s(adapter))
         if not threshold_s or starved_s is None or now_s - starved_s < threshold_s:
             return
         if any(drain.starving == digest for drain in self.drains.values()):
@@ -167,20 +172,21 @@ class Drainer:
         return None if victims is None else Way(victims=tuple(victims))
 
     def _due(self, adapter: Adapter, waiting: Sequence[Request], now_s: float) -> bool:
-        """A request of it has no token yet; or it waited twice as long as others take turns."""
+        """A request of it has no token yet; or it waited for twice the turns of all others."""
         if adapter.starved_s is None or not all(request.begun for request in waiting):
             return True
-        return now_s - adapter.starved_s >= 2 * (self._turns() - 1) * self._turn_s(adapter)
+        others_s = self._all_turns_s(adapter) - self._turn_s(adapter)
+        return now_s - adapter.starved_s >= 2 * others_s
 
-    def _turns(self) -> int:
-        """Until one of the adapters that are not placed has its own, when all of them wait."""
+    def _all_turns_s(self, adapter: Adapter) -> float:
+        """Until each adapter that has no place now would have had one, if all of them waited."""
         residency = self._residency
         places = max(len(residency.placed) - residency.pinned, 1)
-        return -(-(len(residency.adapters) - residency.pinned - places) // places)
+        away = len(residency.adapters) - residency.pinned - places
+        return self.bound_s(away, places, adapter.bytes)
 
     def _turn_s(self, adapter: Adapter) -> float:
-        copies_s = 2 * self._costs.copy_s(adapter.bytes)
-        return self.slice_s(copies_s) + copies_s
+        return self.bound_s(1, 1, adapter.bytes)
 
     def saves_for(self, digest: str, keep: set[str], now_s: float) -> bool:
         """Whether nobody else may take a place, for this one found none for longer than a slice.

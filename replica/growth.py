@@ -84,10 +84,10 @@ class Growth:
         held = sum(len(r.pages) for r in running)
         most = 0.0
         for left, own in rows:
-            # When this one ends; a page more for each, for none is filled exactly.
-            most = max(most, (tokens + alive * left) / self._page_tokens + alive - held)
+            # When this one ends; a last page is half full on average.
+            most = max(most, (tokens + alive * left) / self._page_tokens + alive / 2 - held)
             alive, tokens = alive - 1, tokens - own
-        return still + math.ceil(most)
+        return still + int(most)
 
     def check(self, rows_max: int) -> None:
         """When the horizon loses its end, rows that began before may still take each other's pages:

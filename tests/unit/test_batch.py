@@ -52,14 +52,17 @@ def test_parked_rows_go_on_though_others_before_them_find_no_pages() -> None:
     assert ran(plan) == ["base", "x", "y"]
 
 
-def test_one_that_waited_too_long_gets_pages_though_others_before_it_find_none() -> None:
+def test_one_that_waited_too_long_gets_the_next_pages_but_none_of_parked_rows() -> None:
     core = two_parked(pages=7)
     core.add(new("base", prompt=4, max_tokens=12), 0.6)
     core.add(new("patient"), 0.6)
     run(core, 0.6)
     core.add(new("urgent", priority=1), 3.0)
     plan, _ = run(core, 3.0)
-    assert ran(plan) == ["base", "patient"] and list(core.batch.parked) == ["x"]
+    assert ran(plan) == ["base"] and list(core.batch.parked) == ["x", "y"]
+    core.cancel("base", 3.1)
+    plan, _ = run(core, 3.1)
+    assert ran(plan) == ["patient"] and list(core.batch.parked) == ["x", "y"]
 
 
 def test_alone_it_takes_them_rather_than_wait_for_nobody() -> None:

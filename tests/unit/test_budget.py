@@ -183,10 +183,10 @@ def test_the_pages_of_a_parked_row_are_copied_too() -> None:
         hold(core, 4, f"r{i}")
     begin(core, new("x", "a", prompt=40, max_tokens=20))
     assert core.batch.running["x"].pages == [3, 2, 1]
-    core.batch.park_all(("a",), 0.0)
     for i in range(4):
         core.cancel(f"r{i}", 0.0)
     core.add(new("y", "b", priority=1), 0.0)
+    assert core.batch.park_all(("a",), core.waiting.head("b"), 0.0)
     (room,) = core.step(0.0).rooms
     assert [move.source for move in room.page_moves] == [1, 2, 3]
     assert core.batch.running["x"].pages == [m.target for m in reversed(room.page_moves)]
@@ -307,7 +307,7 @@ def test_parked_rows_give_up_the_pages_that_an_adapter_lacks_for_too_long() -> N
     core.add(new("y", "b"), 0.0)
     plan, _ = run(core)
     assert core.pages.free == 3 and loaded(plan) == []
-    core.batch.park_all(("a",), 0.0)
+    core.batch.park_all(("a",), core.waiting.head("b"), 0.0)
     plan, _ = run(core, 0.1)
     assert loaded(plan) == ["b"]
     assert ran(plan) == ["old"], "the younger one had to give its pages up"
@@ -322,7 +322,7 @@ def test_no_parked_row_gives_up_pages_that_would_not_be_enough() -> None:
     begin(core, new("old", "a", prompt=50, max_tokens=10))
     core.add(new("y", "b"), 0.0)
     run(core)
-    core.batch.park_all(("a",), 0.0)
+    core.batch.park_all(("a",), core.waiting.head("b"), 0.0)
     plan, _ = run(core, 0.1)
     assert core.pages.free == 4 and loaded(plan) == []
     assert ran(plan) == ["long", "more", "old"]

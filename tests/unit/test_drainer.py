@@ -304,12 +304,16 @@ def test_who_may_not_park_drains() -> None:
     assert {drain.starving for drain in core.drainer.drains.values()} == {"c"}
 
 
-def test_an_adapter_that_starves_for_pages_parks_nobody_until_it_waited_long() -> None:
+def test_an_adapter_that_starves_for_pages_parks_nobody_and_is_drained_for_at_last() -> None:
     core = scheduler(sharing=PARK, pages=8, page_wait_max_s=2.0)
     begin(core, new("x", "a", prompt=60, max_tokens=60), new("y", "b", prompt=20, max_tokens=60))
     core.add(new("s", "c", prompt=60), 0.0)
-    assert loaded(run(core, 1.9)[0]) == []
-    assert loaded(run(core, 2.1)[0]) == ["c"], "its pages can be saved only once it has a place"
+    for now_s in (1.9, 2.1, 5.0):
+        assert loaded(run(core, now_s)[0]) == []
+        assert not core.batch.parked and not core.drainer.drains
+    run(core, 6.0)
+    assert {drain.starving for drain in core.drainer.drains.values()} == {"c"}
+    assert not core.batch.parked
 
 
 @pytest.mark.parametrize(
