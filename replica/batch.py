@@ -167,9 +167,6 @@ class Batch:
             self._ample = left >= 0
         return self._ample
 
-    def holds_pages(self, request: Request) -> bool:
-        return bool(request.pages)
-
     def has_pages_for(self, request: Request) -> bool:
         missing = self._pages.needed(request.tokens) - self._pages.free
         return (

@@ -143,12 +143,14 @@ def claims(compared: Compared) -> Iterator[Check]:
 
 
 def itl_bound_ms(table: Table) -> float:
-    """ceil((A − S) ÷ S) × (slice + 2 copies) + one chunk of a prompt, A adapters on S places."""
+    """ceil((A − S) ÷ S) × (slice + 2 copies), A adapters on S places; and a chunk of a prompt for
+    each of the two steps that are planned before the turn is.
+    """
     adapters, places = len(table.ranks), table.places
     copy_s = table.card.copy_s(image_bytes(max(table.ranks.values())))
     turns = math.ceil((adapters - places) / places)
     chunk_s = table.card.prompt_s(CHUNK_TOKENS)
-    return (turns * (table.ours.sharing.quantum_s + 2 * copy_s) + chunk_s) * 1e3
+    return (turns * (table.ours.sharing.quantum_s + 2 * copy_s) + 2 * chunk_s) * 1e3
 
 
 def _below(what: str, key: str, ours: Figures, most: float, of: str) -> Check:

@@ -203,17 +203,18 @@ class Loads:
         hold some.
         """
         lacking: set[str] = set()
-        if self._batch.short and self._batch.holds_pages(self._waiting.head(digest)):
+        if self._batch.short and self._holds_pages(digest):
+            placed = self._residency.placed.values()
             lacking = {
-                a.digest
-                for a in self._residency.placed.values()
-                if a.fresh
-                and a.wanted
-                and not self._batch.holds_pages(self._waiting.head(a.digest))
+                a.digest for a in placed if a.fresh and a.wanted and not self._holds_pages(a.digest)
             }
         return self._residency.victims.for_image(
             digest, keep, spare_fresh=self.switches.skip, lacking=lacking
         )
+
+    def _holds_pages(self, digest: str) -> bool:
+        """The first of those that wait for it was parked."""
+        return self._waiting.waited_for(digest) and bool(self._waiting.head(digest).pages)
 
     def _reserve(self, digest: str, now_s: float, all_of_them: bool = False) -> None:
         """It leaves rows their growth, and the pages for a request that waits for them longer than

@@ -141,7 +141,7 @@ FAULTS = (
         "scheduler",
         "parked rows lose their pages whenever a new request wants them",
         "batch",
-        "drop=alone or patient, spare=request",
+        "drop=alone, spare=request",
         "drop=True, spare=request",
     ),
     # Drainer
@@ -248,7 +248,7 @@ FAULTS = (
         "residency",
         "one that was loaded for a request and has not run is evicted",
         "victims",
-        "and not (spare_fresh and a.fresh and a.wanted)",
+        "and not (spare_fresh and a.fresh and a.wanted and a.digest not in lacking)",
         "and True",
     ),
     _fault(
