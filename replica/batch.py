@@ -12,6 +12,9 @@ from replica.residency import Residency
 from replica.story import Event, Stories
 from replica.waiting import Waiting
 
+# So many requests look for pages in one step when there are none for the first of them.
+_TRIES = 64
+
 
 class Batch:
     """Running and parked requests, and the KV pages of both.
@@ -46,6 +49,8 @@ class Batch:
         self._growth = growth
         self._peak: int | None = None  # pages that rows will need, of this step
         self._ample: bool | None = None
+        self._spare: int | None = None  # pages that idle adapters would leave, at its beginning
+        self._fruitless = 0  # requests that found no pages in this step
         self._passed_over: tuple[Request, float] | None = None
         self._kept: tuple[int, float] = (0, math.inf)
         self._rooms: list[Room] = []
@@ -63,8 +68,8 @@ class Batch:
     def begin_step(self, rooms: list[Room], draining: Collection[str]) -> None:
         """rooms: where to put what makes room for pages. draining: whose place is promised."""
         self._rooms, self._draining = rooms, draining
-        self._peak = None
-        self._ample = None
+        self._peak = self._ample = self._spare = None
+        self._fruitless = 0
         self._kept = (0, math.inf)
         self._none_from = math.inf
         if self._passed_over is not None and not self.placed(self._passed_over[0]):
@@ -72,13 +77,13 @@ class Batch:
 
     def hopeless(self, request: Request) -> bool:
         """There are no pages for it; nor for others, but for parked rows that kept theirs."""
-        return (
-            self._pages.free <= self.peak
-            and (self._residency.budget is None or self._none_from <= 1)
-            and not request.pages
-            and self._passed_over is not None
-            and self._passed_over[0] is not request
-        )
+        waiter = self._passed_over
+        if waiter is None or waiter[0] is request or request.pages:
+            return False
+        if self._fruitless > _TRIES:
+            return True
+        unshared = self._residency.budget is None or self._none_from <= 1
+        return unshared and self._pages.free <= self.peak
 
     def hopeful(self) -> list[Request]:
         """Those that may get on the batch though there are no pages, in no particular order."""
@@ -271,9 +276,14 @@ class Batch:
         if self._pages.may_match(request.digest, request.prompt):
             return True
         missing = self._pages.needed(request.tokens) + self.peak - self._pages.free
-        return missing <= 0 or missing <= self._residency.victims.spare_pages()
+        if missing <= 0:
+            return True
+        if self._spare is None:
+            self._spare = self._residency.victims.spare_pages()
+        return missing <= self._spare
 
     def _pass_over(self, request: Request, now_s: float) -> None:
+        self._fruitless += 1
         if self._passed_over is None:
             self._passed_over = (request, now_s)
 

@@ -23,7 +23,9 @@ _WINDOW = 40
 
 
 class Growth:
-    """needed, again: tokens computed for the first time, and once more."""
+    """needed, again: tokens computed for the first time, and once more. horizon: tokens that a row
+    is expected to grow by, at most.
+    """
 
     def __init__(self, page_tokens: int, capacity_tokens: int, outputs: float = 2.0) -> None:
         """capacity_tokens: of all pages. outputs: the horizon, in mean outputs; few are longer than
@@ -36,6 +38,7 @@ class Growth:
         self._window = float(_WINDOW * capacity_tokens)
         self._outputs = outputs
         self._output = Smoothed(_FIRST_MEAN)
+        self.horizon = outputs * _FIRST_MEAN
 
     @property
     def over_needed(self) -> float:
@@ -43,6 +46,7 @@ class Growth:
         return (self.needed + self.again) / max(self.needed, 1)
 
     def computed(self, needed: int, again: int) -> None:
+        """What one step computed."""
         self.needed += needed
         self.again += again
         self._late_needed += needed
@@ -50,6 +54,10 @@ class Growth:
         if self._late_needed > self._window:
             self._late_needed /= 2
             self._late_again /= 2
+        spent = self.spent
+        self.horizon = math.inf
+        if spent < 1:
+            self.horizon = self._outputs * self._output.value / (1 - spent)
 
     def ended(self, output_tokens: int) -> None:
         self._output.take_in(output_tokens)
@@ -58,12 +66,6 @@ class Growth:
     def spent(self) -> float:
         """Of what may be computed again: 1 when it is all spent."""
         return self._late_again / max(self._late_needed, self._window / 2) / AGAIN_MAX
-
-    @property
-    def horizon(self) -> float:
-        """Tokens that a row is expected to grow by, at most."""
-        spent = self.spent
-        return math.inf if spent >= 1 else self._outputs * self._output.value / (1 - spent)
 
     def of(self, request: Request) -> int:
         """Pages that it is still to take."""
@@ -79,14 +81,23 @@ class Growth:
         if horizon == math.inf:
             # Rows may share pages, which are not given back with the first of them.
             return still + sum(map(self.of, running))
-        rows = sorted((min(r.tokens_max - r.tokens, horizon), r.tokens) for r in running)
-        alive, tokens = len(rows), sum(own for _, own in rows)
-        held = sum(len(r.pages) for r in running)
+        if not horizon:
+            return still
+        size, ahead = self._page_tokens, int(horizon)
+        ending: dict[int, list[int]] = {}  # pages until they end → of how many rows, their tokens
+        alive = tokens = held = 0
+        for request in running:
+            own = request.tokens
+            left = request.tokens_max - own
+            end = ending.setdefault((ahead if left > ahead else left) // size, [0, 0])
+            end[0] += 1
+            end[1] += own
+            alive, tokens, held = alive + 1, tokens + own, held + len(request.pages)
         most = 0.0
-        for left, own in rows:
-            # When this one ends; a last page is half full on average.
-            most = max(most, (tokens + alive * left) / self._page_tokens + alive / 2 - held)
-            alive, tokens = alive - 1, tokens - own
+        for pages in sorted(ending):
+            # When these end: half a page more on average, and a last page for each.
+            most = max(most, tokens / size + alive * (pages + 1.5) - held)
+            alive, tokens = alive - ending[pages][0], tokens - ending[pages][1]
         return still + int(most)
 
     def check(self, rows_max: int) -> None:

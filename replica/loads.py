@@ -69,7 +69,8 @@ class Loads:
         self._drainer = drainer
         self._costs = costs
         self._stories = stories
-        self._short_s = -math.inf  # when pages were short for the last time
+        self._short_s = -math.inf  # when pages or computing were short for the last time
+        self._overloaded: bool | None = None  # in this step
 
     def plan(self, first: str | None, now_s: float, closed: set[str]) -> list[Room]:
         """Begin the loads there is room for; those who find none take a place, or wait.
@@ -78,6 +79,7 @@ class Loads:
         the adapters that take nobody new in this step, for they will end soon.
         """
         rooms: list[Room] = []
+        self._overloaded = None
         space = self._batch.rows_max - len(self._batch.running) + self.switches.prefetch_depth
         ahead = prefetch.ahead(self._residency)
         pinned = self._residency.pinned_elsewhere(now_s)
@@ -270,7 +272,9 @@ class Loads:
             return None
         waiting = self._waiting.group(digest)
         if self._drainer.sharing.park:
-            if self._overloaded(now_s):
+            if self._overloaded is None:
+                self._overloaded = self._places_are_not_what_is_short(now_s)
+            if self._overloaded:
                 self._drain(digest, now_s)
                 return None
             if not waiting[0].begun and not self._prompt_fits_a_turn(waiting[0]):
@@ -287,8 +291,8 @@ class Loads:
             return None
         return list(way.victims)
 
-    def _overloaded(self, now_s: float) -> bool:
-        """Pages or computing are short, or were of late: places alone would help nobody, and rows
+    def _places_are_not_what_is_short(self, now_s: float) -> bool:
+        """But pages or computing are, or were of late: places alone would help nobody, and rows
         that are parked hold pages that others could end with.
         """
         if self._batch.short or not self._batch.ample or self._prompts_pile_up():
