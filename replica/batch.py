@@ -361,20 +361,23 @@ class Batch:
     def _drop_pages(self, request: Request, now_s: float) -> None:
         """A parked request computes its tokens again when its turn comes."""
         del self.parked[request.id]
-        self._forget_pages(request)
+        self._lose_pages(request)
         request.become(Phase.WAITING)
         self._stories.note(request.id, now_s, Event.PREEMPTED, "pages dropped while parked")
 
     def _preempt(self, request: Request, now_s: float) -> None:
         self._off(request, now_s)
-        self._forget_pages(request)
+        self._lose_pages(request)
         request.become(Phase.WAITING)
         self._waiting.add(request)
         self._stories.note(request.id, now_s, Event.PREEMPTED)
+
+    def _lose_pages(self, request: Request) -> None:
+        request.lost = max(request.lost, request.computed)
+        self._forget_pages(request)
 
     def _forget_pages(self, request: Request) -> None:
         self._flight.took_from(request)
         self._pages.give_back(request.pages)
         request.pages = []
-        request.lost = max(request.lost, request.computed)
         request.computed = request.published = 0
