@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 COPIED = ("cluster", "replica", "tests", "kernels", "pyproject.toml", "lorafleet.py")
 _CORE = "scheduler flight batch loads drainer prefetch residency pages budget extents waiting "
-_CORE += "share story request"
+_CORE += "share story request growth"
 TESTS = [f"tests/unit/test_{name}.py" for name in _CORE.split()]
 TESTS += ["tests/sim/test_bounds.py", "tests/sim/test_random_runs.py", "tests/sim/test_stateful.py"]
 
@@ -582,6 +582,98 @@ FAULTS = (
         "scheduler",
         "                work.request.computed = work.start\n",
         "",
+    ),
+    # Growth, and where parking pays
+    _fault(
+        "growth",
+        "what was computed again stretches no horizon",
+        "growth",
+        "self.horizon = self._outputs * self._output.value / (1 - spent)",
+        "pass",
+    ),
+    _fault(
+        "growth",
+        "with all spent the horizon still ends",
+        "growth",
+        "        self.horizon = math.inf\n        if spent < 1:\n",
+        "        if True:\n            spent = min(spent, 0.5)\n",
+    ),
+    _fault(
+        "growth",
+        "rows that end give no pages back",
+        "growth",
+        "alive, tokens = alive - ending[pages][0], tokens - ending[pages][1]",
+        "pass",
+    ),
+    _fault(
+        "growth",
+        "a new request leaves rows nothing to grow",
+        "batch",
+        "grown = self.peak + max(self._growth.of(request) - count, 0)",
+        "grown = 0",
+    ),
+    _fault(
+        "growth",
+        "rows are parked though their pages cannot stay",
+        "batch",
+        "if self._growth.spent >= 1 or needed > self._pages.free:",
+        "if False:",
+    ),
+    _fault(
+        "growth",
+        "tokens found in the prefix cache count as computed again",
+        "batch",
+        "            if found:\n                self._forget_pages(request)\n",
+        "            if found:\n                self._lose_pages(request)\n",
+    ),
+    _fault(
+        "drainer",
+        "who was parked takes any place",
+        "drainer",
+        "own is None or left[victim.digest] / victim.users > own",
+        "True",
+    ),
+    _fault(
+        "drainer",
+        "who was parked is never due",
+        "drainer",
+        "return now_s - adapter.starved_s >= 2 * others_s",
+        "return False",
+    ),
+    _fault(
+        "drainer",
+        "a parked adapter that must wait holds up new requests",
+        "loads",
+        "if victims is None and self._drainer.sharing.park and not begun:",
+        "if victims is None and self._drainer.sharing.park:",
+    ),
+    _fault(
+        "drainer",
+        "rows are parked though pages are short",
+        "loads",
+        "if self._batch.short or not self._batch.ample or self._prompts_pile_up():",
+        "if self._prompts_pile_up():",
+    ),
+    _fault(
+        "drainer",
+        "rows are parked though prompts pile up",
+        "loads",
+        "if self._batch.short or not self._batch.ample or self._prompts_pile_up():",
+        "if self._batch.short or not self._batch.ample:",
+    ),
+    _fault(
+        "drainer",
+        "nobody is drained for where nobody is parked",
+        "drainer",
+        "        if self.sharing.park and not threshold_s:\n",
+        "        if False:\n",
+    ),
+    _fault(
+        "drainer",
+        "a place is kept for a request without pages while rows that hold some wait",
+        "victims",
+        "and not (spare_fresh and a.fresh and a.wanted and a.digest not in lacking)",
+        "and not (spare_fresh and a.fresh and a.wanted)",
     ),
 )
 

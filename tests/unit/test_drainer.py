@@ -316,6 +316,92 @@ def test_an_adapter_that_starves_for_pages_parks_nobody_and_is_drained_for_at_la
     assert not core.batch.parked
 
 
+def crowd(left: int) -> Scheduler:
+    """Ten adapters on two places: x of a is parked since 1 s with about 100 tokens left. y of b has
+    65 left, z of c `left`. Each turn lasts 0.52 s, and four of them let everybody have one.
+    """
+    sizes = dict.fromkeys("abcdefghij", 40)
+    core = scheduler(sharing=PARK, sizes=sizes, slots=2, context=512)
+    begin(core, new("x", "a", max_tokens=100), new("y", "b", max_tokens=66))
+    core.add(new("z", "c", max_tokens=left), 0.0)
+    settle(core, 1.0)
+    settle(core, 1.0)
+    assert list(core.batch.parked) == ["x"] and list(core.batch.running) == ["y", "z"]
+    return core
+
+
+def test_one_that_was_parked_takes_the_place_of_one_with_more_left() -> None:
+    core = crowd(left=300)
+    assert loaded(run(core, 1.6)[0]) == ["a"]
+    assert list(core.batch.parked) == ["x", "z"]
+
+
+def test_one_that_was_parked_waits_for_those_with_less_left_until_it_is_due() -> None:
+    core = crowd(left=50)
+    due_s = 1.0 + 2 * 3 * (0.5 + 2 * 0.01)
+    for now_s in (1.6, 2.5, due_s - 0.1):
+        assert loaded(run(core, now_s)[0]) == []
+    assert loaded(run(core, due_s + 0.1)[0]) == ["a"]
+
+
+def test_a_new_request_of_it_does_not_wait_for_that() -> None:
+    core = crowd(left=50)
+    core.add(new("new", "a", max_tokens=100), 1.5)
+    assert loaded(run(core, 1.6)[0]) == ["a"]
+
+
+def test_one_that_waits_for_those_with_less_left_does_not_hold_up_a_new_request() -> None:
+    core = crowd(left=50)
+    core.add(new("new", "d", max_tokens=100), 1.5)
+    assert loaded(run(core, 1.6)[0]) == ["d"]
+
+
+def test_where_pages_are_short_nobody_is_parked_then_nor_soon_after() -> None:
+    core = busy(PARK, pages=16, context=256)
+    core.add(new("large", prompt=240, max_tokens=4), 0.9)
+    core.add(new("s", "c"), 0.9)
+    run(core, 1.0)
+    core.cancel("large", 1.1)
+    run(core, 1.2)
+    run(core, 5.9)
+    assert not core.batch.parked
+    assert loaded(run(core, 6.1)[0]) == ["c"]
+
+
+def test_where_prompts_pile_up_nobody_is_parked() -> None:
+    core = busy(PARK, pages=400, context=1200, tokens=16)
+    for i in range(2):
+        core.add(new(f"base{i}", prompt=1000, max_tokens=4), 0.9)
+    core.add(new("s", "c"), 0.9)
+    for _ in range(3):
+        assert loaded(run(core, 1.0)[0]) == []
+    assert not core.batch.parked
+
+
+@pytest.mark.parametrize(("pages", "stays"), [(13, False), (14, True)])
+def test_a_row_is_parked_only_where_its_pages_can_stay(pages: int, stays: bool) -> None:
+    """x and y have a page each; x takes 3 more, y up to 4 and s 5: all at once, for x has no end."""
+    core = busy(PARK, pages=pages, growth_outputs=2.0)
+    core.add(new("s", "c", prompt=16, max_tokens=64), 0.0)
+    assert core.batch.park_all(("a",), core.waiting.head("c"), 0.0) is stays
+    assert list(core.batch.parked) == ["x"] * stays
+    core.check()
+
+
+def test_a_place_is_not_kept_for_a_request_without_pages_while_rows_that_hold_some_wait() -> None:
+    core = scheduler(sharing=PARK, arena=40, pages=8)
+    begin(core, new("x", "a", prompt=40, max_tokens=60))
+    core.add(new("s", "c", prompt=60), 0.0)
+    assert loaded(run(core, 0.6)[0]) == ["c"] and list(core.batch.parked) == ["x"]
+    core.add(new("base", prompt=30, max_tokens=40), 0.7)
+    run(core, 0.7)
+    core.loaded("c", 0.7)
+    run(core, 0.7)
+    assert "s" not in core.batch.running, "base has its pages"
+    plan, _ = run(core, 0.8)
+    assert loaded(plan) == ["a"] and evicted(plan) == ["c"]
+
+
 @pytest.mark.parametrize(
     ("waiting", "places", "turns"), [(1, 4, 1), (4, 4, 1), (5, 4, 2), (12, 3, 4), (3, 0, 3)]
 )
