@@ -25,7 +25,7 @@ from replica.ranks import Ranks
 from replica.request import Sampled
 from replica.shape import ModelShape
 from replica.sizing import on_gpu as sized_on_gpu
-from replica.sizing import settled, step_bytes
+from replica.sizing import settled, step_bytes, with_context_that_fits
 from replica.streams import CopyStream
 from replica.weights import Weights, load_weights
 
@@ -154,7 +154,8 @@ class Runner:
         if weights.ranks is not None:
             free, peak = weights.ranks.least(free), -weights.ranks.least(-peak)
         pages = batch_pages(config, shape) * kv_page_bytes(config, shape, self.image_dtype_bytes)
-        return sized_on_gpu(config, free, peak, pages, shared=shared)
+        sized = sized_on_gpu(config, free, peak, pages, shared=shared)
+        return with_context_that_fits(sized, shape)
 
     def _paged(
         self,

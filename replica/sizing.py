@@ -94,6 +94,19 @@ def on_gpu(
     return dataclasses.replace(config, adapter_memory=adapters, kv_memory=pages)
 
 
+def with_context_that_fits(config: EngineConfig, part: ModelShape) -> EngineConfig:
+    """On CUDA, after `on_gpu`: where no length is given, none that takes more than half of the one
+    memory, or adapters would have nothing left.
+    """
+    if config.device_memory is None or config.context_tokens_max is not None:
+        return config
+    page = kv_page_bytes(config, part, DTYPE_BYTES[config.dtype])
+    most = config.device_memory // 2 // page * config.page_tokens
+    if most >= part.context:
+        return config
+    return dataclasses.replace(config, context_tokens_max=max(most, config.page_tokens))
+
+
 def expected_rank(config: EngineConfig) -> int:
     return min(config.rank_expected or _RANK_EXPECTED, config.rank_max)
 
@@ -202,10 +215,16 @@ def described(asked: EngineConfig, made: EngineConfig, whole: ModelShape) -> lis
     room = f"{made.memory_utilization:g} of what is free on the GPU for adapters and KV pages"
     if made.sized:
         room = _room(made, divide(made, part, DTYPE_BYTES[made.dtype]), part)
-    return [
+    lines = [
         f"dtype: {made.dtype} on {made.device}{why}",
         f"memory: {room}, host tier {shown(made.host_memory or 0)}",
     ]
+    if made.context_tokens_max != asked.context_tokens_max:
+        lines.append(
+            f"context: {made.context_tokens_max} tokens of the model's {whole.context}: longer "
+            "ones would leave adapters no memory (context_tokens_max)"
+        )
+    return lines
 
 
 def _room(made: EngineConfig, memory: Division, part: ModelShape) -> str:

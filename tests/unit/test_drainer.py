@@ -380,7 +380,7 @@ def test_where_prompts_pile_up_nobody_is_parked() -> None:
 
 @pytest.mark.parametrize(("pages", "stays"), [(13, False), (14, True)])
 def test_a_row_is_parked_only_where_its_pages_can_stay(pages: int, stays: bool) -> None:
-    """x and y have a page each; x takes 3 more, y up to 4 and s 5: all at once, for x has no end."""
+    """x and y have a page each; x takes 3 more, y up to 4, s 5: all at once, for x has no end."""
     core = busy(PARK, pages=pages, growth_outputs=2.0)
     core.add(new("s", "c", prompt=16, max_tokens=64), 0.0)
     assert core.batch.park_all(("a",), core.waiting.head("c"), 0.0) is stays

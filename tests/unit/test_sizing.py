@@ -20,6 +20,7 @@ from replica.sizing import (
     share,
     step_bytes,
     weight_bytes,
+    with_context_that_fits,
 )
 from tests.small_files import write_model_config
 
@@ -248,3 +249,23 @@ def test_what_was_chosen_is_told(small: ModelShape) -> None:
     _, memory = described(asked, both, small)
     assert memory.startswith("memory: 2.7 GiB for KV pages (")
     assert "tokens) and adapters together (up to 20 of rank 64), host tier 0 bytes" in memory
+
+
+def test_a_context_that_a_small_card_cannot_hold_is_cut_and_said(large: ModelShape) -> None:
+    """6 GB beside an 8B model on a card of 24 GB; a whole context is 17 GB."""
+    asked = EngineConfig("m", device="cuda", dtype="bfloat16")
+    open_ = dataclasses.replace(asked, host_memory=0)
+    sized = on_gpu(open_, 7 * 10**9, 0, 10**12, shared=True)
+    made = with_context_that_fits(sized, large)
+    page = kv_page_bytes(made, large, 2)
+    assert made.context_tokens_max == sized.device_memory // 2 // page * 16  # type: ignore[operator]
+    division = divide(made, large, 2)
+    assert division.arena_bytes >= 0.49 * 6.3 * 10**9
+    assert "context: 24032 tokens of the model's 131072" in described(asked, made, large)[-1]
+
+
+def test_a_context_that_fits_or_was_asked_for_stays(large: ModelShape) -> None:
+    sized = EngineConfig("m", device="cuda", dtype="bfloat16", device_memory=40 * 10**9)
+    assert with_context_that_fits(sized, large) is sized
+    short = dataclasses.replace(sized, device_memory=6 * 10**9, context_tokens_max=4096)
+    assert with_context_that_fits(short, large) is short
