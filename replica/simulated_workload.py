@@ -161,7 +161,6 @@ def _pages(workload: Workload) -> int:
 
 def _longest(workload: Workload, recorded: Sequence[Recorded], room: int) -> int:
     """room: tokens of the pages. What was recorded is cut to it, what is drawn must fit."""
-    name = "memory" if workload.shared else "kv_pages"
     if room < _PAGE_TOKENS:
         raise ConfigError(
             f"memory: {workload.memory} bytes do not hold an adapter of rank "
@@ -171,11 +170,12 @@ def _longest(workload: Workload, recorded: Sequence[Recorded], room: int) -> int
     if recorded:
         return min(max(r.prompt_tokens + r.output_tokens for r in recorded), room, _CONTEXT)
     longest = workload.prompt_tokens[1] + workload.output_tokens[1]
+    name = "memory, beside one adapter" if workload.shared else "kv_pages"
     if longest > min(room, _CONTEXT):
         raise ConfigError(
             f"prompt_tokens: {workload.prompt_tokens[1]} and output_tokens "
-            f"{workload.output_tokens[1]} are {longest} tokens; the model and {name} have room for "
-            f"{min(room, _CONTEXT)}",
+            f"{workload.output_tokens[1]} are {longest} tokens; there is room for "
+            f"{min(room, _CONTEXT)} ({name})",
             field="prompt_tokens",
         )
     return longest
