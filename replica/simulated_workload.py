@@ -71,15 +71,13 @@ def simulate(
 
 
 def table(found: Mapping[str, WorkloadFigures]) -> Iterator[str]:
-    """A row a policy, as text."""
-    names = [f.name for f in fields(WorkloadFigures)]
-    yield f"{'policy':9}" + "".join(f"{name:>{max(len(name) + 2, 12)}}" for name in names)
-    for policy, each in found.items():
-        cells = ((name, getattr(each, name)) for name in names)
-        yield f"{policy:9}" + "".join(
-            f"{value:>{max(len(name) + 2, 12)},.{0 if value >= 100 else 2}f}"
-            for name, value in cells
-        )
+    """A row a figure, a column a policy, as text."""
+    yield f"{'':22}" + "".join(f"{policy:>12}" for policy in found)
+    for name in (f.name for f in fields(WorkloadFigures)):
+        values = [getattr(each, name) for each in found.values()]
+        whole = name in ("loads", "parks")
+        cells = (f"{value:,.{0 if whole or value >= 100 else 2}f}" for value in values)
+        yield f"{name:22}" + "".join(f"{cell:>12}" for cell in cells)
 
 
 def _run(

@@ -70,6 +70,13 @@ def test_every_field_of_a_file_with_all_of_them() -> None:
     assert not found.shared
 
 
+def test_the_readmes_example_is_a_workload() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (example,) = re.findall(r"```yaml\n(card:.*?)```", readme, re.DOTALL)
+    found = parse(yaml.safe_load(example))
+    assert (found.places, len(found.ranks), found.arrivals.requests) == (4, 32, 200)
+
+
 def test_what_is_left_out_is_one_memory_and_adapters_alike() -> None:
     found = workload()
     assert found.shared and found.memory is found.host_memory is None
