@@ -282,6 +282,15 @@ def _simulate() -> None:
 def upstream(
     json_only: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Runs, of which the median is taken.")] = 5,
+    depth: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=2,
+            help="For ours: 2 plans a step while the one before it runs, which is how the engine "
+            "runs on CUDA; 1 plans it when that one has ended.",
+        ),
+    ] = 2,
 ) -> None:
     """Replay the published upstream tables: before and after them, and ours (under a minute)."""
     import json
@@ -290,25 +299,43 @@ def upstream(
     from replica.upstream import TABLES
 
     if json_only:
-        print(json.dumps(as_json([compare(name, seeds) for name in TABLES]), indent=2))
+        print(json.dumps(as_json([compare(name, seeds, depth) for name in TABLES]), indent=2))
         return
     print(HEADER)
     for name in TABLES:
-        print("", *lines(compare(name, seeds)), sep="\n", flush=True)
+        print("", *lines(compare(name, seeds, depth)), sep="\n", flush=True)
 
 
 @simulate_cli.command("workload")
 def simulate_workload(
-    file: Annotated[Path, typer.Argument(help="YAML: card, memory, adapters, arrivals …")],
+    file: Annotated[
+        Path, typer.Argument(help="YAML: a card, its memory, adapters, and who comes when.")
+    ],
     json_only: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     policy: Annotated[
         list[str] | None,
-        typer.Option(help="ours, skip, drain or resident. Repeat it for more (default: ours)."),
+        typer.Option(
+            help="ours: as the engine is configured. skip: adapters never take turns; who has no "
+            "place waits until one is idle. drain: nor do they here, but one in use lets nobody "
+            "new in when another has waited 3 s. resident: every adapter has a place, beside the "
+            "same pages. Repeat it to compare (default: ours)."
+        ),
     ] = None,
-    ttft_slo: Annotated[float, typer.Option(help="For goodput: seconds to the first token.")] = 1.0,
-    tpot_slo: Annotated[float, typer.Option(help="For goodput: seconds a token after it.")] = 0.05,
+    ttft_slo: Annotated[
+        float, typer.Option(min=0, help="Goodput: most seconds to the first token.")
+    ] = 1.0,
+    tpot_slo: Annotated[
+        float, typer.Option(min=0, help="Goodput: most seconds a token after it, on average.")
+    ] = 0.05,
 ) -> None:
-    """Simulate a workload on a card: what the scheduler makes of it, without a model or a GPU.
+    """Play a workload on the scheduler and a virtual clock: waits, copies, what is computed twice.
+
+    Steps and copies take as long as Llama-3.1-8B would on the card named.
+    Each figure is the median over the file's seeds. The README shows a file.
+
+    goodput: the share of requests that met both targets.
+    computed_over_needed: 1 when no token was computed twice.
+    parks: rows that left the batch so that other adapters could have a turn.
 
     Example: lorafleet simulate workload chat.yaml --policy ours --policy skip
     """

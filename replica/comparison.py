@@ -44,24 +44,27 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One table replayed. replays: by policy. all_base: for the table that has a base stream."""
+    """One table replayed. replays: by policy. all_base: for the table that has a base stream.
+    depth: that ours ran at.
+    """
 
     table: Table
     replays: Mapping[str, Replay]
     all_base: Replay | None
     seeds: int = 0
+    depth: int = 2
 
     def median(self, policy: str, stream: str) -> Figures:
         return self.replays[policy].median(stream)
 
 
-def compare(name: str, seeds: int) -> Compared:
+def compare(name: str, seeds: int, depth: int = 2) -> Compared:
     table = TABLES[name]
-    replays = {policy: replay(table, policy, range(seeds)) for policy in (*POLICIES, SHARED)}
+    replays = {policy: replay(table, policy, range(seeds), depth) for policy in (*POLICIES, SHARED)}
     all_base = None
     if any(stream.name == "base" for stream in table.streams):
-        all_base = replay(table.all_base(), "ours", range(seeds))
-    return Compared(table, replays, all_base, seeds)
+        all_base = replay(table.all_base(), "ours", range(seeds), depth)
+    return Compared(table, replays, all_base, seeds, depth)
 
 
 def as_json(compared: Sequence[Compared]) -> dict[str, dict[str, object]]:
@@ -205,7 +208,7 @@ def _what_it_costs(compared: Compared) -> Iterator[str]:
         ("with copies that take no time", dataclasses.replace(table, card=free)),
         ("without parking", dataclasses.replace(table, ours=waits)),
     ):
-        found = replay(changed, "ours", range(compared.seeds)).median("lora")
+        found = replay(changed, "ours", range(compared.seeds), compared.depth).median("lora")
         yield (
             f"    ours {what}: E2E mean {_ms(found.e2e_mean_ms)}, "
             f"TTFT P99 {_ms(found.ttft_p99_ms)}, ITL longest {_ms(found.itl_max_ms)}"
@@ -216,7 +219,7 @@ def _what_mixing_costs(compared: Compared) -> Iterator[str]:
     """What decodes in a prompt's batch take from its TTFT, and what they save."""
     table = compared.table
     alone = dataclasses.replace(table, ours=dataclasses.replace(table.ours, mixed=False))
-    found = replay(alone, "ours", range(compared.seeds)).median("base")
+    found = replay(alone, "ours", range(compared.seeds), compared.depth).median("base")
     mixed = compared.median("ours", "base")
     yield (
         f"    ours with prompts in batches of their own: TTFT median {_ms(found.ttft_p50_ms)}, "

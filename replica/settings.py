@@ -61,7 +61,7 @@ def read_workload(path: Path) -> tuple[Workload, list[Recorded]]:
         return workload, []
     trace = path.parent / os.path.expanduser(arrivals.trace)
     try:
-        with trace.open() as lines:
+        with trace.open(encoding="utf-8-sig") as lines:
             recorded = read_trace(lines, str(trace))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"arrivals.trace: {error}", field="arrivals.trace") from error

@@ -1,6 +1,5 @@
 """One workload on the engine's own scheduler and a virtual clock: what each policy makes of it."""
 
-import dataclasses
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -21,7 +20,8 @@ _ALIGNMENT_BYTES = 256
 _PAGE_TOKENS = 16
 # Of the model that the cards are of.
 _CONTEXT = 131_072
-# What a policy changes in the engine's configuration. `resident`: every adapter has a place.
+# What a policy changes in the engine's configuration, whatever the file says of it. `resident`:
+# every adapter has a place, beside the pages that the others have.
 POLICIES: Mapping[str, Mapping[str, object]] = {
     "ours": {},
     "skip": {"park": False},
@@ -71,15 +71,13 @@ def simulate(
 
 
 def table(found: Mapping[str, WorkloadFigures]) -> Iterator[str]:
-    """A row a policy, as text."""
-    names = [f.name for f in fields(WorkloadFigures)]
-    yield f"{'policy':9}" + "".join(f"{name:>{max(len(name) + 2, 12)}}" for name in names)
-    for policy, each in found.items():
-        cells = ((name, getattr(each, name)) for name in names)
-        yield f"{policy:9}" + "".join(
-            f"{value:>{max(len(name) + 2, 12)},.{0 if value >= 100 else 2}f}"
-            for name, value in cells
-        )
+    """A row a figure, a column a policy, as text."""
+    yield f"{'':22}" + "".join(f"{policy:>12}" for policy in found)
+    for name in (f.name for f in fields(WorkloadFigures)):
+        values = [getattr(each, name) for each in found.values()]
+        whole = name in ("loads", "parks")
+        cells = (f"{value:,.{0 if whole or value >= 100 else 2}f}" for value in values)
+        yield f"{name:22}" + "".join(f"{cell:>12}" for cell in cells)
 
 
 def _run(
@@ -91,11 +89,12 @@ def _run(
     check: bool,
 ) -> WorkloadFigures:
     division, context = _divide(workload, policy, recorded)
-    scheduler = _scheduler(workload, policy, division, context)
+    config = _config(workload, policy)
+    scheduler = _scheduler(workload, config, division, context)
     ranks: dict[str | None, int] = {None: 0}
     ranks |= {adapter_name(i): r for i, r in enumerate(workload.ranks)}
     coming = arrivals(workload, recorded, context, seed)
-    twin = Twin(scheduler, workload.card, ranks, check=check, depth=2)
+    twin = Twin(scheduler, workload.card, ranks, check=check, depth=config.plan_depth or 2)
     records = twin.run(coming)
     return _figures(records, scheduler, slo)
 
@@ -121,55 +120,86 @@ def _figures(records: Sequence[Record], scheduler: Scheduler, slo: Slo) -> Workl
 
 def _divide(workload: Workload, policy: str, recorded: Sequence[Recorded]) -> tuple[Division, int]:
     """How the memory is divided, and the longest sequence that is served with it."""
-    sizes = [image_bytes(rank) for rank in workload.ranks]
-    if workload.kv_pages is not None:
-        pages = workload.kv_pages
-        arena = workload.adapter_memory
-        if arena is None:
-            assert workload.places is not None
-            arena = workload.places * (max(sizes) + _ALIGNMENT_BYTES)
-        shared = False
-    else:
-        card, memory = workload.card, workload.memory
-        if memory is None:
-            assert isinstance(card, Card)
-            memory = card.shared_pages * PAGE_BYTES
-        pages, arena, shared = memory // PAGE_BYTES - 1, 0, policy != "resident"
-    if policy == "resident":
-        arena = sum(sizes) + _ALIGNMENT_BYTES * len(sizes)
-    longest = min(_longest(workload, recorded), _CONTEXT, pages * _PAGE_TOKENS)
+    sizes = [_aligned(rank) for rank in workload.ranks]
+    pages, arena = _pages(workload), workload.adapter_memory or 0
+    for_pages = pages
+    if workload.shared:
+        # A sequence never takes the last adapter's place.
+        for_pages -= -(-max(sizes) // PAGE_BYTES)
+    elif workload.places is not None:
+        arena = workload.places * max(sizes)
+    longest = _longest(workload, recorded, for_pages * _PAGE_TOKENS)
     context_pages = -(-longest // _PAGE_TOKENS)
-    if shared:
+    if policy == "resident":
+        return Division(pages, PAGE_BYTES, context_pages, sum(sizes), shared=False), longest
+    if workload.shared:
         arena = (pages - context_pages) * PAGE_BYTES
-    if max(sizes) + _ALIGNMENT_BYTES > arena:
-        field = "memory" if shared else "adapter_memory"
+    elif max(sizes) > arena:
         raise ConfigError(
-            f"{field}: leaves {arena} bytes for adapters; one takes {max(sizes)}", field=field
+            f"adapter_memory: {arena} bytes hold no adapter of rank {max(workload.ranks)}, which "
+            f"takes {max(sizes)}",
+            field="adapter_memory",
         )
-    return Division(pages, PAGE_BYTES, context_pages, arena, shared), longest
+    return Division(pages, PAGE_BYTES, context_pages, arena, workload.shared), longest
 
 
-def _longest(workload: Workload, recorded: Sequence[Recorded]) -> int:
+def _aligned(rank: int) -> int:
+    """Bytes of an image in the arena."""
+    return -(-image_bytes(rank) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+
+
+def _pages(workload: Workload) -> int:
+    if workload.kv_pages is not None:
+        return workload.kv_pages
+    if workload.memory is not None:
+        return workload.memory // PAGE_BYTES - 1
+    assert isinstance(workload.card, Card)
+    return workload.card.shared_pages - 1
+
+
+def _longest(workload: Workload, recorded: Sequence[Recorded], room: int) -> int:
+    """room: tokens of the pages. What was recorded is cut to it, what is drawn must fit."""
+    if room < _PAGE_TOKENS:
+        raise ConfigError(
+            f"memory: {workload.memory} bytes do not hold an adapter of rank "
+            f"{max(workload.ranks)} and a page",
+            field="memory",
+        )
     if recorded:
-        return max(r.prompt_tokens + r.output_tokens for r in recorded)
-    return workload.prompt_tokens[1] + workload.output_tokens[1]
+        return min(max(r.prompt_tokens + r.output_tokens for r in recorded), room, _CONTEXT)
+    longest = workload.prompt_tokens[1] + workload.output_tokens[1]
+    name = "memory, beside one adapter" if workload.shared else "kv_pages"
+    if longest > min(room, _CONTEXT):
+        raise ConfigError(
+            f"prompt_tokens: {workload.prompt_tokens[1]} and output_tokens "
+            f"{workload.output_tokens[1]} are {longest} tokens; there is room for "
+            f"{min(room, _CONTEXT)} ({name})",
+            field="prompt_tokens",
+        )
+    return longest
 
 
-def _scheduler(workload: Workload, policy: str, division: Division, context: int) -> Scheduler:
-    sizes = [image_bytes(rank) for rank in workload.ranks]
+def _config(workload: Workload, policy: str) -> EngineConfig:
     host = workload.host_memory
-    config = EngineConfig(
+    count = len(workload.ranks)
+    places = workload.places if policy != "resident" else None
+    return EngineConfig(
         "simulated",
         **{
-            "host_memory": sum(sizes) + _ALIGNMENT_BYTES * len(sizes) if host is None else host,
+            "plan_depth": 2,  # as on CUDA
+            "host_memory": sum(map(_aligned, workload.ranks)) if host is None else host,
             "queue_max": 1_000_000,
-            "directory_slots": len(sizes) + 1,
+            "directory_slots": count + 1,
+            "slots_max": count if places is None else min(places, count),
             **workload.engine,
             **POLICIES[policy],
         },
     )
-    if workload.places is not None and policy != "resident":
-        config = dataclasses.replace(config, slots_max=min(workload.places, len(sizes)))
+
+
+def _scheduler(
+    workload: Workload, config: EngineConfig, division: Division, context: int
+) -> Scheduler:
     costs = Costs(
         workload.card.copy_bytes_per_s,
         decode_s=workload.card.step_s((), {}),
@@ -184,7 +214,8 @@ def _scheduler(workload: Workload, policy: str, division: Division, context: int
         costs=costs,
     )
     residency = scheduler.residency
-    for index, size in enumerate(sizes):
+    for index, rank in enumerate(workload.ranks):
+        size = image_bytes(rank)
         residency.register(adapter_name(index), "", size, pinned=False, now_s=0.0)
         if residency.host.used + residency.extents.aligned(size) <= residency.host.capacity:
             residency.begin_on_host(adapter_name(index))

@@ -196,8 +196,9 @@ class Replay:
         return median_figures(self.figures[stream])
 
 
-def replay(table: Table, policy: str, seeds: Iterable[int]) -> Replay:
-    runs = [twin(table, policy).run(arrivals(table.streams, seed)) for seed in seeds]
+def replay(table: Table, policy: str, seeds: Iterable[int], depth: int = 2) -> Replay:
+    """depth: as of `twin`."""
+    runs = [twin(table, policy, depth=depth).run(arrivals(table.streams, seed)) for seed in seeds]
     return Replay(
         {
             stream.name: [
@@ -208,13 +209,15 @@ def replay(table: Table, policy: str, seeds: Iterable[int]) -> Replay:
     )
 
 
-def twin(table: Table, policy: str, check: bool = False) -> Twin:
-    """A server of this table and policy, before its first request."""
+def twin(table: Table, policy: str, check: bool = False, depth: int = 2) -> Twin:
+    """A server of this table and policy, before its first request. depth: ours runs at it; 2 is how
+    the engine runs on CUDA. Upstream's servers run at 1.
+    """
     chosen = table.policy(policy)
     card = table.card.as_upstream() if chosen.upstream else table.card
     ranks: dict[str | None, int] = {None: 0} | dict(table.ranks.items())
     scheduler = _scheduler(table, chosen, card, shared=policy == SHARED)
-    depth = 1 if chosen.upstream else 2
+    depth = 1 if chosen.upstream else depth
     return Twin(scheduler, card, ranks, check=check, mixed=chosen.mixed, depth=depth)
 
 

@@ -13,6 +13,38 @@ from replica.traces import Recorded
 from replica.workloads import Arrival
 
 _GIGA = 1e9
+# Each has a row in the directory of slots, beside the base model.
+_ADAPTERS_MAX = 65_535
+# Of EngineConfig, what the file says elsewhere, and what a virtual device has no use for. What
+# remains is how requests and adapters are scheduled.
+_NOT_SIMULATED = {
+    "model",
+    "served_model_name",
+    "device",
+    "dtype",
+    "load_format",
+    "kernels",
+    "cuda_graphs",
+    "adapter_memory",
+    "host_memory",
+    "rank_max",
+    "slots_max",
+    "directory_slots",
+    "kv_memory",
+    "device_memory",
+    "memory_utilization",
+    "replica_memory",
+    "rank_expected",
+    "page_tokens",
+    "context_tokens_max",
+    "queue_max",
+    "load_retry_s",
+    "load_retry_max_s",
+    "load_bytes_per_s",
+    "threads",
+    "tensor_parallel",
+    "seed",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +64,7 @@ class Workload:
     """Sizes in bytes. memory: one for pages and adapters; else places or adapter_memory, and pages
     of 16 tokens. host_memory: None: all adapters. weights: of each adapter's share of the requests.
     prompt_tokens, output_tokens: uniform between the two; with a trace the first are ignored and a
-    prompt is only cut to what fits. engine: further fields of EngineConfig.
+    prompt is only cut to what fits. engine: fields of EngineConfig, of how things are scheduled.
     """
 
     card: Card | MeasuredCard
@@ -80,6 +112,10 @@ def parse(data: object) -> Workload:
     card = _card(data["card"])
     adapters = _mapping(data["adapters"], "adapters", {"count", "ranks"})
     count = _whole(adapters.get("count"), "adapters.count")
+    if count > _ADAPTERS_MAX:
+        raise ConfigError(
+            f"adapters.count: {count} is more than {_ADAPTERS_MAX}", field="adapters.count"
+        )
     ranks = _pair_or_more(adapters.get("ranks", [16]), "adapters.ranks")
     workload = Workload(
         card,
@@ -170,7 +206,13 @@ def _arrivals(value: object) -> Arrivals:
     read = load(Arrivals, data, "arrivals")
     _whole(read.requests, "arrivals.requests")
     if read.start < 0:
-        raise ConfigError(f"arrivals.start: {read.start} must not be less than 0")
+        raise ConfigError(
+            f"arrivals.start: {read.start} must not be less than 0", field="arrivals.start"
+        )
+    if read.start and read.trace is None:
+        raise ConfigError(
+            f"arrivals.start: {read.start}, but there is no trace", field="arrivals.start"
+        )
     if read.rate is None and read.trace is None:
         raise ConfigError("arrivals.rate: required without a trace", field="arrivals.rate")
     if read.rate is not None:
@@ -191,11 +233,14 @@ def _weights(value: object, count: int) -> tuple[float, ...]:
             f"popularity: {value!r} is not uniform, {{zipf: S}} or {{weights: [{count} numbers]}}",
             field="popularity",
         )
-    return tuple(_number(w, f"popularity.weights[{i}]", 0.0) for i, w in enumerate(weights))
+    numbers = tuple(_number(w, f"popularity.weights[{i}]", 0.0) for i, w in enumerate(weights))
+    if not any(numbers):
+        raise ConfigError(f"popularity.weights: {weights!r} are all 0", field="popularity")
+    return numbers
 
 
 def _engine(value: object) -> Mapping[str, Any]:
-    data = _mapping(value, "engine", set(EngineConfig.__dataclass_fields__) - {"model"})
+    data = _mapping(value, "engine", set(EngineConfig.__dataclass_fields__) - _NOT_SIMULATED)
     load(EngineConfig, {"model": "simulated", **data}, "engine")
     return data
 
@@ -212,7 +257,9 @@ def _memory_is_said_once(workload: Workload) -> None:
         missing = "kv_pages" if workload.kv_pages is None else "places or adapter_memory"
         raise ConfigError(f"{missing}: required beside {apart[0]}", field=missing.split()[0])
     if not apart and workload.memory is None and isinstance(workload.card, MeasuredCard):
-        raise ConfigError("memory: required, for the card does not say how much it has")
+        raise ConfigError(
+            "memory: required, for the card does not say how much it has", field="memory"
+        )
 
 
 def _mapping(value: object, path: str, known: set[str]) -> dict[str, Any]:

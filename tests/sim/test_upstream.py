@@ -175,6 +175,25 @@ def test_the_json_has_each_table_policy_and_figure(compared: dict[str, Compared]
     assert set(found["14795"]["ours"]) == {"base", "lora"}
 
 
+def test_ours_runs_at_the_depth_that_was_asked_for_and_upstreams_servers_at_1() -> None:
+    table = shortened(TABLES["17913"], 10)
+    for policy, depths in (("before", [1, 1]), ("after", [1, 1]), ("ours", [1, 2])):
+        assert [twin(table, policy, depth=depth).depth for depth in (1, 2)] == depths
+    first, second = (replay(table, "ours", [0], depth).median("lora") for depth in (1, 2))
+    assert first != second == replay(table, "ours", [0]).median("lora")
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_command_compares_at_that_depth(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = shortened(TABLES["15512-small"], 10)
+    monkeypatch.setattr("replica.upstream.TABLES", {"15512-small": small})
+    monkeypatch.setattr("replica.comparison.TABLES", {"15512-small": small})
+    command = ["simulate", "upstream", "--json", "--seeds", "1", "--depth", str(depth)]
+    found = json.loads(CliRunner().invoke(cli, command).output)["15512-small"]["ours"]
+    expected = replay(small, "ours", [0], depth).median("lora")
+    assert found == {key: round(getattr(expected, key), 1) for key in REPORTED}
+
+
 def test_the_command_prints_json(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one short table: the whole takes half a minute."""
     monkeypatch.setattr("replica.upstream.TABLES", {"15512-small": None})

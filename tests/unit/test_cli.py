@@ -1,5 +1,6 @@
 """The command line: what it says when something is wrong, and what its flags become."""
 
+import json
 import re
 import shutil
 import socket
@@ -58,7 +59,19 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
 
 @pytest.mark.parametrize(
     "command",
-    ["", "serve", "replica", "status", "adapters", "adapters add", "adapters rm", "adapters ls"],
+    [
+        "",
+        "serve",
+        "replica",
+        "status",
+        "adapters",
+        "adapters add",
+        "adapters rm",
+        "adapters ls",
+        "simulate",
+        "simulate upstream",
+        "simulate workload",
+    ],
 )
 def test_every_command_explains_itself(command: str) -> None:
     result = CliRunner().invoke(cli, [*command.split(), "--help"])
@@ -213,6 +226,77 @@ def test_an_adapter_whose_name_no_client_could_use_is_refused(
     status, message = refused(capsys, "serve", *arguments)
     assert status == 2
     assert message.startswith(f"lorafleet: --adapter {name!r}: ") and words in message
+
+
+WORKLOAD = """
+card: h200-llama8b
+adapters: {count: 4}
+arrivals: {rate: 2, requests: 5}
+"""
+
+
+@pytest.fixture
+def workload(tmp_path: Path) -> Path:
+    file = tmp_path / "workload.yaml"
+    file.write_text(WORKLOAD)
+    return file
+
+
+def simulated(*arguments: object) -> str:
+    result = CliRunner().invoke(cli, ["simulate", "workload", *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_a_workload_is_simulated_as_a_table_of_one_policy_or_more(workload: Path) -> None:
+    head, goodput, *_ = simulated(workload).splitlines()
+    assert (head.split(), goodput.split()) == (["ours"], ["goodput", "1.00"])
+    head, goodput, *_ = simulated(workload, "--policy", "skip", "--policy", "ours").splitlines()
+    assert (head.split(), goodput.split()) == (["skip", "ours"], ["goodput", "1.00", "1.00"])
+
+
+def test_a_workload_is_simulated_as_json_too(workload: Path) -> None:
+    found = json.loads(simulated(workload, "--json", "--policy", "drain"))
+    assert list(found) == ["drain"] and found["drain"]["goodput"] == 1
+
+
+def test_the_targets_of_goodput_are_flags(workload: Path) -> None:
+    for flag in ("--ttft-slo", "--tpot-slo"):
+        found = json.loads(simulated(workload, "--json", flag, 0.0001))
+        assert found["ours"]["goodput"] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "words"),
+    [
+        (None, (), "No such file or directory"),
+        ("a: [", (), "workload.yaml: while parsing"),
+        ("- a", (), "workload.yaml: not a mapping of settings"),
+        ("card: b200", (), "adapters: required"),
+        (WORKLOAD.replace("h200", "b200"), (), "card: 'b200-llama8b' is not one of h200-llama8b,"),
+        (WORKLOAD + "memory: 80MB", (), "memory: 80000000 bytes do not hold an adapter"),
+        (WORKLOAD, ("--policy", "hope"), "--policy: 'hope' is not one of ours, skip, drain, "),
+    ],
+)
+def test_a_workload_that_cannot_be_simulated_is_said_in_one_line(
+    text: str | None,
+    arguments: tuple[str, ...],
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "workload.yaml"
+    if text is not None:
+        file.write_text(text)
+    status, message = refused(capsys, "simulate", "workload", str(file), *arguments)
+    assert status == 2
+    assert message.startswith("lorafleet: ") and words in message
+    assert message.count("\n") == 1, message
+
+
+@pytest.mark.parametrize("arguments", [(), ("w", "--ttft-slo", "-1"), ("w", "--tpot-slo", "x")])
+def test_flags_that_make_no_sense_are_wrong_usage(arguments: tuple[str, ...]) -> None:
+    assert CliRunner().invoke(cli, ["simulate", "workload", *arguments]).exit_code == 2
 
 
 def test_a_misspelt_key_is_told_before_what_it_leaves_out(tmp_path: Path) -> None:
