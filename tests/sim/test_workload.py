@@ -167,7 +167,7 @@ def test_what_host_memory_cannot_hold_comes_from_its_files(
 
 
 def test_what_was_read_stays_in_host_memory() -> None:
-    """Two adapters take one place in turn, and host memory holds both or one."""
+    """Two adapters take one place in turn, and host memory holds both, or the one used last."""
     file = {
         "adapters": {"count": 2},
         "popularity": {"weights": [1, 1]},
@@ -177,7 +177,8 @@ def test_what_was_read_stays_in_host_memory() -> None:
     both, one = (lone(*apart, **file, host_memory=size) for size in ("170MB", "90MB"))
     assert both.loads == one.loads > 5
     assert both.ttft_p99_ms == pytest.approx(HOST_MS + 40)
-    assert one.ttft_p99_ms == pytest.approx(DISK_MS + 40)
+    # The one asked for first is not the one that was there from the start.
+    assert one.ttft_mean_ms == pytest.approx(40 + one.loads * DISK_MS / len(apart))
 
 
 def test_prompts_that_share_blocks_find_them_in_the_prefix_cache() -> None:
@@ -204,20 +205,16 @@ def test_steps_are_planned_ahead_unless_the_file_says_otherwise() -> None:
     assert ahead.ttft_mean_ms - after.ttft_mean_ms == pytest.approx(10 / 2)
 
 
-def test_each_figure_is_the_median_over_the_seeds() -> None:
-    """Whom the requests ask differs by seed. The third leaves the middle between the first two."""
-    file: dict[str, Any] = {
-        "card": "a10g-llama8b",
-        "places": 2,
-        "kv_pages": 500,
-        "adapters": {"count": 6},
-    }
-    one, two, three = (
-        traced(recorded("conv", 12), "ours", 4.0, seeds=seeds, **file).loads for seeds in (1, 2, 3)
-    )
-    first, second = one, 2 * two - one
-    assert first != second
-    assert min(first, second) <= three <= max(first, second)
+def test_each_figure_is_its_own_median_over_the_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_seed = [(0.9, 5), (0.1, 1), (0.5, 9)]
+
+    def run(*arguments: Any) -> WorkloadFigures:
+        goodput, loads = by_seed[arguments[4]]
+        return WorkloadFigures(goodput, 1, 1, 1, 1, 1, 1, 1, 1, loads, 0)
+
+    monkeypatch.setattr("replica.simulated_workload._run", run)
+    found = lone(Recorded(0.0, 300, 11), seeds=3)
+    assert (found.goodput, found.loads) == (0.5, 5)
 
 
 def test_in_one_memory_the_longest_prompt_leaves_an_adapter_its_place() -> None:

@@ -68,3 +68,16 @@ def test_skewed_names_each_so_much_rarer_than_the_one_before() -> None:
 def test_a_stream_without_adapters_names_the_base_model() -> None:
     drawn = arrivals([Stream("base", 5, 1.0, 8, 8)], 1)
     assert all(isinstance(a, Arrival) and a.adapter is None for a in drawn)
+
+
+def test_prompts_are_alike_in_the_blocks_that_they_share_and_nowhere_else() -> None:
+    def prompt(number: int, tokens: int, *blocks: int) -> tuple[int, ...]:
+        return Arrival(0.0, None, tokens, 1, "s", blocks).prompt(number)
+
+    first, second = prompt(0, 1200, 7, 8), prompt(1, 1400, 7, 9)
+    assert (len(first), len(second)) == (1200, 1400)
+    assert first[:512] == second[:512]
+    assert not set(first[512:]) & set(second)
+    assert len(set(first)) == 1200  # 7 and 8 have no token in common either
+    assert prompt(2, 600, 7, 8) == first[:600]  # a prompt may end within its last block
+    assert not set(prompt(3, 50)) & set(prompt(4, 50))
