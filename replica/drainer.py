@@ -30,6 +30,9 @@ from replica.residency import Residency
 # A slice lasts at least so many times as long as bringing one image in and the other back.
 _COPIES_A_SLICE = 5
 
+# A parked adapter is due after so many turns at the latest.
+_DUE_TURNS = 60
+
 # Where nobody is parked, an adapter is drained for after so many times the turns of all.
 _LATE_TURNS = 10
 
@@ -172,11 +175,10 @@ class Drainer:
         return None if victims is None else Way(victims=tuple(victims))
 
     def _due(self, adapter: Adapter, waiting: Sequence[Request], now_s: float) -> bool:
-        """A request of it has no token yet; or it waited for twice the turns of all others."""
+        """A request of it has no token yet, or it waited for so long that it takes any turn."""
         if adapter.starved_s is None or not all(request.begun for request in waiting):
             return True
-        others_s = self._all_turns_s(adapter) - self._turn_s(adapter)
-        return now_s - adapter.starved_s >= 2 * others_s
+        return now_s - adapter.starved_s >= self._due_s(adapter)
 
     def _all_turns_s(self, adapter: Adapter) -> float:
         """Until each adapter that has no place now would have had one, if all of them waited."""
@@ -184,6 +186,14 @@ class Drainer:
         places = max(len(residency.placed) - residency.pinned, 1)
         away = len(residency.adapters) - residency.pinned - places
         return self.bound_s(away, places, adapter.bytes)
+
+    def _due_s(self, adapter: Adapter) -> float:
+        """How long one with tokens waits for those with less left. Where all others have their turn
+        in one, it is due at once; where turns are many, each would be late if all took them.
+        """
+        turn_s = self._turn_s(adapter)
+        others_s = self._all_turns_s(adapter) - turn_s
+        return max(min(3 * others_s - turn_s, _DUE_TURNS * turn_s), 0.0)
 
     def _turn_s(self, adapter: Adapter) -> float:
         return self.bound_s(1, 1, adapter.bytes)

@@ -637,7 +637,7 @@ FAULTS = (
         "drainer",
         "who was parked is never due",
         "drainer",
-        "return now_s - adapter.starved_s >= 2 * others_s",
+        "return now_s - adapter.starved_s >= self._due_s(adapter)",
         "return False",
     ),
     _fault(

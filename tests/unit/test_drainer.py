@@ -338,7 +338,7 @@ def test_one_that_was_parked_takes_the_place_of_one_with_more_left() -> None:
 
 def test_one_that_was_parked_waits_for_those_with_less_left_until_it_is_due() -> None:
     core = crowd(left=50)
-    due_s = 1.0 + 2 * 3 * (0.5 + 2 * 0.01)
+    due_s = 1.0 + (3 * 3 - 1) * (0.5 + 2 * 0.01)
     for now_s in (1.6, 2.5, due_s - 0.1):
         assert loaded(run(core, now_s)[0]) == []
     assert loaded(run(core, due_s + 0.1)[0]) == ["a"]
