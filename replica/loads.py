@@ -20,11 +20,14 @@ from replica.waiting import Waiting
 # The place that the base model takes when `base_slot` is shared: no bytes, but a slot.
 BASE_PLACE = ""
 
-# So many of the shortest turns after pages were short rows are parked again.
-_CALM_TURNS = 10
+# So long after pages or computing were short rows are parked again.
+_CALM_S = 5.0
 
-# Prompts that take longer than so many of the shortest turns wait: computing is what is short.
-_PILE_TURNS = 4
+# Where the prompts that wait take longer than that, computing is what is short.
+_PILE_S = 2.0
+
+# A request for whom rows are parked is to have its first token as soon as that.
+_FIRST_TOKEN_S = 0.5
 
 # A copy that is not there when it was expected is given this part of a prefill more.
 _LATE = 0.1
@@ -277,7 +280,7 @@ class Loads:
             if self._overloaded:
                 self._drain(digest, now_s)
                 return None
-            if not waiting[0].begun and not self._prompt_fits_a_turn(waiting[0]):
+            if not waiting[0].begun and not self._first_token_is_near(waiting[0]):
                 return None
         way = self._drainer.park(digest, keep, self._batch.running.values(), waiting, now_s)
         if way is None:
@@ -297,21 +300,21 @@ class Loads:
         """
         if self._batch.short or not self._batch.ample or self._prompts_pile_up():
             self._short_s = now_s
-        return now_s - self._short_s < _CALM_TURNS * self._drainer.sharing.quantum_s
+        return now_s - self._short_s < _CALM_S
 
     def _prompts_pile_up(self) -> bool:
         tokens = 0
         for request in self._waiting:
             tokens += max(len(request.prompt) - request.computed, 0)
-            if self._costs.prefill_s(tokens) > _PILE_TURNS * self._drainer.sharing.quantum_s:
+            if self._costs.prefill_s(tokens) > _PILE_S:
                 return True
         return False
 
-    def _prompt_fits_a_turn(self, request: Request) -> bool:
-        """Its first token comes within a turn, after the prompts that are being computed."""
+    def _first_token_is_near(self, request: Request) -> bool:
+        """After the prompts that are being computed."""
         ahead = sum(max(len(r.prompt) - r.computed, 0) for r in self._batch.running.values())
         tokens = ahead + len(request.prompt) - request.computed
-        return not ahead or self._costs.prefill_s(tokens) <= self._drainer.sharing.quantum_s
+        return not ahead or self._costs.prefill_s(tokens) <= _FIRST_TOKEN_S
 
     def _has_pages(self, digest: str, now_s: float) -> bool:
         """Or waited so long that pages are to be saved for it, which takes a place first."""

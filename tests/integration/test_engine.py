@@ -468,6 +468,7 @@ def test_tokens_are_the_same_at_both_depths(
             batch_rows_max=6,
             quantum_s=0.001,
             kv_memory=2**17 if pages_short else 2**22,
+            growth_outputs=0.0,
             plan_depth=depth,
         )
         threads = made._loader._threads
