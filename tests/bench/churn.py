@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=60)
     parser.add_argument("--places", type=int, default=6, help="largest images the arena holds")
     parser.add_argument("--plan-depth", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--kv-memory", type=int, default=2**24, help="bytes; 2**20 are too few")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
@@ -66,7 +67,7 @@ def churn(args: argparse.Namespace, directory: Path) -> None:
             seed=args.seed,
             adapter_memory=args.places * image,
             host_memory=3 * image,
-            kv_memory=2**20,
+            kv_memory=args.kv_memory,
             batch_rows_max=16,
             plan_depth=args.plan_depth,
             quantum_s=0.002,
