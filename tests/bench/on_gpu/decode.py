@@ -388,6 +388,12 @@ def _engine_steps(
     """The same decode steps planned by the scheduler and committed to it, as a server's are."""
     engine, count, steps = server.engine, sizes.lora_rows, sizes.steps
     generator = torch.Generator().manual_seed(setting.seed)
+    # While an adapter is on its way, rows of the others would decode all that they may.
+    for name in dict.fromkeys(names[:count]):
+        once = replace(_GREEDY, max_tokens=1)
+        engine.add(NewRequest(f"{what} loads {name}", (3,), once, server.digests[name]))
+    while engine.has_work:
+        engine.step()
     # Those that have their prompts computed first decode meanwhile.
     longest = sizes.context - 2 * count - steps * (sizes.rounds + 2)
     prompt = max(longest, sizes.context // 4)
