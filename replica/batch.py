@@ -12,7 +12,9 @@ from replica.residency import Residency
 from replica.story import Event, Stories
 from replica.waiting import Waiting
 
-# So many requests look for pages in one step when there are none for the first of them.
+# So many requests look for pages in one step when there are none for the first of them. A later one
+# that is small enough for what is free then waits for a step in which fewer stand before it; asking
+# thousands would take longer than the step itself.
 _TRIES = 64
 
 
@@ -240,10 +242,7 @@ class Batch:
         count = self._pages.needed(request.tokens) - len(request.pages)
         if count <= 0:
             return True
-        patient, saved = False, 0
-        if self._passed_over is not None:
-            patient = self._saves_for(request, now_s)
-            saved = 0 if patient else self._saved(now_s)
+        saved = 0 if self._saves_for(request, now_s) else self._saved(now_s)
         kept = 0 if alone else self._kept_from(request)
         grown = 0
         if not (alone or back):

@@ -119,7 +119,7 @@ FAULTS = (
         "scheduler",
         "pages are saved for nobody",
         "batch",
-        "saved = 0 if patient else self._saved(now_s)",
+        "saved = 0 if self._saves_for(request, now_s) else self._saved(now_s)",
         "saved = 0",
     ),
     _fault(
