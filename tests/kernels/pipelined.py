@@ -57,6 +57,8 @@ def load(model_dir: str, adapters: Sequence[str] = (), **settings: Any) -> Runne
         "rank_max": 32,
         "page_tokens": PAGE_TOKENS,
         "kv_memory": 2**20,
+        "adapter_memory": 2**26,  # a GPU's would be all that it has
+        "host_memory": 2**20,
         "directory_slots": 8,
     }
     config = EngineConfig(model=model_dir, **defaults | settings)

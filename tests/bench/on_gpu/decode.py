@@ -392,8 +392,7 @@ def _engine_steps(
     for name in dict.fromkeys(names[:count]):
         once = replace(_GREEDY, max_tokens=1)
         engine.add(NewRequest(f"{what} loads {name}", (3,), once, server.digests[name]))
-    while engine.has_work:
-        engine.step()
+    server.settle()
     # Those that have their prompts computed first decode meanwhile.
     longest = sizes.context - 2 * count - steps * (sizes.rounds + 2)
     prompt = max(longest, sizes.context // 4)
@@ -419,8 +418,7 @@ def _engine_steps(
     context = sum(request.computed for request in running) // count
     for name in everyone:
         engine.cancel(name)
-    while engine.has_work:
-        engine.step()
+    server.settle()
     placed = [0] if what == "base" else sorted(engine.runner.arena._placed)
     alike = decoding(setting, replace(sizes, context=context), count, placed)
     alone = [_step_s(engine.runner, alike, steps) for _ in range(sizes.rounds + 1)][1:]

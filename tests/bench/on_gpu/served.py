@@ -31,6 +31,16 @@ class Served:
         prompts = [tuple(rng.randrange(3, vocab) for _ in range(a.prompt_tokens)) for a in coming]
         return replay(self.engine, self.woken, coming, prompts, self.digests)
 
+    def settle(self) -> None:
+        """Until all that was asked for has ended. Whoever asks an engine for steps all the time
+        while it waits for a load leaves the load's thread no time.
+        """
+        while self.engine.has_work:
+            self.woken.clear()
+            self.engine.step()
+            if self.engine.idle:
+                self.woken.wait(1.0)
+
     def warm(self, prompt_tokens: Sequence[int], output_tokens: int, seed: int) -> None:
         """Each adapter, and the base model, with prompts of each of these lengths.
 
