@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from cluster.errors import AdapterRefused, ConfigError, FleetError
-from replica.settings import absolute, check_files, read_settings, with_rank_expected
+from replica.serving.settings import absolute, check_files, read_settings, with_rank_expected
 from router.flags import (
     Adapter,
     AdapterMemory,
@@ -170,7 +170,7 @@ def replica(
     settings = read_settings(locals())
     check_files(settings)
     settings = dataclasses.replace(settings, engine=with_rank_expected(settings))
-    from replica.alone import run
+    from replica.serving.single_process import run
 
     with _listen(settings.host, settings.port) as listener, _until_signalled():
         asyncio.run(run(settings, listener))
@@ -295,8 +295,8 @@ def upstream(
     """Replay the published upstream tables: before and after them, and ours (under a minute)."""
     import json
 
-    from replica.comparison import HEADER, as_json, compare, lines
-    from replica.upstream import TABLES
+    from replica.simulation.comparison import HEADER, as_json, compare, lines
+    from replica.simulation.upstream import TABLES
 
     if json_only:
         print(json.dumps(as_json([compare(name, seeds, depth) for name in TABLES]), indent=2))
@@ -341,8 +341,8 @@ def simulate_workload(
     """
     import json
 
-    from replica.settings import read_workload
-    from replica.simulated_workload import POLICIES, Slo, simulate, table
+    from replica.serving.settings import read_workload
+    from replica.simulation.workload import POLICIES, Slo, simulate, table
 
     chosen = policy or ["ours"]
     for name in chosen:
@@ -371,9 +371,9 @@ def bench_upstream(
     threads: Threads = 1,
 ) -> None:
     """Replay the upstream workloads, scaled down, on a toy model (about 20 minutes)."""
-    from replica.bench import beside, lines
-    from replica.bench import upstream as measure
-    from replica.upstream import TABLES
+    from replica.simulation.upstream import TABLES
+    from tests.bench.upstream import beside, lines
+    from tests.bench.upstream import upstream as measure
 
     for name in tables or []:
         if name not in TABLES:

@@ -40,7 +40,7 @@ class EngineConfig:
     device_memory: for both together, instead of those two (on a GPU): adapters take what pages
     leave free and give it back. host_memory: bytes of host memory for images that left the device
     (page-locked on CUDA), so that they come back without their files; 0: none. Those that are None
-    are chosen when the engine starts (replica/sizing.py): on CUDA one device_memory, from
+    are chosen when the engine starts (replica/engine/sizing.py): on CUDA one device_memory, from
     `memory_utilization` of what is free when the model is there and one largest step has run; on a
     CPU, from as much of `replica_memory`.
     replica_memory: bytes of the machine's memory that one replica may use, model and all; None: the

@@ -12,7 +12,7 @@ from ray.serve.config import RequestRouterConfig
 
 from cluster.config import EngineConfig, FleetConfig, load
 from cluster.errors import ConfigError
-from replica.actor import Replica
+from replica.serving.actor import Replica
 from router import environment
 from router.ingress import Ingress
 
@@ -23,7 +23,7 @@ UNBOUNDED = 1_000_000
 # A replica that cannot start will not start the twentieth time either.
 STARTS_MAX = 3
 
-ENGINE = "replica.link:EngineLink"
+ENGINE = "replica.engine.link:EngineLink"
 
 
 def build(arguments: Mapping[str, Any]) -> serve.Application:
@@ -40,7 +40,7 @@ def build(arguments: Mapping[str, Any]) -> serve.Application:
 
 
 def compose(config: FleetConfig, engine: str = ENGINE) -> serve.Application:
-    """engine: import path of what makes a `replica.front.Engine` from an EngineConfig."""
+    """engine: import path of what makes a `replica.api.interfaces.Engine` from an EngineConfig."""
     environment.check(os.environ)
     environment.redis_url()
     settled = dataclasses.replace(config, engine=settle(config))

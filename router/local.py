@@ -24,10 +24,10 @@ from cluster.config import EngineConfig, FleetConfig
 from cluster.errors import ConfigError, StartupError
 from cluster.redis_client import check_reachable
 from cluster.redis_server import RedisServer
-from replica.node import read_node
-from replica.settings import with_rank_expected
-from replica.shape import read_shape
-from replica.sizing import described, settled, share
+from replica.engine.node import read_node
+from replica.engine.sizing import described, settled, share
+from replica.model.shape import read_shape
+from replica.serving.settings import with_rank_expected
 from router import environment
 
 START_S = 300.0
@@ -35,7 +35,7 @@ START_S = 300.0
 _PORTS = range(20_000, 30_000)
 # Where each fleet's share of the ports for replicas begins; as many fleets fit on one machine.
 _REPLICA_PORTS = range(30_000, 32_720, 40)
-ENGINE = "replica.link:EngineLink"
+ENGINE = "replica.engine.link:EngineLink"
 
 # Serve offers HAProxy's statistics on every interface, and has no setting for it. It starts
 # HAProxy as `haproxy -db -f CONFIG ...`, each time it has written CONFIG anew, and would leave it

@@ -7,19 +7,19 @@ Adapters a, b, c, d of 40 bytes; an arena of 100 bytes has two places for them. 
 from collections.abc import Callable, Mapping
 
 from cluster.costs import Costs
-from replica import eviction
-from replica.admission import Limits
-from replica.budget import Budget
-from replica.drainer import Sharing
-from replica.extents import Extents
-from replica.growth import Growth
-from replica.loads import Switches
-from replica.pages import Pages
-from replica.plan import Plan
-from replica.request import Delta, NewRequest, Sampled, Sampling
-from replica.residency import Residency
-from replica.scheduler import Scheduler
-from replica.share import Share
+from replica.scheduling import victims
+from replica.scheduling.adapter_cache import Residency
+from replica.scheduling.admission import Limits
+from replica.scheduling.budget import Budget
+from replica.scheduling.drainer import Sharing
+from replica.scheduling.extents import Extents
+from replica.scheduling.growth import Growth
+from replica.scheduling.loads import Switches
+from replica.scheduling.pages import Pages
+from replica.scheduling.plan import Plan
+from replica.scheduling.request import Delta, NewRequest, Sampled, Sampling
+from replica.scheduling.scheduler import Scheduler
+from replica.scheduling.share import Share
 
 EOS = 2
 STEP_S = 0.05
@@ -42,7 +42,7 @@ def scheduler(
     switches: Switches | None = None,
     sharing: Sharing | None = None,
     share: Share | None = None,
-    order: eviction.Order = eviction.lru,
+    order: victims.EvictionOrder = victims.lru,
     parked_pages_max: int | None = None,
     page_wait_max_s: float = 2.0,
     page_bytes: int | None = None,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from replica.streams import CopyStream, Event
+from replica.adapters.streams import CopyStream, Event
 from tests.until import TIMEOUT_S
 
 

@@ -16,10 +16,10 @@ import uvicorn
 
 from cluster.errors import BadRequest, FleetError, ModelNotFound
 from cluster.values import Version
-from replica.catalog_page import catalog_page
-from replica.front import Acknowledgement
-from replica.server import Server, ServerConfig, build_app
-from replica.text import Text
+from replica.api.catalog_page import catalog_page
+from replica.api.interfaces import Acknowledgement
+from replica.api.server import Server, ServerConfig, build_app
+from replica.api.text import Text
 from tests.models import write_tokenizer
 from tests.stub_engine import StubEngine
 from tests.until import until
@@ -42,7 +42,7 @@ def tokens_of(words: str) -> tuple[int, ...]:
 
 
 class Book:
-    """Implements `replica.front.Adapters` in memory; `refusal` is what the next change raises."""
+    """Implements `replica.api.interfaces.Adapters` in memory; `refusal` is what the next change raises."""
 
     def __init__(self, *versions: Version) -> None:
         self._versions = {version.name: version for version in versions}

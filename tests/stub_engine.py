@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from cluster.config import EngineConfig
 from cluster.errors import FleetError, ModelNotFound, QueueFull, ShuttingDown
 from cluster.values import LoadReport, Residency, Tier, Version
-from replica.request import Delta, Finish, NewRequest, TokenLogprobs
-from replica.story import Event, Happening
+from replica.scheduling.request import Delta, Finish, NewRequest, TokenLogprobs
+from replica.scheduling.timeline import Event, Happening
 
 
 @dataclass(slots=True)
@@ -22,7 +22,7 @@ class Row:
 
 
 class StubEngine:
-    """Implements `replica.front.Engine`.
+    """Implements `replica.api.interfaces.Engine`.
 
     Every `step_s` each running request gets `tokens_per_step` tokens: its rate is their quotient,
     the engine's is that times the requests running (64 requests, step_s=0.0064: 10,000 tokens/s).

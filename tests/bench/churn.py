@@ -17,10 +17,10 @@ from pathlib import Path
 
 from cluster.config import EngineConfig
 from cluster.values import Version
-from replica.adapter_files import inspect
-from replica.engine import Engine
-from replica.request import NewRequest, Sampling
-from replica.toys import toy_adapter, toy_model
+from replica.adapters.adapter_files import inspect
+from replica.engine.engine import Engine
+from replica.scheduling.request import NewRequest, Sampling
+from tests.bench.toys import toy_adapter, toy_model
 
 RANKS = (4, 8, 16, 32)
 PROMPTS = [tuple(range(3 + 7 * i, 23 + 12 * i)) for i in range(3)]

@@ -17,12 +17,12 @@ from torch.nn import functional as F
 
 from cluster.config import EngineConfig
 from cluster.values import Version
-from replica.adapter_files import inspect
-from replica.engine import Engine
-from replica.request import NewRequest, Sampling
-from replica.shape import read_shape
-from replica.sizing import DTYPE_BYTES
-from replica.weights import Linear, load_weights
+from replica.adapters.adapter_files import inspect
+from replica.engine.engine import Engine
+from replica.engine.sizing import DTYPE_BYTES
+from replica.model.shape import read_shape
+from replica.model.weights import Linear, load_weights
+from replica.scheduling.request import NewRequest, Sampling
 from tests.models import make_adapter, make_model
 
 PROMPT_TOKENS = 128

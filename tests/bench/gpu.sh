@@ -105,7 +105,7 @@ run() {
         # Those that need a device. Other versions of libraries warn of other things, and plugins
         # may be missing that options are for.
         PYTHONPATH=.:kernels TRITON_INTERPRET=0 timeout -k 15 "$seconds" "$python" -m pytest -q \
-            -m gpu -o addopts= -o filterwarnings=default tests/kernels tests/unit/test_streams.py \
+            -m gpu -o addopts= -o filterwarnings=default tests/kernels tests/unit/adapters/test_streams.py \
             > "$work/tests.log" 2>&1
         echo "== tests: $(tail -n 1 "$work/tests.log")"
         return ;;

@@ -16,9 +16,9 @@ import torch
 
 from cluster.config import EngineConfig
 from cluster.values import Tier, Version
-from replica.adapter_files import inspect
-from replica.engine import Engine
-from replica.request import NewRequest, Sampling
+from replica.adapters.adapter_files import inspect
+from replica.engine.engine import Engine
+from replica.scheduling.request import NewRequest, Sampling
 from tests.bench.decode import MODEL
 from tests.models import make_adapter, make_model
 

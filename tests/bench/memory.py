@@ -26,7 +26,7 @@ from pathlib import Path
 
 import httpx
 
-from replica.toys import toy_adapter, toy_model
+from tests.bench.toys import toy_adapter, toy_model
 from tests.fleet import LORAFLEET, environment, eventually
 from tests.models import write_tokenizer
 

@@ -16,10 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from replica.hardware import PAGE_BYTES
-from replica.simulated_workload import Slo, WorkloadFigures, simulate
-from replica.traces import read_trace
-from replica.workload_file import Workload, parse
+from replica.simulation.cards import PAGE_BYTES
+from replica.simulation.traces import read_trace
+from replica.simulation.workload import Slo, WorkloadFigures, simulate
+from replica.simulation.workload_file import Workload, parse
 
 BASE: Mapping[str, Any] = {
     "card": "a10g-llama8b",

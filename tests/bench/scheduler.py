@@ -16,20 +16,20 @@ import time
 from dataclasses import dataclass
 
 from cluster.costs import Costs
-from replica import eviction
-from replica.adapter import Load
-from replica.admission import Limits
-from replica.budget import Budget
-from replica.drainer import Sharing
-from replica.engine_process import calm_collector
-from replica.extents import Extents
-from replica.loads import Switches
-from replica.pages import Pages
-from replica.request import NewRequest, Sampled, Sampling
-from replica.residency import Residency
-from replica.scheduler import Scheduler
-from replica.share import Share
-from replica.story import Event
+from replica.engine.engine_process import calm_collector
+from replica.scheduling import victims
+from replica.scheduling.adapter import Load
+from replica.scheduling.adapter_cache import Residency
+from replica.scheduling.admission import Limits
+from replica.scheduling.budget import Budget
+from replica.scheduling.drainer import Sharing
+from replica.scheduling.extents import Extents
+from replica.scheduling.loads import Switches
+from replica.scheduling.pages import Pages
+from replica.scheduling.request import NewRequest, Sampled, Sampling
+from replica.scheduling.scheduler import Scheduler
+from replica.scheduling.share import Share
+from replica.scheduling.timeline import Event
 
 STEP_S = 0.01
 LOAD_STEPS = 5
@@ -39,7 +39,7 @@ LOAD_STEPS = 5
 class Size:
     """pages: of 16 tokens, of which a request takes about 8; None: enough for all rows.
 
-    shared: adapters and pages share one memory (`replica/budget.py`), of `pages` pages.
+    shared: adapters and pages share one memory (`replica/scheduling/budget.py`), of `pages` pages.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Bench:
         pages = Pages(size.pages or size.running * 16, 16)
         extents = Extents(0 if size.shared else size.places * 64 * 4096)
         budget = Budget(extents, pages, 2**17, 256, 16) if size.shared else None
-        residency = Residency(extents, 255, eviction.cost, costs.copy_s, 1.0, 60.0, budget=budget)
+        residency = Residency(extents, 255, victims.cost, costs.copy_s, 1.0, 60.0, budget=budget)
         for i in range(size.adapters):
             ranks = self.rng.choice([8, 16, 32, 64])
             residency.register(f"{i:064x}", "/", ranks * 4096, pinned=False, now_s=0.0)

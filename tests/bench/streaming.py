@@ -26,7 +26,7 @@ BODY = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "strea
 def serve(listener: socket.socket, step_s: float, pipe: Connection) -> None:
     import uvicorn
 
-    from replica.server import ServerConfig, build_app
+    from replica.api.server import ServerConfig, build_app
     from tests.serving import Book, text
     from tests.stub_engine import StubEngine
 

@@ -13,8 +13,8 @@ import httpx
 import psutil
 import pytest
 
-from replica.shape import read_shape
-from replica.toys import toy_adapter
+from replica.model.shape import read_shape
+from tests.bench.toys import toy_adapter
 from tests.fleet import ANSWER_S, LORAFLEET, START_S, STOP_S, environment, eventually
 from tests.models import make_adapter, make_model
 

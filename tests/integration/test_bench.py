@@ -5,8 +5,8 @@ import io
 
 import pytest
 
-from replica import bench
-from replica.upstream import TABLES
+from replica.simulation.upstream import TABLES
+from tests.bench import upstream as bench
 
 STREAMS = tuple(
     dataclasses.replace(s, requests=5, rate=40.0, output_tokens_max=64)

@@ -16,11 +16,11 @@ import pytest
 from cluster.config import EngineConfig
 from cluster.errors import ConfigError
 from cluster.values import Tier, Version
-from replica.adapter_files import inspect
-from replica.engine import Engine
-from replica.host_pool import HostPool
-from replica.request import Delta, Finish, NewRequest, Sampling
-from replica.shape import read_shape
+from replica.adapters.adapter_files import inspect
+from replica.adapters.host_pool import HostPool
+from replica.engine.engine import Engine
+from replica.model.shape import read_shape
+from replica.scheduling.request import Delta, Finish, NewRequest, Sampling
 from tests.late import LateDevice
 from tests.models import make_adapter, make_model
 from tests.until import WORK_S
@@ -91,9 +91,11 @@ def driven(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     looks = itertools.count(1.0, 0.05)
     slow = types.SimpleNamespace(monotonic=lambda: next(looks), time=time.time)
-    monkeypatch.setattr("replica.engine.time", slow)
-    monkeypatch.setattr("replica.loader.time", types.SimpleNamespace(monotonic=lambda: 0.0))
-    monkeypatch.setattr("replica.loader.ThreadPoolExecutor", LoadsOnDemand)
+    monkeypatch.setattr("replica.engine.engine.time", slow)
+    monkeypatch.setattr(
+        "replica.adapters.loader.time", types.SimpleNamespace(monotonic=lambda: 0.0)
+    )
+    monkeypatch.setattr("replica.adapters.loader.ThreadPoolExecutor", LoadsOnDemand)
 
 
 @pytest.fixture(scope="module")

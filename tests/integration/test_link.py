@@ -20,10 +20,10 @@ from cluster.errors import (
     StartupError,
 )
 from cluster.values import Residency, Tier, Version
-from replica.adapter_files import inspect
-from replica.link import EngineLink
-from replica.request import Delta, Finish, NewRequest, Sampling
-from replica.shape import read_shape
+from replica.adapters.adapter_files import inspect
+from replica.engine.link import EngineLink
+from replica.model.shape import read_shape
+from replica.scheduling.request import Delta, Finish, NewRequest, Sampling
 from tests.models import edit_config, make_adapter, make_model
 from tests.until import until, until_now
 
@@ -163,7 +163,7 @@ def test_the_engine_dies_with_its_parent(model: str) -> None:
     script = f"""
 import asyncio, sys
 from cluster.config import EngineConfig
-from replica.link import EngineLink
+from replica.engine.link import EngineLink
 link = EngineLink(EngineConfig({model!r}, threads=1))
 asyncio.run(link.start())
 print(link.pid, flush=True)

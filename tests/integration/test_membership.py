@@ -28,9 +28,9 @@ from cluster.redis_client import connect, prefix
 from cluster.redis_server import RedisServer
 from cluster.registry import Follower
 from cluster.values import LoadReport, Residency, Version
-from replica import settling
-from replica.front import Acknowledgement
-from replica.membership import Membership
+from replica.api.interfaces import Acknowledgement
+from replica.serving import reconciler as settling
+from replica.serving.membership import Membership
 from tests.small_files import settled_config, write_adapter, write_model_config
 from tests.stub_engine import StubEngine
 from tests.until import TIMEOUT_S, until
@@ -275,7 +275,7 @@ class Patience:
 @pytest.fixture
 def patience(monkeypatch: pytest.MonkeyPatch) -> Patience:
     patience = Patience()
-    monkeypatch.setattr("replica.membership.time", patience)
+    monkeypatch.setattr("replica.serving.membership.time", patience)
     return patience
 
 

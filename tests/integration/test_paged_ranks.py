@@ -8,10 +8,10 @@ import torch
 
 from cluster.config import EngineConfig
 from cluster.values import Version
-from replica.adapter_files import inspect
-from replica.engine import Engine
-from replica.request import NewRequest, Sampling
-from replica.shape import read_shape
+from replica.adapters.adapter_files import inspect
+from replica.engine.engine import Engine
+from replica.model.shape import read_shape
+from replica.scheduling.request import NewRequest, Sampling
 from tests.models import make_adapter, make_model
 
 VOCAB = 320

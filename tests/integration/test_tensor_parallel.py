@@ -18,16 +18,16 @@ from safetensors.torch import load_file
 from cluster.config import EngineConfig
 from cluster.errors import ConfigError, EngineFailed, StartupError
 from cluster.values import Tier, Version
-from replica import tensor_parallel
-from replica.adapter import Load
-from replica.adapter_files import TENSORS_FILE, inspect
-from replica.engine import Engine
-from replica.launch import Row
-from replica.link import EngineLink
-from replica.orders import Drop, Order
-from replica.request import Delta, NewRequest, Sampling
-from replica.shape import read_shape
-from replica.tensor_parallel import _Process
+from replica.adapters.adapter_files import TENSORS_FILE, inspect
+from replica.engine import tensor_parallel
+from replica.engine.engine import Engine
+from replica.engine.link import EngineLink
+from replica.engine.tensor_parallel import _Process
+from replica.engine.tp_messages import Drop, Order
+from replica.model.launch import Row
+from replica.model.shape import read_shape
+from replica.scheduling.adapter import Load
+from replica.scheduling.request import Delta, NewRequest, Sampling
 from tests.models import edit_tensors, make_adapter, make_model
 from tests.until import TIMEOUT_S, WORK_S, until, until_now
 
@@ -404,7 +404,7 @@ def test_ranks_die_with_the_process_that_started_the_engine(model: str) -> None:
     script = f"""
 import asyncio, sys
 from cluster.config import EngineConfig
-from replica.link import EngineLink
+from replica.engine.link import EngineLink
 link = EngineLink(EngineConfig({model!r}, device="cpu", threads=1, tensor_parallel=2))
 asyncio.run(link.start())
 print(link.pid, flush=True)
@@ -436,8 +436,8 @@ def test_an_engine_that_waits_for_a_lost_rank_for_ever_ends(model: str) -> None:
     script = f"""
 import os, signal, time
 from cluster.config import EngineConfig
-from replica import tensor_parallel
-from replica.shape import read_shape
+from replica.engine import tensor_parallel
+from replica.model.shape import read_shape
 tensor_parallel._STUCK_S = 0.1
 config = EngineConfig({model!r}, device="cpu", threads=1, tensor_parallel=2)
 runner, followers = tensor_parallel.start_ranks(config, read_shape(config.model), lambda: None)

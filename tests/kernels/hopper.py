@@ -20,15 +20,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from cluster.config import EngineConfig
-from replica.arena import Arena
-from replica.decoder import rotary_tables
-from replica.image import Layout
-from replica.launch import Row
-from replica.memory import divide
-from replica.page_memory import PageMemory
-from replica.request import Sampling
-from replica.shape import PROJECTIONS, ModelShape, read_shape
-from replica.weights import Linear, load_weights
+from replica.adapters.arena import Arena
+from replica.adapters.image import Layout
+from replica.model.decoder import rotary_tables
+from replica.model.launch import Row
+from replica.model.memory import divide
+from replica.model.page_memory import PageMemory
+from replica.model.shape import PROJECTIONS, ModelShape, read_shape
+from replica.model.weights import Linear, load_weights
+from replica.scheduling.request import Sampling
 from tests.kernels.machine_code import overwritten
 
 CPU = torch.device("cpu")
@@ -200,9 +200,9 @@ def executor() -> None:
         )
     from lora_kernels import fused
     from lora_kernels.matmuls import Matmuls
-    from replica.graphs import keep
-    from replica.paged_decoder import paged_cache
-    from replica.paged_executor import PagedExecutor
+    from replica.model.graphs import keep
+    from replica.model.paged_decoder import paged_cache
+    from replica.model.paged_executor import PagedExecutor
 
     # Nothing is computed here, and what comes out is to be taken for tokens.
     launch = fused.choose

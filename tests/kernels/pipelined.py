@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from cluster.config import EngineConfig
-from replica.image import read_image
-from replica.launch import Row, Ticket
-from replica.request import Sampling, TokenLogprobs
-from replica.runner import Runner
-from replica.sampling import Sampled
-from replica.shape import read_shape
+from replica.adapters.image import read_image
+from replica.engine.runner import Runner
+from replica.model.launch import Row, Ticket
+from replica.model.sampling import Sampled
+from replica.model.shape import read_shape
+from replica.scheduling.request import Sampling, TokenLogprobs
 from tests.models import make_adapter
 
 VOCAB = 96

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import GridExecutor
 
-from replica.graphs import Work
+from replica.model.graphs import Work
 
 
 class Recorder:

@@ -10,8 +10,8 @@ import torch
 
 from cluster.values import Version
 from lora_kernels import attention, fused
-from replica import graphs
-from replica.upstream import Table
+from replica.model import graphs
+from replica.simulation.upstream import Table
 from tests.bench.on_gpu import check, decode, times, trace, upstream
 from tests.bench.on_gpu.report import Report
 from tests.bench.on_gpu.setting import Setting

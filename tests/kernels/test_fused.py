@@ -6,12 +6,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.nn import functional as F
 
 from lora_kernels import fused, reference
-from replica import sampling
-from replica.decoder import Decoder, rotary_tables
-from replica.request import Sampling
-from replica.sampling import Draw, sample, uniforms
-from replica.shape import read_shape
-from replica.weights import Layer, Weights, linear
+from replica.model import sampling
+from replica.model.decoder import Decoder, rotary_tables
+from replica.model.sampling import Draw, sample, uniforms
+from replica.model.shape import read_shape
+from replica.model.weights import Layer, Weights, linear
+from replica.scheduling.request import Sampling
 from tests.models import make_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

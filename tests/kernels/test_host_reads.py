@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lora_kernels.host_reads import fetch, fetch_kernel
-from replica.paged_batch import HostBuffers
+from replica.model.paged_batch import HostBuffers
 
 
 @pytest.mark.parametrize("count", [1, 1023, 1024, 2500])

@@ -12,14 +12,14 @@ import torch
 from cluster.config import EngineConfig
 from cluster.errors import ConfigError, StartupError
 from cluster.values import Version
-from replica import graphs
-from replica.adapter_files import inspect
-from replica.engine import Engine
-from replica.gather_executor import GatherExecutor
-from replica.graphs import Captured, CudaCapture, Work
-from replica.image import read_image
-from replica.paged_executor import PagedExecutor
-from replica.request import NewRequest, Sampling
+from replica.adapters.adapter_files import inspect
+from replica.adapters.image import read_image
+from replica.engine.engine import Engine
+from replica.model import graphs
+from replica.model.gather_executor import GatherExecutor
+from replica.model.graphs import Captured, CudaCapture, Work
+from replica.model.paged_executor import PagedExecutor
+from replica.scheduling.request import NewRequest, Sampling
 from tests.kernels.pipelined import (
     GREEDY,
     REPORT,

@@ -12,15 +12,15 @@ import torch
 from cluster.config import EngineConfig
 from cluster.errors import AdapterRefused, ConfigError
 from cluster.values import Version
-from replica import largest_step
-from replica.adapter import PageMove
-from replica.adapter_files import inspect
-from replica.decoder import rotary_tables
-from replica.engine import Engine
-from replica.paged_executor import PagedExecutor
-from replica.request import NewRequest, Sampling
-from replica.sampling import Choice, Draw
-from replica.weights import load_weights
+from replica.adapters.adapter_files import inspect
+from replica.engine import largest_step
+from replica.engine.engine import Engine
+from replica.model.decoder import rotary_tables
+from replica.model.paged_executor import PagedExecutor
+from replica.model.sampling import Choice, Draw
+from replica.model.weights import load_weights
+from replica.scheduling.adapter import PageMove
+from replica.scheduling.request import NewRequest, Sampling
 from tests.kernels.pipelined import PAGE_TOKENS, TINY, adapters_of
 from tests.models import make_model
 from tests.until import WORK_S

@@ -1,14 +1,14 @@
 """A device's memory, byte by byte: what plans write where, and whether it is still there.
 
-Images and pages have a range each, or share one (`replica/budget.py`).
+Images and pages have a range each, or share one (`replica/scheduling/budget.py`).
 """
 
 import dataclasses
 from collections.abc import Sequence
 
-from replica.adapter import Evict, Load, PageMove, Room
-from replica.plan import Work
-from replica.scheduler import Scheduler
+from replica.scheduling.adapter import Evict, Load, PageMove, Room
+from replica.scheduling.plan import Work
+from replica.scheduling.scheduler import Scheduler
 
 _Written = tuple[str | None, int]  # the adapter that computed it, the token
 

@@ -11,20 +11,20 @@ from dataclasses import dataclass
 
 from cluster.costs import Costs
 from cluster.errors import FleetError
-from replica.adapter import Load
-from replica.admission import Limits
-from replica.budget import Budget
-from replica.drainer import Sharing
-from replica.eviction import ORDERS
-from replica.extents import Extents
-from replica.host_tier import HostTier
-from replica.loads import Switches
-from replica.pages import Pages
-from replica.plan import Plan
-from replica.request import ENDED, Delta, Finish, NewRequest, Request, Sampled, Sampling
-from replica.residency import Residency
-from replica.scheduler import Scheduler
-from replica.share import Share
+from replica.scheduling.adapter import Load
+from replica.scheduling.adapter_cache import Residency
+from replica.scheduling.admission import Limits
+from replica.scheduling.budget import Budget
+from replica.scheduling.drainer import Sharing
+from replica.scheduling.victims import ORDERS
+from replica.scheduling.extents import Extents
+from replica.scheduling.host_tier import HostTier
+from replica.scheduling.loads import Switches
+from replica.scheduling.pages import Pages
+from replica.scheduling.plan import Plan
+from replica.scheduling.request import ENDED, Delta, Finish, NewRequest, Request, Sampled, Sampling
+from replica.scheduling.scheduler import Scheduler
+from replica.scheduling.share import Share
 from tests.sim.memory import Memory
 
 

@@ -9,8 +9,8 @@ import random
 
 import pytest
 
-from replica.drainer import Sharing
-from replica.scheduler import Scheduler
+from replica.scheduling.drainer import Sharing
+from replica.scheduling.scheduler import Scheduler
 from tests.core import STEP_S, new, run, scheduler
 
 

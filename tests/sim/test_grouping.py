@@ -9,17 +9,17 @@ import pytest
 
 from cluster.costs import Costs
 from cluster.values import Tier
-from replica import eviction
-from replica.admission import Limits
-from replica.drainer import Sharing
-from replica.extents import Extents
-from replica.loads import Switches
-from replica.pages import Pages
-from replica.plan import Work
-from replica.residency import Residency
-from replica.scheduler import Scheduler
-from replica.twin import Twin
-from replica.workloads import Arrival
+from replica.scheduling import victims
+from replica.scheduling.adapter_cache import Residency
+from replica.scheduling.admission import Limits
+from replica.scheduling.drainer import Sharing
+from replica.scheduling.extents import Extents
+from replica.scheduling.loads import Switches
+from replica.scheduling.pages import Pages
+from replica.scheduling.plan import Work
+from replica.scheduling.scheduler import Scheduler
+from replica.simulation.simulator import Twin
+from replica.simulation.workloads import Arrival
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Device:
 def ttft_s(device: Device, adapters: int) -> list[float]:
     """Of one request an adapter, all of them coming at once."""
     costs = Costs(1.0 / device.load_s, device.decode_s, device.prefill_s / 10)
-    residency = Residency(Extents(adapters, 1), adapters, eviction.lru, costs.copy_s, 1.0, 8.0)
+    residency = Residency(Extents(adapters, 1), adapters, victims.lru, costs.copy_s, 1.0, 8.0)
     ranks: dict[str | None, int] = {None: 0}
     for i in range(adapters):
         residency.register(f"a{i}", "/", 1, pinned=False, now_s=0.0)

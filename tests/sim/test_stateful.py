@@ -21,16 +21,16 @@ from hypothesis.stateful import (
 
 from cluster.errors import FleetError
 from cluster.values import Tier
-from replica import eviction
-from replica.drainer import Sharing
-from replica.extents import Extents
-from replica.host_tier import HostTier
-from replica.loads import Switches
-from replica.pages import Pages
-from replica.plan import Plan
-from replica.request import ENDED, Delta, NewRequest, Sampled, Sampling
-from replica.residency import Residency
-from replica.scheduler import Scheduler
+from replica.scheduling import victims
+from replica.scheduling.adapter_cache import Residency
+from replica.scheduling.drainer import Sharing
+from replica.scheduling.extents import Extents
+from replica.scheduling.host_tier import HostTier
+from replica.scheduling.loads import Switches
+from replica.scheduling.pages import Pages
+from replica.scheduling.plan import Plan
+from replica.scheduling.request import ENDED, Delta, NewRequest, Sampled, Sampling
+from replica.scheduling.scheduler import Scheduler
 from tests.core import STEP_S, scheduler
 from tests.sim.memory import Memory
 
@@ -111,7 +111,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         super().__init__()
         self.now_s = 0.0
         self.directory = Residency(
-            Extents(100, 1), 4, eviction.cost, lambda size, _: size / 100, 1.0, 8.0, HostTier(60)
+            Extents(100, 1), 4, victims.cost, lambda size, _: size / 100, 1.0, 8.0, HostTier(60)
         )
         self.contents: dict[int, str] = {}
         self.in_flight: set[str] = set()

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lorafleet import cli
-from replica.comparison import (
+from replica.simulation.comparison import (
     REPORTED,
     SHARED_TTFT_P99_MS,
     Compared,
@@ -17,10 +17,10 @@ from replica.comparison import (
     itl_bound_ms,
     lines,
 )
-from replica.published import PUBLISHED
-from replica.twin import Figures, Record
-from replica.upstream import POLICIES, SHARED, TABLES, Replay, Table, replay, twin
-from replica.workloads import arrivals
+from replica.simulation.published import PUBLISHED
+from replica.simulation.simulator import Figures, Record
+from replica.simulation.upstream import POLICIES, SHARED, TABLES, Replay, Table, replay, twin
+from replica.simulation.workloads import arrivals
 
 # What draining is for builds up slowly: 17913 needs all of its requests.
 REQUESTS = {"17913": 200}
@@ -186,8 +186,8 @@ def test_ours_runs_at_the_depth_that_was_asked_for_and_upstreams_servers_at_1() 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_the_command_compares_at_that_depth(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
     small = shortened(TABLES["15512-small"], 10)
-    monkeypatch.setattr("replica.upstream.TABLES", {"15512-small": small})
-    monkeypatch.setattr("replica.comparison.TABLES", {"15512-small": small})
+    monkeypatch.setattr("replica.simulation.upstream.TABLES", {"15512-small": small})
+    monkeypatch.setattr("replica.simulation.comparison.TABLES", {"15512-small": small})
     command = ["simulate", "upstream", "--json", "--seeds", "1", "--depth", str(depth)]
     found = json.loads(CliRunner().invoke(cli, command).output)["15512-small"]["ours"]
     expected = replay(small, "ours", [0], depth).median("lora")
@@ -196,7 +196,7 @@ def test_the_command_compares_at_that_depth(depth: int, monkeypatch: pytest.Monk
 
 def test_the_command_prints_json(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one short table: the whole takes half a minute."""
-    monkeypatch.setattr("replica.upstream.TABLES", {"15512-small": None})
+    monkeypatch.setattr("replica.simulation.upstream.TABLES", {"15512-small": None})
     small = shortened(TABLES["15512-small"], 10)
     monkeypatch.setitem(TABLES, "15512-small", small)
     result = CliRunner().invoke(cli, ["simulate", "upstream", "--json", "--seeds", "1"])

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 from cluster.errors import ConfigError
 from lorafleet import cli
-from replica.hardware import PAGE_BYTES, image_bytes
-from replica.simulated_workload import POLICIES, Slo, WorkloadFigures, simulate, table
-from replica.traces import BLOCK_TOKENS, Recorded, read_trace
-from replica.workload_file import parse
+from replica.simulation.cards import PAGE_BYTES, image_bytes
+from replica.simulation.traces import BLOCK_TOKENS, Recorded, read_trace
+from replica.simulation.workload import POLICIES, Slo, WorkloadFigures, simulate, table
+from replica.simulation.workload_file import parse
 
 TRACES = Path(__file__).parents[1] / "traces"
 # 10 ms a step, 0.1 ms a prompt token; an adapter of rank 16 comes from the host in 8.4 ms, from
@@ -212,7 +212,7 @@ def test_each_figure_is_its_own_median_over_the_seeds(monkeypatch: pytest.Monkey
         goodput, loads = by_seed[arguments[4]]
         return WorkloadFigures(goodput, 1, 1, 1, 1, 1, 1, 1, 1, loads, 0)
 
-    monkeypatch.setattr("replica.simulated_workload._run", run)
+    monkeypatch.setattr("replica.simulation.workload._run", run)
     found = lone(Recorded(0.0, 300, 11), seeds=3)
     assert (found.goodput, found.loads) == (0.5, 5)
 

@@ -15,7 +15,7 @@ import lorafleet
 from cluster.config import FleetConfig
 from cluster.errors import ConfigError
 from lorafleet import cli
-from replica.settings import read_settings
+from replica.serving.settings import read_settings
 from router.local import ReplicaPorts
 from tests.fleet import LORAFLEET, environment
 from tests.models import edit_config, make_adapter, make_model
@@ -323,9 +323,7 @@ def test_the_real_program_fails_without_a_traceback() -> None:
 
 
 def test_a_replica_alone_needs_neither_ray_nor_redis() -> None:
-    code = (
-        "import sys, lorafleet, replica.alone; print(sorted({'ray', 'redis'} & set(sys.modules)))"
-    )
+    code = "import sys, lorafleet, replica.serving.single_process; print(sorted({'ray', 'redis'} & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT_S
     )

@@ -11,7 +11,7 @@ from itertools import product
 
 import torch
 
-from replica.shape import ModelShape
+from replica.model.shape import ModelShape
 from tests.bench.on_gpu import check_attention, check_fused, check_lora, check_model
 from tests.bench.on_gpu.cases import Case, farthest, relative
 from tests.bench.on_gpu.inputs import Draw

@@ -8,8 +8,8 @@ import torch
 from lora_kernels import reference
 from lora_kernels.lora import TritonLora
 from lora_kernels.reference import Directory
-from replica.graphs import CudaCapture, keep
-from replica.shape import GROUPS, PROJECTIONS, ModelShape
+from replica.model.graphs import CudaCapture, keep
+from replica.model.shape import GROUPS, PROJECTIONS, ModelShape
 from tests.bench.on_gpu.cases import Case
 from tests.bench.on_gpu.inputs import LAYERS, Draw
 

@@ -11,11 +11,11 @@ import torch
 
 from cluster.config import EngineConfig
 from cluster.values import Version
-from replica.toys import toy_model
-from replica.workloads import Arrival
+from replica.simulation.workloads import Arrival
 from tests.bench.on_gpu.models import Adapters
 from tests.bench.on_gpu.served import served
 from tests.bench.on_gpu.setting import Setting
+from tests.bench.toys import toy_model
 
 SECTION = "check"
 # Where two tokens are about as likely, the order of a sum decides.

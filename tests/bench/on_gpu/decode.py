@@ -15,10 +15,10 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from replica import graphs
-from replica.launch import Row
-from replica.request import NewRequest, Sampling
-from replica.runner import Runner
+from replica.engine.runner import Runner
+from replica.model import graphs
+from replica.model.launch import Row
+from replica.scheduling.request import NewRequest, Sampling
 from tests.bench.on_gpu.figures import median, medians, over, spread
 from tests.bench.on_gpu.floors import (
     decode_bytes,

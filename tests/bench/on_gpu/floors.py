@@ -7,7 +7,7 @@ operations count a multiplication and an addition as two.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from replica.shape import GROUPS, ModelShape
+from replica.model.shape import GROUPS, ModelShape
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from cluster.values import Version
-from replica.adapter_files import CONFIG_FILE, TENSORS_FILE, inspect
-from replica.image import Layout
-from replica.shape import PROJECTIONS, ModelShape, read_shape
-from replica.toys import toy_adapter
+from replica.adapters.adapter_files import CONFIG_FILE, TENSORS_FILE, inspect
+from replica.adapters.image import Layout
+from replica.model.shape import PROJECTIONS, ModelShape, read_shape
+from tests.bench.toys import toy_adapter
 
 LLAMA_8B: Mapping[str, Any] = {
     "model_type": "llama",

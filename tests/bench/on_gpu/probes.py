@@ -16,13 +16,13 @@ import torch
 
 from lora_kernels import fused
 from lora_kernels.host_reads import fetch
-from replica import graphs
-from replica.host_pool import locked_pool
-from replica.launch import Row
-from replica.paged_batch import HostBuffers, PackedRows
-from replica.paged_executor import PagedExecutor
-from replica.runner import Runner
-from replica.streams import CopyStream
+from replica.adapters.host_pool import locked_pool
+from replica.adapters.streams import CopyStream
+from replica.engine.runner import Runner
+from replica.model import graphs
+from replica.model.launch import Row
+from replica.model.paged_batch import HostBuffers, PackedRows
+from replica.model.paged_executor import PagedExecutor
 from tests.bench.on_gpu import check, decode
 from tests.bench.on_gpu.cases import relative
 from tests.bench.on_gpu.figures import median

@@ -11,9 +11,9 @@ import torch
 
 from cluster.config import EngineConfig
 from cluster.values import LoadReport, Version
-from replica.engine import Engine
-from replica.replay import Replay, replay
-from replica.workloads import Arrival
+from replica.engine.engine import Engine
+from replica.simulation.workloads import Arrival
+from tests.bench.replay import Replay, replay
 
 
 @dataclass(frozen=True, slots=True)

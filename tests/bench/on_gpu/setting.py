@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from cluster.config import EngineConfig
-from replica.shape import ModelShape
+from replica.model.shape import ModelShape
 from tests.bench.on_gpu.floors import Rates, weight_bytes
 from tests.bench.on_gpu.models import LLAMA_8B, TINY, write_model
 from tests.bench.on_gpu.report import Report

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_kernels.host_reads import fetch
-from replica.streams import CopyStream
+from replica.adapters.streams import CopyStream
 from tests.bench.on_gpu.figures import median
 from tests.bench.on_gpu.setting import Setting
 from tests.bench.on_gpu.timing import host_s

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from lora_kernels import attention, fused
-from replica.shape import GROUPS, ModelShape
+from replica.model.shape import GROUPS, ModelShape
 from tests.bench.on_gpu import small_copies
 from tests.bench.on_gpu.check_lora import drawn
 from tests.bench.on_gpu.figures import median, spread

@@ -52,7 +52,7 @@ class Timer:
     def _captured(self, run: Callable[[], object]) -> Callable[[], object]:
         """As it is where it cannot be captured, for it waits for the device somewhere."""
         # What it needs, not every machine with this bench's tests has.
-        from replica.graphs import CudaCapture
+        from replica.model.graphs import CudaCapture
 
         def work() -> None:
             run()

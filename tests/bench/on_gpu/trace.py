@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from cluster.values import Tier
-from replica.engine import Engine
-from replica.request import NewRequest, Sampling
+from replica.engine.engine import Engine
+from replica.scheduling.request import NewRequest, Sampling
 from tests.bench.on_gpu.figures import (
     covered_share,
     gaps,

@@ -1,6 +1,6 @@
 """The published workloads at full size on the in-process engine, beside the published figures.
 
-The same lengths, rates, adapters and arrivals as `replica.upstream` simulates. At upstream's places
+The same lengths, rates, adapters and arrivals as `replica.simulation.upstream` simulates. At upstream's places
 (`places`), and with as much memory for adapters and keys and values together as the card leaves
 (`shared`). Adapters lie in host memory when the first request comes: a load is one copy.
 """
@@ -16,10 +16,10 @@ import torch
 
 from cluster.config import EngineConfig
 from cluster.values import Version
-from replica.published import published
-from replica.twin import Figures, Record, figures
-from replica.upstream import TABLES, Table
-from replica.workloads import arrivals
+from replica.simulation.published import published
+from replica.simulation.simulator import Figures, Record, figures
+from replica.simulation.upstream import TABLES, Table
+from replica.simulation.workloads import arrivals
 from tests.bench.on_gpu.floors import image_bytes, weight_bytes
 from tests.bench.on_gpu.models import Adapters, scratch
 from tests.bench.on_gpu.report import number

@@ -1,0 +1,176 @@
+"""A checked HTTP request → a call: names resolved, text tokenized, lengths held to the context."""
+
+import uuid
+from collections.abc import Sequence
+
+from cluster.errors import BadRequest, ContextLengthExceeded, ModelNotFound
+from replica.api.completion import Call
+from replica.api.interfaces import Adapters
+from replica.api.openai_protocol import (
+    CHOICES_MAX,
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    read_messages,
+    read_prompts,
+    shown,
+)
+from replica.api.text import Text
+from replica.scheduling.request import Sampling
+
+COMPLETION_TOKENS = 16
+
+
+class CallReader:
+    """Knows the names, the tokenizer and the limits of one replica."""
+
+    def __init__(self, adapters: Adapters, text: Text, base: str, context: int, vocab: int) -> None:
+        self._adapters = adapters
+        self._text = text
+        self._base = base
+        self._context = context
+        self._vocab = vocab
+
+    async def chat(self, request: ChatRequest) -> Call:
+        digest = await self._digest(request.model)
+        resume = bool(request.continue_final_message)
+        rendered = self._text.render_chat(
+            read_messages(request),
+            add_generation_prompt=not resume and request.add_generation_prompt is not False,
+            continue_final_message=resume,
+            template_arguments=request.chat_template_kwargs,
+        )
+        # The template writes the special tokens itself.
+        prompt = await self._encode(rendered, bool(request.add_special_tokens), "messages")
+        top = (request.top_logprobs or 0) if request.logprobs else None
+        wanted = request.max_completion_tokens or request.max_tokens
+        return self._call(request, "chatcmpl", digest, (prompt,), (), wanted, self._context, top)
+
+    async def completion(self, request: CompletionRequest) -> Call:
+        digest = await self._digest(request.model)
+        special = request.add_special_tokens is not False
+        prompts: list[tuple[int, ...]] = []
+        echoes: list[str] = []
+        for prompt in read_prompts(request.prompt):
+            if isinstance(prompt, str):
+                tokens = await self._encode(prompt, special, "prompt")
+                echoes.append(prompt)
+            else:
+                tokens = tuple(prompt)
+                self._check_vocabulary(tokens, "prompt")
+                echoes.append(self._text.decode(tokens) if request.echo else "")
+            prompts.append(tokens)
+        if not request.echo:
+            echoes = []
+        return self._call(
+            request,
+            "cmpl",
+            digest,
+            tuple(prompts),
+            tuple(echoes),
+            request.max_tokens,
+            COMPLETION_TOKENS,
+            request.logprobs,
+        )
+
+    async def _encode(self, text: str, special: bool, field: str) -> tuple[int, ...]:
+        least = self._text.tokens_min(text)
+        if least > self._context:  # Known without the work of tokenizing it.
+            raise ContextLengthExceeded(
+                f"{field}: at least {least} tokens are more than the context length of "
+                f"{self._context}",
+                field=field,
+            )
+        return await self._text.encode(text, add_special_tokens=special)
+
+    async def _digest(self, model: str) -> str | None:
+        if model == self._base:
+            return None
+        version = await self._adapters.find(model)
+        if version is None:
+            raise ModelNotFound(f"the model {shown(model)} does not exist", field="model")
+        return version.digest
+
+    def _call(
+        self,
+        request: GenerationRequest,
+        kind: str,
+        digest: str | None,
+        prompts: tuple[tuple[int, ...], ...],
+        echoes: tuple[str, ...],
+        wanted: int | None,
+        default: int,
+        logprobs: int | None,
+    ) -> Call:
+        choices = len(prompts) * (request.n or 1)
+        if choices > CHOICES_MAX:
+            raise BadRequest(
+                f"n: {choices} choices (n times prompts) are more than {CHOICES_MAX}", field="n"
+            )
+        longest = max(len(prompt) for prompt in prompts)
+        for prompt in prompts:
+            if not prompt:
+                raise BadRequest(f"{request.prompt_field}: is empty", field=request.prompt_field)
+            self._check_vocabulary(prompt, request.prompt_field)
+        max_tokens = self._max_tokens(request, longest, wanted, default)
+        stop_tokens = request.stop_token_ids or []
+        self._check_vocabulary(stop_tokens, "stop_token_ids")
+        min_tokens = request.min_tokens or 0
+        if min_tokens > max_tokens:
+            raise BadRequest(
+                f"min_tokens: {min_tokens} is more than max_tokens, {max_tokens}",
+                field="min_tokens",
+            )
+        return Call(
+            id=f"{kind}-{uuid.uuid4().hex}",
+            model=request.model,
+            digest=digest,
+            prompts=prompts,
+            n=request.n or 1,
+            sampling=Sampling(
+                max_tokens=max_tokens,
+                min_tokens=min_tokens,
+                temperature=1.0 if request.temperature is None else request.temperature,
+                top_p=1.0 if request.top_p is None else request.top_p,
+                top_k=max(0, request.top_k or 0),
+                seed=request.seed,
+                stop_tokens=frozenset(stop_tokens),
+                ignore_eos=bool(request.ignore_eos),
+                logprobs=logprobs,
+            ),
+            stops=tuple(request.stop),
+            include_stop=bool(request.include_stop_str_in_output),
+            skip_special_tokens=request.skip_special_tokens is not False,
+            echoes=echoes,
+            priority=-(request.priority or 0),
+        )
+
+    def _max_tokens(
+        self, request: GenerationRequest, prompt: int, wanted: int | None, default: int
+    ) -> int:
+        left = self._context - prompt
+        if left < 1:
+            raise ContextLengthExceeded(
+                f"{request.prompt_field}: {prompt} tokens leave no room for an answer in the "
+                f"context length of {self._context}",
+                field=request.prompt_field,
+            )
+        if wanted is None:
+            return min(default, left)
+        if wanted > left:
+            raise ContextLengthExceeded(
+                f"{request.prompt_field}: {prompt} prompt tokens + max_tokens {wanted} = "
+                f"{prompt + wanted} are more than the context length of {self._context}",
+                field=request.prompt_field,
+            )
+        return wanted
+
+    def _check_vocabulary(self, tokens: Sequence[int], field: str) -> None:
+        if not tokens or (min(tokens) >= 0 and max(tokens) < self._vocab):
+            return
+        for i, token in enumerate(tokens):
+            if not 0 <= token < self._vocab:
+                raise BadRequest(
+                    f"{field}[{i}]: token id {shown(token)} is not between 0 and {self._vocab - 1}",
+                    field=field,
+                )

@@ -1,0 +1,267 @@
+"""Text and tokens: tokenizer, chat template, incremental detokenization, stop strings."""
+
+import asyncio
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError, TemplateSyntaxError
+
+from cluster.errors import BadRequest, ModelUnsupported
+from replica.model.shape import read_json
+
+# A character takes at most four bytes, so at most four tokens; tokens that add no text may come
+# between. Text that still ends in U+FFFD after this many tokens is taken to be meant so.
+HELD_TOKENS_MAX = 16
+# Enough of the prompt to know whether the first token starts with a space.
+CONTEXT_TOKENS = 6
+REPLACEMENT = "\ufffd"
+# Longer texts are tokenized on another thread: 240 kB take 0.2 s, and streams would stand still.
+INLINE_CHARACTERS = 8192
+SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class Text:
+    """The model's tokenizer and chat template. Stateless: shared by all requests."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer
+        added = self._backend.get_added_tokens_decoder()
+        self._added: dict[int, str] = {token: entry.content for token, entry in added.items()}
+        self.special = frozenset(token for token, entry in added.items() if entry.special)
+        self._bytes = _byte_alphabet() if "ByteLevel" in repr(self._backend.decoder) else None
+        self._template_reserved = _named_parameters(tokenizer.apply_chat_template)
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        self._token_characters_max = max(map(len, vocabulary), default=1)
+
+    @classmethod
+    def read(cls, model_dir: str) -> "Text":
+        """From the tokenizer files in a model directory. Raises ModelUnsupported."""
+        # Not AutoTokenizer: it imports torch, which the HTTP process does not need.
+        from transformers import PreTrainedTokenizerFast
+
+        if not (Path(model_dir) / "tokenizer.json").is_file():
+            raise ModelUnsupported(f"{model_dir}: has no tokenizer.json")
+        try:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir, local_files_only=True)
+        except Exception as error:  # Of many kinds; tokenizers raises Exception itself.
+            reason = " ".join(_broken_file(Path(model_dir), error).split())
+            raise ModelUnsupported(reason) from error
+        _check_template(tokenizer, model_dir)
+        return cls(tokenizer)
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        if len(text) <= INLINE_CHARACTERS:
+            encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        else:
+            # Unlike `encode`, the batch call lets other threads run.
+            (encoding,) = await asyncio.to_thread(
+                self._backend.encode_batch, [text], add_special_tokens=add_special_tokens
+            )
+        return tuple(encoding.ids)
+
+    def tokens_min(self, text: str) -> int:
+        """A lower bound of the tokens in `text`, at no cost."""
+        return len(text) // self._token_characters_max
+
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        if skip_special_tokens:
+            tokens = [token for token in tokens if token not in self.special]
+        return str(self._backend.decode(tokens, skip_special_tokens=False))
+
+    def token_bytes(self, token: int) -> bytes:
+        """What one token stands for: perhaps a part of a character. b"" for an id of no token."""
+        if token in self._added:
+            return self._added[token].encode()
+        piece: str | None = self._backend.id_to_token(token)
+        if piece is None:
+            return b""
+        if self._bytes is not None:
+            return b"".join(self._bytes.get(c) or c.encode() for c in piece)
+        byte = BYTE_TOKEN.fullmatch(piece)
+        if byte is not None:
+            return bytes.fromhex(byte[1])
+        return piece.replace("\u2581", " ").encode()
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_arguments: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The messages as the model expects them. Raises BadRequest naming `messages`."""
+        arguments = dict(template_arguments or {})
+        for name in sorted(self._template_reserved & set(arguments)):
+            raise BadRequest(
+                f"chat_template_kwargs.{name}: may not be set", field=f"chat_template_kwargs.{name}"
+            )
+        if self._tokenizer.chat_template is None:
+            raise BadRequest(
+                "messages: this model has no chat template; use /v1/completions",
+                field="messages",
+            )
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **arguments,
+            )
+        except (TemplateError, ValueError, TypeError, LookupError, AttributeError) as error:
+            # The template is the model's; what it refuses is in the messages.
+            raise BadRequest(
+                f"messages: the model's chat template refuses them: {error}", field="messages"
+            ) from error
+        return str(rendered)
+
+    def detokenizer(
+        self, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True
+    ) -> "Detokenizer":
+        return Detokenizer(self, prompt, skip_special_tokens=skip_special_tokens)
+
+
+def _broken_file(directory: Path, error: Exception) -> str:
+    """Which of the tokenizer's files is at fault for `error`, and why."""
+    from tokenizers import Tokenizer
+
+    for path in sorted(directory.glob("*.jinja")):
+        try:
+            path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as reason:
+            return f"{path}: {reason}"
+    for name in ("tokenizer.json", *SETTINGS_FILES):
+        path = directory / name
+        if not path.is_file():
+            continue
+        try:
+            read_json(path)
+            if name == "tokenizer.json":
+                Tokenizer.from_file(str(path))
+        except ModelUnsupported as reason:
+            return reason.message
+        except Exception as reason:
+            return f"{path}: {reason}"
+    return f"{directory}: its tokenizer cannot be read: {type(error).__name__}: {error}"
+
+
+def _check_template(tokenizer: Any, model_dir: str) -> None:
+    """Raises ModelUnsupported for a chat template that is not Jinja's language."""
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise ModelUnsupported(
+            f"{model_dir}: its chat template, line {error.lineno}: {error.message}"
+        ) from error
+    except Exception:
+        pass  # It may well refuse these messages, or there is none.
+
+
+def _byte_alphabet() -> dict[str, bytes]:
+    """The characters that byte-level BPE (GPT-2) writes for each byte."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): bytes([byte]) for byte in printable}
+    return alphabet | {chr(256 + i): bytes([byte]) for i, byte in enumerate(others)}
+
+
+def _named_parameters(function: Any) -> frozenset[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return frozenset(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)
+
+
+class Detokenizer:
+    """One choice's tokens → text, as they come.
+
+    Decoding tokens one by one would lose the spaces that some tokenizers write only between
+    tokens, and break characters whose bytes are spread over several tokens. So a window of the
+    last tokens is decoded with and without the new ones, and the difference is the new text:
+
+        [ context: text given out | held: no text yet ]
+
+    What ends in an unfinished character is held. The window is bounded, so a token costs O(1).
+    """
+
+    def __init__(self, text: Text, prompt: Sequence[int], *, skip_special_tokens: bool) -> None:
+        self._text = text
+        self._skip = text.special if skip_special_tokens else frozenset[int]()
+        self._window = [token for token in prompt[-CONTEXT_TOKENS:] if token not in self._skip]
+        self._known = len(self._window)
+        self._known_text = self._decode().rstrip(REPLACEMENT)
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """The text that `tokens` complete; "" while there is none."""
+        # One by one: the window then ends at every character, not only where a step ends.
+        return "".join([self._push(token) for token in tokens if token not in self._skip])
+
+    def _push(self, token: int) -> str:
+        self._window.append(token)
+        decoded = self._decode()
+        held = len(self._window) - self._known
+        if decoded.endswith(REPLACEMENT) and held < HELD_TOKENS_MAX:
+            return ""
+        new = decoded[len(self._known_text) :]
+        if not new and held < HELD_TOKENS_MAX:
+            return ""
+        self._window = self._window[self._known :][-HELD_TOKENS_MAX:]
+        self._known = len(self._window)
+        self._known_text = self._decode()
+        return new
+
+    def flush(self) -> str:
+        """At the end: what was held, with U+FFFD for the character that never got finished."""
+        new = self._decode()[len(self._known_text) :]
+        self._known = len(self._window)
+        self._known_text += new
+        return new
+
+    def _decode(self) -> str:
+        return self._text.decode(self._window, skip_special_tokens=False)
+
+
+class StopStrings:
+    """Looks for stop strings in text that comes in pieces.
+
+    Text that may be the beginning of a stop string is held back until it is clear.
+    """
+
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
+        assert all(stops), "an empty stop string would stop everything"
+        self._stops = tuple(stops)
+        self._include = include
+        self._held = ""
+        self.found: str | None = None
+
+    def push(self, piece: str) -> str:
+        """The text that may be given out. `found` is set when it ends there."""
+        assert self.found is None, "text after the stop"
+        text = self._held + piece
+        hits = [(text.find(stop), -len(stop), stop) for stop in self._stops if stop in text]
+        if hits:
+            start, _, self.found = min(hits)
+            self._held = ""
+            return text[: start + len(self.found)] if self._include else text[:start]
+        keep = self._beginning(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def release(self, piece: str) -> str:
+        """Gives out `piece` and what was held, without looking for stops in it."""
+        held, self._held = self._held, ""
+        return held + piece
+
+    def _beginning(self, text: str) -> int:
+        """Length of the longest end of `text` that begins a stop string."""
+        longest = 0
+        for stop in self._stops:
+            for length in range(min(len(stop) - 1, len(text)), longest, -1):
+                if text.endswith(stop[:length]):
+                    longest = length
+                    break
+        return longest

@@ -1,0 +1,352 @@
+"""The loop: plan → launch → commit. One engine drives one device from one thread.
+
+At depth 2 the next batch is planned and launched before the tokens of this one are taken, so that
+the device never waits for the plan.
+"""
+
+import contextlib
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from cluster.config import EngineConfig
+from cluster.costs import Costs, Smoothed
+from cluster.errors import AdapterRefused
+from cluster.values import LoadReport, Residency, Tier, Version
+from replica.adapters.adapter_files import read_adapter
+from replica.adapters.image import Image, Layout
+from replica.adapters.loader import Loaded, Loader
+from replica.engine.runner import Runner
+from replica.engine.tensor_parallel import Followers, JointLoader, start_ranks
+from replica.engine.tp_messages import Drop
+from replica.model.launch import Row, Ticket
+from replica.model.shape import Shard, read_shape
+from replica.scheduling.adapter import Load
+from replica.scheduling.assembly import assemble
+from replica.scheduling.loads import BASE_PLACE
+from replica.scheduling.plan import Plan, Work
+from replica.scheduling.request import Delta, NewRequest
+from replica.scheduling.timeline import Event, Happening
+
+
+def _nothing() -> None:
+    pass
+
+
+def unpaced(rows: Sequence[Work]) -> float:
+    return 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """since_s: when its plan was begun. due_s: when its tokens may be taken."""
+
+    plan: Plan
+    ticket: Ticket
+    since_s: float
+    due_s: float
+
+
+class Engine:
+    """Everything one device does. Not thread-safe: one thread calls it.
+
+    wake: called from a loader thread when a load has ended, for whoever waits for work.
+    steps: batches run. idle: nothing ran in the last step, and nothing will until a request comes
+    or a load ends; wake_s: or, on the monotonic clock, this time comes. depth: batches in flight
+    when one is launched, that one included. pace: what a batch takes at least, in seconds: its
+    tokens wait for that, so that a benchmark can have another device's times. late: batches that
+    took longer.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        wake: Callable[[], None] = _nothing,
+        pace: Callable[[Sequence[Work]], float] = unpaced,
+    ) -> None:
+        self._pace = pace
+        self.shape = read_shape(config.model)
+        self._followers: Followers | None = None
+        if config.tensor_parallel == 1:
+            self.runner = Runner(config, self.shape)
+        else:
+            self.runner, self._followers = start_ranks(config, self.shape, wake)
+        # From here on with what it left open.
+        self.config = config = self.runner.config
+        arena = self.runner.arena
+        self.scheduler = assemble(
+            config,
+            context=min(config.context_tokens_max or self.shape.context, self.shape.context),
+            eos_tokens=self.shape.eos_tokens,
+            memory=self.runner.memory,
+            alignment=arena.alignment,
+            costs=Costs(),
+        )
+        loader = Loader(
+            self.shape,
+            self.runner.dtype,
+            arena,
+            config.rank_max,
+            config.loads_in_flight_max,
+            wake,
+            self.runner.busy,
+            config.load_bytes_per_s,
+            Shard(0, config.tensor_parallel),
+        )
+        self._loader = loader if self._followers is None else JointLoader(loader, self._followers)
+        self.depth = config.plan_depth or (2 if self.runner.device.type == "cuda" else 1)
+        self._flight: deque[_Launched] = deque()
+        self.idle = True
+        self.wake_s: float | None = None
+        self._images: dict[str, Image] = {}  # the host tier
+        self._seeds: dict[str, int] = {}
+        self._random = random.Random(config.seed)
+        self.steps = 0
+        self.late = 0
+        self._step_s = Smoothed(0.0)
+        self._committed_s = 0.0
+
+    def register(self, version: Version, path: str) -> None:
+        """From now on requests may name `version.digest`. Raises AdapterRefused."""
+        size = self._parameters(version, path) * self.runner.image_dtype_bytes
+        refusal = self.scheduler.residency.refusal(version.digest, size, version.pinned)
+        if refusal is not None:
+            raise AdapterRefused(f"lora_path: {version.name!r} has {refusal}", field="lora_path")
+        self.scheduler.residency.register(
+            version.digest, path, size, version.pinned, time.monotonic()
+        )
+        self.scheduler.share.weigh(version.digest, version.weight)
+
+    def forget(self, digest: str) -> None:
+        """No new requests for it. Those that were accepted still run with it."""
+        self.scheduler.forget(digest)
+
+    def add(self, request: NewRequest) -> None:
+        """Raises a FleetError when the request cannot be accepted."""
+        self.scheduler.add(request, time.monotonic())
+        seed = request.sampling.seed
+        self._seeds[request.id] = self._random.getrandbits(63) if seed is None else seed
+
+    def cancel(self, request_id: str) -> None:
+        """Frees its pages and its claim on the adapter, once no batch in flight names them."""
+        if self.scheduler.cancel(request_id, time.monotonic()):
+            del self._seeds[request_id]
+
+    @property
+    def has_work(self) -> bool:
+        """A request, or a batch in flight, has not ended. It may wait for a load: see `step`."""
+        return self.scheduler.has_work
+
+    def step(self) -> list[Delta]:
+        """One step: at most one batch. Returns at once when there is nothing to run."""
+        self._take_in_loads()
+        start_s = time.monotonic()
+        plan = self.scheduler.step(start_s)
+        deltas = list(plan.failed)
+        self.idle, self.wake_s = not plan.rows and not self._flight, plan.wake_s
+        if plan.waits:
+            deltas += self._commit()
+        deltas += self._make_rooms(plan)
+        if plan.waits or not self.config.overlap:
+            plan = self.scheduler.without_ended(plan)
+        if plan.rows:
+            self._launch(plan, start_s)
+        if self._flight and (len(self._flight) == self.depth or not plan.rows):
+            deltas += self._commit()
+        self._clear_slots()
+        for delta in deltas:
+            if delta.last:
+                del self._seeds[delta.request_id]
+        return deltas
+
+    def story(self, request_id: str) -> list[Happening]:
+        """Why it waited: what happened to the request, and when (monotonic seconds)."""
+        return self.scheduler.stories.story(request_id)
+
+    def residency(self) -> list[Residency]:
+        return self._dated(self.scheduler.residency.entries())
+
+    def changes(self) -> list[Residency]:
+        """What changed in `residency()` since the last call."""
+        return self._dated(self.scheduler.residency.changes())
+
+    def report(self) -> LoadReport:
+        scheduler = self.scheduler
+        requests = [*scheduler.waiting, *scheduler.batch.running.values()]
+        extents = scheduler.residency.extents
+        limit_bytes = scheduler.residency.victims.limit_bytes
+        return LoadReport(
+            running=len(scheduler.batch.running),
+            waiting=len(scheduler.waiting),
+            queued_tokens=sum(max(len(r.prompt) - r.computed, 0) for r in requests),
+            remaining_tokens=sum(r.remaining for r in requests),
+            step_s=self._step_s.value,
+            copy_bytes_per_s=scheduler.costs.copy_bytes_per_s,
+            free_bytes=limit_bytes - extents.used,
+            capacity_bytes=limit_bytes,
+            free_pages=scheduler.pages.free,
+            capacity_pages=scheduler.pages.capacity,
+            steps=self.steps,
+            hits_device=scheduler.arrivals[Tier.DEVICE],
+            hits_loading=scheduler.arrivals[Tier.LOADING],
+            misses=sum(
+                count
+                for tier, count in scheduler.arrivals.items()
+                if tier not in (Tier.DEVICE, Tier.LOADING)
+            ),
+            loads=scheduler.residency.loads,
+            evictions=scheduler.residency.evictions,
+            wasted_loads=scheduler.residency.wasted,
+            drains=scheduler.drainer.started,
+            parks=scheduler.stories.counts[Event.PARKED],
+            resumes=scheduler.stories.counts[Event.RESUMED],
+            preemptions=scheduler.stories.counts[Event.PREEMPTED],
+            capture_fallback=self.runner.capture_fallback,
+            host_locked_bytes=self.runner.host_locked_bytes,
+        )
+
+    def close(self) -> None:
+        self._loader.close()
+        if self._followers is not None:
+            self._followers.close()
+
+    def _parameters(self, version: Version, path: str) -> int:
+        """In the image that one rank has of it."""
+        if self._followers is not None:
+            with contextlib.suppress(AdapterRefused):  # then its load will fail, and say why
+                return read_adapter(path, self.shape).parameters_of(self.runner.shape)
+        return version.parameters
+
+    def _launch(self, plan: Plan, start_s: float) -> None:
+        before = self._flight[-1].plan.rows if self._flight else ()
+        index = {work.request.id: row for row, work in enumerate(before)}
+        rows = [self._row(work, index) for work in plan.rows]
+        # Its pace has the plan in it, but not the loads that it waited for.
+        began_s = start_s if self.config.overlap else time.monotonic()
+        due_s = began_s + self._pace(plan.rows)
+        self._flight.append(_Launched(plan, self.runner.launch(rows), start_s, due_s))
+
+    def _commit(self) -> list[Delta]:
+        """Takes the tokens of the oldest batch in flight."""
+        launched = self._flight.popleft()
+        sampled = launched.ticket.results()
+        now_s = time.monotonic()
+        if launched.due_s > now_s:
+            time.sleep(launched.due_s - now_s)
+            now_s = time.monotonic()
+        else:
+            self.late += 1
+        deltas = self.scheduler.commit(launched.plan, sampled, now_s)
+        self.steps += 1
+        # One that was planned ahead began to run when the batch before it ended.
+        self._measured(launched.plan, now_s - max(launched.since_s, self._committed_s))
+        self._committed_s = now_s
+        return deltas
+
+    def _row(self, work: Work, before: Mapping[str, int]) -> Row:
+        """before: where requests have their row in the batch in flight."""
+        request, start, end, slot, sample = work
+        unknown = start >= len(request.prompt) + len(request.output)
+        return Row(
+            tokens=[0] if unknown else request.slice(start, end),
+            position=start,
+            pages=request.pages,
+            slot=slot,
+            sampling=request.sampling if sample else None,
+            seed=self._seeds[request.id],
+            generated=max(end - len(request.prompt), 0),
+            carry=before[request.id] if unknown else None,
+        )
+
+    def _make_rooms(self, plan: Plan) -> list[Delta]:
+        """Without overlap the batch waits here; those whose adapter did not come have failed."""
+        arena = self.runner.arena
+        failed: list[Delta] = []
+        lost: set[int] = set()  # slots whose load has failed: what was planned with them is void
+        for room in plan.rooms:
+            for evict in room.evictions:
+                if evict.digest != BASE_PLACE and evict.slot not in lost:
+                    arena.clear(evict.slot)
+            for move in room.moves:
+                if move.slot not in lost:
+                    arena.move(move.slot, move.source, move.target, move.bytes)
+            if room.page_moves:
+                self.runner.move_pages(room.page_moves)
+            if room.load is None:
+                continue
+            if room.load.digest == BASE_PLACE:
+                if self.config.overlap:
+                    self.scheduler.loaded(BASE_PLACE, time.monotonic())
+            elif self.config.overlap:
+                self._loader.begin(room.load, *self._from_host(room.load))
+            else:
+                ended = self._loader.run(room.load, *self._from_host(room.load))
+                (lost.add if ended.layout is None else lost.discard)(room.load.slot)
+                failed += self._take_in_blocking(ended)
+        return failed
+
+    def _take_in_blocking(self, ended: Loaded) -> list[Delta]:
+        """The scheduler has planned as if the load had succeeded."""
+        if ended.layout is None:
+            return self.scheduler.lost(ended.load.digest, ended.error or "", time.monotonic())
+        self._place(ended, ended.layout)
+        return []
+
+    def _take_in_loads(self) -> None:
+        now_s = time.monotonic()
+        for ended in self._loader.ended():
+            if ended.layout is None:
+                self.scheduler.load_failed(ended.load.digest, ended.error or "", now_s)
+            else:
+                self._place(ended, ended.layout)
+                self.scheduler.loaded(ended.load.digest, now_s)
+        self._clear_slots()
+
+    def _place(self, ended: Loaded, layout: Layout) -> None:
+        load = ended.load
+        self.runner.arena.place(load.slot, load.offset, layout)
+        self.scheduler.costs.copied(load.bytes, load.source, ended.seconds)
+        if ended.image is not None and load.digest not in self.scheduler.residency.host:
+            self.scheduler.residency.keep_on_host(load.digest)
+            self._images[load.digest] = ended.image
+
+    def _from_host(self, load: Load) -> tuple[Image | None, bool]:
+        """What host memory holds of it, and whether it is to hold it from now on."""
+        residency, pool = self.scheduler.residency, self.runner.arena.host_pool
+        self._let_go_of_dropped()
+        image = self._images.get(load.digest)
+        keep = image is None and residency.host.fits(load.bytes)
+        # It is read to where it will be kept, so what has to go for it goes now. One that is larger
+        # than what could be page-locked is kept elsewhere.
+        into = pool if keep and pool is not None and load.bytes <= pool.size else None
+        while into is not None and not into.fits(load.bytes):
+            if not residency.drop_from_host():
+                break
+            self._let_go_of_dropped()
+        return image, keep
+
+    def _let_go_of_dropped(self) -> None:
+        host = self.scheduler.residency.host
+        for digest in [digest for digest in self._images if digest not in host]:
+            del self._images[digest]
+            if self._followers is not None:
+                self._followers.tell(Drop(digest))
+
+    def _measured(self, plan: Plan, seconds: float) -> None:
+        prompt_tokens = sum(w.end - w.start for w in plan.rows if w.end - w.start > 1)
+        self.scheduler.costs.stepped(prompt_tokens, seconds)
+        self._step_s.take_in(seconds)
+
+    def _clear_slots(self) -> None:
+        for evict in self.scheduler.evictions():
+            assert evict.digest != BASE_PLACE, "the base model is never unloaded"
+            self.runner.arena.clear(evict.slot)
+
+    def _dated(self, entries: list[Residency]) -> list[Residency]:
+        """The engine counts monotonic time; the fleet speaks Unix time."""
+        offset_s = time.time() - time.monotonic()
+        return [
+            Residency(e.digest, e.tier, e.bytes, e.since_s + offset_s, e.reason) for e in entries
+        ]

@@ -1,0 +1,152 @@
+"""The process around an engine: commands in, one message a step out (see `link.py`)."""
+
+import contextlib
+import gc
+import os
+import signal
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection
+from queue import Empty, SimpleQueue
+
+from cluster.errors import EngineFailed, FleetError
+from replica.engine.engine import Engine
+from replica.engine.messages import (
+    Cancel,
+    Command,
+    Forget,
+    Hangup,
+    Message,
+    Register,
+    Submit,
+    Tell,
+    Wake,
+)
+from replica.engine.sizing import described
+from replica.scheduling.request import Delta
+
+# How often an engine at work tells its load; a change of residency is told at once.
+_REPORT_S = 0.05
+# An idle engine looks up now and then: a quarantined pinned adapter may be due.
+_IDLE_S = 1.0
+# Objects made and not freed before the collector looks for cycles: about those of 60 large steps.
+_GARBAGE = 50_000
+
+
+class Server:
+    """Steps the engine, and passes on what came and what it gave."""
+
+    def __init__(self, pipe: Connection, engine: Engine, inbox: "SimpleQueue[Command]") -> None:
+        self._pipe = pipe
+        self._engine = engine
+        self._inbox = inbox
+        self._next_report = 0
+
+    def serve(self) -> None:
+        while True:
+            message = Message()
+            if self._take_in(message):
+                return
+            message.deltas += self._engine.step()
+            message.residency = self._engine.changes()
+            if self._engine.idle or self._engine.steps >= self._next_report:
+                self._report(message)
+            if message:
+                self._pipe.send(message)
+
+    def _report(self, message: Message) -> None:
+        report = self._engine.report()
+        message.report = report
+        # The next one after as many steps as fit into the interval.
+        self._next_report = report.steps + max(int(_REPORT_S / max(report.step_s, 1e-6)), 1)
+
+    def _take_in(self, message: Message) -> bool:
+        """Carry out what has arrived; an idle engine waits for it. True: hang up."""
+        commands: list[Command] = []
+        if self._engine.idle:
+            with contextlib.suppress(Empty):
+                commands.append(self._inbox.get(timeout=self._nap_s()))
+        while not self._inbox.empty():
+            commands.append(self._inbox.get())
+        hangups = [self._carry_out(command, message) for command in commands]
+        return any(hangups)
+
+    def _nap_s(self) -> float:
+        if self._engine.wake_s is None:
+            return _IDLE_S
+        return min(max(self._engine.wake_s - time.monotonic(), 0.0), _IDLE_S)
+
+    def _carry_out(self, command: Command, message: Message) -> bool:
+        match command:
+            case Submit(request):
+                try:
+                    self._engine.add(request)
+                except FleetError as error:
+                    message.deltas.append(Delta(request.id, error=error))
+            case Cancel(request_id):
+                self._engine.cancel(request_id)
+            case Register(call, version, path):
+                try:
+                    self._engine.register(version, path)
+                    message.done.append((call, None))
+                except FleetError as error:
+                    message.done.append((call, error))
+            case Forget(call, digest):
+                self._engine.forget(digest)
+                message.done.append((call, None))
+            case Tell(call, request_id):
+                message.done.append((call, self._engine.story(request_id)))
+            case Wake():
+                pass
+            case Hangup():
+                return True
+        return False
+
+
+def _listen(pipe: Connection, inbox: "SimpleQueue[Command]") -> None:
+    try:
+        while True:
+            for command in pipe.recv():
+                inbox.put(command)
+    except (EOFError, OSError):
+        # The server is gone: nobody waits for what a step under way would give.
+        os._exit(0)
+
+
+def calm_collector() -> None:
+    """What is here stays, and steps leave hardly a cycle: the collector is to stop them seldom."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_GARBAGE)
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides when to stop
+    pipe = Connection(int(sys.argv[1]))
+    inbox: SimpleQueue[Command] = SimpleQueue()
+    try:
+        config = pipe.recv()
+        try:
+            engine = Engine(config, wake=lambda: inbox.put(Wake()))
+        except FleetError as error:
+            pipe.send(error)
+            return
+        for line in described(config, engine.config, engine.shape):
+            print(f"lorafleet: {line}", file=sys.stderr, flush=True)
+        pipe.send((engine.config, engine.report()))
+        calm_collector()
+        threading.Thread(target=_listen, args=(pipe, inbox), name="reader", daemon=True).start()
+        try:
+            Server(pipe, engine, inbox).serve()
+        except EngineFailed as error:
+            print(f"lorafleet: {error.message}", file=sys.stderr, flush=True)
+            pipe.send(error)
+            os._exit(1)  # what runs on the device may never end
+        engine.close()
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the server went away
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""What one largest step takes of a GPU's memory: it is run once, before there are any pages.
+
+Measured, not computed from the shape: kernels, libraries and, with several ranks, NCCL take memory
+of their own when they first run, which nothing here knows the size of.
+"""
+
+import gc
+from collections.abc import Callable
+
+import torch
+
+from cluster.config import EngineConfig
+from replica.adapters.arena import ALIGNMENT_BYTES, Arena
+from replica.model.memory import kv_page_bytes
+from replica.scheduling.assembly import Division
+from replica.model.page_memory import PageMemory
+from replica.model.shape import ModelShape
+from replica.model.weights import Weights
+
+
+def free_beside(device: torch.device, step: Callable[[], None]) -> tuple[int, int]:
+    """Bytes that are free when `step` has run and has let go of all it took, and the most that it
+    had taken. step: leaves nothing behind that Python still knows of.
+    """
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_reserved(device)
+    step()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_reserved(device) - before
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0], peak
+
+
+def run_largest_step(
+    config: EngineConfig,
+    shape: ModelShape,
+    weights: Weights,
+    cos_sin: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    """With all that an executor holds beside its pages; they are one, that nobody has."""
+    # What they import needs triton.
+    from replica.model.paged_decoder import paged_cache
+    from replica.model.paged_executor import PagedExecutor
+
+    dtype, device = weights.embeddings.dtype, weights.embeddings.device
+    page_bytes = kv_page_bytes(config, shape, dtype.itemsize)
+    pages = PageMemory(Division(0, page_bytes, 0, 0, shared=False), dtype, device)
+    arena = Arena(shape, ALIGNMENT_BYTES, config.directory_slots, dtype, device)
+    executor = PagedExecutor(
+        shape,
+        weights,
+        cos_sin,
+        paged_cache(pages.flat, shape, config.page_tokens),
+        arena.triton_lora(config.rank_max),
+        rows_max=config.batch_rows_max,
+        tokens_max=max(config.step_tokens_max, config.batch_rows_max),
+    )
+    executor.warm()

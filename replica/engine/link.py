@@ -1,0 +1,280 @@
+"""The engine in its own process, so that no Python thread of the server slows its steps.
+
+    server's process                             engine's process
+    any event loop ── generate ──┐          ┌──> reader ──> inbox ──> loop: plan → run → commit
+    writer thread  <── outbox <──┘ ─ pipe ──┘                           │
+    reader thread  <──────────────── pipe ── one message a step <───────┘
+
+Each side sends at most one message a step. The engine's process ends when its end of the pipe
+closes, whatever became of its parent; when the engine's process ends, every stream fails.
+"""
+
+import asyncio
+import contextlib
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from typing import Any
+
+from cluster.config import EngineConfig
+from cluster.errors import EngineFailed, FleetError, ShuttingDown, StartupError
+from cluster.values import LoadReport, Residency, Version
+from replica.engine.messages import (
+    Cancel,
+    Command,
+    Forget,
+    Hangup,
+    Message,
+    Register,
+    Result,
+    Submit,
+    Tell,
+)
+from replica.scheduling.request import Delta, NewRequest
+from replica.scheduling.timeline import Happening
+
+_STOP_S = 5.0
+
+
+@dataclass(slots=True)
+class _Stream:
+    loop: asyncio.AbstractEventLoop
+    deltas: "asyncio.Queue[Delta]"
+
+
+class EngineLink:
+    """An engine in a process of its own; `front.Engine` as the server sees it."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pipe: Connection | None = None
+        self._outbox: SimpleQueue[Command] = SimpleQueue()
+        self._streams: dict[str, _Stream] = {}
+        self._calls: dict[int, Future[Any]] = {}
+        self._call = 0
+        self._lock = threading.Lock()
+        self._entries: dict[str, Residency] = {}
+        self._report = LoadReport()
+        self._callbacks: list[Callable[[list[Residency]], None]] = []
+        self._threads: list[threading.Thread] = []
+        self._alive = False
+        self._cut = ""
+
+    @property
+    def alive(self) -> bool:
+        return self._alive
+
+    @property
+    def config(self) -> EngineConfig:
+        return self._config
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    async def start(self) -> None:
+        """Returns when the model is loaded. Raises StartupError with the engine's own words."""
+        await asyncio.to_thread(self._start)
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        os.set_inheritable(theirs.fileno(), True)
+        self._pipe = Connection(ours.detach())
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "replica.engine.engine_process", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+        )
+        theirs.close()
+        try:
+            self._pipe.send(self._config)
+            ready = self._pipe.recv()
+        except (EOFError, OSError):
+            code = self._process.wait()
+            raise StartupError(f"the engine's process ended with status {code}") from None
+        if isinstance(ready, FleetError):
+            self._process.wait()
+            raise ready
+        self._config, self._report = ready
+        self._alive = True
+        for name, target in (("engine-writer", self._write), ("engine-reader", self._read)):
+            thread = threading.Thread(target=target, name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    async def stop(self) -> None:
+        """Ends the engine's process; running requests fail with EngineFailed."""
+        await asyncio.to_thread(self._stop)
+
+    def _stop(self) -> None:
+        if self._process is None:
+            return
+        self._outbox.put(Hangup())
+        try:
+            self._process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        for thread in self._threads:
+            thread.join()
+
+    async def generate(self, request: NewRequest) -> AsyncGenerator[Delta, None]:
+        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
+        with self._lock:
+            assert request.id not in self._streams, f"{request.id} runs already"
+            refusal: FleetError | None = None
+            if not self._alive:
+                refusal = EngineFailed("the engine's process is gone")
+            elif self._cut:
+                refusal = ShuttingDown(self._cut, retry_after_s=1.0)
+            else:
+                self._streams[request.id] = stream
+        if refusal is not None:
+            yield Delta(request.id, error=refusal)
+            return
+        self._outbox.put(Submit(request))
+        try:
+            while True:
+                delta = await stream.deltas.get()
+                yield delta
+                if delta.last:
+                    return
+        finally:
+            with self._lock:
+                ended = self._streams.pop(request.id, None) is None
+            if not ended:
+                self._outbox.put(Cancel(request.id))
+
+    def cut(self, reason: str) -> None:
+        with self._lock:
+            self._cut = reason
+            streams, self._streams = self._streams, {}
+        for request_id, stream in streams.items():
+            self._outbox.put(Cancel(request_id))
+            error = ShuttingDown(reason, retry_after_s=1.0)
+            _deliver(stream.loop, [(stream, Delta(request_id, error=error))])
+
+    async def register(self, version: Version, path: str) -> None:
+        await self._ask(lambda call: Register(call, version, path))
+
+    async def forget(self, digest: str) -> None:
+        await self._ask(lambda call: Forget(call, digest))
+
+    async def story(self, request_id: str) -> list[Happening]:
+        """Why it waited. Empty when the request is unknown or too long ago."""
+        story: list[Happening] = await self._ask(lambda call: Tell(call, request_id))
+        return story
+
+    def residency(self) -> list[Residency]:
+        with self._lock:
+            return [self._entries[digest] for digest in sorted(self._entries)]
+
+    def report(self) -> LoadReport:
+        return self._report
+
+    def on_residency(self, callback: Callable[[list[Residency]], None]) -> None:
+        self._callbacks.append(callback)
+
+    async def _ask(self, command: Callable[[int], Command]) -> Any:
+        future: Future[Any] = Future()
+        with self._lock:
+            if not self._alive:
+                raise EngineFailed("the engine's process is gone")
+            self._call += 1
+            self._calls[self._call] = future
+            self._outbox.put(command(self._call))
+        return await asyncio.wrap_future(future)
+
+    def _write(self) -> None:
+        assert self._pipe is not None
+        try:
+            while True:
+                commands = [self._outbox.get()]
+                while not self._outbox.empty():
+                    commands.append(self._outbox.get())
+                self._pipe.send(commands)
+                if any(isinstance(command, Hangup) for command in commands):
+                    return
+        except OSError:
+            return  # the reader sees the same end and tells everyone
+
+    def _read(self) -> None:
+        assert self._pipe is not None
+        try:
+            while True:
+                message = self._pipe.recv()
+                if isinstance(message, FleetError):
+                    self._fail_everything(message.message)
+                    return
+                self._take_in(message)
+        except (EOFError, OSError, pickle.UnpicklingError):
+            self._fail_everything("the engine's process ended")
+
+    def _take_in(self, message: Message) -> None:
+        if message.report is not None:
+            self._report = message.report
+        if message.residency:
+            self._take_in_residency(message.residency)
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, Delta]]] = {}
+        with self._lock:
+            for delta in message.deltas:
+                stream = self._streams.get(delta.request_id)
+                if stream is None:
+                    continue  # cancelled while this was on its way
+                if delta.last:
+                    del self._streams[delta.request_id]
+                by_loop.setdefault(stream.loop, []).append((stream, delta))
+            done = [(self._calls.pop(call), result) for call, result in message.done]
+        for loop, deltas in by_loop.items():
+            _deliver(loop, deltas)
+        for future, result in done:
+            _settle(future, result)
+
+    def _take_in_residency(self, entries: list[Residency]) -> None:
+        with self._lock:
+            for entry in entries:
+                if entry.tier == "absent":
+                    self._entries.pop(entry.digest, None)
+                else:
+                    self._entries[entry.digest] = entry
+        for callback in self._callbacks:
+            callback(entries)
+
+    def _fail_everything(self, reason: str) -> None:
+        with self._lock:
+            self._alive = False
+            streams, self._streams = self._streams, {}
+            calls, self._calls = self._calls, {}
+        self._outbox.put(Hangup())
+        for request_id, stream in streams.items():
+            error = EngineFailed(f"{reason} while the request ran")
+            _deliver(stream.loop, [(stream, Delta(request_id, error=error))])
+        for future in calls.values():
+            _settle(future, EngineFailed(reason))
+
+
+def _deliver(loop: asyncio.AbstractEventLoop, deltas: list[tuple[_Stream, Delta]]) -> None:
+    def put() -> None:
+        for stream, delta in deltas:
+            stream.deltas.put_nowait(delta)
+
+    with contextlib.suppress(RuntimeError):  # a closed loop: nobody waits there any more
+        loop.call_soon_threadsafe(put)
+
+
+def _settle(future: "Future[Any]", result: Result) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    if isinstance(result, FleetError):
+        future.set_exception(result)
+    else:
+        future.set_result(result)

@@ -1,0 +1,68 @@
+"""What the server's process and the engine's process say to each other."""
+
+from dataclasses import dataclass, field
+
+from cluster.errors import FleetError
+from cluster.values import LoadReport, Residency, Version
+from replica.scheduling.request import Delta, NewRequest
+from replica.scheduling.timeline import Happening
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    request: NewRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Register:
+    call: int
+    version: Version
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    call: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """The story of one request."""
+
+    call: int
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """A load has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hangup:
+    """The other side is gone or wants no more."""
+
+
+Command = Submit | Cancel | Register | Forget | Tell | Wake | Hangup
+
+
+Result = FleetError | list[Happening] | None
+
+
+@dataclass(slots=True)
+class Message:
+    """What the engine says after a step. done: calls carried out, each with its result or error."""
+
+    deltas: list[Delta] = field(default_factory=list)
+    residency: list[Residency] = field(default_factory=list)
+    report: LoadReport | None = None
+    done: list[tuple[int, Result]] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.deltas or self.residency or self.report or self.done)

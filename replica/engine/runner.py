@@ -1,0 +1,240 @@
+"""One step on the device: rows of tokens in, sampled tokens out."""
+
+import importlib.util
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from cluster.config import EngineConfig
+from cluster.errors import ConfigError
+from replica.adapters.arena import Arena
+from replica.adapters.host_pool import locked_pool
+from replica.adapters.streams import CopyStream
+from replica.engine.node import read_node
+from replica.engine.sizing import on_gpu as sized_on_gpu
+from replica.engine.sizing import settled, step_bytes, with_context_that_fits
+from replica.engine.tp_messages import MovePages, Order
+from replica.model.decoder import rotary_tables
+from replica.model.gather_executor import GatherExecutor
+from replica.model.launch import Executor, Row, Ticket
+from replica.model.memory import batch_pages, divide, kv_page_bytes
+from replica.model.page_memory import PageMemory
+from replica.model.ranks import Ranks
+from replica.model.shape import ModelShape
+from replica.model.weights import Weights, load_weights
+from replica.scheduling.adapter import PageMove
+from replica.scheduling.request import Sampled
+
+if TYPE_CHECKING:
+    from replica.engine.tensor_parallel import Followers
+
+_BETWEEN_BATCHES_S = 0.02
+"""Batches that follow each other within this are one piece of work to whoever works beside them."""
+
+
+class Runner:
+    """Weights, KV pages and adapter arena of one device.
+
+    whole: the model's shape. ranks: with tensor parallelism, who computes the same rows with the
+    other parts of the model. followers: they do what is done here. `shape` is that of the part
+    which is here.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        whole: ModelShape,
+        ranks: Ranks | None = None,
+        followers: "Followers | None" = None,
+    ) -> None:
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self.shape = shape = whole.divided(1 if ranks is None else ranks.shard.ranks)
+        self.device = _device(config) if ranks is None else ranks.device
+        config = settled(config, whole, self.device.type, read_node())
+        self.dtype = getattr(torch, config.dtype)
+        assert isinstance(self.dtype, torch.dtype)
+        self.page_tokens = config.page_tokens
+        context = min(shape.context, config.context_tokens_max or shape.context)
+        kernels = _kernels(config, self.device)
+        if config.device_memory is not None and kernels == "torch":
+            raise ConfigError(
+                "device_memory: adapters share the memory of KV pages only where Triton kernels "
+                "read those (on a GPU); set adapter_memory and kv_memory",
+                field="device_memory",
+            )
+        if config.sized:
+            divide(config, shape, self.image_dtype_bytes)  # refused before the model is read
+        weights = load_weights(
+            config.model,
+            whole,
+            self.dtype,
+            self.device,
+            dummy_seed=(config.seed or 0) if config.load_format == "dummy" else None,
+            ranks=ranks,
+        )
+        self._tell: Callable[[Order], None] = lambda order: None
+        if followers is not None:
+            self._tell = followers.tell
+        cos_sin = rotary_tables(shape, context, self.dtype, self.device)
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            config = self._sized(config, weights, cos_sin, kernels)
+        self.config = config
+        self.memory = divide(config, shape, self.image_dtype_bytes)
+        assert config.host_memory is not None
+        self._pages: PageMemory | None = None
+        self.capture_fallback = 0  # see `graphs.Captured`
+        field = "kv_memory" if config.kv_memory is not None else "batch_rows_max"
+        if self.memory.shared:
+            field = "device_memory"
+        page_bytes = self.memory.pages * self.memory.page_bytes
+        if kernels == "triton":
+            with _asked_for(field, page_bytes):
+                self._pages = PageMemory(self.memory, self.dtype, self.device)
+        host_pool = locked_pool(config.host_memory, self.device) if on_gpu else None
+        with _asked_for("adapter_memory", self.memory.arena_bytes):
+            self.arena = Arena(
+                shape,
+                self.memory.arena_bytes,
+                config.directory_slots,
+                self.dtype,
+                self.device,
+                self._tell,
+                copies=CopyStream.on(self.device) if on_gpu else None,
+                host_pool=host_pool,
+                memory=self._pages.flat if self._pages is not None and self.memory.shared else None,
+            )
+        executor: Executor
+        if self._pages is None:
+            with _asked_for(field, page_bytes):
+                executor = GatherExecutor(
+                    shape, weights, cos_sin, self.arena.lora(), self.memory.pages, self.page_tokens
+                )
+        else:
+            executor = self._paged(config, weights, cos_sin, self._pages)
+        self._executor = executor if followers is None else followers.leading(executor)
+        self.host_locked_bytes = 0 if host_pool is None else host_pool.size
+        self._running = False
+        self._ran_s = float("-inf")
+
+    def busy(self) -> bool:
+        """Whether batches run, one after the other. Any thread may ask."""
+        return self._running or time.monotonic() - self._ran_s < _BETWEEN_BATCHES_S
+
+    @property
+    def image_dtype_bytes(self) -> int:
+        return int(self.dtype.itemsize)
+
+    def _sized(
+        self,
+        config: EngineConfig,
+        weights: Weights,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        kernels: str,
+    ) -> EngineConfig:
+        """On CUDA, with the sizes that are not given; the same on every rank."""
+        if config.sized:
+            return config
+        from replica.engine.largest_step import free_beside, run_largest_step
+
+        shape, shared = self.shape, kernels == "triton"
+
+        def step() -> None:
+            if shared:
+                run_largest_step(config, shape, weights, cos_sin)
+
+        free, peak = free_beside(self.device, step)
+        if not shared:
+            peak = step_bytes(config, shape)
+        if weights.ranks is not None:
+            free, peak = weights.ranks.least(free), -weights.ranks.least(-peak)
+        pages = batch_pages(config, shape) * kv_page_bytes(config, shape, self.image_dtype_bytes)
+        sized = sized_on_gpu(config, free, peak, pages, shared=shared)
+        return with_context_that_fits(sized, shape)
+
+    def _paged(
+        self,
+        config: EngineConfig,
+        weights: Weights,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        pages: PageMemory,
+    ) -> Executor:
+        # What they import needs triton.
+        from replica.model import graphs
+        from replica.model.paged_decoder import paged_cache
+        from replica.model.paged_executor import PagedExecutor
+
+        executor = PagedExecutor(
+            self.shape,
+            weights,
+            cos_sin,
+            paged_cache(pages.flat, self.shape, self.page_tokens),
+            self.arena.triton_lora(config.rank_max),
+            rows_max=config.batch_rows_max,
+            tokens_max=max(config.step_tokens_max, config.batch_rows_max),
+        )
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            executor.warm()
+        if config.cuda_graphs:
+            self.capture_fallback = graphs.capture_what_can_be(executor, self.device)
+        return executor
+
+    def move_pages(self, moves: Sequence[PageMove]) -> None:
+        """Where adapters share the memory of the pages: after the rows that were launched, and
+        before those to come.
+        """
+        assert self._pages is not None
+        self._tell(MovePages(tuple(moves)))
+        self.arena.guard(*self._pages.move(moves))
+
+    def run(self, rows: Sequence[Row]) -> list[Sampled | None]:
+        """One packed batch, prefill chunks and decodes mixed; a token where one is wanted."""
+        return self.launch(rows).results()
+
+    def launch(self, rows: Sequence[Row]) -> Ticket:
+        """The same, without waiting for the tokens; batches run in the order of their launches."""
+        self._running = True
+        try:
+            return self._executor.launch(rows)
+        finally:
+            self._ran_s = time.monotonic()
+            self._running = False
+
+
+@contextmanager
+def _asked_for(field: str, size: int) -> Iterator[None]:
+    """Memory that is not to be had is told with what asked for it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch's errors of allocation are the former
+        raise ConfigError(f"{field}: {size} bytes: {error}", field=field) from error
+
+
+def _kernels(config: EngineConfig, device: torch.device) -> str:
+    """Raises ConfigError when triton is asked for, or CUDA asks for it, and it cannot run."""
+    kernels = config.kernels
+    if kernels == "auto":
+        kernels = "torch" if device.type == "cpu" else "triton"
+    if kernels == "triton":
+        if importlib.util.find_spec("triton") is None:
+            raise ConfigError("kernels: triton is not installed (the extra `gpu`)", field="kernels")
+        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ConfigError(
+                "kernels: triton runs on CUDA; on a CPU only where TRITON_INTERPRET=1 is set",
+                field="kernels",
+            )
+    return kernels
+
+
+def _device(config: EngineConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda, but torch finds no CUDA device here", field="device")
+    if config.device != "auto":
+        return torch.device(config.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

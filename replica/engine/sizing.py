@@ -1,0 +1,250 @@
+"""What the configuration leaves open, decided: the dtype, and how much memory is for what.
+
+On a CPU, of the memory that one replica may use:
+
+    replica_memory · memory_utilization − its processes − weights − one step − sizes given = rest
+    adapters   as many as there are slots, of the largest rank expected: at most half of the rest,
+               or three quarters where 16 of them take as much
+    host tier  at most an eighth of the rest
+    KV pages   a full batch of sequences of 2,048 tokens: at most what is left
+
+What nothing was written to yet costs nothing, but all of it may be. On CUDA adapters and pages are
+one memory: `memory_utilization` of what is free once the model is there and one largest step has
+run. The rest is for graphs, and for memory in pieces. The host tier there is page-locked, so taken
+at once: a quarter of the replica's memory, and no more than 32 GiB.
+
+All sizes are those of one rank, where the model is shared.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+from cluster.config import EngineConfig
+from cluster.errors import ConfigError
+from replica.engine.node import Node
+from replica.model.memory import batch_pages, divide, kv_page_bytes
+from replica.scheduling.assembly import Division
+from replica.model.shape import ModelShape
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_RANK_EXPECTED = 64
+# What Ray's own processes take on a node with replicas: about ten, of 100 to 150 MB.
+_RAY_BYTES = 10 * 2**27
+_ADAPTERS_LEAST = 16
+# The server's process and the engine's, with Python, torch and what they hold for requests.
+_PROCESSES_BYTES = 5 * 2**27
+_HOST_SHARE = 8
+_LOCKED_SHARE = 4
+_LOCKED_MAX = 32 * 2**30
+
+
+def settled(config: EngineConfig, whole: ModelShape, device: str, node: Node) -> EngineConfig:
+    """All that `node` decides; on CUDA adapters and pages are still open (`on_gpu`). What is given
+    stays as it is, so that to settle it again changes nothing. whole: the shape before it is
+    shared. Raises ConfigError.
+    """
+    dtype = chosen_dtype(config, whole.dtype, device, node.bf16)
+    config = dataclasses.replace(config, device=device, dtype=dtype)  # type: ignore[arg-type]
+    if device == "cpu":
+        return _on_cpu(config, whole, node)
+    if config.host_memory is None:
+        memory = _replica_memory(config, node) // _LOCKED_SHARE // config.tensor_parallel
+        return dataclasses.replace(config, host_memory=min(memory, _LOCKED_MAX))
+    return config
+
+
+def share(memory: int, replicas: int) -> int:
+    """replica_memory of each of so many on one node, in a fleet."""
+    return max((memory - _RAY_BYTES) // replicas, 1)
+
+
+def chosen_dtype(config: EngineConfig, checkpoint: str, device: str, bf16: bool) -> str:
+    if config.dtype != "auto":
+        return config.dtype
+    if device == "cpu" and not (checkpoint == "bfloat16" and bf16):
+        return "float32"
+    return checkpoint
+
+
+def on_gpu(
+    config: EngineConfig, free: int, peak: int, page_bytes: int, *, shared: bool
+) -> EngineConfig:
+    """free: bytes of the device with the model there and nothing else. peak: the most that one
+    step needs beside. page_bytes: all pages of a full batch. shared: whether kernels can read both
+    from one memory. Raises ConfigError.
+    """
+    if config.sized:
+        return config
+    memory = int((free - peak) * config.memory_utilization)
+    if memory <= 0:
+        raise ConfigError(
+            f"device_memory: nothing is left for it: {free} bytes are free beside the model, and "
+            f"one step needs {peak}",
+            field="device_memory",
+        )
+    adapters, pages = config.adapter_memory, config.kv_memory
+    if adapters is None and pages is None:
+        if shared:
+            return dataclasses.replace(config, device_memory=memory)
+        pages = min(page_bytes, memory // 2)
+    if adapters is None:
+        assert pages is not None
+        adapters = _left("adapter_memory", memory, ("kv_memory", pages))
+    if pages is None:
+        pages = _left("kv_memory", memory, ("adapter_memory", adapters))
+    return dataclasses.replace(config, adapter_memory=adapters, kv_memory=pages)
+
+
+def with_context_that_fits(config: EngineConfig, part: ModelShape) -> EngineConfig:
+    """On CUDA, after `on_gpu`: where no length is given, none that takes more than half of the one
+    memory, or adapters would have nothing left.
+    """
+    if config.device_memory is None or config.context_tokens_max is not None:
+        return config
+    page = kv_page_bytes(config, part, DTYPE_BYTES[config.dtype])
+    most = config.device_memory // 2 // page * config.page_tokens
+    if most >= part.context:
+        return config
+    return dataclasses.replace(config, context_tokens_max=max(most, config.page_tokens))
+
+
+def expected_rank(config: EngineConfig) -> int:
+    return min(config.rank_expected or _RANK_EXPECTED, config.rank_max)
+
+
+def image_bytes(config: EngineConfig, part: ModelShape, rank: int) -> int:
+    """The image of an adapter of all projections. part: of the shape, one rank's."""
+    width = sum(map(sum, part.projections.values())) * part.layers
+    return width * rank * DTYPE_BYTES[config.dtype]
+
+
+def weight_bytes(config: EngineConfig, part: ModelShape) -> int:
+    """Of one rank. Embeddings are every rank's, and so is the head at most."""
+    width = sum(i * o for i, o in part.projections.values()) * part.layers
+    return (width + 2 * part.vocab * part.hidden) * DTYPE_BYTES[config.dtype]
+
+
+def step_bytes(config: EngineConfig, part: ModelShape) -> int:
+    """What the largest step needs in between, about: activations of one layer, logits in fp32."""
+    widths = sum(map(sum, part.projections.values()))
+    tokens = max(config.step_tokens_max, config.batch_rows_max)
+    logits = config.batch_rows_max * part.vocab * 4
+    return tokens * widths * DTYPE_BYTES[config.dtype] + 4 * logits
+
+
+def _on_cpu(config: EngineConfig, whole: ModelShape, node: Node) -> EngineConfig:
+    part = whole.divided(config.tensor_parallel)
+    adapters, pages, host = config.adapter_memory, config.kv_memory, config.host_memory
+    if config.device_memory is not None:
+        adapters = pages = 0  # only Triton's interpreter has it here
+    if None not in (adapters, pages, host):
+        return config
+    memory = _replica_memory(config, node) // config.tensor_parallel
+    taken = (
+        ("the processes", _PROCESSES_BYTES),
+        (f"weights in {config.dtype}", weight_bytes(config, part)),
+        ("a step", step_bytes(config, part)),
+        ("adapter_memory", adapters or 0),
+        ("kv_memory", pages or 0),
+        ("device_memory", config.device_memory or 0),
+        ("host_memory", host or 0),
+    )
+    rest = int(memory * config.memory_utilization) - sum(size for _, size in taken)
+    page = kv_page_bytes(config, part, DTYPE_BYTES[config.dtype])
+    if rest < 2 * page and None in (adapters, pages):
+        field = "adapter_memory" if adapters is None else "kv_memory"
+        raise ConfigError(
+            f"{field}: nothing is left for it of {memory} bytes · memory_utilization "
+            f"{config.memory_utilization}: " + _listed(taken),
+            field=field,
+        )
+    left = rest
+    if adapters is None:
+        adapters = min(_adapters_wanted(config, part), _adapters_share(config, part, rest))
+        left -= adapters
+    if host is None:
+        host = max(rest, 0) // _HOST_SHARE
+        left -= host
+    if pages is None:
+        pages = min(batch_pages(config, part) * page, left)
+    given = {"host_memory": host}
+    if config.device_memory is None:
+        given |= {"adapter_memory": adapters, "kv_memory": pages}
+    return dataclasses.replace(config, **given)  # type: ignore[arg-type]
+
+
+def _adapters_wanted(config: EngineConfig, part: ModelShape) -> int:
+    """Bytes. One of the largest rank accepted can be added later, too."""
+    slots = config.slots_max or config.directory_slots - 1
+    count = max(slots, _ADAPTERS_LEAST)
+    return max(
+        count * image_bytes(config, part, expected_rank(config)),
+        image_bytes(config, part, config.rank_max),
+    )
+
+
+def _adapters_share(config: EngineConfig, part: ModelShape, rest: int) -> int:
+    """A half; or up to three quarters, for the fewest that there is to be room for."""
+    fewest = _ADAPTERS_LEAST * image_bytes(config, part, expected_rank(config))
+    return max(rest // 2, min(fewest, rest * 3 // 4))
+
+
+def _replica_memory(config: EngineConfig, node: Node) -> int:
+    return node.free if config.replica_memory is None else config.replica_memory
+
+
+def _left(field: str, memory: int, taken: tuple[str, int]) -> int:
+    if memory <= taken[1]:
+        raise ConfigError(
+            f"{field}: nothing is left for it of the {memory} bytes that the device has beside "
+            f"the model and one step: {_listed([taken])}",
+            field=field,
+        )
+    return memory - taken[1]
+
+
+def _listed(taken: Iterable[tuple[str, int]]) -> str:
+    return ", ".join(f"{name} {size}" for name, size in taken if size)
+
+
+def described(asked: EngineConfig, made: EngineConfig, whole: ModelShape) -> list[str]:
+    """What an engine has decided, a line each for the dtype and for memory."""
+    part = whole.divided(made.tensor_parallel)
+    why = ""
+    if asked.dtype == "auto" and made.dtype != whole.dtype:
+        why = f": the checkpoint is {whole.dtype}, which this processor does not compute natively"
+    room = f"{made.memory_utilization:g} of what is free on the GPU for adapters and KV pages"
+    if made.sized:
+        room = _room(made, divide(made, part, DTYPE_BYTES[made.dtype]), part)
+    lines = [
+        f"dtype: {made.dtype} on {made.device}{why}",
+        f"memory: {room}, host tier {shown(made.host_memory or 0)}",
+    ]
+    if made.context_tokens_max != asked.context_tokens_max:
+        lines.append(
+            f"context: {made.context_tokens_max} tokens of the model's {whole.context}: longer "
+            "ones would leave adapters no memory (context_tokens_max)"
+        )
+    return lines
+
+
+def _room(made: EngineConfig, memory: Division, part: ModelShape) -> str:
+    rank = expected_rank(made)
+    images = memory.arena_bytes // image_bytes(made, part, rank)
+    adapters = f"{min(images, made.slots_max or made.directory_slots - 1)} of rank {rank}"
+    size = memory.pages * memory.page_bytes
+    pages = f"{memory.pages * made.page_tokens} tokens"
+    each = " a rank" if made.tensor_parallel > 1 else ""
+    if memory.shared:
+        return (
+            f"{shown(size)}{each} for KV pages ({pages}) and adapters together (up to {adapters})"
+        )
+    arena = shown(memory.arena_bytes)
+    return f"{arena}{each} for adapters ({adapters}), {shown(size)} for KV pages ({pages})"
+
+
+def shown(size: int) -> str:
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size} bytes"

@@ -1,0 +1,338 @@
+"""Rank 0's side of a tensor-parallel engine: the other ranks are processes that do as it does.
+
+    engine's process (rank 0)                        a process for each other rank
+    scheduler ── Runner, Arena, Loader ── orders ──> Runner, Arena, Loader of its part
+                     ║                <── answers ── loads that ended
+                     ╚═══════════ sums and logits (gloo, NCCL) ═══════════╝
+
+Orders go through one pipe a process, in the order in which rank 0 carries them out itself. Only
+loads go on beside the others, so only they are answered: an image counts as loaded when every rank
+has its part of it. A process ends when rank 0's does, however that ends; when one of them ends, the
+engine is of no use any more, and the next call raises EngineFailed.
+"""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
+from queue import Empty, SimpleQueue
+
+from cluster.config import EngineConfig
+from cluster.errors import EngineFailed, StartupError
+from replica.adapters.image import Image
+from replica.adapters.loader import Loaded, Loader
+from replica.engine.node import read_node
+from replica.engine.runner import Runner
+from replica.engine.sizing import settled
+from replica.engine.tp_messages import (
+    Answer,
+    Bring,
+    Broken,
+    Brought,
+    Drop,
+    Here,
+    Order,
+    PageTables,
+    Ready,
+)
+from replica.model.launch import Executor, Row, Ticket
+from replica.model.ranks import Ranks, device_of, open_store
+from replica.model.shape import ModelShape, Shard
+from replica.scheduling.adapter import Load
+from replica.scheduling.request import Sampled
+
+_STOP_S = 5.0
+# Without a rank the others never come back from a sum that they wait for together.
+_STUCK_S = 10.0
+
+
+class _Process:
+    """pipe: orders and answers. lifeline: nothing is sent; that it closes is the message."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        ours, theirs = socket.socketpair()
+        self._lifeline, their_lifeline = socket.socketpair()
+        fds = [theirs.fileno(), their_lifeline.fileno()]
+        self._popen = subprocess.Popen(
+            [sys.executable, "-m", "replica.engine.tp_process", *map(str, fds)],
+            pass_fds=fds,
+            stdin=subprocess.DEVNULL,
+        )
+        theirs.close()
+        their_lifeline.close()
+        self.pipe = Connection(ours.detach())
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    def how_it_ended(self) -> str:
+        """Once its end of the pipe is closed."""
+        try:
+            status = self._popen.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            return "hung up"
+        return f"ended by signal {-status}" if status < 0 else f"ended with status {status}"
+
+    def end(self) -> None:
+        self._lifeline.close()
+        try:
+            self._popen.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            self._popen.kill()
+            self._popen.wait()
+
+
+class Followers:
+    """Ranks 1, 2 … of an engine. But for what threads of its own do, one thread calls it.
+
+    wake: called on any thread when one has answered or ended.
+    """
+
+    def __init__(self, config: EngineConfig, wake: Callable[[], None]) -> None:
+        """Raises StartupError when one of them does not come up."""
+        self._wake = wake
+        self._answers: SimpleQueue[tuple[int, Answer | None]] = SimpleQueue()
+        self._failure: EngineFailed | None = None
+        self._lock = threading.Lock()
+        self._failed = threading.Event()
+        self._closed = threading.Event()
+        self._waiting = False
+        device = device_of(config, 0)
+        store, port = open_store()
+        self._processes = [_Process(rank) for rank in range(1, config.tensor_parallel)]
+        self._threads = [
+            threading.Thread(target=self._listen, args=(process,), name="rank", daemon=True)
+            for process in self._processes
+        ]
+        for thread in self._threads:
+            thread.start()
+        try:
+            for process in self._processes:
+                process.pipe.send((config, process.rank, port))
+            self._hear_all(Here)
+            with self.together():
+                self.ranks = Ranks(Shard(0, config.tensor_parallel), device, store)
+        except (EngineFailed, OSError) as error:
+            self._end_processes()
+            raise StartupError(str(error)) from error
+        except BaseException:
+            self._end_processes()
+            raise
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes]
+
+    @property
+    def count(self) -> int:
+        return len(self._processes)
+
+    def wait_ready(self) -> None:
+        """Until all have loaded the model. Raises EngineFailed when one has ended instead."""
+        self._hear_all(Ready)
+
+    def tell(self, order: Order) -> None:
+        """All of them, in turn, carry it out. Raises EngineFailed when one is gone."""
+        self.check()
+        message = ForkingPickler.dumps(order)
+        try:
+            for process in self._processes:
+                process.pipe.send_bytes(message)
+        except OSError:
+            self._fail()
+            raise
+
+    def hear(self, *, wait: bool = False) -> tuple[int, Answer] | None:
+        """What one of them answered; None when no one did. Raises EngineFailed when one is gone."""
+        self.check()
+        try:
+            rank, answer = self._answers.get(block=wait)
+        except Empty:
+            return None
+        if answer is None:
+            self.check()
+            raise AssertionError("a rank ended without a failure")
+        return rank, answer
+
+    def check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Around what waits for all ranks. Raises EngineFailed when one was gone meanwhile."""
+        self._waiting = True  # before the check: either this thread sees a loss, or the other this
+        try:
+            self.check()
+            yield
+        except RuntimeError:
+            self._fail()  # what broke is more telling than what came of it
+            raise
+        finally:
+            self._waiting = False
+        self.check()
+
+    def leading(self, executor: Executor) -> "LeadingExecutor":
+        """What launches on all ranks. executor: on this one."""
+        return LeadingExecutor(executor, self)
+
+    def close(self) -> None:
+        self._end_processes()
+        self.ranks.close()
+
+    def _end_processes(self) -> None:
+        self._closed.set()
+        for process in self._processes:
+            process.end()
+        for thread in self._threads:
+            thread.join()
+
+    def _hear_all(self, kind: type[Answer]) -> None:
+        missing = {process.rank for process in self._processes}
+        while missing:
+            heard = self.hear(wait=True)
+            assert heard is not None and isinstance(heard[1], kind), heard
+            missing.remove(heard[0])
+
+    def _fail(self) -> None:
+        """Something broke. Raises EngineFailed if that is because a process has ended."""
+        self._failed.wait(_STOP_S)
+        self.check()
+
+    def _listen(self, process: _Process) -> None:
+        reason = None
+        try:
+            while True:
+                answer: Answer = process.pipe.recv()
+                if isinstance(answer, Broken):
+                    reason = answer.reason
+                else:
+                    self._answers.put((process.rank, answer))
+                    self._wake()
+        except (EOFError, OSError):
+            if not self._closed.is_set():
+                self._lost(process, reason or process.how_it_ended())
+
+    def _lost(self, process: _Process, reason: str) -> None:
+        with self._lock:
+            if self._failure is None:
+                ranks = len(self._processes) + 1
+                self._failure = EngineFailed(f"rank {process.rank} of {ranks} {reason}")
+        self._failed.set()
+        self._answers.put((process.rank, None))
+        self._wake()
+        self._leave_if_stuck()
+
+    def _leave_if_stuck(self) -> None:
+        """Gloo notices a lost peer; a kernel that waits for one does not, nor can it be stopped."""
+        if self._waiting and not self._closed.wait(_STUCK_S) and self._waiting:
+            print(f"lorafleet: {self._failure}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+
+def start_ranks(
+    config: EngineConfig, shape: ModelShape, wake: Callable[[], None]
+) -> tuple[Runner, Followers]:
+    """Rank 0 and the others, once all have loaded the model. Raises StartupError."""
+    shape.divided(config.tensor_parallel)  # before anything is started for a model that is not
+    # Once, not by each rank for itself.
+    config = settled(config, shape, device_of(config, 0).type, read_node())
+    followers = Followers(config, wake)
+    try:
+        with followers.together():
+            runner = Runner(config, shape, followers.ranks, followers)
+        followers.wait_ready()
+    except EngineFailed as error:
+        followers.close()
+        raise StartupError(error.message) from error
+    except BaseException:
+        followers.close()
+        raise
+    return runner, followers
+
+
+class LeadingExecutor:
+    def __init__(self, executor: Executor, followers: Followers) -> None:
+        self._executor = executor
+        self._followers = followers
+        self._tables = PageTables()
+
+    def launch(self, rows: Sequence[Row]) -> Ticket:
+        self._followers.tell(self._tables.pack(rows))
+        with self._followers.together():
+            return _SharedTicket(self._executor.launch(rows), self._followers)
+
+
+class _SharedTicket:
+    def __init__(self, ticket: Ticket, followers: Followers) -> None:
+        self._ticket = ticket
+        self._followers = followers
+
+    def results(self) -> list[Sampled | None]:
+        with self._followers.together():
+            return self._ticket.results()
+
+
+class JointLoader:
+    """To the engine what `Loader` is: a load has ended when it has on every rank."""
+
+    def __init__(self, own: Loader, followers: Followers) -> None:
+        self._own = own
+        self._followers = followers
+        self._missing: dict[str, int] = {}  # answers of other ranks
+        self._errors: dict[str, str] = {}
+        self._ended_here: dict[str, Loaded] = {}
+
+    def begin(self, load: Load, image: Image | None, keep: bool) -> None:
+        self._tell(load, image, keep)
+        self._own.begin(load, image, keep)
+
+    def run(self, load: Load, image: Image | None, keep: bool) -> Loaded:
+        self._tell(load, image, keep)
+        self._ended_here[load.digest] = self._own.run(load, image, keep)
+        while self._missing[load.digest]:
+            self._take(self._followers.hear(wait=True))
+        return self._joined(load.digest)
+
+    def ended(self) -> list[Loaded]:
+        """Raises EngineFailed when a rank is gone."""
+        while (heard := self._followers.hear()) is not None:
+            self._take(heard)
+        for ended in self._own.ended():
+            self._ended_here[ended.load.digest] = ended
+        return [
+            self._joined(digest) for digest in list(self._ended_here) if not self._missing[digest]
+        ]
+
+    def close(self) -> None:
+        self._own.close()
+
+    def _tell(self, load: Load, image: Image | None, keep: bool) -> None:
+        assert load.digest not in self._missing, f"{load.digest} loads already"
+        self._missing[load.digest] = self._followers.count
+        self._followers.tell(Bring(load, image is not None, keep))
+
+    def _take(self, heard: tuple[int, Answer] | None) -> None:
+        assert heard is not None
+        rank, answer = heard
+        assert isinstance(answer, Brought), answer
+        self._missing[answer.digest] -= 1
+        if answer.error is not None:
+            self._errors[answer.digest] = f"rank {rank}: {answer.error}"
+
+    def _joined(self, digest: str) -> Loaded:
+        del self._missing[digest]
+        ended = self._ended_here.pop(digest)
+        elsewhere = self._errors.pop(digest, None)
+        error = ended.error or elsewhere
+        if error is None:
+            return ended
+        self._followers.tell(Drop(digest))
+        return Loaded(ended.load, None, ended.seconds, error)

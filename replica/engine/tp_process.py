@@ -1,0 +1,126 @@
+"""The process of a rank other than 0: it does as rank 0 does (see `tensor_parallel.py`)."""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from multiprocessing.connection import Connection
+from typing import NoReturn
+
+from cluster.config import EngineConfig
+from replica.adapters.image import Image
+from replica.adapters.loader import Loader
+from replica.engine.runner import Runner
+from replica.engine.tp_messages import (
+    Answer,
+    Bring,
+    Broken,
+    Brought,
+    Clear,
+    Drop,
+    Here,
+    MovePages,
+    Order,
+    PageTables,
+    Place,
+    Ready,
+    Slide,
+    Step,
+)
+from replica.model.ranks import Ranks, device_of, open_store
+from replica.model.shape import Shard, read_shape
+
+
+class Follower:
+    """Carries out orders on one thread; loads run beside it, and answer from their own."""
+
+    def __init__(self, pipe: Connection, config: EngineConfig, ranks: Ranks) -> None:
+        self._pipe = pipe
+        self._sending = threading.Lock()
+        shape = read_shape(config.model)
+        self._runner = Runner(config, shape, ranks)
+        self._loader = Loader(
+            shape,
+            self._runner.dtype,
+            self._runner.arena,
+            config.rank_max,
+            config.loads_in_flight_max,
+            self._answer_loads,
+            self._runner.busy,
+            config.load_bytes_per_s,
+            ranks.shard,
+        )
+        self._images: dict[str, Image] = {}  # the host tier; loads add to it
+        self._tables = PageTables()
+
+    def serve(self) -> None:
+        self.answer(Ready())
+        while True:
+            self._carry_out(self._pipe.recv())
+
+    def answer(self, answer: Answer) -> None:
+        with self._sending:
+            self._pipe.send(answer)
+
+    def _carry_out(self, order: Order) -> None:
+        match order:
+            case Step():
+                self._runner.launch(self._tables.unpack(order))
+            case Bring(load, from_host, keep):
+                self._loader.begin(load, self._images[load.digest] if from_host else None, keep)
+            case Place(slot, offset, layout):
+                self._runner.arena.place(slot, offset, layout)
+            case Clear(slot):
+                self._runner.arena.clear(slot)
+            case Slide(slot, source, target, size):
+                self._runner.arena.move(slot, source, target, size)
+            case MovePages(moves):
+                self._runner.move_pages(moves)
+            case Drop(digest):
+                self._images.pop(digest, None)
+
+    def _answer_loads(self) -> None:
+        try:
+            for ended in self._loader.ended():
+                if ended.image is not None:
+                    self._images[ended.load.digest] = ended.image
+                self.answer(Brought(ended.load.digest, ended.error))
+        except BaseException as error:  # nobody else would hear of it: this is the loader's thread
+            _break_off(self._pipe, error)
+
+
+def _die_with(lifeline: socket.socket) -> None:
+    """Rank 0 holds the other end, and its death closes it. The main thread may be anywhere by then,
+    in a sum that never ends too.
+    """
+    lifeline.recv(1)
+    os._exit(0)
+
+
+def _break_off(pipe: Connection, error: BaseException) -> NoReturn:
+    with contextlib.suppress(OSError):  # rank 0 is gone: it is no news, and no fault, then
+        pipe.send(Broken(f"failed: {error!r}"))
+        traceback.print_exception(error)
+    os._exit(1)  # what still waits for the others would wait for ever
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides when to stop
+    pipe = Connection(int(sys.argv[1]))
+    lifeline = socket.socket(fileno=int(sys.argv[2]))
+    threading.Thread(target=_die_with, args=(lifeline,), name="lifeline", daemon=True).start()
+    try:
+        config, rank, port = pipe.recv()
+        device = device_of(config, rank)
+        pipe.send(Here())
+        ranks = Ranks(Shard(rank, config.tensor_parallel), device, open_store(port)[0])
+        Follower(pipe, config, ranks).serve()
+    except Exception as error:
+        _break_off(pipe, error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""The transformer over one packed batch of prefill chunks and decode rows, KV in pages."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch.nn import functional as F
+
+from replica.model.shape import ModelShape
+from replica.model.weights import Layer, Weights
+
+
+class Deltas(Protocol):
+    """What adapters add to a group's output, in place and before the bias (`lora_kernels.ops`).
+
+    `start` comes before the base matmul of x, so that what needs only x can run beside it.
+    """
+
+    def start(self, x: torch.Tensor, layer: int, group: int) -> None: ...
+
+    def add(self, x: torch.Tensor, y: torch.Tensor, layer: int, group: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Sequences that attend together: `rows` of them with `queries` tokens each, next to each
+    other in the batch from token `start` on.
+
+    pages: [2 · kv_heads · rows · pages], where each lies in a layer's cache taken as
+    [2 · kv_heads · (pages + 1), page_tokens · head_dim]; rows are padded with the empty page.
+    masks: added to attention scores, 0 where seen and -inf elsewhere: window → [rows, queries,
+    keys]. Spans of more than one query have one row.
+    """
+
+    start: int
+    rows: int
+    queries: int
+    pages: torch.Tensor
+    masks: Mapping[int | None, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """tokens, positions: [tokens]. targets: [tokens], where each one's keys and values go (page ·
+    page_tokens + offset). fresh: pages that get their first token now.
+    wanted: [outputs], tokens whose logits are asked for.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    targets: torch.Tensor
+    fresh: torch.Tensor
+    spans: Sequence[Span]
+    wanted: torch.Tensor
+
+
+class Decoder:
+    """cache: [layers, 2, kv_heads, pages + 1, page_tokens, head_dim]; the last page stays empty.
+
+    Heads come before pages so that what `index_select` gathers is laid out for one `bmm` over
+    rows and heads.
+    """
+
+    def __init__(
+        self, shape: ModelShape, weights: Weights, cos_sin: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
+        self._shape = shape
+        self._weights = weights
+        self._cos, self._sin = cos_sin
+
+    def forward(self, batch: Batch, cache: torch.Tensor, deltas: Deltas | None) -> torch.Tensor:
+        """Logits [outputs, vocab]. deltas: None when every row is the base model's."""
+        weights = self._weights
+        # What a page's former owner left behind is masked, but 0 · NaN is not 0.
+        cache.index_fill_(3, batch.fresh, 0)
+        cos = self._cos.index_select(0, batch.positions)[:, None]
+        sin = self._sin.index_select(0, batch.positions)[:, None]
+        page_size = cache.shape[4] * cache.shape[5]
+        # One for all layers: fresh memory each time would cost as much as the copy.
+        gathered = [cache.new_empty(len(span.pages), page_size) for span in batch.spans]
+        hidden = F.embedding(batch.tokens, weights.embeddings)
+        for index, layer in enumerate(weights.layers):
+            x = self._norm(hidden, layer.attention_norm)
+            qkv = _project(x, index, 0, layer, deltas).view(len(x), -1, self._shape.head_dim)
+            self._place(qkv, layer, (cos, sin), cache[index], batch.targets)
+            parts = [
+                self._attend(qkv, span, cache[index], self._shape.windows[index], into)
+                for span, into in zip(batch.spans, gathered, strict=True)
+            ]
+            x = parts[0] if len(parts) == 1 else torch.cat(parts)
+            hidden += _project(x, index, 1, layer, deltas)
+            x = self._norm(hidden, layer.mlp_norm)
+            gate, up = _project(x, index, 2, layer, deltas).chunk(2, -1)
+            hidden += _project(F.silu(gate).mul_(up), index, 3, layer, deltas)
+        hidden = hidden.index_select(0, batch.wanted)
+        return weights.head(self._norm(hidden, weights.norm))
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, weight.shape, weight, self._shape.norm_eps)
+
+    def _place(
+        self,
+        qkv: torch.Tensor,
+        layer: Layer,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        cache: torch.Tensor,
+        targets: torch.Tensor,
+    ) -> None:
+        """Turns queries and keys by their positions, in place, and stores keys and values."""
+        heads, kv_heads = self._shape.heads, self._shape.kv_heads
+        if layer.query_norm is not None and layer.key_norm is not None:
+            queries, keys = qkv[:, :heads], qkv[:, heads:-kv_heads]
+            queries.copy_(self._norm(queries, layer.query_norm))
+            keys.copy_(self._norm(keys, layer.key_norm))
+        turned = qkv[:, :-kv_heads]
+        turned.copy_(_rotate(turned, *cos_sin))
+        cache.flatten(2, 3).flatten(0, 1).index_copy_(1, targets, qkv[:, heads:].transpose(0, 1))
+
+    def _attend(
+        self,
+        qkv: torch.Tensor,
+        span: Span,
+        cache: torch.Tensor,
+        window: int | None,
+        gathered: torch.Tensor,
+    ) -> torch.Tensor:
+        """[tokens of the span, heads · head_dim]. gathered: room for the span's pages."""
+        kv_heads, size = self._shape.kv_heads, self._shape.head_dim
+        group = self._shape.heads // kv_heads
+        tokens, queries = span.rows * span.queries, span.queries
+        torch.index_select(cache.view(-1, gathered.shape[1]), 0, span.pages, out=gathered)
+        keys, values = gathered.view(2, kv_heads * span.rows, -1, size)
+        q = qkv[span.start : span.start + tokens, : self._shape.heads]
+        q = q.view(tokens, kv_heads, group, size)
+        mask = span.masks[window]
+        if queries == 1:
+            q = q.transpose(0, 1).reshape(-1, group, size)
+            mixed = _attend_short(q, keys, values, mask, kv_heads)
+            return mixed.view(kv_heads, tokens, -1).transpose(0, 1).reshape(tokens, -1)
+        # The heads that share a KV head go where a batch goes: the same keys for each.
+        mixed = F.scaled_dot_product_attention(
+            q.permute(2, 1, 0, 3),
+            keys.expand(group, -1, -1, -1),
+            values.expand(group, -1, -1, -1),
+            attn_mask=mask,
+        )
+        return mixed.permute(2, 1, 0, 3).reshape(tokens, -1)
+
+
+def _attend_short(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, kv_heads: int
+) -> torch.Tensor:
+    """With few queries a KV head, two matmuls beat the CPU's fused kernel by far.
+
+    q: [kv_heads · rows, group, head_dim], mask: [rows, 1, keys].
+    """
+    scores = torch.bmm(q, keys.transpose(1, 2)).float().mul_(q.shape[-1] ** -0.5)
+    by_head = scores.view(kv_heads, -1, *scores.shape[1:])
+    by_head += mask
+    return torch.bmm(scores.softmax(-1).to(q.dtype), values)
+
+
+def _project(
+    x: torch.Tensor, index: int, group: int, layer: Layer, deltas: Deltas | None
+) -> torch.Tensor:
+    if deltas is not None:
+        deltas.start(x, index, group)
+    y = layer.matmuls[group](x)
+    if deltas is not None:
+        deltas.add(x, y, index, group)
+    return layer.complete(y, group)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x: [tokens, heads, head_dim]. sin's first half is negative already."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def rotary_tables(
+    shape: ModelShape, tokens: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, [tokens, head_dim] each, sin with its first half negated (see `_rotate`)."""
+    frequencies, scale = _frequencies(shape)
+    angles = torch.outer(torch.arange(tokens, dtype=torch.float32), frequencies)
+    cos, sin = angles.cos() * scale, angles.sin() * scale
+    both = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+    return both[0].to(device, dtype), both[1].to(device, dtype)
+
+
+def _frequencies(shape: ModelShape) -> tuple[torch.Tensor, float]:
+    if shape.rope["rope_type"] == "default":
+        exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
+        return 1.0 / (shape.rope["rope_theta"] ** exponents), 1.0
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = AutoConfig.for_model(
+        shape.architecture,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=shape.context,
+        rope_parameters=dict(shape.rope),
+    )
+    frequencies, scale = ROPE_INIT_FUNCTIONS[shape.rope["rope_type"]](config, "cpu")
+    return frequencies, scale

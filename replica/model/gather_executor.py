@@ -1,0 +1,182 @@
+"""Batches by torch's own operations: pages are gathered, and sequences attend in spans."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lora_kernels.ops import Lora
+from replica.model.decoder import Batch, Decoder, Span
+from replica.model.launch import Row
+from replica.model.sampling import Draw, draw_of, sample
+from replica.model.shape import ModelShape
+from replica.model.weights import Weights
+from replica.scheduling.request import Sampled
+
+
+class Computed:
+    """The ticket of a launch that has computed when it returns."""
+
+    def __init__(self, sampled: list[Sampled | None]) -> None:
+        self._sampled = sampled
+
+    def results(self) -> list[Sampled | None]:
+        return self._sampled
+
+
+class GatherExecutor:
+    """The way of a CPU; it runs on any device."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        weights: Weights,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        lora: Lora,
+        page_count: int,
+        page_tokens: int,
+    ) -> None:
+        self._shape = shape
+        self._decoder = Decoder(shape, weights, cos_sin)
+        self._lora = lora
+        self._ranks = weights.ranks
+        self._device, self._dtype = weights.embeddings.device, weights.embeddings.dtype
+        self._page_count, self._page_tokens = page_count, page_tokens
+        size = (shape.layers, 2, shape.kv_heads, page_count + 1, page_tokens, shape.head_dim)
+        # Zeros, for what is masked must be finite. One page more than is given out: padding.
+        self.cache = _zeros(size, self._dtype, self._device)
+        self._previous: list[Sampled | None] = []
+
+    def launch(self, rows: Sequence[Row]) -> Computed:
+        known = [row if row.carry is None else self._carried(row) for row in rows]
+        self._previous = self._run(known)
+        return Computed(self._previous)
+
+    def _carried(self, row: Row) -> Row:
+        assert row.carry is not None
+        sampled = self._previous[row.carry]
+        assert sampled is not None, "the row it carries from sampled nothing"
+        return dataclasses.replace(row, tokens=[sampled.token, *row.tokens[1:]])
+
+    @torch.inference_mode()
+    def _run(self, rows: Sequence[Row]) -> list[Sampled | None]:
+        # Single tokens first, neighbours in length: they attend together.
+        order = sorted(range(len(rows)), key=lambda i: (len(rows[i].tokens) > 1, rows[i].position))
+        packed = [rows[i] for i in order]
+        logits = self._decoder.forward(self._batch(packed), self.cache, self._deltas(packed))
+        draws = [draw for row in packed if (draw := draw_of(row)) is not None]
+        tokens = iter(self._sample(logits, draws))
+        results: list[Sampled | None] = [None] * len(rows)
+        for i, row in zip(order, packed, strict=True):
+            if row.sampling is not None:
+                results[i] = next(tokens)
+        return results
+
+    def _sample(self, logits: torch.Tensor, draws: Sequence[Draw]) -> list[Sampled]:
+        """Rank 0 draws and tells the others, whose next rows may carry on from it."""
+        ranks = self._ranks
+        if ranks is None or not draws:
+            return sample(logits, draws, self._shape.eos_tokens)
+        if ranks.shard.rank:
+            tokens = torch.empty(len(draws), dtype=torch.int64, device=self._device)
+            ranks.share(tokens)
+            return [Sampled(token) for token in tokens.tolist()]
+        sampled = sample(logits, draws, self._shape.eos_tokens)
+        ranks.share(torch.tensor([s.token for s in sampled], device=self._device))
+        return sampled
+
+    def _deltas(self, rows: Sequence[Row]) -> Lora | None:
+        if not any(row.slot for row in rows):
+            return None
+        self._lora.begin([row.slot for row in rows for _ in row.tokens])
+        return self._lora
+
+    def _batch(self, rows: Sequence[Row]) -> Batch:
+        counts = np.array([len(row.tokens) for row in rows])
+        starts = counts.cumsum() - counts
+        first = np.array([row.position for row in rows])
+        owners = np.repeat(np.arange(len(rows)), counts)
+        positions = np.arange(len(owners)) + (first - starts)[owners]
+        used = (first + counts - 1) // self._page_tokens + 1
+        pages = self._pages(rows, used)
+        mine, offsets = pages[owners, positions // self._page_tokens], positions % self._page_tokens
+        tokens = np.fromiter(itertools.chain.from_iterable(r.tokens for r in rows), np.int64)
+        ends = [i for i, row in enumerate(rows) if row.sampling is not None]
+        return Batch(
+            tokens=self._tensor(tokens),
+            positions=self._tensor(positions),
+            targets=self._tensor(mine * self._page_tokens + offsets),
+            fresh=self._tensor(mine[offsets == 0]),
+            spans=[
+                self._span(int(starts[i]), first[i:j], int(counts[i]), pages[i:j])
+                for i, j in _cuts(counts, used)
+            ],
+            wanted=self._tensor((starts + counts - 1)[ends]),
+        )
+
+    def _pages(self, rows: Sequence[Row], used: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[rows, pages], padded with the page that stays empty."""
+        table = np.full((len(rows), int(used.max())), self._page_count)
+        for own, row, count in zip(table, rows, used.tolist(), strict=True):
+            own[:count] = row.pages[:count]
+        return table
+
+    def _span(
+        self, start: int, first: NDArray[np.int64], queries: int, pages: NDArray[np.int64]
+    ) -> Span:
+        """first: position of each row's first token."""
+        windows = set(self._shape.windows)
+        reach = max((w for w in windows if w is not None), default=0)
+        # Where every layer has a window, what lies before the widest is not even gathered.
+        begin = np.zeros_like(first) if None in windows else np.maximum(first - reach + 1, 0)
+        begin //= self._page_tokens
+        used = int(((first + queries - 1) // self._page_tokens - begin).max()) + 1
+        columns = np.minimum(begin[:, None] + np.arange(used), pages.shape[1] - 1)
+        held = np.take_along_axis(pages, columns, 1).ravel()
+        # For keys and values of each head, that page within the cache of one layer.
+        parts = np.arange(2 * self._shape.kv_heads) * (self._page_count + 1)
+        seen = begin[:, None] * self._page_tokens + np.arange(used * self._page_tokens)
+        distance = (first[:, None] + np.arange(queries))[:, :, None] - seen[:, None]
+        masks = {}
+        for window in windows:
+            hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
+            mask = np.where(hidden, np.float32("-inf"), np.float32(0))
+            masks[window] = self._tensor(mask).to(self._dtype)
+        return Span(
+            start, len(first), queries, self._tensor(np.add.outer(parts, held).ravel()), masks
+        )
+
+    def _tensor(self, array: NDArray[np.generic]) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+
+def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """On a CPU torch writes them, and all of it is taken at once; the system has zeros for numpy,
+    and gives each page when it is first written to.
+    """
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    flat = np.zeros(math.prod(size) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(flat).view(dtype).view(size)
+
+
+def _cuts(counts: NDArray[np.int64], used: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Spans [begin, end) of rows: a chunk is one alone; single tokens go together as long as
+    padding all to the longest's pages costs less than another span would. used: pages a row.
+    """
+    begin = held = 0
+    for row, (count, pages) in enumerate(zip(counts.tolist(), used.tolist(), strict=True)):
+        held += pages
+        padding = (row + 1 - begin) * pages - held
+        if row > begin and (count > 1 or padding > held // 4 + _PADDING_PAGES):
+            yield begin, row
+            begin, held = row, pages
+    yield begin, len(counts)
+
+
+# About the pages whose copying takes as long as the calls of one more span.
+_PADDING_PAGES = 64

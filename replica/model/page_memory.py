@@ -1,0 +1,41 @@
+"""The device's memory where KV pages are pieces of it, one after another; images may share it."""
+
+from collections.abc import Sequence
+
+import torch
+
+from replica.scheduling.assembly import Division
+from replica.scheduling.adapter import PageMove
+
+# Pages that are copied by way of one buffer; a page of an 8B model is 2 MiB.
+_MOVED_AT_ONCE = 32
+
+
+class PageMemory:
+    """flat: pages from byte 0 on, the last of which is nobody's. It holds anything at first."""
+
+    def __init__(self, division: Division, dtype: torch.dtype, device: torch.device) -> None:
+        self._page_bytes = division.page_bytes
+        size = division.page_bytes // dtype.itemsize
+        self._pages = torch.empty(division.pages + 1, size, dtype=dtype, device=device)
+
+    @property
+    def flat(self) -> torch.Tensor:
+        return self._pages.view(-1)
+
+    @torch.inference_mode()
+    def move(self, moves: Sequence[PageMove]) -> tuple[int, int]:
+        """Between the batches before and those after; no page is both copied and written. Gives
+        offset and size of the bytes that all of these came from.
+        """
+        for start in range(0, len(moves), _MOVED_AT_ONCE):
+            some = moves[start : start + _MOVED_AT_ONCE]
+            pages = self._pages.index_select(0, self._ids([move.source for move in some]))
+            self._pages.index_copy_(0, self._ids([move.target for move in some]), pages)
+        first, last = min(m.source for m in moves), max(m.source for m in moves)
+        return first * self._page_bytes, (last + 1 - first) * self._page_bytes
+
+    def _ids(self, pages: Sequence[int]) -> torch.Tensor:
+        device = self._pages.device
+        ids = torch.tensor(pages, pin_memory=device.type == "cuda")
+        return ids.to(device, non_blocking=True)

@@ -1,0 +1,273 @@
+"""Rows of one step → one buffer of numbers on the host, brought to the device in one launch."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lora_kernels.host_reads import fetch
+from replica.model.launch import Row
+from replica.model.paged_decoder import PagedBatch
+from replica.model.sampling import Draw, draw_of, uniforms
+from replica.scheduling.request import Sampling
+
+Array = TypeVar("Array", NDArray[np.int32], torch.Tensor)
+
+# Triton compiles a kernel once more for a pointer or a stride that is not a multiple of 16.
+_ALIGNED = 32
+_WIDTH_STEP = 16
+
+_UNREAD = Draw(Sampling(temperature=0.0), seed=0, position=0, generated=0)
+"""For a row whose token nobody asks for, but which has logits all the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lists(Generic[Array]):
+    """Views of a buffer of int32: four with an entry a token, then five with one a row, a table.
+
+    carry: -1, or the output of the launch before that this token is. temperature, uniform: the
+    bits of float32, an entry an output, as `wanted`. table: the rest of the buffer, flat.
+    """
+
+    ids: Array
+    carry: Array
+    positions: Array
+    targets: Array
+    lengths: Array
+    starts: Array
+    wanted: Array
+    temperature: Array
+    uniform: Array
+    table: Array
+
+
+_LISTS = tuple(field.name for field in dataclasses.fields(Lists))[:-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How many tokens and rows a buffer is cut for; host and device cut theirs alike."""
+
+    tokens: int
+    rows: int
+
+    def size(self, table: int) -> int:
+        """Elements of a buffer with a table of so many."""
+        return sum(self._sizes()) + table
+
+    def cut(self, buffer: Array) -> Lists[Array]:
+        ends: list[int] = list(itertools.accumulate(self._sizes(), initial=0))
+        views: list[Array] = [buffer[begin:end] for begin, end in itertools.pairwise(ends)]
+        return Lists(**dict(zip(_LISTS, views, strict=True)), table=buffer[ends[-1] :])
+
+    def _sizes(self) -> list[int]:
+        return [round_up(self.tokens, _ALIGNED)] * 4 + [round_up(self.rows + 1, _ALIGNED)] * 5
+
+
+def round_up(count: int, step: int) -> int:
+    return -(-count // step) * step
+
+
+class HostBuffers:
+    """Where steps are laid out on the host, two in turn: one can be filled while the device has not
+    read the other. They grow with what is asked for, and are page-locked for a GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._buffers = [torch.empty(0, dtype=torch.int32) for _ in range(2)]
+        self._read: list[torch.cuda.Event | None] = [None, None]
+        self._turn = 0
+
+    def next(self, length: int) -> torch.Tensor:
+        self._turn ^= 1
+        read = self._read[self._turn]
+        if read is not None:
+            read.synchronize()
+        if len(self._buffers[self._turn]) < length:
+            self._buffers[self._turn] = torch.empty(
+                1 << (length - 1).bit_length(), dtype=torch.int32, pin_memory=self._on_gpu
+            )
+        return self._buffers[self._turn][:length]
+
+    def bring(self, target: torch.Tensor) -> None:
+        """As much as `target` has room for of what `next` gave, on this stream."""
+        fetch(target, self._buffers[self._turn][: len(target)])
+        if self._on_gpu:
+            read = self._read[self._turn] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            read.record()
+
+
+class PageTable:
+    """Which pages each row's keys lie in, [rows_max, pages of the longest sequence] on the device.
+
+    It is wide so that kernels, which are chosen by its width, are the same in every step; what
+    goes over the bus is only as wide as a batch needs. host: where batches are laid out before.
+    """
+
+    def __init__(
+        self,
+        rows_max: int,
+        tokens_max: int,
+        page_tokens: int,
+        dummy_page: int,
+        device: torch.device,
+    ) -> None:
+        """tokens_max: of the longest sequence. dummy_page: what rows that pad a batch write to."""
+        self.page_tokens, self.dummy_page = page_tokens, dummy_page
+        self.host = HostBuffers(device)
+        width = round_up(-(-tokens_max // page_tokens), _WIDTH_STEP)
+        self.pages = torch.full((rows_max, width), dummy_page, dtype=torch.int32, device=device)
+
+    def write(self, flat: torch.Tensor, rows: int, width: int) -> None:
+        self.pages[:rows, :width].copy_(flat[: rows * width].view(rows, width))
+
+
+class PackedRows:
+    """Rows in the order in which they are computed, single tokens first, and what they ask for.
+
+    carries: for each row, the output of the launch before that is its token, or None.
+    outputs: rows whose logits are computed: all where all are single tokens, else those that
+    sample. draws: one an output.
+    """
+
+    def __init__(
+        self, rows: Sequence[Row], carries: Sequence[int | None], page_tokens: int
+    ) -> None:
+        self.rows = rows
+        self._carries = [-1 if carry is None else carry for carry in carries]
+        self.carried = max(self._carries) >= 0
+        self._page_tokens = page_tokens
+        self._counts = np.array([len(row.tokens) for row in rows])
+        self._first = np.array([row.position for row in rows])
+        self._ends = self._counts.cumsum()
+        self._used = -(-(self._first + self._counts) // page_tokens)
+        self.width = round_up(int(self._used.max()), _WIDTH_STEP)
+        self.tokens = int(self._ends[-1])
+        self.decodes = int((self._counts == 1).sum())
+        chunks = self._counts[self.decodes :]
+        assert (chunks > 1).all(), "single tokens come first"
+        self.longest = int(chunks.max(initial=0))
+        self.outputs = [i for i, r in enumerate(rows) if r.sampling is not None or not self.longest]
+        self.draws = [draw_of(rows[i]) or _UNREAD for i in self.outputs]
+
+    def to_device(
+        self, table: PageTable, room: Room, rows: int, buffer: torch.Tensor | None = None
+    ) -> Lists[torch.Tensor]:
+        """rows: of which those behind the batch's own pad it. buffer: to be filled, on the device;
+        None: a new one.
+        """
+        device = table.pages.device
+        length = room.size(rows * self.width)
+        lists = room.cut(table.host.next(length).numpy())
+        self._fill(lists, table.dummy_page, rows)
+        _pad(lists, len(self.rows), rows, table.dummy_page * self._page_tokens)
+        if buffer is None:
+            buffer = torch.empty(length, dtype=torch.int32, device=device)
+        table.host.bring(buffer[:length])
+        there = room.cut(buffer)
+        table.write(there.table, rows, self.width)
+        return there
+
+    def _fill(self, lists: Lists[NDArray[np.int32]], dummy_page: int, height: int) -> None:
+        count, tokens, outputs = len(self.rows), self.tokens, len(self.outputs)
+        table = lists.table[: height * self.width].reshape(height, self.width)
+        table.fill(dummy_page)
+        held = itertools.chain.from_iterable(
+            row.pages[:used] for row, used in zip(self.rows, self._used.tolist(), strict=True)
+        )
+        table[:count][np.arange(self.width) < self._used[:, None]] = np.fromiter(held, np.int32)
+
+        begins = self._ends - self._counts
+        owners = np.repeat(np.arange(count), self._counts)
+        positions = np.arange(tokens) + (self._first - begins)[owners]
+        pages, offsets = np.divmod(positions, self._page_tokens)
+        ids = itertools.chain.from_iterable(row.tokens for row in self.rows)
+        lists.ids[:tokens] = np.fromiter(ids, np.int32, tokens)
+        lists.carry[:tokens] = -1
+        lists.carry[begins] = self._carries
+        lists.positions[:tokens] = positions
+        lists.targets[:tokens] = table[owners, pages] * self._page_tokens + offsets
+        lists.lengths[:count] = self._first + self._counts
+        lists.starts[0] = 0
+        lists.starts[1 : count - self.decodes + 1] = self._counts[self.decodes :].cumsum()
+        lists.wanted[:outputs] = self._ends[self.outputs] - 1
+        temperature = lists.temperature.view(np.float32)[:outputs]
+        uniform = lists.uniform.view(np.float32)[:outputs]
+        temperature[:] = [draw.sampling.temperature for draw in self.draws]
+        uniform[:] = uniforms([d.seed for d in self.draws], [d.position for d in self.draws])
+
+
+def _pad(lists: Lists[NDArray[np.int32]], begin: int, end: int, target: int) -> None:
+    """Single tokens that nobody reads: they see no key, and their own goes to `target`."""
+    rows = slice(begin, end)
+    for ones in (lists.ids, lists.positions, lists.lengths, lists.temperature, lists.uniform):
+        ones[rows] = 0
+    lists.carry[rows] = -1
+    lists.targets[rows] = target
+
+
+def padding(table: PageTable, room: Room) -> torch.Tensor:
+    """A buffer on the device in which every row pads."""
+    host = torch.zeros(room.size(0) + table.pages.numel(), dtype=torch.int32)
+    _pad(room.cut(host.numpy()), 0, room.rows, table.dummy_page * table.page_tokens)
+    return host.to(table.pages.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What one step reads, all of it on the device. carry: [tokens]; None: no token is carried.
+
+    temperature, uniform: float32 [outputs], as `lora_kernels.fused.choose` takes them.
+    """
+
+    batch: PagedBatch
+    carry: torch.Tensor | None
+    temperature: torch.Tensor
+    uniform: torch.Tensor
+
+
+def mixed_inputs(packed: PackedRows, lists: Lists[torch.Tensor], table: PageTable) -> Inputs:
+    """Of any batch, exactly as large as it is."""
+    rows, tokens, outputs = len(packed.rows), packed.tokens, len(packed.outputs)
+    return Inputs(
+        batch=PagedBatch(
+            tokens=lists.ids[:tokens],
+            positions=lists.positions[:tokens],
+            targets=lists.targets[:tokens],
+            table=table.pages[:rows],
+            lengths=lists.lengths[:rows],
+            decodes=packed.decodes,
+            starts=lists.starts[: rows - packed.decodes + 1],
+            longest=packed.longest,
+            wanted=lists.wanted[:outputs] if packed.longest else None,
+        ),
+        carry=lists.carry[:tokens] if packed.carried else None,
+        temperature=lists.temperature.view(torch.float32)[:outputs],
+        uniform=lists.uniform.view(torch.float32)[:outputs],
+    )
+
+
+def decode_inputs(rows: int, lists: Lists[torch.Tensor], table: PageTable) -> Inputs:
+    """Of a batch of single tokens, padded to so many rows; the same views whatever it holds."""
+    return Inputs(
+        batch=PagedBatch(
+            tokens=lists.ids[:rows],
+            positions=lists.positions[:rows],
+            targets=lists.targets[:rows],
+            table=table.pages[:rows],
+            lengths=lists.lengths[:rows],
+            decodes=rows,
+            starts=lists.starts[:1],
+            longest=0,
+            wanted=None,
+        ),
+        carry=lists.carry[:rows],
+        temperature=lists.temperature.view(torch.float32)[:rows],
+        uniform=lists.uniform.view(torch.float32)[:rows],
+    )

@@ -1,0 +1,192 @@
+"""Batches by Triton kernels: decode steps from graphs, tokens that stay on the device."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from lora_kernels import fused
+from lora_kernels.lora import TritonLora
+from replica.model.graphs import Capture, DecodeGraphs
+from replica.model.launch import Row
+from replica.model.paged_batch import Inputs, PackedRows, PageTable, Room, mixed_inputs
+from replica.model.paged_decoder import PagedDecoder
+from replica.model.sampling import Choice, Draw, choose, prepare, read
+from replica.model.shape import ModelShape
+from replica.model.weights import Weights
+from replica.scheduling.request import Sampled, Sampling
+
+_ANY = Sampling(temperature=0.0)
+_NARROW = Draw(Sampling(temperature=1.0, top_k=2, top_p=0.5, logprobs=1), 0, 0, 0)
+
+
+class PagedTicket:
+    """choice: on its way to the host until `event`. places: the row that each output is of, None
+    where it is nobody's; rows: how many the launch had.
+    """
+
+    def __init__(
+        self,
+        choice: Choice,
+        draws: Sequence[Draw],
+        places: Sequence[int | None],
+        rows: int,
+        event: torch.cuda.Event | None,
+    ) -> None:
+        self._choice, self._draws, self._places = choice, draws, places
+        self._rows, self._event = rows, event
+
+    def results(self) -> list[Sampled | None]:
+        if self._event is not None:
+            self._event.synchronize()
+        results: list[Sampled | None] = [None] * self._rows
+        for place, sampled in zip(self._places, read(self._choice, self._draws), strict=True):
+            if place is not None:
+                results[place] = sampled
+        return results
+
+
+class PagedExecutor:
+    """The way of a GPU. On CUDA `launch` waits for nothing the device does.
+
+    A decode step's graph ends with the tokens of greedy rows and of those that draw from all of
+    the vocabulary, so that a replay is one launch on the host for most batches; what else a row
+    may ask for (top-k, logprobs …) is computed from the logits behind it.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        weights: Weights,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        cache: torch.Tensor,
+        lora: TritonLora,
+        rows_max: int,
+        tokens_max: int,
+    ) -> None:
+        """rows_max, tokens_max: of a batch."""
+        self._shape = shape
+        self.cache = cache
+        self._device = cache.device
+        dummy_page, page_tokens = len(cache) - 1, cache.shape[4]
+        self._context = len(cos_sin[0])
+        self._table = PageTable(rows_max, self._context, page_tokens, dummy_page, self._device)
+        self._decoder = PagedDecoder(shape, weights, cos_sin, cache, rows_max)
+        self._ranks = weights.ranks
+        self._lora = lora
+        self._tokens_max = max(tokens_max, rows_max)
+        self._lora.reserve(self._tokens_max)
+        # Of the last launch, an entry an output, and which output is each row's.
+        self._tokens = torch.zeros(rows_max, dtype=torch.int64, device=self._device)
+        self._logits = cache.new_empty(rows_max, shape.vocab)
+        self._output_of: list[int | None] = []
+        self._graphs: DecodeGraphs | None = None
+
+    @torch.inference_mode()
+    def capture(self, capture: Capture) -> None:
+        """From now on decode steps are replayed; before any launch. They are not if it raises."""
+
+        def step(inputs: Inputs, lora: bool) -> None:
+            logits = self._step(inputs, lora)
+            # Kept in the graphs' own memory, those of every bucket would add up; the copy takes as
+            # long as it takes to read them once.
+            self._logits[: len(logits)].copy_(logits)
+
+        graphs = DecodeGraphs(len(self._tokens), self._table)
+        graphs.capture(step, lambda rows: self._lora.begin([0] * rows, rows=rows), capture)
+        self._graphs = graphs
+
+    def shrink_in_line(self) -> None:
+        self._lora.overlap = False
+
+    @torch.inference_mode()
+    def warm(self) -> None:
+        """Has the kernels of batches with chunks compiled, and those that draw from some of the
+        vocabulary, before a request waits for it. The largest step is among them.
+
+        Which of a kernel's forms runs depends on how many tokens there are. These go to the page
+        that nobody holds.
+        """
+        page_tokens, dummy_page = self._table.page_tokens, self._table.dummy_page
+        longest = min(self._tokens_max - 1, self._context)
+        for length in sorted({min(4**n // 2, longest) for n in range(1, 12)}):
+            pages = [dummy_page] * -(-length // page_tokens)
+            rows = [Row([0] * count, 0, pages, 0, _ANY, 0, 0) for count in (1, length)]
+            packed = PackedRows(rows, [None, None], page_tokens)
+            lists = packed.to_device(self._table, Room(packed.tokens, 2), 2)
+            self._lora.begin([0] * packed.tokens, rows=packed.tokens)
+            for lora in (True, False):
+                logits = self._step(mixed_inputs(packed, lists, self._table), lora)
+        self._choice(logits, [_NARROW] * len(logits))
+        # As many as there can be, beside the logits of a step: nothing takes more memory.
+        every = self._logits.new_zeros(self._logits.shape)
+        self._choice(every, [_NARROW] * len(every))
+
+    @torch.inference_mode()
+    def launch(self, rows: Sequence[Row]) -> PagedTicket:
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens) > 1)
+        ordered = [rows[i] for i in order]
+        carries = [None if r.carry is None else self._output_of[r.carry] for r in ordered]
+        packed = PackedRows(ordered, carries, self._table.page_tokens)
+        logits = self._compute(packed)
+        places = [order[i] if ordered[i].sampling is not None else None for i in packed.outputs]
+        self._output_of = [None] * len(rows)
+        for output, place in enumerate(places):
+            if place is not None:
+                self._output_of[place] = output
+        choice = self._choice(logits, packed.draws).to_host()
+        if self._ranks is not None and packed.draws:
+            # What rank 0 has chosen: the others do not even know what the requests ask for.
+            self._ranks.share(self._tokens[: len(packed.draws)])
+        event = None
+        if self._device.type == "cuda":
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        return PagedTicket(choice, packed.draws, places, len(rows), event)
+
+    def _compute(self, packed: PackedRows) -> torch.Tensor:
+        """Logits [outputs, vocab]."""
+        slots = [row.slot for row in packed.rows for _ in row.tokens]
+        lora = any(slots)
+        if self._graphs is not None and not packed.longest:
+            if lora:
+                self._lora.begin(slots, rows=self._graphs.bucket(len(slots)))
+            self._graphs.replay(packed, lora)
+            return self._logits[: len(slots)]
+        if lora:
+            self._lora.begin(slots)
+        room = Room(packed.tokens, len(packed.rows))
+        lists = packed.to_device(self._table, room, len(packed.rows))
+        return self._step(mixed_inputs(packed, lists, self._table), lora)
+
+    def _step(self, inputs: Inputs, lora: bool) -> torch.Tensor:
+        """Logits [outputs, vocab], and `_tokens` of those rows; also what a graph captures."""
+        batch = inputs.batch
+        if inputs.carry is not None:
+            # Where none is carried -1 takes some token, which is then not taken.
+            tokens = torch.where(inputs.carry < 0, batch.tokens, self._tokens[inputs.carry])
+            batch = dataclasses.replace(batch, tokens=tokens)
+        logits = self._decoder.forward(batch, self._lora if lora else None)
+        tokens = fused.choose(logits, inputs.temperature, inputs.uniform)
+        self._tokens[: len(tokens)].copy_(tokens)
+        return logits
+
+    def _choice(self, logits: torch.Tensor, draws: Sequence[Draw]) -> Choice:
+        """What `_step` has chosen, or where it could not, what is chosen now."""
+        vocab = self._shape.vocab
+        if all(_plain(draw, vocab) for draw in draws):
+            tokens = self._tokens[: len(draws)]
+            # On a CPU nothing is copied to the host, and the next launch writes here again.
+            return Choice(tokens.clone() if tokens.is_cpu else tokens, None)
+        rules = prepare(draws, self._shape.eos_tokens, vocab, self._device, kernel=True)
+        choice = choose(logits, rules)
+        self._tokens[: len(draws)].copy_(choice.tokens)
+        return choice
+
+
+def _plain(draw: Draw, vocab: int) -> bool:
+    """Whether the token depends on nothing but the temperature, and nothing else is asked for."""
+    sampling = draw.sampling
+    if sampling.logprobs is not None or draw.generated < sampling.min_tokens:
+        return False
+    return sampling.temperature == 0 or (not 0 < sampling.top_k < vocab and sampling.top_p >= 1)

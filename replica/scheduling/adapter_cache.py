@@ -1,0 +1,382 @@
+"""Which adapters are on the device, loading or leaving, and who keeps them there.
+
+    DISK or HOST ── make_room ──> LOADING ── loaded ──> DEVICE ── evict ──> HOST if kept, else DISK
+                                   │    ^
+                            failed │    │ make_room, once `retry_s` has come
+                                   v    │
+                                   FAILED
+
+Slot 0 of the device directory is the base model and is not kept here: it needs no load.
+An adapter that is forgotten while requests claim it or a copy is in flight leaves when the last is
+done: a request accepted for a version runs with that version, whatever its name points at by then.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+from cluster.values import Residency as Entry
+from cluster.values import Tier
+from replica.scheduling.adapter import Adapter, Evict, Load, Move, PageMove, Room, no_room
+from replica.scheduling.budget import Budget
+from replica.scheduling.victims import EvictionOrder
+from replica.scheduling.extents import Extents, Slide
+from replica.scheduling.host_tier import HostTier
+from replica.scheduling.victims import Victims
+
+_HALF_LIFE_S = 60.0
+
+
+class Residency:
+    """The device directory and the arena's bytes.
+
+    slots: rows of the directory besides the base's. order: which to evict first. copy_s: seconds
+    that a load of so many bytes from a tier is expected to take. host: none kept where it is None.
+    budget: where the arena shares its memory with KV pages, it grows before anyone is evicted.
+    """
+
+    def __init__(
+        self,
+        extents: Extents,
+        slots: int,
+        order: EvictionOrder,
+        copy_s: Callable[[int, Tier], float],
+        retry_s: float,
+        retry_max_s: float,
+        host: HostTier | None = None,
+        budget: Budget | None = None,
+    ) -> None:
+        self.extents = extents
+        self.budget = budget
+        self.host = host or HostTier(0)
+        self.slots = slots
+        self.adapters: dict[str, Adapter] = {}
+        self.placed: dict[str, Adapter] = {}  # those that hold a slot
+        self.quarantined: set[str] = set()
+        self.touched: set[str] = set()  # may start or stop to starve; `ServiceOrder` empties it
+        self.loading = 0
+        self.loads = self.evictions = 0
+        self.wasted = 0  # loads that no row ever used
+        self._free_slots = list(range(slots, 0, -1))
+        self._copy_s = copy_s
+        self.victims = Victims(
+            self.adapters, self.placed, self._free_slots, extents, budget, order, self.copy_s
+        )
+        self._first_retry_s = retry_s
+        self._retry_max_s = retry_max_s
+        self._changed: set[str] = set()
+        self._pinned: set[str] = set()
+
+    def register(self, digest: str, path: str, size: int, pinned: bool, now_s: float) -> None:
+        """`size`: bytes of the image, at most `most_bytes`."""
+        assert self.extents.aligned(size) <= self.most_bytes
+        adapter = self.adapters.get(digest)
+        if adapter is None:
+            size = self.extents.aligned(size)
+            self.adapters[digest] = Adapter(digest, path, size, pinned, now_s)
+        else:
+            adapter.path = path
+            adapter.pinned = pinned
+            adapter.leaving = False
+        (self._pinned.add if pinned else self._pinned.discard)(digest)
+        self._touch(digest)
+
+    @property
+    def pinned(self) -> int:
+        return len(self._pinned)
+
+    def refusal(self, digest: str, size: int, pinned: bool) -> str | None:
+        """Why it can never be served here, in words; None when it can."""
+        size = self.extents.aligned(size)
+        others = [(a.bytes, a.pinned) for a in self.adapters.values() if a.digest != digest]
+        return no_room(size, pinned, others, self.most_bytes, self.slots)
+
+    @property
+    def most_bytes(self) -> int:
+        """What the arena can ever hold."""
+        return self.extents.capacity if self.budget is None else self.budget.most_bytes
+
+    def forget(self, digest: str) -> list[Evict]:
+        adapter = self.adapters.get(digest)
+        if adapter is None:
+            return []
+        adapter.leaving, adapter.pinned = True, False
+        self._pinned.discard(digest)
+        return self._leave(adapter)
+
+    def usable(self, digest: str) -> bool:
+        adapter = self.adapters.get(digest)
+        return adapter is not None and adapter.tier is Tier.DEVICE
+
+    def pinned_elsewhere(self, now_s: float) -> list[str]:
+        """Pinned adapters that are not on the device; they are loaded before anyone asks."""
+        return [
+            a.digest
+            for a in map(self.adapters.__getitem__, sorted(self._pinned))
+            if not a.wanted
+            and (a.tier in (Tier.DISK, Tier.HOST) or (a.tier is Tier.FAILED and now_s >= a.retry_s))
+        ]
+
+    def slot(self, digest: str | None) -> int:
+        if digest is None:
+            return 0
+        slot = self.adapters[digest].slot
+        assert slot is not None
+        return slot
+
+    def claim(self, digest: str, now_s: float) -> None:
+        """A request for it was accepted."""
+        adapter = self.adapters[digest]
+        assert not adapter.leaving
+        adapter.claims += 1
+        self._starve(adapter, now_s)
+
+    def unclaim(self, digest: str) -> list[Evict]:
+        """A request for it ended; it no longer runs."""
+        adapter = self.adapters[digest]
+        assert adapter.claims > adapter.users
+        adapter.claims -= 1
+        if not adapter.wanted:
+            adapter.starved_s = None
+            self.touched.add(digest)
+        return self._leave(adapter)
+
+    def hold(self, digest: str) -> None:
+        """A request for it ends, but a step in flight names it."""
+        self.adapters[digest].held += 1
+
+    def let_go(self, digest: str) -> list[Evict]:
+        """That step has committed."""
+        adapter = self.adapters[digest]
+        assert adapter.held > 0
+        adapter.held -= 1
+        return self._leave(adapter)
+
+    def acquire(self, digest: str, now_s: float) -> None:
+        """A row is about to run with it."""
+        adapter = self.adapters[digest]
+        assert adapter.tier is Tier.DEVICE and adapter.wanted
+        if adapter.fresh:
+            adapter.fresh, adapter.slice_s = False, now_s
+        _use(adapter, now_s)
+        adapter.users += 1
+        adapter.used_s = now_s
+
+    def release(self, digest: str, now_s: float) -> None:
+        """A row stopped running; its request goes on waiting, or ends with `unclaim`."""
+        adapter = self.adapters[digest]
+        assert adapter.users > 0
+        adapter.users -= 1
+        adapter.used_s = now_s
+
+    def make_room(self, digest: str, victims: Sequence[str], now_s: float) -> Room:
+        """Begin a load in the place of `victims`, as `victims.for_image` gave them."""
+        adapter = self.adapters[digest]
+        assert adapter.tier in (Tier.DISK, Tier.HOST, Tier.FAILED)
+        evictions = tuple(self._evict(self.adapters[v], now_s) for v in victims)
+        for victim in victims:
+            self.extents.give_back(victim)
+        slides: list[Slide] = []
+        offset = self.extents.take(digest, adapter.bytes)
+        if offset is None:
+            slides = self.extents.slide(immovable=self.victims.loading())
+            offset = self.extents.take(digest, adapter.bytes)
+        page_moves: tuple[PageMove, ...] = ()
+        if offset is None and self.budget is not None:
+            page_moves = self.budget.grow(self.extents.end + adapter.bytes)
+            offset = self.extents.take(digest, adapter.bytes)
+        assert offset is not None, "the victims were not enough"
+        moves = self._moves(slides)
+        adapter.tier, adapter.slot, adapter.since_s = Tier.LOADING, self._free_slots.pop(), now_s
+        self.placed[digest] = adapter
+        self.quarantined.discard(digest)
+        adapter.reason = None
+        self.loading += 1
+        self.loads += 1
+        self._touch(digest)
+        source = self._away(digest)
+        if source is Tier.HOST:
+            self.host.touch(digest)
+        load = Load(digest, adapter.path, adapter.slot, offset, adapter.bytes, source)
+        return Room(evictions, moves, load, page_moves)
+
+    def make_pages(
+        self, count: int, keep: Collection[str], wanted: bool, now_s: float
+    ) -> Room | None:
+        """Give up memory for `count` KV pages; None, and nothing done, when there is not as much.
+
+        Idle adapters leave for it, but none of `keep`; those that a request waits for only if
+        `wanted`, and those that were loaded for one and have not run yet never.
+        """
+        assert self.budget is not None
+        end = self.extents.capacity - count * self.budget.page_bytes
+        victims = self.victims.for_pages(end, keep, wanted)
+        if victims is None:
+            return None
+        evictions = tuple(self._evict(self.adapters[v], now_s) for v in victims)
+        for victim in victims:
+            self.extents.give_back(victim)
+        slides = self.extents.slide(self.victims.loading()) if self.extents.end > end else []
+        self.budget.shrink(count)
+        return Room(evictions, self._moves(slides), None)
+
+    def keep_on_host(self, digest: str) -> None:
+        """Host memory holds its image from now on; others may have to go for it."""
+        for dropped in self.host.keep(digest, self.adapters[digest].bytes):
+            self._left_host(dropped)
+
+    def begin_on_host(self, digest: str) -> None:
+        """Host memory holds its image before it was ever loaded."""
+        adapter = self.adapters[digest]
+        assert adapter.tier is Tier.DISK
+        self.keep_on_host(digest)
+        adapter.tier = Tier.HOST
+
+    def drop_from_host(self) -> bool:
+        """Host memory gives up the image that was used longest ago; False when it holds none."""
+        dropped = self.host.drop_oldest()
+        if dropped is not None:
+            self._left_host(dropped)
+        return dropped is not None
+
+    def copy_s(self, adapter: Adapter) -> float:
+        """Seconds that bringing it to the device is expected to take, from where it would lie."""
+        return self._copy_s(adapter.bytes, self._away(adapter.digest))
+
+    def loaded(self, digest: str, now_s: float) -> list[Evict]:
+        adapter = self.adapters[digest]
+        assert adapter.tier is Tier.LOADING
+        self.loading -= 1
+        adapter.tier, adapter.since_s, adapter.used_s = Tier.DEVICE, now_s, now_s
+        adapter.fresh, adapter.failures, adapter.starved_s = True, 0, None
+        self._touch(digest)
+        return self._leave(adapter)
+
+    def failed(self, digest: str, reason: str, now_s: float) -> None:
+        """The load broke off. It may be tried again after a pause that doubles each time."""
+        adapter = self.adapters[digest]
+        assert adapter.tier is Tier.LOADING
+        self.loading -= 1
+        self._quarantine(adapter, reason, now_s)
+
+    def lost(self, digest: str, reason: str, now_s: float) -> None:
+        """A load that was taken for done (without overlap) has failed; no row uses it."""
+        adapter = self.adapters[digest]
+        assert adapter.tier is Tier.DEVICE and adapter.users == 0
+        self._quarantine(adapter, reason, now_s)
+
+    def _quarantine(self, adapter: Adapter, reason: str, now_s: float) -> None:
+        assert adapter.slot is not None
+        self.extents.give_back(adapter.digest)
+        self._free_slots.append(adapter.slot)
+        del self.placed[adapter.digest]
+        adapter.tier, adapter.slot, adapter.since_s = Tier.FAILED, None, now_s
+        adapter.fresh = False
+        pause_s = min(self._first_retry_s * 2.0 ** min(adapter.failures, 62), self._retry_max_s)
+        adapter.retry_s = now_s + pause_s
+        adapter.failures += 1
+        self.quarantined.add(adapter.digest)
+        adapter.reason = reason
+        self._touch(adapter.digest)
+        self._starve(adapter, now_s)
+        self._leave(adapter)
+
+    def entries(self, digests: Iterable[str] | None = None) -> list[Entry]:
+        """What to publish. Those no longer registered are `absent`."""
+        entries = []
+        for digest in sorted(filter(None, self.adapters if digests is None else digests)):
+            adapter = self.adapters.get(digest)
+            if adapter is None:
+                entries.append(Entry(digest, Tier.ABSENT, 0, 0.0))
+            else:
+                entries.append(
+                    Entry(digest, adapter.tier, adapter.bytes, adapter.since_s, adapter.reason)
+                )
+        return entries
+
+    def changes(self) -> list[Entry]:
+        """The entries that changed since the last call."""
+        if not self._changed:
+            return []
+        entries = self.entries(self._changed)
+        self._changed.clear()
+        return entries
+
+    def check(self) -> None:
+        self.extents.check()
+        self.host.check()
+        for adapter in self.adapters.values():
+            kept = adapter.digest in self.host
+            assert kept or adapter.tier is not Tier.HOST
+            assert not kept or adapter.tier is not Tier.DISK
+        placed = [a for a in self.adapters.values() if a.slot is not None]
+        assert {a.digest: a for a in placed} == self.placed
+        failed = {a.digest for a in self.adapters.values() if a.tier is Tier.FAILED}
+        assert failed == self.quarantined
+        assert self._pinned == {a.digest for a in self.adapters.values() if a.pinned}
+        slots = [a.slot for a in placed if a.slot is not None]
+        assert sorted([*slots, *self._free_slots]) == list(range(1, self.slots + 1))
+        assert all(a.tier in (Tier.DEVICE, Tier.LOADING) for a in placed)
+        assert self.loading == sum(a.tier is Tier.LOADING for a in placed)
+        for adapter in self.adapters.values():
+            assert (adapter.slot is not None) == (adapter.tier in (Tier.DEVICE, Tier.LOADING))
+            assert 0 <= adapter.users <= adapter.claims
+            assert adapter.users == 0 or adapter.tier is Tier.DEVICE, "rows run without weights"
+        assert self.extents.free == self.extents.capacity - sum(a.bytes for a in placed)
+        if self.budget is not None:
+            self.budget.check()
+
+    def _touch(self, digest: str) -> None:
+        self._changed.add(digest)
+        self.touched.add(digest)
+
+    def _left_host(self, digest: str) -> None:
+        gone = self.adapters.get(digest)
+        if gone is not None and gone.tier is Tier.HOST:
+            gone.tier = Tier.DISK
+            self._changed.add(digest)
+
+    def _away(self, digest: str) -> Tier:
+        return Tier.HOST if digest in self.host else Tier.DISK
+
+    def _moves(self, slides: Iterable[Slide]) -> tuple[Move, ...]:
+        return tuple(Move(self.slot(s.digest), s.source, s.target, s.bytes) for s in slides)
+
+    def _starve(self, adapter: Adapter, now_s: float) -> None:
+        if adapter.wanted and adapter.tier is not Tier.DEVICE and adapter.starved_s is None:
+            adapter.starved_s = now_s
+            self.touched.add(adapter.digest)
+
+    def _evict(self, adapter: Adapter, now_s: float) -> Evict:
+        assert adapter.users == 0 and adapter.tier is Tier.DEVICE and adapter.slot is not None
+        assert not adapter.pinned
+        slot = adapter.slot
+        self.wasted += adapter.fresh
+        self.evictions += 1
+        self._free_slots.append(slot)
+        del self.placed[adapter.digest]
+        adapter.tier, adapter.slot, adapter.since_s = self._away(adapter.digest), None, now_s
+        self._touch(adapter.digest)
+        self._starve(adapter, now_s)
+        return Evict(adapter.digest, slot)
+
+    def _leave(self, adapter: Adapter) -> list[Evict]:
+        """Drop a forgotten adapter once nothing uses it."""
+        if not adapter.leaving or adapter.claims or adapter.held or adapter.tier is Tier.LOADING:
+            return []
+        evictions = []
+        if adapter.tier is Tier.DEVICE:
+            evictions.append(self._evict(adapter, adapter.since_s))
+            self.extents.give_back(adapter.digest)
+        del self.adapters[adapter.digest]
+        self._pinned.discard(adapter.digest)
+        self.quarantined.discard(adapter.digest)
+        if adapter.digest in self.host:
+            self.host.drop(adapter.digest)
+        self._touch(adapter.digest)
+        return evictions
+
+
+def _use(adapter: Adapter, now_s: float) -> None:
+    """Count a use: each weighs half as much after `_HALF_LIFE_S`."""
+    decay = math.exp2((adapter.used_s - now_s) / _HALF_LIFE_S)
+    adapter.frequency = adapter.frequency * decay + math.log(2) / _HALF_LIFE_S

@@ -1,0 +1,96 @@
+"""From the configuration to a scheduler: what the engine and its twin both start from."""
+
+from dataclasses import dataclass
+
+from cluster.config import EngineConfig
+from cluster.costs import Costs
+from replica.scheduling.adapter_cache import Residency
+from replica.scheduling.admission import Limits
+from replica.scheduling.budget import Budget
+from replica.scheduling.drainer import Sharing
+from replica.scheduling.victims import ORDERS
+from replica.scheduling.extents import Extents
+from replica.scheduling.growth import Growth
+from replica.scheduling.host_tier import HostTier
+from replica.scheduling.loads import Switches
+from replica.scheduling.pages import Pages
+from replica.scheduling.scheduler import Scheduler
+from replica.scheduling.share import Share
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """pages: besides the one that nobody has, which rows that pad a batch write to. arena_bytes:
+    the most that images may take. context_pages: of the longest sequence. shared: images lie where
+    the first pages would be; then so many pages are there only while there are no images.
+    """
+
+    pages: int
+    page_bytes: int
+    context_pages: int
+    arena_bytes: int
+    shared: bool
+
+
+def assemble(
+    config: EngineConfig,
+    *,
+    context: int,
+    eos_tokens: frozenset[int],
+    memory: Division,
+    alignment: int,
+    costs: Costs,
+) -> Scheduler:
+    """context: tokens of the longest prompt + output. alignment: of images, in bytes."""
+    slots = config.directory_slots - 1
+    pages = Pages(memory.pages, config.page_tokens, config.prefix_cache)
+    extents = Extents(0 if memory.shared else memory.arena_bytes, alignment)
+    step_tokens = max(config.step_tokens_max, config.batch_rows_max)
+    budget = None
+    if memory.shared:
+        headroom = config.headroom_pages
+        if headroom is None:
+            headroom = config.batch_rows_max + pages.needed(step_tokens)
+        budget = Budget(extents, pages, memory.page_bytes, memory.context_pages, headroom)
+    residency = Residency(
+        extents,
+        config.slots_max or slots,
+        ORDERS[config.eviction],
+        costs.copy_s,
+        config.load_retry_s,
+        config.load_retry_max_s,
+        HostTier(config.host_memory or 0),
+        budget,
+    )
+    limits = Limits(
+        batch_rows_max=config.batch_rows_max,
+        step_tokens_max=step_tokens,
+        queue_max=config.queue_max,
+        loads_in_flight_max=config.loads_in_flight_max,
+        context=context,
+        eos_tokens=eos_tokens,
+        parked_pages_max=config.parked_pages_max,
+        page_wait_max_s=config.page_wait_max_s,
+    )
+    switches = Switches(
+        base_pinned=config.base_slot == "pinned",
+        skip=config.on_miss == "skip",
+        overlap=config.overlap,
+        prefetch_depth=config.prefetch_depth,
+    )
+    sharing = Sharing(
+        park=config.park,
+        quantum_s=config.quantum_s,
+        head_start_s=config.head_start_s,
+        drain_wait_threshold_s=config.drain_wait_threshold_s,
+    )
+    return Scheduler(
+        limits,
+        pages,
+        residency,
+        costs,
+        switches,
+        sharing,
+        Share(on=config.fair_share),
+        Growth(config.page_tokens, memory.pages * config.page_tokens, config.growth_outputs),
+    )

@@ -1,0 +1,67 @@
+"""In which order absent adapters are loaded."""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+
+from cluster.values import Tier
+from replica.scheduling.adapter_cache import Residency
+from replica.scheduling.waiting import Key, Waiting
+
+# A parked adapter with fewer tokens left than that waits less for those that have none yet.
+_FEW_TOKENS = 192
+
+_Rank = tuple[int, float, Key, str]
+
+
+class ServiceOrder:
+    """Adapters that are waited for and not on the device: by priority, then who starved longest.
+
+    A parked adapter starves from when it was parked, so that all of them take turns; one with a
+    request that has no token yet goes before those that starved up to `head_start_s` longer (less
+    where they have few tokens left). The order does not depend on the time, so only what changed
+    since is put in its place again.
+    """
+
+    def __init__(self, waiting: Waiting, residency: Residency, head_start_s: float) -> None:
+        self._waiting = waiting
+        self._residency = residency
+        self._head_start_s = head_start_s
+        self._ranks: dict[str, _Rank] = {}
+        self._ordered: list[_Rank] = []
+
+    def digests(self) -> Iterator[str]:
+        self._settle()
+        return (rank[-1] for rank in self._ordered)
+
+    def _settle(self) -> None:
+        touched = self._waiting.touched | self._residency.touched
+        self._waiting.touched.clear()
+        self._residency.touched.clear()
+        for digest in sorted(touched):
+            old, new = self._ranks.pop(digest, None), self._rank(digest)
+            if old is not None:
+                del self._ordered[bisect_left(self._ordered, old)]
+            if new is not None:
+                insort(self._ordered, new)
+                self._ranks[digest] = new
+
+    def check(self) -> None:
+        self._settle()
+        ranks = filter(None, map(self._rank, self._waiting.places()))
+        assert sorted(ranks) == self._ordered, "an adapter starves unseen"
+
+    def _rank(self, digest: str) -> _Rank | None:
+        adapter = self._residency.adapters.get(digest)
+        if adapter is None or adapter.tier in (Tier.DEVICE, Tier.LOADING):
+            return None
+        if not self._waiting.waited_for(digest):
+            return None
+        assert adapter.starved_s is not None
+        key = self._waiting.key(self._waiting.head(digest))
+        return key[0], adapter.starved_s + self._behind_s(digest), key, digest
+
+    def _behind_s(self, digest: str) -> float:
+        if not self._waiting.all_begun(digest):
+            return 0.0
+        left = max(request.remaining for request in self._waiting.group(digest))
+        return self._head_start_s * min(1.0, left / _FEW_TOKENS)

@@ -1,0 +1,127 @@
+"""Who waits to run, told apart by adapter so that none hides another.
+
+Within an adapter the higher priority goes first, then the earlier arrival; a request that comes
+back (parked or preempted) keeps its number and so stands before those that came after it.
+"""
+
+import heapq
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Iterator
+
+from replica.scheduling.request import Request
+
+Key = tuple[int, int]
+
+
+class Waiting:
+    """Requests by adapter; `None` is the base model."""
+
+    def __init__(self) -> None:
+        self._groups: dict[str | None, list[tuple[Key, Request]]] = {}
+        self._keys: dict[str, Key] = {}
+        self._count = 0
+        self._begun: dict[str | None, int] = {}  # those that have tokens already
+        self.touched: set[str] = set()  # its first request may be another; see `ServiceOrder`
+        self._next = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Request]:
+        for group in self._groups.values():
+            for _, request in group:
+                yield request
+
+    def add(self, request: Request) -> None:
+        key = self._keys.get(request.id)
+        if key is None:
+            key = self._keys[request.id] = (-request.priority, self._next)
+            self._next += 1
+        insort(self._groups.setdefault(request.place, []), (key, request), key=lambda e: e[0])
+        self._count += 1
+        self._count_begun(request, 1)
+
+    def remove(self, request: Request) -> None:
+        group = self._groups[request.place]
+        index = bisect_left(group, self._keys[request.id], key=lambda e: e[0])
+        assert group[index][1] is request
+        del group[index]
+        if not group:
+            del self._groups[request.place]
+        self._count -= 1
+        self._count_begun(request, -1)
+
+    def touch(self, request: Request) -> None:
+        """One that waits gets a token, from the step in flight when it left the batch."""
+        if request.place is not None:
+            self.touched.add(request.place)
+
+    def _count_begun(self, request: Request, change: int) -> None:
+        place = request.place
+        if request.begun:
+            self._begun[place] = self._begun.get(place, 0) + change
+            if not self._begun[place]:
+                del self._begun[place]
+        if place is not None:
+            self.touched.add(place)
+
+    def forget(self, request: Request) -> None:
+        """It has ended and will not return."""
+        del self._keys[request.id]
+
+    def key(self, request: Request) -> Key:
+        return self._keys[request.id]
+
+    def head(self, place: str | None) -> Request:
+        return self._groups[place][0][1]
+
+    def places(self) -> list[str]:
+        """Adapters that are waited for, in no particular order."""
+        return [place for place in self._groups if place is not None]
+
+    def all_begun(self, place: str | None) -> bool:
+        """Each of its requests has a token already."""
+        return self._begun.get(place, 0) == len(self._groups[place])
+
+    def waited_for(self, place: str | None) -> bool:
+        return place in self._groups
+
+    def group(self, place: str | None) -> list[Request]:
+        return [request for _, request in self._groups.get(place, ())]
+
+    def ordered(
+        self, requests: Iterable[Request], share: Callable[[str | None], float]
+    ) -> list[Request]:
+        """These as `in_order` would give them."""
+
+        def key(request: Request) -> tuple[int, float, int]:
+            priority, number = self._keys[request.id]
+            return priority, share(request.place), number
+
+        return sorted(requests, key=key)
+
+    def in_order(
+        self, places: Iterable[str | None] | None, share: Callable[[str | None], float]
+    ) -> Iterator[Request]:
+        """The requests of these places, None: of all: by priority, then share, then arrival.
+
+        share: what an adapter has had so far; less goes first. The caller may remove a request that
+        it was given while it goes on.
+        """
+        groups = [
+            (place, list(self._groups[place]))
+            for place in (self._groups if places is None else places)
+            if place in self._groups
+        ]
+        heap = [
+            (group[0][0][0], share(place), group[0][0][1], index, 0)
+            for index, (place, group) in enumerate(groups)
+        ]
+        heapq.heapify(heap)
+        while heap:
+            _, _, _, index, position = heapq.heappop(heap)
+            place, group = groups[index]
+            yield group[position][1]
+            if position + 1 < len(group):
+                priority, number = group[position + 1][0]
+                heapq.heappush(heap, (priority, share(place), number, index, position + 1))

@@ -1,0 +1,342 @@
+"""One replica's place in the fleet: publishes what is true here, follows what is decided.
+
+    any event loop ── find, add, remove ──┐        ┌── Catalog (follows) ──> Settling ──> engine
+                                          v        │
+                             the membership's own thread and loop
+                                                   │
+    engine's thread ── residency changed ──────────┴── Publisher ──> Redis
+
+A thread of its own, so that neither a busy server nor the loop of whoever calls holds up the lease.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, TypeVar
+
+from cluster.catalog import Catalog
+from cluster.config import FleetConfig
+from cluster.errors import (
+    AdapterFailed,
+    BadRequest,
+    CatalogUnavailable,
+    ConfigError,
+    ShuttingDown,
+)
+from cluster.publisher import Publisher
+from cluster.redis_client import connect
+from cluster.registry import Registry, newest
+from cluster.values import Residency, Version
+from cluster.versions import check_name
+from replica.adapters.validation import Validation
+from replica.api.catalog_page import catalog_page
+from replica.api.interfaces import Acknowledgement, Engine
+from replica.model.shape import ModelShape, read_shape
+from replica.serving.reconciler import Settling
+
+log = logging.getLogger(__name__)
+
+ACKNOWLEDGED_POLL_S = 0.02
+START_POLL_S = 0.1
+CANCEL_AGAIN_S = 1.0
+
+Result = TypeVar("Result")
+
+
+class Membership:
+    """`front.Adapters` of one replica of a fleet. Its coroutines may be awaited on any loop.
+
+    run: which start of the fleet this replica belongs to. The adapters of the configuration are
+    applied once a run, so that a replica that restarts does not undo what the API did since;
+    None: this replica's start is a run of its own.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        config: FleetConfig,
+        replica_id: str,
+        *,
+        shape: ModelShape | None = None,
+        run: str | None = None,
+    ) -> None:
+        assert config.redis_url is not None
+        self._engine = engine
+        self._config = config
+        self._replica_id = replica_id
+        self._run = run or secrets.token_hex(8)
+        self._validation = Validation(config, shape or read_shape(config.engine.model))
+        self._redis = connect(config.redis_url)
+        self._catalog = Catalog(
+            self._redis,
+            config.name,
+            config.engine.base_name,
+            restores=True,
+            on_change=self._catalog_changed,
+        )
+        self._registry = Registry(self._redis, config.name)
+        self._settling = Settling(
+            engine, self._validation.store, config.engine, lambda: self._publisher.wake()
+        )
+        self._publisher = Publisher(
+            self._redis,
+            config.name,
+            replica_id,
+            lease_s=config.lease_s,
+            report_s=config.report_s,
+            residency=self._residency,
+            report=engine.report,
+            applied=lambda: self._settling.applied,
+            alive=lambda: engine.alive,
+            on_catalog=self._check_behind,
+        )
+        self._behind_at: int | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._stopping = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="membership", daemon=True
+        )
+
+    @property
+    def incarnation(self) -> str:
+        return self._publisher.incarnation
+
+    @property
+    def connected(self) -> bool:
+        """Whether this replica hears of changes to the catalog."""
+        return self._catalog.connected
+
+    # For any loop.
+
+    async def start(self) -> None:
+        """Returns when the fleet sees this replica with all adapters of the catalog.
+
+        Raises ConfigError naming an adapter of the configuration, CatalogUnavailable.
+        """
+        self._thread.start()
+        try:
+            await self._there(self._start())
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Out of every view at once. The engine is its owner's. Twice does no harm."""
+        if self._stopping:
+            return
+        self._stopping = True
+        if self._thread.is_alive():
+            work = asyncio.run_coroutine_threadsafe(self._stop(), self._loop)
+            await asyncio.wrap_future(work)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            await asyncio.to_thread(self._thread.join)
+        self._loop.close()
+
+    async def find(self, name: str) -> Version | None:
+        """Raises AdapterFailed while its files cannot be fetched, CatalogUnavailable before the
+        catalog was ever read."""
+        version = self._catalog.book.get(name)
+        if version is not None and self._settling.has(version.digest):
+            return version
+        return await self._there(self._find(name))
+
+    def versions(self) -> list[Version]:
+        return self._catalog.book.by_name()
+
+    async def add(
+        self,
+        name: str,
+        path: str,
+        *,
+        load_inplace: bool = False,
+        pinned: bool = False,
+        weight: float = 1.0,
+        trusted: bool = False,
+    ) -> Acknowledgement:
+        self._catalog.book.check_add(name, load_inplace=load_inplace)
+        check = partial(
+            self._validation.version, name, path, pinned=pinned, weight=weight, trusted=trusted
+        )
+        return await self._there(self._add(check, load_inplace))
+
+    async def remove(self, name: str) -> Acknowledgement:
+        return await self._there(self._remove(name))
+
+    async def describe(self) -> dict[str, Any]:
+        return await self._there(self._describe())
+
+    async def _there(self, work: Coroutine[Any, Any, Result]) -> Result:
+        if self._stopping:
+            work.close()
+            raise ShuttingDown("the replica is stopping")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self._stopping and not (task and task.cancelling()):
+                raise ShuttingDown("the replica is stopping") from None
+            raise
+
+    # From here on everything runs on the loop of the membership's thread.
+
+    async def _start(self) -> None:
+        self._engine.on_residency(self._engine_changed)
+        await self._first_sync()
+        self._keep(self._catalog.run())
+        await self._seed()
+        await self._settling.settled(self._config.acknowledge_s)
+        await self._publisher.publish()
+        self._keep(self._publisher.run())
+
+    async def _stop(self) -> None:
+        while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=CANCEL_AGAIN_S)
+        await self._publisher.close()
+        await self._redis.aclose()
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("membership: a task broke", exc_info=task.exception())
+
+    async def _first_sync(self) -> None:
+        deadline_s = time.monotonic() + self._config.acknowledge_s
+        while True:
+            try:
+                await self._catalog.resync()
+                return
+            except CatalogUnavailable:
+                if time.monotonic() >= deadline_s:
+                    raise
+                await asyncio.sleep(START_POLL_S)
+
+    async def _seed(self) -> None:
+        """The adapters of the configuration, unless another replica of this run was first."""
+        if not self._config.adapters:
+            return
+        seeded = await self._catalog.seeded()
+        for name, path in self._config.adapters.items():
+            if seeded.get(name) == self._run:
+                continue
+            try:
+                check_name(name, self._config.engine.base_name)
+                version = await asyncio.to_thread(
+                    self._validation.version, name, path, trusted=True
+                )
+            except (BadRequest, AdapterFailed) as error:
+                key = f"adapters.{name}"
+                raise ConfigError(f"{key}: {error.message}", field=key) from error
+            await self._catalog.put(version, run=self._run)
+        await self._catalog.resync()
+
+    # Names and versions.
+
+    async def _find(self, name: str) -> Version | None:
+        version = self._catalog.book.get(name)
+        if version is None:
+            version = await self._look_up(name)
+        if version is None:
+            return None
+        await self._settling.arrival(name, version.digest)
+        return version
+
+    async def _look_up(self, name: str) -> Version | None:
+        try:
+            check_name(name, self._config.engine.base_name)
+        except BadRequest:
+            return None  # no adapter can have it
+        try:
+            if await self._catalog.lookup(name) is None:
+                return None
+            await self._catalog.resync()
+        except CatalogUnavailable:
+            if not self._catalog.synced:
+                raise
+            # The fleet goes on with what it knows.
+        return self._catalog.book.get(name)
+
+    async def _add(self, check: Callable[[], Version], load_inplace: bool) -> Acknowledgement:
+        version = await asyncio.to_thread(check)
+        versions = self._catalog.book.by_name()
+        await asyncio.to_thread(self._validation.check_room, version, versions)
+        sequence, _ = await self._catalog.put(version, load_inplace=load_inplace)
+        pending = await self._pending(sequence)
+        return Acknowledgement(version.name, version.digest, sequence, pending)
+
+    async def _remove(self, name: str) -> Acknowledgement:
+        sequence, digest = await self._catalog.remove(name)
+        return Acknowledgement(name, digest, sequence, await self._pending(sequence))
+
+    async def _pending(self, sequence: int) -> tuple[str, ...]:
+        """The live replicas that have not applied the change in time."""
+        deadline_s = time.monotonic() + self._config.acknowledge_s
+        pending: tuple[str, ...] = (self._replica_id,)
+        while True:
+            try:
+                leases = await self._registry.leases()
+                pending = tuple(i.replica_id for i in leases if i.catalog_sequence < sequence)
+            except CatalogUnavailable:
+                pass  # the change is made; who has it is not known
+            if not pending or time.monotonic() >= deadline_s:
+                return pending
+            await asyncio.sleep(ACKNOWLEDGED_POLL_S)
+
+    async def _describe(self) -> dict[str, Any]:
+        sequence, versions = await self._catalog.read()
+        _, _, live = await self._registry.read()
+        held = {lease.incarnation: residency for lease, _, residency in live}
+        leases = newest(lease for lease, _, _ in live)
+        residency = {lease.replica_id: held[lease.incarnation] for lease in leases}
+        replicas = [
+            {
+                "id": lease.replica_id,
+                "incarnation": lease.incarnation,
+                "load": dataclasses.asdict(lease.report),
+            }
+            for lease in leases
+        ]
+        return catalog_page(versions, sequence, residency, replicas)
+
+    # The engine.
+
+    def _engine_changed(self, entries: list[Residency]) -> None:
+        """On whatever thread learnt of it."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(self._publisher.wake)
+
+    def _residency(self) -> list[Residency]:
+        return self._engine.residency() + self._settling.failures()
+
+    def _catalog_changed(self) -> None:
+        self._settling.follow(self._catalog.book.by_name(), self._catalog.book.sequence)
+        self._publisher.wake()
+
+    def _check_behind(self, sequence: int) -> None:
+        """Redis has a change that no message told us of, at two renewals in a row: fetch it."""
+        here = self._catalog.book.sequence
+        if sequence == here:
+            self._behind_at = None
+        elif self._behind_at != here:
+            self._behind_at = here
+        elif self._catalog.connected:
+            self._behind_at = None
+            self._keep(self._resync())
+
+    async def _resync(self) -> None:
+        with contextlib.suppress(CatalogUnavailable):  # the subscription will find out
+            await self._catalog.resync()

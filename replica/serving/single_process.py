@@ -1,0 +1,96 @@
+"""One replica by itself: engine, adapters in memory, HTTP server. No Ray, no Redis."""
+
+import asyncio
+import dataclasses
+import math
+import socket
+
+import uvicorn
+
+from cluster.config import FleetConfig
+from cluster.errors import EngineFailed
+from replica.api.interfaces import Engine
+from replica.api.server import Server, ServerConfig, build_app
+from replica.api.text import Text
+from replica.engine.link import EngineLink
+from replica.model.shape import read_shape
+from replica.serving.local_catalog import Standalone
+
+_LAST_WORDS_S = 0.5
+
+
+def server_config(config: FleetConfig, replica_id: str) -> ServerConfig:
+    """What the HTTP server needs of the fleet's configuration."""
+    engine = config.engine
+    shape = read_shape(engine.model)
+    return ServerConfig(
+        base=engine.base_name,
+        context=min(shape.context, engine.context_tokens_max or shape.context),
+        vocab=shape.vocab,
+        root=engine.model,
+        replica_id=replica_id,
+        api_keys=config.api_keys,
+    )
+
+
+class Listening(uvicorn.Server):
+    """Ends also with its engine: whoever started it may start another.
+
+    Stopped, it lets requests run for `drain_s`; then those that are left are told that it ends,
+    and soon after it hangs up on clients that do not read that.
+    """
+
+    def __init__(self, app: Server, engine: Engine, drain_s: float) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_level="warning",
+                access_log=False,
+                # Above what we take ourselves: uvicorn cancels without an answer.
+                timeout_graceful_shutdown=math.ceil(drain_s + _LAST_WORDS_S) + 1,
+            )
+        )
+        self._app = app
+        self._engine = engine
+        self._drain_s = drain_s
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or not self._engine.alive
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or []:
+            host, port = listener.getsockname()[:2]
+            print(f"ready: http://{host}:{port}/v1", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        cutting = asyncio.create_task(self._cut())
+        await super().shutdown(sockets)
+        cutting.cancel()
+
+    async def _cut(self) -> None:
+        await asyncio.sleep(self._drain_s)
+        self._app.cut()
+        await asyncio.sleep(_LAST_WORDS_S)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
+
+async def run(config: FleetConfig, listener: socket.socket) -> None:
+    """Until SIGINT or SIGTERM. Prints a line when requests are answered. Raises FleetError, also
+    when the engine has ended by itself.
+    """
+    engine = EngineLink(config.engine)
+    text = Text.read(config.engine.model)
+    try:
+        await engine.start()
+        config = dataclasses.replace(config, engine=engine.config)
+        adapters = Standalone(engine, config)
+        await adapters.start()
+        app = build_app(engine, adapters, text, server_config(config, "local"))
+        server = Listening(app, engine, config.drain_s)
+        await server.serve(sockets=[listener])
+        if not engine.alive:
+            raise EngineFailed("the engine's process has ended")
+    finally:
+        await engine.stop()

@@ -1,0 +1,222 @@
+"""One workload on the engine's own scheduler and a virtual clock: what each policy makes of it."""
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+from cluster.config import EngineConfig
+from cluster.costs import Costs
+from cluster.errors import ConfigError
+from replica.scheduling.assembly import Division
+from replica.scheduling.assembly import assemble
+from replica.scheduling.scheduler import Scheduler
+from replica.scheduling.timeline import Event
+from replica.simulation.cards import PAGE_BYTES, Card, image_bytes
+from replica.simulation.simulator import Record, Twin, percentile
+from replica.simulation.traces import Recorded
+from replica.simulation.workload_file import Workload, adapter_name, arrivals
+
+_ALIGNMENT_BYTES = 256
+_PAGE_TOKENS = 16
+# Of the model that the cards are of.
+_CONTEXT = 131_072
+# What a policy changes in the engine's configuration, whatever the file says of it. `resident`:
+# every adapter has a place, beside the pages that the others have.
+POLICIES: Mapping[str, Mapping[str, object]] = {
+    "ours": {},
+    "skip": {"park": False},
+    "drain": {"park": False, "drain_wait_threshold_s": 3.0},
+    "resident": {"park": False},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """What a request must keep to count for goodput."""
+
+    ttft_s: float = 1.0
+    tpot_s: float = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadFigures:
+    """goodput: the share of requests that met both targets. computed_over_needed: 1 when no token
+    was computed twice.
+    """
+
+    goodput: float
+    ttft_mean_ms: float
+    ttft_p50_ms: float
+    ttft_p99_ms: float
+    e2e_mean_ms: float
+    e2e_p99_ms: float
+    itl_max_ms: float
+    makespan_s: float
+    computed_over_needed: float
+    loads: float
+    parks: float
+
+
+def simulate(
+    workload: Workload, policy: str, recorded: Sequence[Recorded], slo: Slo, check: bool = False
+) -> WorkloadFigures:
+    """Each figure's median over the seeds. check: the invariants after each step."""
+    found = [_run(workload, policy, recorded, slo, seed, check) for seed in range(workload.seeds)]
+    return WorkloadFigures(
+        **{
+            f.name: statistics.median(getattr(each, f.name) for each in found)
+            for f in fields(WorkloadFigures)
+        }
+    )
+
+
+def table(found: Mapping[str, WorkloadFigures]) -> Iterator[str]:
+    """A row a figure, a column a policy, as text."""
+    yield f"{'':22}" + "".join(f"{policy:>12}" for policy in found)
+    for name in (f.name for f in fields(WorkloadFigures)):
+        values = [getattr(each, name) for each in found.values()]
+        whole = name in ("loads", "parks")
+        cells = (f"{value:,.{0 if whole or value >= 100 else 2}f}" for value in values)
+        yield f"{name:22}" + "".join(f"{cell:>12}" for cell in cells)
+
+
+def _run(
+    workload: Workload,
+    policy: str,
+    recorded: Sequence[Recorded],
+    slo: Slo,
+    seed: int,
+    check: bool,
+) -> WorkloadFigures:
+    division, context = _divide(workload, policy, recorded)
+    config = _config(workload, policy)
+    scheduler = _scheduler(workload, config, division, context)
+    ranks: dict[str | None, int] = {None: 0}
+    ranks |= {adapter_name(i): r for i, r in enumerate(workload.ranks)}
+    coming = arrivals(workload, recorded, context, seed)
+    twin = Twin(scheduler, workload.card, ranks, check=check, depth=config.plan_depth or 2)
+    records = twin.run(coming)
+    return _figures(records, scheduler, slo)
+
+
+def _figures(records: Sequence[Record], scheduler: Scheduler, slo: Slo) -> WorkloadFigures:
+    ttft = sorted(r.ttft_s for r in records)
+    e2e = sorted(r.e2e_s for r in records)
+    good = sum(r.ttft_s <= slo.ttft_s and r.tpot_s <= slo.tpot_s for r in records)
+    return WorkloadFigures(
+        goodput=good / len(records),
+        ttft_mean_ms=statistics.fmean(ttft) * 1e3,
+        ttft_p50_ms=statistics.median(ttft) * 1e3,
+        ttft_p99_ms=percentile(ttft, 0.99) * 1e3,
+        e2e_mean_ms=statistics.fmean(e2e) * 1e3,
+        e2e_p99_ms=percentile(e2e, 0.99) * 1e3,
+        itl_max_ms=max(r.gap_max_s for r in records) * 1e3,
+        makespan_s=max(r.last_s for r in records),
+        computed_over_needed=scheduler.growth.over_needed,
+        loads=scheduler.residency.loads,
+        parks=scheduler.stories.counts[Event.PARKED],
+    )
+
+
+def _divide(workload: Workload, policy: str, recorded: Sequence[Recorded]) -> tuple[Division, int]:
+    """How the memory is divided, and the longest sequence that is served with it."""
+    sizes = [_aligned(rank) for rank in workload.ranks]
+    pages, arena = _pages(workload), workload.adapter_memory or 0
+    for_pages = pages
+    if workload.shared:
+        # A sequence never takes the last adapter's place.
+        for_pages -= -(-max(sizes) // PAGE_BYTES)
+    elif workload.places is not None:
+        arena = workload.places * max(sizes)
+    longest = _longest(workload, recorded, for_pages * _PAGE_TOKENS)
+    context_pages = -(-longest // _PAGE_TOKENS)
+    if policy == "resident":
+        return Division(pages, PAGE_BYTES, context_pages, sum(sizes), shared=False), longest
+    if workload.shared:
+        arena = (pages - context_pages) * PAGE_BYTES
+    elif max(sizes) > arena:
+        raise ConfigError(
+            f"adapter_memory: {arena} bytes hold no adapter of rank {max(workload.ranks)}, which "
+            f"takes {max(sizes)}",
+            field="adapter_memory",
+        )
+    return Division(pages, PAGE_BYTES, context_pages, arena, workload.shared), longest
+
+
+def _aligned(rank: int) -> int:
+    """Bytes of an image in the arena."""
+    return -(-image_bytes(rank) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+
+
+def _pages(workload: Workload) -> int:
+    if workload.kv_pages is not None:
+        return workload.kv_pages
+    if workload.memory is not None:
+        return workload.memory // PAGE_BYTES - 1
+    assert isinstance(workload.card, Card)
+    return workload.card.shared_pages - 1
+
+
+def _longest(workload: Workload, recorded: Sequence[Recorded], room: int) -> int:
+    """room: tokens of the pages. What was recorded is cut to it, what is drawn must fit."""
+    if room < _PAGE_TOKENS:
+        raise ConfigError(
+            f"memory: {workload.memory} bytes do not hold an adapter of rank "
+            f"{max(workload.ranks)} and a page",
+            field="memory",
+        )
+    if recorded:
+        return min(max(r.prompt_tokens + r.output_tokens for r in recorded), room, _CONTEXT)
+    longest = workload.prompt_tokens[1] + workload.output_tokens[1]
+    name = "memory, beside one adapter" if workload.shared else "kv_pages"
+    if longest > min(room, _CONTEXT):
+        raise ConfigError(
+            f"prompt_tokens: {workload.prompt_tokens[1]} and output_tokens "
+            f"{workload.output_tokens[1]} are {longest} tokens; there is room for "
+            f"{min(room, _CONTEXT)} ({name})",
+            field="prompt_tokens",
+        )
+    return longest
+
+
+def _config(workload: Workload, policy: str) -> EngineConfig:
+    host = workload.host_memory
+    count = len(workload.ranks)
+    places = workload.places if policy != "resident" else None
+    return EngineConfig(
+        "simulated",
+        **{
+            "plan_depth": 2,  # as on CUDA
+            "host_memory": sum(map(_aligned, workload.ranks)) if host is None else host,
+            "queue_max": 1_000_000,
+            "directory_slots": count + 1,
+            "slots_max": count if places is None else min(places, count),
+            **workload.engine,
+            **POLICIES[policy],
+        },
+    )
+
+
+def _scheduler(
+    workload: Workload, config: EngineConfig, division: Division, context: int
+) -> Scheduler:
+    costs = Costs(
+        workload.card.copy_bytes_per_s,
+        decode_s=workload.card.step_s((), {}),
+        prefill_token_s=workload.card.prompt_s(1),
+    )
+    scheduler = assemble(
+        config,
+        context=context,
+        eos_tokens=frozenset(),
+        memory=division,
+        alignment=_ALIGNMENT_BYTES,
+        costs=costs,
+    )
+    residency = scheduler.residency
+    for index, rank in enumerate(workload.ranks):
+        size = image_bytes(rank)
+        residency.register(adapter_name(index), "", size, pinned=False, now_s=0.0)
+        if residency.host.used + residency.extents.aligned(size) <= residency.host.capacity:
+            residency.begin_on_host(adapter_name(index))
+    return scheduler

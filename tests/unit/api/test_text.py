@@ -1,0 +1,266 @@
+"""Text comes out the same however its tokens arrive; stop strings are found across pieces."""
+
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+from cluster.errors import BadRequest, ModelUnsupported
+from replica.api.text import HELD_TOKENS_MAX, StopStrings, Text
+from tests.models import write_tokenizer
+from tests.serving import text, tokens_of
+
+WORDS = "Hällo wörld 你好, 👩‍👩‍👧 naïve\n  tabs\tand   spaces €"
+
+
+def spaced_text() -> Text:
+    """A tokenizer as Llama 2's: ▁ for spaces, one put before the text, bytes for the rest."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += ["▁", "▁the", "▁cat", "s", "▁sat", ".", "▁", "é"]
+    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return Text(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+
+
+def ids(spaced: Text, *pieces: str) -> list[int]:
+    vocabulary = spaced._backend.get_vocab()
+    return [vocabulary[piece] for piece in pieces]
+
+
+def streamed(
+    reader: Text, tokens: Sequence[int], prompt: Sequence[int] = (), **options: Any
+) -> str:
+    detokenizer = reader.detokenizer(prompt, **options)
+    pieces = [detokenizer.push((token,)) for token in tokens]
+    return "".join([*pieces, detokenizer.flush()])
+
+
+def test_text_comes_back_token_by_token() -> None:
+    assert streamed(text(), tokens_of(WORDS)) == WORDS
+
+
+def test_a_character_is_given_out_once_its_last_byte_is_there() -> None:
+    detokenizer = text().detokenizer()
+    pieces = [detokenizer.push((token,)) for token in tokens_of("a你b")]
+    assert pieces == ["a", "", "", "你", "b"]
+
+
+def test_an_unfinished_character_comes_out_at_the_end() -> None:
+    detokenizer = text().detokenizer()
+    assert [detokenizer.push((token,)) for token in tokens_of("a你")[:2]] == ["a", ""]
+    assert detokenizer.flush() == "\ufffd"
+    assert detokenizer.flush() == ""
+
+
+def test_tokens_that_never_form_a_character_are_not_held_for_ever() -> None:
+    half = tokens_of("你")[0]
+    detokenizer = text().detokenizer()
+    out = [detokenizer.push((half,)) for _ in range(10 * HELD_TOKENS_MAX)]
+    assert len(detokenizer._window) <= 2 * HELD_TOKENS_MAX
+    assert len("".join(out)) >= 9 * HELD_TOKENS_MAX
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_the_stream_equals_the_whole(data: st.DataObject) -> None:
+    words = data.draw(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+    tokens = list(tokens_of_sync(words))
+    detokenizer = text().detokenizer()
+    out, start = "", 0
+    while start < len(tokens):
+        count = data.draw(st.integers(1, 5))
+        out += detokenizer.push(tokens[start : start + count])
+        start += count
+    assert out + detokenizer.flush() == words
+
+
+def tokens_of_sync(words: str) -> Sequence[int]:
+    encoded: Sequence[int] = text()._backend.encode(words, add_special_tokens=False).ids
+    return encoded
+
+
+def test_any_tokens_stream_to_what_they_decode_to(seed: int) -> None:
+    draw = random.Random(seed)
+    for _ in range(100):
+        # Runs of stray bytes shorter than what is held.
+        tokens = [
+            token
+            for _ in range(10)
+            for token in (*draw.choices(range(6, 262), k=4), *tokens_of_sync("a"))
+        ]
+        assert streamed(text(), tokens) == text().decode(tokens)
+
+
+def test_special_tokens_show_only_when_asked_for() -> None:
+    tokens = [3, *tokens_of_sync("hi"), 1]
+    assert streamed(text(), tokens) == "hi"
+    assert streamed(text(), tokens, skip_special_tokens=False) == "<|user|>hi<|end|>"
+
+
+def test_spaces_between_tokens_survive() -> None:
+    spaced = spaced_text()
+    tokens = ids(spaced, "▁the", "▁cat", "s", "▁sat", ".")
+    assert streamed(spaced, tokens) == "the cats sat."
+    # After a prompt the first token's space is part of the answer.
+    assert streamed(spaced, tokens[1:], prompt=tokens[:1]) == " cats sat."
+
+
+def test_bytes_between_pieces_become_characters() -> None:
+    spaced = spaced_text()
+    hello = [f"<0x{byte:02X}>" for byte in "你好".encode()]
+    tokens = ids(spaced, "▁the", "▁", *hello, "s")
+    assert streamed(spaced, tokens) == "the 你好s"
+
+
+def test_a_token_stands_for_its_bytes() -> None:
+    assert b"".join(text().token_bytes(token) for token in tokens_of(WORDS)) == WORDS.encode()
+    assert text().token_bytes(1) == b"<|end|>"
+    assert text().token_bytes(319) == b""  # The model's vocabulary is padded.
+    spaced = spaced_text()
+    assert spaced.token_bytes(ids(spaced, "▁cat")[0]) == b" cat"
+    assert spaced.token_bytes(ids(spaced, "<0xE4>")[0]) == b"\xe4"
+
+
+async def test_a_long_text_is_tokenized_as_a_short_one() -> None:
+    words = WORDS * 400
+    tokens = await text().encode(words)
+    assert text().decode(tokens) == words
+    assert text().tokens_min(words) <= len(tokens)
+
+
+def test_the_chat_template_is_the_models() -> None:
+    rendered = text().render_chat([{"role": "user", "content": "hi"}])
+    assert rendered == "<|begin|><|user|>hi<|end|><|assistant|>"
+
+
+def test_without_a_chat_template_chat_is_refused() -> None:
+    with pytest.raises(BadRequest, match="no chat template") as caught:
+        spaced_text().render_chat([{"role": "user", "content": "hi"}])
+    assert caught.value.field == "messages"
+
+
+@pytest.mark.parametrize("name", ["chat_template", "tokenize", "tools"])
+def test_template_arguments_cannot_replace_ours(name: str) -> None:
+    with pytest.raises(BadRequest, match=name):
+        text().render_chat([{"role": "user", "content": "hi"}], template_arguments={name: "x"})
+
+
+def test_a_model_without_a_tokenizer_is_refused(tmp_path: Any) -> None:
+    with pytest.raises(ModelUnsupported, match=r"tokenizer\.json"):
+        Text.read(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("tokenizer.json", b'{"version": "1.0", "added', "tokenizer.json: Unterminated string"),
+        ("tokenizer.json", b"{}", "tokenizer.json: Model missing"),
+        ("tokenizer.json", b"[]", "tokenizer.json: not a JSON object"),
+        ("tokenizer_config.json", b"{", "tokenizer_config.json: Expecting property name"),
+        ("tokenizer_config.json", b"[]", "tokenizer_config.json: not a JSON object"),
+        ("tokenizer_config.json", b"\xff", "tokenizer_config.json: 'utf-8' codec"),
+        ("chat_template.jinja", b"{{ \xff }}", "chat_template.jinja: 'utf-8' codec"),
+        ("chat_template.jinja", b"a\n{% if %}", "its chat template, line 2: Expected"),
+        ("chat_template.jinja", b"{{ x | nothing }}", "its chat template, line 1: No filter"),
+    ],
+)
+def test_a_broken_file_of_the_tokenizer_is_named(
+    file: str, content: bytes, words: str, tmp_path: Path
+) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ModelUnsupported, match=re.escape(words)) as caught:
+        Text.read(str(tmp_path))
+    assert caught.value.message.startswith(str(tmp_path))
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ messages[7].a.b }}", ""])
+def test_a_template_that_refuses_some_messages_is_none_to_refuse(
+    template: str, tmp_path: Path
+) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    Text.read(str(tmp_path))
+
+
+def test_the_http_process_does_without_torch_and_ray() -> None:
+    script = "import sys, replica.api.server, transformers; transformers.PreTrainedTokenizerFast; "
+    script += "print(sorted({'torch', 'ray', 'redis', 'fastapi'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def push_all(stops: StopStrings, pieces: Sequence[str]) -> list[str]:
+    out = []
+    for piece in pieces:
+        out.append(stops.push(piece))
+        if stops.found is not None:
+            break
+    return out
+
+
+def test_text_that_may_begin_a_stop_is_held_back() -> None:
+    stops = StopStrings(["END"])
+    assert push_all(stops, ["a E", "N", "x EN", "D b"]) == ["a ", "", "ENx ", ""]
+    assert stops.found == "END"
+
+
+def test_the_earliest_stop_wins_and_the_longer_of_two() -> None:
+    stops = StopStrings(["later", "now", "nowadays"])
+    assert stops.push("so nowadays later") == "so "
+    assert stops.found == "nowadays"
+
+
+def test_the_stop_is_included_when_asked_for() -> None:
+    stops = StopStrings(["."], include=True)
+    assert stops.push("one. two") == "one."
+
+
+def test_what_was_held_is_released_at_the_end() -> None:
+    stops = StopStrings(["END"])
+    assert stops.push("the EN") == "the "
+    assert stops.release("") == "EN"
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    words=st.text("ab", max_size=30),
+    stop=st.text("ab", min_size=1, max_size=5),
+    data=st.data(),
+)
+def test_cutting_differently_finds_the_same_stop(
+    words: str, stop: str, data: st.DataObject
+) -> None:
+    pieces = []
+    rest = words
+    while rest:
+        length = data.draw(st.integers(1, 4))
+        pieces.append(rest[:length])
+        rest = rest[length:]
+    stops = StopStrings([stop])
+    out = "".join(push_all(stops, pieces))
+    if stop in words:
+        assert (out, stops.found) == (words[: words.index(stop)], stop)
+    else:
+        assert out + stops.release("") == words

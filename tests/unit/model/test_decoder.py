@@ -1,0 +1,280 @@
+"""The decoder's logits are transformers' logits, however the tokens are cut and batched."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.config import EngineConfig
+from replica.engine.runner import Runner
+from replica.model.gather_executor import GatherExecutor, _cuts
+from replica.model.launch import Row
+from replica.model.shape import read_shape
+from replica.scheduling.request import Sampling, TokenLogprobs
+from tests.models import make_model
+
+# Of log-probabilities, which are up to 16: a unit in the last place is 1e-6, and sums of 96
+# products in another order, three layers deep, make some of these. A wrong mask makes 1e-2.
+TOLERANCE = 1e-4
+VOCAB = 320
+GREEDY = Sampling(temperature=0.0)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-rope-llama3": ("llama", {"rope_parameters": LLAMA3}),
+    "llama-rope-yarn": ("llama", {"rope_parameters": YARN}),
+    "llama-rope-linear": ("llama", {"rope_parameters": LINEAR}),
+    "llama-one-kv-head": ("llama", {"num_key_value_heads": 1}),
+    "llama-no-grouping": ("llama", {"num_key_value_heads": 4}),
+    "llama-sharded": ("llama", {"shard_bytes": 50_000}),
+    "mistral": ("mistral", {}),
+    "mistral-window": ("mistral", {"sliding_window": 20}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-window": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1},
+    ),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+    "qwen3-tied": ("qwen3", {"tie_word_embeddings": True}),
+}
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(6, VOCAB, (n,), generator=generator).tolist() for n in lengths]
+
+
+def load(model_dir: str, **settings: Any) -> Runner:
+    config = EngineConfig(model=model_dir, device="cpu", threads=1, batch_rows_max=8, **settings)
+    return Runner(config, read_shape(model_dir))
+
+
+def reference(model_dir: str, texts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Transformers' log-probabilities, [tokens, vocab] a text."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="eager")
+    with torch.inference_mode():
+        return [model(torch.tensor([list(t)])).logits[0].log_softmax(-1) for t in texts]
+
+
+def all_logprobs(logprobs: TokenLogprobs | None) -> torch.Tensor:
+    assert logprobs is not None
+    values = torch.empty(VOCAB)
+    for token, value in logprobs.top:
+        values[token] = value
+    return values
+
+
+def replay(
+    runner: Runner, texts: Sequence[Sequence[int]], decoded: int, chunk: int
+) -> list[torch.Tensor]:
+    """Log-probabilities after each token from the prompt's last on, [tokens, vocab] a text.
+
+    Prefill in chunks of `chunk`, decode of the last `decoded`; one batch, pages scattered.
+    """
+    everything = Sampling(logprobs=VOCAB)
+    ids = iter(range(runner.memory.pages - 1, -1, -1))
+    pages: list[list[int]] = [[] for _ in texts]
+    for _ in range(-(-max(map(len, texts)) // runner.page_tokens)):
+        for own in pages:
+            own.append(next(ids))
+    done = [0] * len(texts)
+    found: list[list[torch.Tensor]] = [[] for _ in texts]
+    while any(d < len(t) for d, t in zip(done, texts, strict=True)):
+        rows, owners = [], []
+        for i, text in enumerate(texts):
+            if done[i] == len(text):
+                continue
+            prompt = len(text) - decoded
+            end = min(prompt, done[i] + chunk) if done[i] < prompt else done[i] + 1
+            rows.append(
+                Row(
+                    tokens=text[done[i] : end],
+                    position=done[i],
+                    pages=pages[i],
+                    slot=0,
+                    sampling=everything if end >= prompt else None,
+                    seed=0,
+                    generated=max(0, end - prompt),
+                )
+            )
+            owners.append(i)
+            done[i] = end
+        for i, sampled in zip(owners, runner.run(rows), strict=True):
+            if sampled is not None:
+                found[i].append(all_logprobs(sampled.logprobs))
+    return [torch.stack(f) for f in found]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logprobs_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    architecture, settings = MODELS[name]
+    model_dir = make_model(tmp_path, architecture, **settings)
+    runner = load(model_dir)
+    texts = prompts(40, 57, 33)
+    expected = reference(model_dir, texts)
+    for chunk, batched in itertools.product((1000, 7), (True, False)):
+        found = (
+            replay(runner, texts, 12, chunk)
+            if batched
+            else [replay(runner, [t], 12, chunk)[0] for t in texts]
+        )
+        for own, theirs in zip(found, expected, strict=True):
+            difference = (own - theirs[-13:]).abs().max().item()
+            assert difference <= TOLERANCE, f"chunk {chunk}, batched {batched}"
+
+
+def generate(
+    runner: Runner, texts: Sequence[Sequence[int]], length: int, chunk: int, sampling: Sampling
+) -> list[list[int]]:
+    """What follows each text, all in one batch; each starts its prompt a step after the last one,
+    so that prefill and decode rows meet."""
+    widest = -(-(max(map(len, texts)) + length) // runner.page_tokens)
+    pages = [list(range(i * widest, (i + 1) * widest)) for i in range(len(texts))]
+    done = [0] * len(texts)
+    full = [list(text) for text in texts]
+    for step in itertools.count():
+        rows, owners = [], []
+        for i, text in enumerate(full[: step + 1]):
+            if len(text) == len(texts[i]) + length:
+                continue
+            end = min(len(text), done[i] + chunk)
+            wanted = sampling if end == len(text) else None
+            generated = len(text) - len(texts[i])
+            rows.append(Row(text[done[i] : end], done[i], pages[i], 0, wanted, 0, generated))
+            owners.append(i)
+            done[i] = end
+        if not rows:
+            return [own[len(prompt) :] for own, prompt in zip(full, texts, strict=True)]
+        for i, sampled in zip(owners, runner.run(rows), strict=True):
+            if sampled is not None:
+                full[i].append(sampled.token)
+    raise AssertionError("unreachable")
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2-window", "qwen3"])
+def test_greedy_text_is_the_same_one_by_one_and_batched(name: str, tmp_path: Path) -> None:
+    architecture, settings = MODELS[name]
+    runner = load(make_model(tmp_path, architecture, **settings))
+    texts = prompts(3, 150, 17, 64, 1, 30)
+    alone = [generate(runner, [text], 24, 1000, GREEDY)[0] for text in texts]
+    assert generate(runner, texts, 24, 1000, GREEDY) == alone
+    assert generate(runner, texts, 24, 13, GREEDY) == alone
+    assert len({tuple(text) for text in alone}) == len(texts)
+
+
+def test_draws_are_the_same_however_prompts_are_cut_and_requests_resumed(tmp_path: Path) -> None:
+    runner = load(make_model(tmp_path))
+    texts = prompts(30, 17)
+    warm = Sampling(temperature=1.0)
+    found = generate(runner, texts, 12, 1000, warm)
+    assert generate(runner, texts, 12, 4, warm) == found
+    assert generate(runner, texts, 12, 1000, GREEDY) != found
+    # What was generated before the pages were lost is prompt now.
+    resumed = [[*text, *own[:5]] for text, own in zip(texts, found, strict=True)]
+    assert generate(runner, resumed, 7, 1000, warm) == [own[5:] for own in found]
+
+
+def test_what_a_former_owner_left_in_a_page_does_not_matter(tmp_path: Path) -> None:
+    runner = load(make_model(tmp_path))
+    texts = prompts(20, 5)
+    before = replay(runner, texts, 3, 1000)
+    # All pages but the one that pads: an adapter gone wrong may leave anything.
+    assert isinstance(runner._executor, GatherExecutor)
+    runner._executor.cache[:, :, :, : runner.memory.pages] = float("nan")
+    for chunk in (1000, 2):
+        after = replay(runner, texts, 3, chunk)
+        for own, expected in zip(after, before, strict=True):
+            torch.testing.assert_close(own, expected, atol=TOLERANCE, rtol=0)
+
+
+def test_rows_of_very_different_lengths_attend_in_spans_of_their_own(tmp_path: Path) -> None:
+    model_dir = make_model(tmp_path, max_position_embeddings=4096)
+    runner = load(model_dir)
+    texts = prompts(1500, 4, 40, 700)
+    found = replay(runner, texts, 3, 2000)
+    for own, theirs in zip(found, reference(model_dir, texts), strict=True):
+        assert (own - theirs[-4:]).abs().max().item() <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("counts", "used", "cuts"),
+    [
+        ([1], [9], [(0, 1)]),
+        ([1, 1, 1], [8, 9, 12], [(0, 3)]),
+        ([1, 1, 1], [1, 2, 128], [(0, 2), (2, 3)]),
+        ([1] * 65, [1] * 64 + [3], [(0, 64), (64, 65)]),
+        ([1, 1, 5, 7], [2, 2, 2, 2], [(0, 2), (2, 3), (3, 4)]),
+        ([5, 7], [1, 1], [(0, 1), (1, 2)]),
+    ],
+)
+def test_where_a_batch_is_cut_into_spans(
+    counts: list[int], used: list[int], cuts: list[tuple[int, int]]
+) -> None:
+    assert list(_cuts(np.array(counts), np.array(used))) == cuts
+
+
+def test_bfloat16_is_as_near_as_that_of_transformers(tmp_path: Path) -> None:
+    """Rounded differently, but from the exact values neither is much further than the other."""
+    from transformers import AutoModelForCausalLM
+
+    model_dir = make_model(tmp_path, initializer_range=0.05)
+    texts = prompts(40, 57, 33)
+    exact = reference(model_dir, texts)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
+    found = replay(load(model_dir, dtype="bfloat16"), texts, 12, 1000)
+    for own, text, true in zip(found, texts, exact, strict=True):
+        with torch.inference_mode():
+            theirs = model(torch.tensor([text])).logits[0].float().log_softmax(-1)
+        own_error = (own - true[-13:]).square().mean().sqrt().item()
+        their_error = (theirs - true)[-13:].square().mean().sqrt().item()
+        assert own_error <= 1.5 * their_error
+
+
+def test_a_step_without_a_wanted_token_gives_none(tmp_path: Path) -> None:
+    runner = load(make_model(tmp_path))
+    (text,) = prompts(10)
+    assert runner.run([Row(text, 0, [0], 0, None, 0, 0)]) == [None]
+
+
+def test_a_token_that_is_not_known_yet_is_carried_from_the_launch_before(tmp_path: Path) -> None:
+    runner = load(make_model(tmp_path))
+    texts = prompts(9, 4, 13)
+    expected = generate(runner, texts, 6, 1000, GREEDY)
+    pages = [[2 * i, 2 * i + 1] for i in range(3)]
+    tickets = [runner.launch([Row(t, 0, pages[i], 0, GREEDY, 0, 0) for i, t in enumerate(texts)])]
+    order = [0, 1, 2]
+    for step in range(5):  # in another order each time
+        before, order = order, [order[1], order[2], order[0]]
+        rows = [
+            Row([0], len(texts[i]) + step, pages[i], 0, GREEDY, 0, step + 1, before.index(i))
+            for i in order
+        ]
+        tickets.append(runner.launch(rows))
+    found: list[list[int]] = [[], [], []]
+    for step, ticket in enumerate(tickets):
+        for row, sampled in enumerate(ticket.results()):
+            assert sampled is not None
+            found[(row + step) % 3].append(sampled.token)
+    assert found == expected

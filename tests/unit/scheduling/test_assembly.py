@@ -1,0 +1,74 @@
+"""Every setting reaches the part that it is about."""
+
+import pytest
+
+from cluster.config import EngineConfig
+from cluster.costs import Costs
+from replica.scheduling.assembly import Division
+from replica.scheduling import victims
+from replica.scheduling.assembly import assemble
+from replica.scheduling.scheduler import Scheduler
+
+
+def assembled(shared: bool = False, **settings: object) -> Scheduler:
+    config = EngineConfig(model="m", **settings)  # type: ignore[arg-type]
+    return assemble(
+        config,
+        context=256,
+        eos_tokens=frozenset({2}),
+        memory=Division(32, 512, 16, 4096, shared),
+        alignment=256,
+        costs=Costs(),
+    )
+
+
+def test_the_defaults_are_the_best_known() -> None:
+    core = assembled()
+    switches = core.switches
+    assert switches.base_pinned and switches.skip and switches.overlap and switches.prefetch_depth
+    assert core.drainer.sharing.park and not core.drainer.sharing.drain_wait_threshold_s
+    assert core.residency.victims._order is victims.cost and not core.share.on
+
+
+def test_each_switch_can_be_turned() -> None:
+    core = assembled(
+        base_slot="shared",
+        on_miss="block",
+        overlap=False,
+        prefetch_depth=3,
+        park=False,
+        quantum_s=0.25,
+        head_start_s=0.5,
+        drain_wait_threshold_s=1.5,
+        eviction="fifo",
+        parked_pages_max=7,
+        page_wait_max_s=0.5,
+        fair_share=True,
+    )
+    switches, sharing = core.switches, core.drainer.sharing
+    assert not (switches.base_pinned or switches.skip or switches.overlap)
+    assert switches.prefetch_depth == 3
+    assert (sharing.park, sharing.quantum_s, sharing.head_start_s) == (False, 0.25, 0.5)
+    assert sharing.drain_wait_threshold_s == 1.5
+    assert core.residency.victims._order is victims.fifo and core.share.on
+    assert core.limits.parked_pages_max == 7 and core.limits.page_wait_max_s == 0.5
+
+
+@pytest.mark.parametrize(("asked", "slots"), [(None, 255), (3, 3)])
+def test_places_are_bounded_by_the_directory(asked: int | None, slots: int) -> None:
+    assert assembled(slots_max=asked).residency.slots == slots
+
+
+def test_a_step_holds_at_least_a_token_for_each_row() -> None:
+    assert assembled(batch_rows_max=64, step_tokens_max=8).limits.step_tokens_max == 64
+
+
+@pytest.mark.parametrize(("asked", "headroom"), [(None, 12), (3, 3), (0, 0)])
+def test_adapters_that_share_the_memory_of_pages_leave_headroom(
+    asked: int | None, headroom: int
+) -> None:
+    core = assembled(shared=True, batch_rows_max=8, step_tokens_max=64, headroom_pages=asked)
+    budget = core.residency.budget
+    assert budget is not None and (budget.headroom, budget.page_bytes) == (headroom, 512)
+    assert (core.residency.extents.capacity, budget.most_bytes) == (0, 16 * 512)
+    assert assembled().residency.budget is None

@@ -1,0 +1,412 @@
+"""A starving adapter gets a place: by a drain that ends, or by parking rows that come back."""
+
+import pytest
+
+from replica.scheduling.drainer import Drain, Sharing
+from replica.scheduling.loads import BASE_PLACE, Switches
+from replica.scheduling.request import Phase
+from replica.scheduling.scheduler import Scheduler
+from tests.core import begin, evicted, loaded, new, ran, run, scheduler, settle
+
+DRAIN = Sharing(park=False, drain_wait_threshold_s=1.0)
+PARK = Sharing(quantum_s=0.5, head_start_s=0.0)
+
+
+def busy(sharing: Sharing, tokens: int = 60, **options: object) -> Scheduler:
+    """a and b run, one row each, and have all places."""
+    core = scheduler(sharing=sharing, **options)  # type: ignore[arg-type]
+    begin(core, new("x", "a", max_tokens=tokens), new("y", "b", max_tokens=tokens + 5))
+    return core
+
+
+# Drain
+
+
+def test_a_drain_begins_when_the_threshold_is_over_and_not_before() -> None:
+    core = busy(DRAIN)
+    core.add(new("s", "c"), 0.0)
+    run(core, 0.99)
+    assert not core.drainer.drains
+    run(core, 1.0)
+    assert list(core.drainer.drains) == ["a"], "the one that ends first"
+    assert core.drainer.started == 1
+
+
+def test_without_a_threshold_nothing_is_drained() -> None:
+    core = busy(Sharing(park=False))
+    core.add(new("s", "c"), 0.0)
+    run(core, 100.0)
+    assert not core.drainer.drains
+
+
+def test_an_adapter_whose_rows_left_before_their_first_step_is_drained_no_longer() -> None:
+    """It is kept for whom it was placed, so neither they nor the starving one would get on."""
+    core = scheduler(sharing=DRAIN, arena=40)
+    core.add(new("x", "a"), 0.0)
+    run(core, 0.0)
+    core.loaded("a", 0.1)
+    core.add(new("s", "c"), 0.1)
+    core.drainer.drains["a"] = Drain("c", frozenset())
+    assert "x" in ran(run(core, 0.2)[0])
+
+
+def test_who_a_draining_adapter_may_still_take_is_fixed_when_the_drain_starts() -> None:
+    core = busy(DRAIN, tokens=10)
+    core.add(new("s", "c"), 0.0)
+    core.batch.rows_max = 2  # so that those below wait
+    core.add(new("short", "a", max_tokens=5), 0.5)
+    core.add(new("long", "a", max_tokens=50), 0.5)
+    run(core, 1.0)
+    assert core.drainer.drains["a"].admitted == {"short"}
+    core.batch.rows_max = 8
+    core.add(new("late", "a", max_tokens=1), 1.1)
+    plan, _ = run(core, 1.1)
+    assert "short" in ran(plan)
+    assert "late" not in ran(plan) and "long" not in ran(plan)
+
+
+def test_a_drain_ends_within_what_was_left_when_it_began() -> None:
+    """A tolerance on what is left would admit 100, 120, 144 … tokens and never end."""
+    core = busy(DRAIN, tokens=20)
+    core.add(new("s", "c"), 0.0)
+    run(core, 1.0)
+    left = max(r.remaining for r in core.batch.running.values() if r.place == "a")
+    for step in range(left + 1):
+        core.add(new(f"n{step}", "a", max_tokens=left * 6 // 5), 1.0)
+        plan, _ = run(core, 1.0 + step * 0.05)
+        if "c" in loaded(plan):
+            return
+    raise AssertionError("the drain did not end")
+
+
+def test_the_freed_place_is_kept_for_the_one_it_was_freed_for() -> None:
+    core = busy(DRAIN, tokens=10)
+    core.add(new("s", "c"), 0.0)
+    run(core, 1.0)
+    core.add(new("urgent", "d", priority=9), 1.1)
+    core.cancel("x", 1.1)
+    plan, _ = run(core, 1.1)
+    assert loaded(plan) == ["c"] and evicted(plan) == ["a"]
+
+
+def test_a_place_is_kept_too_against_one_that_parks() -> None:
+    core = busy(Sharing(park=True, quantum_s=0.1, drain_wait_threshold_s=0.05), loads=1)
+    core.add(new("s", "c"), 0.0)
+    run(core, 0.06)  # their slices are not over: a drain begins
+    assert core.drainer.drains
+    core.add(new("urgent", "d", priority=9), 0.5)
+    plan, _ = run(core, 0.5)
+    assert set(evicted(plan)).isdisjoint(core.drainer.kept("d"))
+
+
+def test_a_cancelled_waiter_ends_its_drain() -> None:
+    core = busy(DRAIN)
+    core.add(new("s", "c"), 0.0)
+    core.add(new("more", "a"), 1.0)
+    core.batch.rows_max = 2
+    run(core, 1.0)
+    core.batch.rows_max = 8
+    core.cancel("s", 1.1)
+    plan, _ = run(core, 1.1)
+    assert not core.drainer.drains and "more" in ran(plan)
+
+
+def test_a_drain_ends_when_its_victim_is_gone() -> None:
+    core = busy(DRAIN)
+    core.add(new("s", "c"), 0.0)
+    run(core, 1.0)
+    core.cancel("x", 1.1)
+    core.forget("a")
+    core.residency.register("d", "/d", 40, pinned=False, now_s=1.1)
+    run(core, 1.1)
+    assert "a" not in core.drainer.drains
+
+
+def test_an_adapter_that_starves_for_pages_drains_nobody() -> None:
+    core = scheduler(sharing=DRAIN, pages=8)
+    begin(core, new("x", "a", prompt=60, max_tokens=60), new("y", "b", prompt=20, max_tokens=60))
+    core.add(new("own", "a", prompt=60), 0.0)
+    core.add(new("s", "c", prompt=60), 0.0)
+    run(core, 1.5)
+    assert not core.drainer.drains
+
+
+def test_idle_pinned_adapters_hold_places_and_are_never_drained() -> None:
+    core = scheduler(sharing=DRAIN, pinned="p", sizes={"p": 40, "a": 40, "c": 40})
+    begin(core, new("x", "a", max_tokens=60))
+    assert core.residency.usable("p") and core.residency.adapters["p"].users == 0
+    core.add(new("s", "c"), 0.0)
+    run(core, 1.0)
+    assert list(core.drainer.drains) == ["a"]
+
+
+def test_base_is_drained_for_where_it_shares_the_slots() -> None:
+    switches = Switches(base_pinned=False, overlap=False)
+    core = scheduler(sharing=DRAIN, switches=switches, slots=2)
+    begin(core, new("x", "a", max_tokens=60), new("y", "b", max_tokens=60))
+    core.add(new("base"), 0.0)
+    run(core, 1.0)
+    assert {drain.starving for drain in core.drainer.drains.values()} == {BASE_PLACE}
+    core.cancel("x", 1.1)
+    plan, _ = run(core, 1.1)
+    assert "base" in ran(plan)
+
+
+def test_a_large_image_drains_a_set() -> None:
+    core = scheduler(sharing=DRAIN, sizes={"a": 40, "b": 40, "large": 90})
+    begin(core, new("x", "a", max_tokens=60), new("y", "b", max_tokens=60))
+    core.add(new("s", "large"), 0.0)
+    run(core, 1.0)
+    assert sorted(core.drainer.drains) == ["a", "b"]
+    core.cancel("x", 1.1)
+    plan, _ = run(core, 1.1)
+    assert loaded(plan) == [], "half of the set is not enough, and is nobody else's"
+    core.cancel("y", 1.2)
+    plan, _ = run(core, 1.2)
+    assert loaded(plan) == ["large"]
+
+
+# Park
+
+
+def test_a_slice_is_over_before_a_row_is_parked() -> None:
+    core = busy(PARK)
+    core.add(new("s", "c"), 0.0)
+    plan, _ = run(core, 0.49)
+    assert loaded(plan) == [] and not core.batch.parked
+    plan, _ = run(core, 0.5)
+    assert loaded(plan) == ["c"] and evicted(plan) == ["b"], "the one with the most left"
+    assert core.batch.parked["y"].phase is Phase.PARKED and core.batch.parked["y"].pages
+
+
+def test_no_row_is_parked_while_the_copy_would_wait_for_another() -> None:
+    core = busy(PARK, copy_bytes_per_s=400.0)  # a copy takes 0.1 s, a step 0.05 s
+    core.add(new("s", "c"), 0.0)
+    core.add(new("t", "d"), 0.0)
+    run(core, 1.0)
+    assert list(core.batch.parked) == ["y"]
+    run(core, 1.04)
+    assert list(core.batch.parked) == ["y"]
+    run(core, 1.05)
+    assert list(core.batch.parked) == ["y", "x"], "the first copy ends within a step"
+
+
+def test_a_slice_starts_at_the_first_step_not_at_the_load() -> None:
+    core = scheduler(sharing=PARK, arena=40)
+    core.add(new("x", "a", max_tokens=60), 0.0)
+    run(core, 0.0)
+    core.loaded("a", 0.1)
+    run(core, 3.0)  # its first step comes late
+    core.add(new("s", "c"), 3.0)
+    assert loaded(run(core, 3.49)[0]) == []
+    assert loaded(run(core, 3.5)[0]) == ["c"]
+
+
+def test_a_second_row_does_not_start_the_slice_anew() -> None:
+    core = busy(PARK)
+    core.add(new("again", "a", max_tokens=60), 0.3)
+    run(core, 0.3)
+    core.add(new("s", "c"), 0.3)
+    run(core, 0.49)
+    assert loaded(run(core, 0.5)[0]) == ["c"]
+
+
+def test_a_slice_lasts_five_copies_where_copies_are_slow() -> None:
+    core = busy(PARK, copy_bytes_per_s=200.0)  # 0.2 s a copy, 0.4 s out and in
+    core.add(new("s", "c"), 0.0)
+    assert loaded(run(core, 1.99)[0]) == []
+    assert loaded(run(core, 2.0)[0]) == ["c"]
+
+
+def test_nothing_is_parked_where_waiting_out_costs_less() -> None:
+    core = busy(PARK, tokens=60, copy_bytes_per_s=400.0)  # two copies: 0.2 s, 4 steps
+    request = core.batch.running["x"]
+    request.sampling = new("x", max_tokens=len(run(core)[0].rows) + 4).sampling
+    request.tokens_max = len(request.prompt) + request.sampling.max_tokens
+    assert request.remaining <= 4
+    core.add(new("s", "c"), 0.0)
+    core.add(new("more", "a"), 0.0)
+    plan, _ = run(core, 5.0)
+    assert not core.batch.parked and loaded(plan) == []
+    assert "more" not in ran(plan), "who will end soon takes nobody new"
+    for step in range(6):
+        plan, _ = run(core, 5.05 + step * 0.05)
+        if loaded(plan):
+            break
+    assert evicted(plan) == ["a"] and not core.batch.parked
+
+
+def test_of_those_that_end_soon_the_first_to_end_is_waited_for() -> None:
+    core = scheduler(sharing=PARK, copy_bytes_per_s=200.0)  # two copies: 0.4 s, 8 steps
+    begin(core, new("x", "a", max_tokens=8), new("y", "b", max_tokens=7))
+    core.add(new("s", "c"), 0.0)
+    core.add(new("more", "a"), 0.0)
+    core.add(new("none", "b"), 0.0)
+    plan, _ = run(core, 0.0)
+    assert loaded(plan) == [] and set(ran(plan)) == {"x", "y", "more"}
+
+
+def test_victims_are_as_many_as_the_bytes_ask_for_and_no_more() -> None:
+    core = scheduler(sharing=PARK, sizes={"a": 30, "b": 60, "small": 20, "large": 90})
+    begin(core, new("x", "a", max_tokens=60), new("y", "b", max_tokens=60))
+    core.add(new("s", "small"), 0.0)
+    plan, _ = settle(core, 1.0)
+    assert evicted(plan) == ["a"]
+    core.cancel("s", 1.0)
+    core.cancel("x", 1.0)
+    core.add(new("l", "large"), 1.0)
+    plan, _ = run(core, 2.0)
+    assert loaded(plan) == ["large"] and set(evicted(plan)) == {"small", "b"}
+    assert list(core.batch.parked) == ["y"]
+
+
+def test_one_placed_but_not_run_is_kept() -> None:
+    core = busy(PARK)
+    core.add(new("s", "c"), 0.0)
+    settle(core, 0.5)
+    core.add(new("t", "d", priority=5), 0.5)
+    core.batch.rows_max = len(core.batch.running)  # c finds no row yet
+    plan, _ = run(core, 5.0)
+    assert "c" not in evicted(plan)
+
+
+def test_a_parked_row_comes_back_by_one_copy_and_computes_nothing_again() -> None:
+    core = busy(PARK)
+    core.add(new("s", "c", max_tokens=60), 0.0)
+    settle(core, 0.5)
+    request = core.batch.parked["y"]
+    pages, computed = list(request.pages), request.computed
+    starts: dict[str, int] = {}
+    copies = 0
+    for step in range(1, 40):
+        plan, _ = settle(core, 0.5 + step * 0.05)
+        copies += loaded(plan).count("b")
+        starts |= {w.request.id: w.start for w in plan.rows if w.request.id == "y"}
+        if starts:
+            break
+    assert starts == {"y": computed} and copies == 1
+    assert request.pages[: len(pages)] == pages
+
+
+def test_parked_rows_hold_no_more_pages_than_they_may() -> None:
+    core = busy(PARK, parked_pages_max=0)
+    core.add(new("s", "c"), 0.0)
+    plan, _ = run(core, 5.0)
+    assert loaded(plan) == [] and not core.batch.parked
+
+
+def test_who_may_not_park_drains() -> None:
+    core = busy(
+        Sharing(park=True, drain_wait_threshold_s=1.0, head_start_s=0.0), parked_pages_max=0
+    )
+    core.add(new("s", "c"), 0.0)
+    run(core, 5.0)
+    assert {drain.starving for drain in core.drainer.drains.values()} == {"c"}
+
+
+def test_an_adapter_that_starves_for_pages_parks_nobody_and_is_drained_for_at_last() -> None:
+    core = scheduler(sharing=PARK, pages=8, page_wait_max_s=2.0)
+    begin(core, new("x", "a", prompt=60, max_tokens=60), new("y", "b", prompt=20, max_tokens=60))
+    core.add(new("s", "c", prompt=60), 0.0)
+    for now_s in (1.9, 2.1, 5.0):
+        assert loaded(run(core, now_s)[0]) == []
+        assert not core.batch.parked and not core.drainer.drains
+    run(core, 6.0)
+    assert {drain.starving for drain in core.drainer.drains.values()} == {"c"}
+    assert not core.batch.parked
+
+
+def crowd(left: int) -> Scheduler:
+    """Ten adapters on two places: x of a is parked since 1 s with about 100 tokens left. y of b has
+    65 left, z of c `left`. Each turn lasts 0.52 s, and four of them let everybody have one.
+    """
+    sizes = dict.fromkeys("abcdefghij", 40)
+    core = scheduler(sharing=PARK, sizes=sizes, slots=2, context=512)
+    begin(core, new("x", "a", max_tokens=100), new("y", "b", max_tokens=66))
+    core.add(new("z", "c", max_tokens=left), 0.0)
+    settle(core, 1.0)
+    settle(core, 1.0)
+    assert list(core.batch.parked) == ["x"] and list(core.batch.running) == ["y", "z"]
+    return core
+
+
+def test_one_that_was_parked_takes_the_place_of_one_with_more_left() -> None:
+    core = crowd(left=300)
+    assert loaded(run(core, 1.6)[0]) == ["a"]
+    assert list(core.batch.parked) == ["x", "z"]
+
+
+def test_one_that_was_parked_waits_for_those_with_less_left_until_it_is_due() -> None:
+    core = crowd(left=50)
+    due_s = 1.0 + (3 * 3 - 1) * (0.5 + 2 * 0.01)
+    for now_s in (1.6, 2.5, due_s - 0.1):
+        assert loaded(run(core, now_s)[0]) == []
+    assert loaded(run(core, due_s + 0.1)[0]) == ["a"]
+
+
+def test_a_new_request_of_it_does_not_wait_for_that() -> None:
+    core = crowd(left=50)
+    core.add(new("new", "a", max_tokens=100), 1.5)
+    assert loaded(run(core, 1.6)[0]) == ["a"]
+
+
+def test_one_that_waits_for_those_with_less_left_does_not_hold_up_a_new_request() -> None:
+    core = crowd(left=50)
+    core.add(new("new", "d", max_tokens=100), 1.5)
+    assert loaded(run(core, 1.6)[0]) == ["d"]
+
+
+def test_where_pages_are_short_nobody_is_parked_then_nor_soon_after() -> None:
+    core = busy(PARK, pages=16, context=256)
+    core.add(new("large", prompt=240, max_tokens=4), 0.9)
+    core.add(new("s", "c"), 0.9)
+    run(core, 1.0)
+    core.cancel("large", 1.1)
+    run(core, 1.2)
+    run(core, 5.9)
+    assert not core.batch.parked
+    assert loaded(run(core, 6.1)[0]) == ["c"]
+
+
+def test_where_prompts_pile_up_nobody_is_parked() -> None:
+    core = busy(PARK, pages=400, context=1200, tokens=16)
+    for i in range(2):
+        core.add(new(f"base{i}", prompt=1000, max_tokens=4), 0.9)
+    core.add(new("s", "c"), 0.9)
+    for _ in range(3):
+        assert loaded(run(core, 1.0)[0]) == []
+    assert not core.batch.parked
+
+
+@pytest.mark.parametrize(("pages", "stays"), [(13, False), (14, True)])
+def test_a_row_is_parked_only_where_its_pages_can_stay(pages: int, stays: bool) -> None:
+    """x and y have a page each; x takes 3 more, y up to 4, s 5: all at once, for x has no end."""
+    core = busy(PARK, pages=pages, growth_outputs=2.0)
+    core.add(new("s", "c", prompt=16, max_tokens=64), 0.0)
+    assert core.batch.park_all(("a",), core.waiting.head("c"), 0.0) is stays
+    assert list(core.batch.parked) == ["x"] * stays
+    core.check()
+
+
+def test_a_place_is_not_kept_for_a_request_without_pages_while_rows_that_hold_some_wait() -> None:
+    core = scheduler(sharing=PARK, arena=40, pages=8)
+    begin(core, new("x", "a", prompt=40, max_tokens=60))
+    core.add(new("s", "c", prompt=60), 0.0)
+    assert loaded(run(core, 0.6)[0]) == ["c"] and list(core.batch.parked) == ["x"]
+    core.add(new("base", prompt=30, max_tokens=40), 0.7)
+    run(core, 0.7)
+    core.loaded("c", 0.7)
+    run(core, 0.7)
+    assert "s" not in core.batch.running, "base has its pages"
+    plan, _ = run(core, 0.8)
+    assert loaded(plan) == ["a"] and evicted(plan) == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("waiting", "places", "turns"), [(1, 4, 1), (4, 4, 1), (5, 4, 2), (12, 3, 4), (3, 0, 3)]
+)
+def test_the_bound_counts_turns_of_a_slice_and_two_copies(
+    waiting: int, places: int, turns: int
+) -> None:
+    core = scheduler(sharing=PARK, copy_bytes_per_s=400.0)
+    assert core.drainer.bound_s(waiting, places, 40) == pytest.approx(turns * (1.0 + 0.2))

@@ -1,0 +1,147 @@
+"""Which loads begin, and which prompts wait a moment for company."""
+
+import pytest
+
+from replica.scheduling.drainer import Sharing
+from replica.scheduling.loads import Switches
+from tests.core import begin, loaded, new, ran, run, scheduler, settle
+
+LARGE = {"x": 10, "y": 10, "z": 10, "large": 30}
+
+
+def test_prompts_wait_for_those_whose_images_come_within_half_a_prefill() -> None:
+    core = scheduler(loads=2)  # 10 ms a copy; 50 ms + 1 ms a token to prefill
+    core.add(new("x", "a"), 0.0)
+    core.add(new("y", "b"), 0.0)
+    run(core, 0.0)
+    core.loaded("a", 0.01)
+    plan, _ = run(core, 0.01)
+    assert ran(plan) == [] and plan.wake_s == pytest.approx(0.02)
+    core.loaded("b", 0.02)
+    assert ran(run(core, 0.02)[0]) == ["x", "y"]
+
+
+def test_nobody_waits_for_a_copy_that_takes_longer_than_it_would_save() -> None:
+    core = scheduler(loads=2, copy_bytes_per_s=1000.0)  # 40 ms a copy
+    core.add(new("x", "a"), 0.0)
+    core.add(new("y", "b"), 0.0)
+    run(core, 0.0)
+    core.loaded("a", 0.04)
+    assert ran(run(core, 0.04)[0]) == ["x"]
+
+
+def test_nobody_waits_for_a_copy_that_is_late() -> None:
+    core = scheduler(loads=2)
+    core.add(new("x", "a"), 0.0)
+    core.add(new("y", "b"), 0.0)
+    run(core, 0.0)
+    core.loaded("a", 0.01)
+    assert ran(run(core, 0.021)[0]) == [], "b was expected by now: a moment more"
+    assert ran(run(core, 0.026)[0]) == ["x"]
+
+
+def test_one_that_has_waited_a_prefill_long_waits_no_more() -> None:
+    core = scheduler(loads=2, arena=200)
+    core.add(new("x", "a"), 0.0)
+    run(core, 0.0)
+    core.loaded("a", 0.0)
+    core.add(new("y", "b"), 0.06)
+    assert ran(run(core, 0.06)[0]) == ["x"]
+
+
+def test_base_and_decodes_never_wait_for_company() -> None:
+    core = scheduler(loads=2, arena=200)
+    begin(core, new("old", "c", max_tokens=60))
+    core.add(new("x", "a"), 0.0)
+    core.add(new("y", "b"), 0.0)
+    run(core, 0.0)
+    core.loaded("a", 0.01)
+    core.add(new("base"), 0.01)
+    assert ran(run(core, 0.01)[0]) == ["old", "base"]
+
+
+def test_a_failed_load_is_waited_for_by_nobody() -> None:
+    core = scheduler(loads=2)
+    core.add(new("x", "a"), 0.0)
+    core.add(new("y", "b"), 0.0)
+    run(core, 0.0)
+    core.loaded("a", 0.01)
+    core.load_failed("b", "broken", 0.01)
+    assert ran(run(core, 0.01)[0]) == ["x"]
+
+
+def test_without_overlap_the_batch_waits_and_then_runs_at_once() -> None:
+    core = scheduler(switches=Switches(overlap=False))
+    core.add(new("x", "a"), 0.0)
+    plan, _ = run(core, 0.0)
+    assert loaded(plan) == ["a"] and ran(plan) == ["x"]
+
+
+def test_a_cold_first_request_blocks_those_behind_it_where_told_so() -> None:
+    core = scheduler(switches=Switches(skip=False))
+    begin(core, new("warm", "b", max_tokens=60))
+    core.add(new("cold", "a"), 0.0)
+    core.add(new("behind", "b"), 0.0)
+    core.add(new("base"), 0.0)
+    plan, _ = run(core, 0.0)
+    assert ran(plan) == ["warm"] and loaded(plan) == ["a"]
+
+
+def test_base_competes_for_a_slot_where_told_so() -> None:
+    core = scheduler(switches=Switches(base_pinned=False, overlap=False), slots=1)
+    begin(core, new("x", "a", max_tokens=60))
+    core.add(new("base"), 0.0)
+    assert ran(run(core, 0.0)[0]) == ["x"]
+    core.cancel("x", 0.0)
+    assert ran(run(core, 0.0)[0]) == ["base"]
+
+
+def test_a_smaller_image_uses_a_hole_that_a_larger_one_cannot() -> None:
+    core = scheduler(arena=50, sizes={"a": 40, "big": 40, "tiny": 10})
+    begin(core, new("x", "a", max_tokens=60))
+    core.add(new("cold", "big"), 0.0)
+    core.add(new("small", "tiny"), 0.0)
+    assert loaded(run(core, 0.0)[0]) == ["tiny"]
+
+
+def test_small_images_do_not_take_the_places_of_a_large_one_for_ever() -> None:
+    """Each slice that ends lets one small image in; the large one needs all of them at once."""
+    core = scheduler(
+        arena=30, sizes=LARGE, sharing=Sharing(quantum_s=0.5, head_start_s=0.0), rows=16
+    )
+    names = "xyz"
+    now_s, number = 0.0, 0
+    for digest in names:
+        begin(core, new(f"first-{digest}", digest, max_tokens=100), now_s=now_s)
+        now_s += 0.17
+    core.residency.register("w", "/w", 10, pinned=False, now_s=now_s)
+    core.add(new("waits", "large", max_tokens=2), now_s)
+    since_s = now_s
+    while "waits" not in core.batch.running and now_s - since_s < 20.0:
+        for digest in "wxyz":
+            if not core.waiting.waited_for(digest) and len(core.batch.running) < 12:
+                core.add(new(f"n{number}", digest, max_tokens=100), now_s)
+                number += 1
+        settle(core, now_s)
+        now_s += 0.05
+    bound_s = core.drainer.bound_s(waiting=5, places=1, bytes_max=30)
+    assert now_s - since_s <= bound_s
+
+
+def test_one_that_fits_nowhere_does_not_stop_the_others() -> None:
+    sizes = {"p": 60, "large": 90, "a": 30, "b": 30}
+    core = scheduler(sizes=sizes, pinned="p")
+    settle(core, 0.0)
+    core.add(new("never", "large"), 0.0)
+    begin(core, new("x", "a", max_tokens=60), now_s=1.0)
+    core.add(new("y", "b"), 50.0)
+    assert loaded(run(core, 50.0)[0]) == ["b"]
+
+
+def test_a_pinned_one_that_nobody_asked_for_parks_nobody() -> None:
+    core = scheduler(arena=40, sharing=Sharing(quantum_s=0.1))
+    begin(core, new("x", "a", max_tokens=60))
+    core.residency.register("b", "/b", 40, pinned=True, now_s=0.0)
+    assert loaded(run(core, 9.0)[0]) == []
+    core.add(new("y", "b"), 9.0)
+    assert loaded(run(core, 9.0)[0]) == ["b"]

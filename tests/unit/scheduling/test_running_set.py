@@ -1,0 +1,148 @@
+"""When pages run out, parked rows give theirs up first, the newest first; no request is lost."""
+
+from replica.scheduling.drainer import Sharing
+from replica.scheduling.loads import Switches
+from replica.scheduling.request import Phase
+from replica.scheduling.scheduler import Scheduler
+from replica.scheduling.timeline import Event
+from tests.core import begin, new, ran, run, scheduler, settle
+
+PARK = Sharing(quantum_s=0.5, head_start_s=0.0)
+
+
+def two_parked(pages: int) -> Scheduler:
+    """x (older) and y are parked with three pages each; nothing else is held."""
+    core = scheduler(sharing=PARK, arena=40, pages=pages, tokens=128)
+    begin(core, new("x", "a", prompt=40, max_tokens=60), new("y", "a", prompt=40, max_tokens=60))
+    core.add(new("s", "b", max_tokens=2), 0.0)
+    settle(core, 0.5)
+    assert list(core.batch.parked) == ["x", "y"]
+    core.cancel("s", 0.5)
+    return core
+
+
+def test_parked_rows_give_up_their_pages_first_and_the_newest_of_them() -> None:
+    core = two_parked(pages=7)
+    core.add(new("base", prompt=10, max_tokens=30), 0.6)
+    for step in range(10):
+        plan, _ = run(core, 0.6)
+        assert "base" in ran(plan), f"step {step}"
+    assert list(core.batch.parked) == ["x"], "y gave its pages to base, which grew"
+    assert core.stories.counts[Event.PREEMPTED] == 1
+
+
+def test_a_new_request_takes_no_pages_of_parked_rows_while_others_run() -> None:
+    core = two_parked(pages=8)
+    core.add(new("base", prompt=4, max_tokens=12), 0.6)
+    run(core, 0.6)
+    core.add(new("large", prompt=30, max_tokens=4), 0.6)
+    plan, _ = run(core, 0.6)
+    assert ran(plan) == ["base"] and len(core.batch.parked) == 2
+
+
+def test_parked_rows_go_on_though_others_before_them_find_no_pages() -> None:
+    core = two_parked(pages=7)
+    core.add(new("base", prompt=4, max_tokens=12), 0.6)
+    run(core, 0.6)
+    assert core.pages.free == 0
+    for name in ("first", "second"):
+        core.add(new(name, priority=1), 0.6)
+    core.loaded("a", 0.6)
+    plan, _ = run(core, 0.6)
+    assert ran(plan) == ["base", "x", "y"]
+
+
+def test_one_that_waited_too_long_gets_the_next_pages_but_none_of_parked_rows() -> None:
+    core = two_parked(pages=7)
+    core.add(new("base", prompt=4, max_tokens=12), 0.6)
+    core.add(new("patient"), 0.6)
+    run(core, 0.6)
+    core.add(new("urgent", priority=1), 3.0)
+    plan, _ = run(core, 3.0)
+    assert ran(plan) == ["base"] and list(core.batch.parked) == ["x", "y"]
+    core.cancel("base", 3.1)
+    plan, _ = run(core, 3.1)
+    assert ran(plan) == ["patient"] and list(core.batch.parked) == ["x", "y"]
+
+
+def test_alone_it_takes_them_rather_than_wait_for_nobody() -> None:
+    core = two_parked(pages=7)
+    core.add(new("large", prompt=30, max_tokens=4), 0.6)
+    plan, _ = run(core, 0.6)
+    assert ran(plan) == ["large"] and list(core.batch.parked) == ["x"]
+
+
+def test_those_who_lost_their_pages_still_end_with_every_token() -> None:
+    core = two_parked(pages=7)
+    core.add(new("base", prompt=10, max_tokens=60), 0.6)
+    counts = {"x": 0, "y": 0, "base": 0}
+    for step in range(800):
+        _, deltas = settle(core, 0.6 + step * 0.05)
+        for delta in deltas:
+            assert delta.error is None
+            counts[delta.request_id] += len(delta.tokens)
+        if not core.has_work:
+            break
+    assert counts["base"] == 60 and counts["x"] >= 58 and counts["y"] >= 58
+    assert core.pages.free == 7
+
+
+def test_the_newest_row_gives_way_not_the_one_that_asks() -> None:
+    core = scheduler(pages=4)
+    begin(core, new("old", prompt=16, max_tokens=40), new("new", prompt=16, max_tokens=40))
+    for _ in range(40):
+        run(core)
+        if core.stories.counts[Event.PREEMPTED]:
+            break
+    assert list(core.batch.running) == ["old"]
+    assert [r.id for r in core.waiting] == ["new"]
+    assert next(iter(core.waiting)).phase is Phase.WAITING
+
+
+def test_a_large_prompt_is_not_passed_over_for_ever() -> None:
+    core = scheduler(pages=8, page_wait_max_s=1.0)
+    begin(core, new("first", prompt=50, max_tokens=13))
+    core.add(new("large", prompt=100, max_tokens=2), 0.0)
+    now_s, number = 0.0, 0
+    while "large" not in core.batch.running and now_s < 20.0:
+        for _ in range(2):  # short ones keep coming, and there are pages for each of them
+            core.add(new(f"short{number}", prompt=20, max_tokens=8), now_s)
+            number += 1
+        run(core, now_s)
+        now_s += 0.05
+    assert 1.0 < now_s < 4.0
+
+
+def test_a_large_prompt_of_an_adapter_that_is_not_there_is_not_passed_over_for_ever() -> None:
+    """Nobody saves pages for one without a place, nor a place for one without pages."""
+    core = scheduler(pages=10, sharing=PARK, arena=80, page_wait_max_s=1.0)
+    begin(core, new("x", "a", prompt=20, max_tokens=20), new("y", "b", prompt=20, max_tokens=20))
+    core.add(new("large", "c", prompt=100, max_tokens=2), 0.0)
+    now_s, number = 0.0, 0
+    while "large" not in core.batch.running and now_s < 20.0:
+        for digest in "ab":
+            if sum(r.place == digest for r in core.waiting) < 3:
+                core.add(new(f"{digest}{number}", digest, prompt=20, max_tokens=20), now_s)
+                number += 1
+        settle(core, now_s)
+        now_s += 0.05
+    assert now_s < 6.0
+
+
+def test_pages_saved_for_one_that_was_cancelled_are_free_for_all() -> None:
+    core = scheduler(pages=8, page_wait_max_s=0.5)
+    begin(core, new("first", prompt=50, max_tokens=60))
+    core.add(new("large", prompt=100), 0.0)
+    run(core, 0.0)
+    core.add(new("short", prompt=20), 1.0)
+    assert "short" not in ran(run(core, 1.0)[0])
+    core.cancel("large", 1.1)
+    assert "short" in ran(run(core, 1.1)[0])
+
+
+def test_where_the_first_blocks_the_rest_nobody_passes() -> None:
+    core = scheduler(pages=4, switches=Switches(skip=False))
+    begin(core, new("first", prompt=33, max_tokens=9))
+    core.add(new("large", prompt=40), 0.0)
+    core.add(new("short", prompt=10), 0.0)
+    assert ran(run(core)[0]) == ["first"]

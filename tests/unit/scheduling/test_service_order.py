@@ -1,0 +1,144 @@
+"""Images come before there is batch space for them, and never at the cost of one needed sooner."""
+
+from replica.scheduling.drainer import Sharing
+from replica.scheduling.loads import Switches
+from replica.scheduling.loads import loaded_ahead, needed_sooner
+from replica.scheduling.service_order import ServiceOrder
+from replica.scheduling.timeline import Event
+from tests.core import begin, evicted, loaded, new, run, scheduler, settle
+
+
+def test_the_queue_is_looked_through_even_when_the_batch_is_full() -> None:
+    core = scheduler(rows=1)
+    begin(core, new("base", max_tokens=60))
+    assert core.batch.full
+    core.add(new("x", "a"), 0.0)
+    core.add(new("y", "b"), 0.0)
+    assert loaded(run(core)[0]) == ["a", "b"]
+
+
+def test_no_more_are_brought_than_there_is_space_and_depth() -> None:
+    core = scheduler(rows=1, arena=160, loads=8, switches=Switches(prefetch_depth=2))
+    begin(core, new("base", max_tokens=60))
+    for digest in "abcd":
+        core.add(new(f"for-{digest}", digest), 0.0)
+    assert loaded(run(core)[0]) == ["a", "b"]
+    core.loaded("a", 0.0)
+    assert loaded(run(core)[0]) == [], "one that is there and not used yet counts too"
+
+
+def test_depth_zero_brings_nothing_to_a_full_batch() -> None:
+    core = scheduler(rows=1, switches=Switches(prefetch_depth=0))
+    begin(core, new("base", max_tokens=60))
+    core.add(new("x", "a"), 0.0)
+    assert loaded(run(core)[0]) == []
+
+
+def test_loads_in_flight_are_bounded() -> None:
+    core = scheduler(loads=1)
+    core.add(new("x", "a"), 0.0)
+    core.add(new("y", "b"), 0.0)
+    assert loaded(run(core)[0]) == ["a"]
+    assert loaded(run(core)[0]) == []
+    core.loaded("a", 0.0)
+    assert loaded(run(core)[0]) == ["b"]
+
+
+def test_nothing_is_evicted_that_an_earlier_request_waits_for() -> None:
+    core = scheduler(rows=1, arena=40, sharing=Sharing(park=False))
+    begin(core, new("first", "a", max_tokens=2))
+    core.add(new("base", max_tokens=60, priority=1), 0.0)
+    core.add(new("sooner", "a"), 0.0)
+    core.add(new("later", "b"), 0.0)
+    for _ in range(5):
+        plan, _ = run(core, 1.0)
+        assert evicted(plan) == []
+    assert needed_sooner("b", core.waiting, core.residency) == {"a"}
+    core.cancel("sooner", 1.0)
+    assert evicted(run(core, 1.0)[0]) == ["a"]
+
+
+def test_who_is_needed_later_gives_its_place_to_who_is_needed_sooner() -> None:
+    core = scheduler(rows=1, arena=40, sharing=Sharing(park=False))
+    begin(core, new("first", "a", max_tokens=2))
+    core.add(new("base", max_tokens=60, priority=2), 0.0)
+    core.add(new("later", "a"), 0.0)
+    core.add(new("sooner", "b", priority=1), 0.0)
+    plans = [run(core, 1.0)[0] for _ in range(3)]
+    assert [e for plan in plans for e in evicted(plan)] == ["a"]
+
+
+def test_a_load_that_nobody_used_is_counted_as_wasted() -> None:
+    core = scheduler(arena=40)
+    core.add(new("x", "a"), 0.0)
+    settle(core, 0.0)
+    core.cancel("x", 0.0)
+    core.add(new("y", "b", max_tokens=1), 0.0)
+    settle(core, 0.0)
+    run(core, 0.0)
+    assert core.residency.wasted == 1
+    core.add(new("z", "a"), 0.0)
+    assert evicted(settle(core, 0.0)[0]) == ["b"]
+    assert core.residency.wasted == 1, "b was used"
+
+
+def test_service_is_by_priority_then_by_who_starved_longest() -> None:
+    core = scheduler()
+    order = ServiceOrder(core.waiting, core.residency, head_start_s=0.0)
+    for at_s, digest, priority in ((2.0, "a", 0), (1.0, "b", 0), (3.0, "c", 1)):
+        core.add(new(f"for-{digest}", digest, priority=priority), at_s)
+    assert list(order.digests()) == ["c", "b", "a"]
+    order.check()
+
+
+def test_a_request_without_a_token_goes_before_one_that_was_parked_a_moment_longer() -> None:
+    sharing = Sharing(quantum_s=0.5, head_start_s=0.1)
+    core = scheduler(sharing=sharing, arena=40, pages=64, context=512)
+    begin(core, new("x", "a", max_tokens=300))
+    core.add(new("y", "b", max_tokens=60), 0.0)
+    settle(core, 0.5)  # x is parked at 0.5
+    core.add(new("z", "c"), 0.55)
+    assert list(core.loads.order.digests()) == ["c", "a"]
+    core.add(new("late", "d"), 0.65)
+    assert list(core.loads.order.digests()) == ["c", "a", "d"], "a head start, not a privilege"
+    core.loads.order.check()
+
+
+def test_few_tokens_left_are_a_smaller_drawback() -> None:
+    core = scheduler(sharing=Sharing(quantum_s=0.5, head_start_s=0.1), arena=40)
+    begin(core, new("x", "a", max_tokens=60))
+    core.add(new("y", "b", max_tokens=60), 0.0)
+    settle(core, 0.5)  # x is parked at 0.5, with less than a third of what is many
+    core.add(new("z", "c"), 0.55)
+    assert list(core.loads.order.digests()) == ["a", "c"]
+    core.loads.order.check()
+
+
+def test_the_order_follows_every_change() -> None:
+    core = scheduler()
+    core.add(new("x", "a"), 0.0)
+    core.add(new("y", "b"), 1.0)
+    order = core.loads.order
+    assert list(order.digests()) == ["a", "b"]
+    core.cancel("x", 2.0)
+    assert list(order.digests()) == ["b"]
+    core.add(new("x2", "a"), 3.0)
+    assert list(order.digests()) == ["b", "a"], "it starves anew"
+    assert loaded(run(core, 3.0)[0]) == ["b", "a"]
+    assert list(order.digests()) == []
+    core.load_failed("a", "broken", 3.0)
+    assert list(order.digests()) == ["a"]
+    order.check()
+
+
+def test_ahead_counts_those_on_their_way_and_those_not_used_yet() -> None:
+    core = scheduler(rows=1)
+    begin(core, new("base", max_tokens=60))
+    core.add(new("x", "a"), 0.0)
+    core.add(new("y", "b"), 0.0)
+    run(core)
+    core.loaded("a", 0.0)
+    assert loaded_ahead(core.residency) == 2
+    core.cancel("x", 0.0)
+    assert loaded_ahead(core.residency) == 1
+    assert core.stories.counts[Event.LOAD_STARTED] == 2

@@ -1,0 +1,136 @@
+"""One replica's own book of adapters: the same answers as a fleet's, without Redis."""
+
+import asyncio
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.config import FleetConfig
+from cluster.errors import AdapterRefused, BadRequest, ConfigError, ModelNotFound
+from cluster.values import Version
+from replica.serving.local_catalog import Standalone
+from tests.small_files import settled_config, write_adapter, write_model_config
+from tests.stub_engine import StubEngine
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> FleetConfig:
+    engine = settled_config(write_model_config(tmp_path / "base"))
+    roots = (str(tmp_path / "adapters"),)
+    return FleetConfig(engine=engine, adapter_roots=roots, directory=str(tmp_path / "fleet"))
+
+
+async def test_adapters_come_and_go(config: FleetConfig, tmp_path: Path) -> None:
+    engine = StubEngine()
+    adapters = Standalone(engine, config)
+    done = await adapters.add("a", write_adapter(tmp_path / "adapters" / "a"))
+    assert (done.name, done.sequence, done.pending) == ("a", 1, ())
+    version = await adapters.find("a")
+    assert version is not None and version.digest == done.digest
+    assert adapters.versions() == [version]
+    assert [entry.digest for entry in engine.residency()] == [done.digest]
+    assert (await adapters.remove("a")).digest == done.digest
+    assert (await adapters.find("a"), adapters.versions(), engine.residency()) == (None, [], [])
+    with pytest.raises(ModelNotFound):
+        await adapters.remove("a")
+
+
+async def test_the_configured_ones_are_there_from_the_start(
+    config: FleetConfig, tmp_path: Path
+) -> None:
+    flags = {"a": write_adapter(tmp_path / "outside")}
+    adapters = Standalone(StubEngine(), dataclasses.replace(config, adapters=flags))
+    await adapters.start()
+    assert [version.name for version in adapters.versions()] == ["a"]
+    bad = dataclasses.replace(config, adapters={"b": str(tmp_path / "nothing")})
+    with pytest.raises(ConfigError, match=r"adapters\.b"):
+        await Standalone(StubEngine(), bad).start()
+
+
+async def test_what_is_refused_changes_nothing(config: FleetConfig, tmp_path: Path) -> None:
+    engine = StubEngine()
+    adapters = Standalone(engine, config)
+    inside = write_adapter(tmp_path / "adapters" / "a")
+    outside = write_adapter(tmp_path / "outside")
+    with pytest.raises(BadRequest, match="outside the allowed adapter roots") as caught:
+        await adapters.add("a", outside)
+    assert caught.value.field == "lora_path"
+    with pytest.raises(BadRequest) as caught:
+        await adapters.add("base", inside)
+    assert caught.value.field == "lora_name"
+    with pytest.raises(AdapterRefused):
+        await adapters.add("a", str(tmp_path / "adapters" / "nothing"))
+    assert (adapters.versions(), engine.residency()) == ([], [])
+
+
+async def test_a_name_is_re_pointed_only_in_place(config: FleetConfig, tmp_path: Path) -> None:
+    engine = StubEngine()
+    adapters = Standalone(engine, config)
+    old = await adapters.add("a", write_adapter(tmp_path / "adapters" / "a"))
+    path = write_adapter(tmp_path / "adapters" / "b", seed=1)
+    with pytest.raises(BadRequest, match="already loaded"):
+        await adapters.add("a", path)
+    new = await adapters.add("a", path, load_inplace=True)
+    assert new.digest != old.digest
+    assert [entry.digest for entry in engine.residency()] == [new.digest]
+
+
+async def test_names_of_one_content_share_its_pin_and_weight(
+    config: FleetConfig, tmp_path: Path
+) -> None:
+    class Noting(StubEngine):
+        async def register(self, version: Version, path: str) -> None:
+            await super().register(version, path)
+            told.append((version.pinned, version.weight, path))
+
+    told: list[tuple[bool, float, str]] = []
+    adapters = Standalone(Noting(), config)
+    path = write_adapter(tmp_path / "adapters" / "a")
+    await adapters.add("a", path, pinned=True, weight=2.0)
+    await adapters.add("b", path, weight=3.0)
+    await adapters.remove("b")
+    await adapters.add("b", path, weight=0.5)
+    await adapters.add("a", write_adapter(tmp_path / "adapters" / "c", seed=1), load_inplace=True)
+    local = told[0][2]
+    assert [entry for entry in told if entry[2] == local] == [
+        (True, 2.0, local),
+        (True, 3.0, local),
+        (True, 2.0, local),
+        (True, 2.0, local),
+        (False, 0.5, local),
+    ]
+
+
+async def test_of_two_adds_of_one_name_at_once_one_wins(
+    config: FleetConfig, tmp_path: Path
+) -> None:
+    adapters = Standalone(StubEngine(), config)
+    paths = [write_adapter(tmp_path / "adapters" / str(seed), seed=seed) for seed in range(2)]
+    outcomes = await asyncio.gather(
+        *(adapters.add("a", path) for path in paths), return_exceptions=True
+    )
+    assert sum(isinstance(outcome, BadRequest) for outcome in outcomes) == 1
+
+
+async def test_it_describes_itself_as_a_fleet_of_one(config: FleetConfig, tmp_path: Path) -> None:
+    adapters = Standalone(StubEngine(), config, "local")
+    path = write_adapter(tmp_path / "adapters" / "a")
+    done = await adapters.add("a", path, pinned=True, weight=2.0)
+    page = await adapters.describe()
+    (entry,) = page["data"]
+    assert (entry["id"], entry["digest"]) == ("a", done.digest)
+    assert (entry["pinned"], entry["weight"]) == (True, 2.0)
+    assert entry["residency"]["local"]["tier"] == "device"
+    assert (page["object"], page["sequence"]) == ("list", 1)
+    assert page["replicas"][0]["id"] == "local"
+
+
+def test_it_needs_no_redis_and_no_ray() -> None:
+    script = "import sys, replica.serving.local_catalog; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert not {"redis", "ray", "torch", "fastapi"} & set(loaded.stdout.split())
