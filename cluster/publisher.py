@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from cluster.errors import CatalogUnavailable
 from cluster.redis_client import RECONNECT_FIRST_S, RECONNECT_MAX_S, call, heed_cancellation, prefix
 from cluster.registry import Lease, channel, encode_residency
-from cluster.values import LoadReport, Residency, Tier
+from cluster.values import AdapterState, LoadReport, Tier
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class Publisher:
         *,
         lease_s: float,
         report_s: float,
-        residency: Callable[[], Iterable[Residency]],
+        residency: Callable[[], Iterable[AdapterState]],
         report: Callable[[], LoadReport],
         applied: Callable[[], int] = lambda: 0,
         alive: Callable[[], bool] = lambda: True,
@@ -113,11 +113,11 @@ class Publisher:
         ]
         self._announce = redis.register_script(_ANNOUNCE)
         self._withdraw = redis.register_script(_WITHDRAW)
-        self._published: dict[str, Residency] | None = None
+        self._published: dict[str, AdapterState] | None = None
         self._wake = asyncio.Event()
 
     @property
-    def published(self) -> Mapping[str, Residency]:
+    def published(self) -> Mapping[str, AdapterState]:
         """What Redis was told last; empty before and while it is away."""
         return self._published or {}
 
@@ -166,7 +166,7 @@ class Publisher:
             log.warning("%s: could not withdraw; its lease runs out", self.incarnation)
 
     async def _say(
-        self, kind: str, changed: list[Residency], dropped: list[str], count: int
+        self, kind: str, changed: list[AdapterState], dropped: list[str], count: int
     ) -> bool:
         lease = Lease(
             self.replica_id,

@@ -1,4 +1,4 @@
-"""Residency, leases and load reports in Redis: what the fleet looks like to a reader.
+"""AdapterState, leases and load reports in Redis: what the fleet looks like to a reader.
 
     lf:{fleet}:residency:{incarnation}  hash: digest → {tier, bytes, since, reason} (JSON), TTL
     lf:{fleet}:lease:{incarnation}      what the replica says of itself (JSON), TTL
@@ -25,7 +25,7 @@ from redis.asyncio import Redis
 
 from cluster.catalog import Catalog
 from cluster.redis_client import Subscription, call, connect, prefix
-from cluster.values import LoadReport, Residency, Tier
+from cluster.values import AdapterState, LoadReport, Tier
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class ReplicaState:
 
     replica_id: str
     incarnation: str
-    residency: Mapping[str, Residency]
+    residency: Mapping[str, AdapterState]
     report: LoadReport
     seen_s: float
     catalog_sequence: int = 0
@@ -81,13 +81,13 @@ def channel(fleet: str) -> str:
     return prefix(fleet) + "residency:changes"
 
 
-def encode_residency(entry: Residency) -> str:
+def encode_residency(entry: AdapterState) -> str:
     record = {"tier": entry.tier.value, "bytes": entry.bytes, "since": entry.since_s}
     return json.dumps(record | {"reason": entry.reason}, separators=(",", ":"))
 
 
-def _decode_residency(digest: str, record: Mapping[str, Any]) -> Residency:
-    return Residency(
+def _decode_residency(digest: str, record: Mapping[str, Any]) -> AdapterState:
+    return AdapterState(
         digest, Tier(record["tier"]), record["bytes"], record["since"], record.get("reason")
     )
 
@@ -117,7 +117,7 @@ class Registry:
 
     async def read(
         self, *, residency: bool = True
-    ) -> tuple[str, int, list[tuple[Lease, float, dict[str, Residency]]]]:
+    ) -> tuple[str, int, list[tuple[Lease, float, dict[str, AdapterState]]]]:
         """(epoch, sequence, [(lease, seconds it has left, residency)])."""
         args = [self._root, "residency" if residency else ""]
         epoch, sequence, live = await call(self._snapshot(keys=self._keys, args=args))
@@ -152,13 +152,13 @@ def newest(leases: Iterable[Lease]) -> list[Lease]:
 @dataclass(slots=True)
 class _Seen:
     lease: Lease
-    residency: dict[str, Residency]
+    residency: dict[str, AdapterState]
     seen_s: float
     deadline_s: float
     graced: bool = False
 
 
-class Follower:
+class FleetView:
     """One process's view of the fleet, fed by subscription. Never raises into its readers.
 
     Everything belongs to the event loop that `run` runs on. While Redis is away nobody's lease

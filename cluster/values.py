@@ -36,7 +36,7 @@ class Version:
 
 
 @dataclass(frozen=True, slots=True)
-class Residency:
+class AdapterState:
     """What one replica says of one version.
 
     bytes: what the image takes in that tier. since_s: Unix time. reason: why it failed.

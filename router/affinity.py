@@ -8,8 +8,8 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from cluster.registry import Follower
-from router.policy import Costs, rank
+from cluster.registry import FleetView
+from router.policy import RoutingWeights, rank
 from router.view import View
 
 logger = logging.getLogger(__name__)
@@ -23,8 +23,8 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # ray has no 
     ) -> None:
         """`redis_variable` names the variable that holds the URL: Serve shows these arguments."""
         self._view = View()
-        self._costs = Costs(step_tokens=step_tokens, batch_rows=batch_rows)
-        self._follower = Follower(os.environ[redis_variable], fleet)
+        self._costs = RoutingWeights(step_tokens=step_tokens, batch_rows=batch_rows)
+        self._follower = FleetView(os.environ[redis_variable], fleet)
         self._following: asyncio.Task[None] | None = None
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:

@@ -27,7 +27,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Costs:
+class RoutingWeights:
     """What is assumed where nothing is measured, and how the engine is set.
 
     slowdown_steps: steps over which a request feels its neighbours in the batch; a full batch is
@@ -48,7 +48,7 @@ class Costs:
     retry_s: float = 10.0
 
 
-def rank(candidates: Sequence[Candidate], key: str, costs: Costs) -> list[Candidate]:
+def rank(candidates: Sequence[Candidate], key: str, costs: RoutingWeights) -> list[Candidate]:
     """Best first. Ties go by rendezvous hash of `key`, so that routers agree without talking."""
 
     slowest_s = max((c.step_s for c in candidates), default=0.0)
@@ -62,7 +62,7 @@ def rank(candidates: Sequence[Candidate], key: str, costs: Costs) -> list[Candid
     return sorted(candidates, key=order)
 
 
-def queue_s(candidate: Candidate, costs: Costs) -> float:
+def queue_s(candidate: Candidate, costs: RoutingWeights) -> float:
     """Prefill in front of the request, then the neighbours' share of its decode steps."""
     step_s = candidate.step_s or costs.step_s
     prefill_steps = candidate.queued_tokens / costs.step_tokens
@@ -70,7 +70,7 @@ def queue_s(candidate: Candidate, costs: Costs) -> float:
     return step_s * (prefill_steps + decode_steps)
 
 
-def load_s(candidate: Candidate, costs: Costs) -> float:
+def load_s(candidate: Candidate, costs: RoutingWeights) -> float:
     """Until the adapter is on the device, with what must be copied back for it if it evicts."""
     image_bytes = candidate.image_bytes or costs.image_bytes
     copy_s = image_bytes / (candidate.copy_bytes_per_s or costs.copy_bytes_per_s)

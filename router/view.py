@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from cluster.values import LoadReport, Residency, Tier
+from cluster.values import AdapterState, LoadReport, Tier
 from router.policy import Candidate
 
 
@@ -16,7 +16,7 @@ class Said(Protocol):
     def report(self) -> LoadReport: ...
 
     @property
-    def residency(self) -> Mapping[str, Residency]: ...
+    def residency(self) -> Mapping[str, AdapterState]: ...
 
     @property
     def seen_s(self) -> float: ...

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from cluster.costs import Costs
 from replica.scheduling import victims
-from replica.scheduling.adapter_cache import Residency
+from replica.scheduling.adapter_cache import AdapterCache
 from replica.scheduling.admission import Limits
 from replica.scheduling.budget import Budget
 from replica.scheduling.drainer import Sharing
@@ -60,11 +60,11 @@ def scheduler(
     budget = None
     if page_bytes is not None:
         budget = Budget(extents, kv, page_bytes, kv.needed(context), headroom)
-    residency = Residency(extents, slots, order, costs.copy_s, 1.0, 8.0, budget=budget)
+    adapter_cache = AdapterCache(extents, slots, order, costs.copy_s, 1.0, 8.0, budget=budget)
     for digest, size in sizes.items():
-        residency.register(digest, f"/{digest}", size, pinned=digest in pinned, now_s=0.0)
+        adapter_cache.register(digest, f"/{digest}", size, pinned=digest in pinned, now_s=0.0)
     growth = Growth(16, pages * 16, growth_outputs)
-    return Scheduler(limits, kv, residency, costs, switches, sharing, share, growth)
+    return Scheduler(limits, kv, adapter_cache, costs, switches, sharing, share, growth)
 
 
 def new(
@@ -91,9 +91,9 @@ def run(
 def settle(core: Scheduler, now_s: float) -> tuple[Plan, list[Delta]]:
     """One step; the loads that it begins are done after it."""
     plan, deltas = run(core, now_s)
-    for room in plan.rooms:
-        if core.switches.overlap and room.load is not None:
-            core.loaded(room.load.digest, now_s)
+    for change in plan.arena_changes:
+        if core.switches.overlap and change.load is not None:
+            core.loaded(change.load.digest, now_s)
     core.check()
     return plan, deltas
 
@@ -103,7 +103,7 @@ def begin(core: Scheduler, *requests: NewRequest, now_s: float = 0.0) -> None:
     for request in requests:
         core.add(request, now_s)
     for _ in range(10):
-        if all(request.id in core.batch.running for request in requests):
+        if all(request.id in core.running_set.running for request in requests):
             return
         settle(core, now_s)
     raise AssertionError("they do not run")
@@ -114,8 +114,8 @@ def ran(plan: Plan) -> list[str]:
 
 
 def loaded(plan: Plan) -> list[str]:
-    return [room.load.digest for room in plan.rooms if room.load is not None]
+    return [change.load.digest for change in plan.arena_changes if change.load is not None]
 
 
 def evicted(plan: Plan) -> list[str]:
-    return [evict.digest for room in plan.rooms for evict in room.evictions]
+    return [evict.digest for change in plan.arena_changes for evict in change.evictions]

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from cluster.config import EngineConfig
 from cluster.errors import FleetError, ModelNotFound, QueueFull, ShuttingDown
-from cluster.values import LoadReport, Residency, Tier, Version
+from cluster.values import AdapterState, LoadReport, Tier, Version
 from replica.scheduling.request import Delta, Finish, NewRequest, TokenLogprobs
-from replica.scheduling.timeline import Event, Happening
+from replica.scheduling.timeline import Event, TimelineEvent
 
 
 @dataclass(slots=True)
@@ -65,7 +65,7 @@ class StubEngine:
         self._rows: dict[str, Row] = {}
         self._ticker: asyncio.Task[None] | None = None
         self._registered: dict[str, Version] = {}
-        self._callbacks: list[Callable[[list[Residency]], None]] = []
+        self._callbacks: list[Callable[[list[AdapterState]], None]] = []
 
     @property
     def alive(self) -> bool:
@@ -165,27 +165,27 @@ class StubEngine:
 
     async def forget(self, digest: str) -> None:
         self._registered.pop(digest, None)
-        self._tell([Residency(digest, Tier.ABSENT, 0, 0.0)])
+        self._tell([AdapterState(digest, Tier.ABSENT, 0, 0.0)])
 
-    async def story(self, request_id: str) -> list[Happening]:
-        return [Happening(0.0, Event.QUEUED)] if request_id in self.ended else []
+    async def timeline(self, request_id: str) -> list[TimelineEvent]:
+        return [TimelineEvent(0.0, Event.QUEUED)] if request_id in self.ended else []
 
-    def residency(self) -> list[Residency]:
+    def adapter_states(self) -> list[AdapterState]:
         return [self._entry(version) for version in self._registered.values()]
 
     def report(self) -> LoadReport:
         return LoadReport(running=len(self.running), steps=self.steps, step_s=self.step_s)
 
-    def on_residency(self, callback: Callable[[list[Residency]], None]) -> None:
+    def on_residency(self, callback: Callable[[list[AdapterState]], None]) -> None:
         self._callbacks.append(callback)
 
-    def _tell(self, entries: list[Residency]) -> None:
+    def _tell(self, entries: list[AdapterState]) -> None:
         for callback in self._callbacks:
             callback(entries)
 
     @staticmethod
-    def _entry(version: Version) -> Residency:
-        return Residency(version.digest, Tier.DEVICE, 2 * version.parameters, 0.0)
+    def _entry(version: Version) -> AdapterState:
+        return AdapterState(version.digest, Tier.DEVICE, 2 * version.parameters, 0.0)
 
 
 def _logprobs(token: int, count: int) -> TokenLogprobs:

@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from cluster.values import Residency, Version
+from cluster.values import AdapterState, Version
 
 
 def catalog_page(
     versions: Iterable[Version],
     sequence: int,
-    residency: Mapping[str, Mapping[str, Residency]],
+    residency: Mapping[str, Mapping[str, AdapterState]],
     replicas: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """residency: replica id → digest → what it says."""
@@ -21,7 +21,7 @@ def catalog_page(
     }
 
 
-def _entry(version: Version, residency: Mapping[str, Mapping[str, Residency]]) -> dict[str, Any]:
+def _entry(version: Version, residency: Mapping[str, Mapping[str, AdapterState]]) -> dict[str, Any]:
     return {
         "id": version.name,
         "digest": version.digest,
@@ -38,7 +38,7 @@ def _entry(version: Version, residency: Mapping[str, Mapping[str, Residency]]) -
     }
 
 
-def _where(entry: Residency) -> dict[str, Any]:
+def _where(entry: AdapterState) -> dict[str, Any]:
     return {
         "tier": entry.tier.value,
         "bytes": entry.bytes,

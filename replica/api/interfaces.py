@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cluster.config import EngineConfig
-from cluster.values import LoadReport, Residency, Version
+from cluster.values import AdapterState, LoadReport, Version
 from replica.scheduling.request import Delta, NewRequest
-from replica.scheduling.timeline import Happening
+from replica.scheduling.timeline import TimelineEvent
 
 
 class Engine(Protocol):
@@ -40,15 +40,15 @@ class Engine(Protocol):
     async def forget(self, digest: str) -> None:
         """No new requests for it; it is unloaded when the last running one is done."""
 
-    async def story(self, request_id: str) -> list[Happening]:
+    async def timeline(self, request_id: str) -> list[TimelineEvent]:
         """What happened to a request, and when; empty when it is unknown or too long ago."""
 
-    def residency(self) -> list[Residency]:
+    def adapter_states(self) -> list[AdapterState]:
         """The last known state of every registered version."""
 
     def report(self) -> LoadReport: ...
 
-    def on_residency(self, callback: Callable[[list[Residency]], None]) -> None:
+    def on_residency(self, callback: Callable[[list[AdapterState]], None]) -> None:
         """Called with the changed entries, on whatever thread learns of them."""
 
 

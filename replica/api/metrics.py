@@ -4,7 +4,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 
-from cluster.values import LoadReport, Residency, Tier
+from cluster.values import AdapterState, LoadReport, Tier
 
 CONTENT_TYPE = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
 COUNTERS = frozenset(
@@ -24,7 +24,7 @@ COUNTERS = frozenset(
 )
 
 
-def render(report: LoadReport, residency: Sequence[Residency], active: int) -> str:
+def render(report: LoadReport, residency: Sequence[AdapterState], active: int) -> str:
     """active: HTTP requests being answered."""
     lines = []
     for name, value in [*dataclasses.asdict(report).items(), ("http_requests_active", active)]:

@@ -36,7 +36,7 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class ResponseOptions:
     """What the client wants to see beside the text."""
 
     logprobs: bool = False
@@ -62,7 +62,7 @@ class Answer:
         self.last = piece
 
 
-class Wire(Protocol):
+class ResponseEncoder(Protocol):
     """How one call is answered."""
 
     def chunk(self, piece: Piece, usage: Usage) -> bytes: ...
@@ -78,7 +78,7 @@ class _Frame:
     plain: a chunk shows nothing but text, so that it can be put together without a dict.
     """
 
-    def __init__(self, call: Call, wanted: Wanted, kind: str) -> None:
+    def __init__(self, call: Call, wanted: ResponseOptions, kind: str) -> None:
         constant = {"id": call.id, "object": kind, "created": int(time.time()), "model": call.model}
         self.head = b"data: " + orjson.dumps(constant)[:-1] + b',"choices":'
         self.tail = (b',"usage":null' if wanted.include_usage else b"") + b"}\n\n"
@@ -96,7 +96,7 @@ class _Frame:
 
 
 class ChatWire:
-    def __init__(self, call: Call, wanted: Wanted, text: Text) -> None:
+    def __init__(self, call: Call, wanted: ResponseOptions, text: Text) -> None:
         self._call, self._wanted, self._text = call, wanted, text
         self._frame = _Frame(call, wanted, "chat.completion.chunk")
         self._begun: set[int] = set()
@@ -185,7 +185,7 @@ class ChatWire:
 
 
 class CompletionWire:
-    def __init__(self, call: Call, wanted: Wanted, text: Text) -> None:
+    def __init__(self, call: Call, wanted: ResponseOptions, text: Text) -> None:
         self._call, self._wanted, self._text = call, wanted, text
         self._frame = _Frame(call, wanted, "text_completion")
         self._begun: set[int] = set()
@@ -272,7 +272,7 @@ def _envelope(call: Call, kind: str, choices: list[dict[str, Any]], usage: Usage
     }
 
 
-def _token_name(text: Text, token: int, wanted: Wanted) -> tuple[str, bytes]:
+def _token_name(text: Text, token: int, wanted: ResponseOptions) -> tuple[str, bytes]:
     """How a token is shown beside its logprob, and the bytes it stands for."""
     data = text.token_bytes(token)
     if wanted.tokens_as_ids:

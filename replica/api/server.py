@@ -33,7 +33,15 @@ from replica.api.openai_protocol import (
     parse,
     shown,
 )
-from replica.api.response_encoder import DONE, Answer, ChatWire, CompletionWire, Usage, Wanted, Wire
+from replica.api.response_encoder import (
+    DONE,
+    Answer,
+    ChatWire,
+    CompletionWire,
+    ResponseEncoder,
+    ResponseOptions,
+    Usage,
+)
 from replica.api.text import Text
 
 log = logging.getLogger(__name__)
@@ -134,7 +142,7 @@ class Server:
         if methods is None and path.startswith("/v1/models/"):
             methods = {"GET": self._model}
         if methods is None and path.startswith("/v1/requests/"):
-            methods = {"GET": self._story}
+            methods = {"GET": self._timeline}
         if methods is None:
             raise asgi.NoSuchRoute(f"no route {scope['method']} {path}")
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
@@ -196,21 +204,21 @@ class Server:
         request = parse(ChatRequest, await self._body(receive))
         call = await self._reader.chat(request)
         wanted = _wanted(request, bool(request.logprobs))
-        wire = ChatWire(call, wanted, self._text)
-        await self._answer(call, wire, wanted, bool(request.stream), receive, send)
+        encoder = ChatWire(call, wanted, self._text)
+        await self._answer(call, encoder, wanted, bool(request.stream), receive, send)
 
     async def _complete(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = parse(CompletionRequest, await self._body(receive))
         call = await self._reader.completion(request)
         wanted = _wanted(request, request.logprobs is not None)
-        wire = CompletionWire(call, wanted, self._text)
-        await self._answer(call, wire, wanted, bool(request.stream), receive, send)
+        encoder = CompletionWire(call, wanted, self._text)
+        await self._answer(call, encoder, wanted, bool(request.stream), receive, send)
 
     async def _answer(
         self,
         call: Call,
-        wire: Wire,
-        wanted: Wanted,
+        encoder: ResponseEncoder,
+        wanted: ResponseOptions,
         stream: bool,
         receive: Receive,
         send: Send,
@@ -221,25 +229,27 @@ class Server:
         self._idle.clear()
         try:
             if stream:
-                work = self._stream(call, wire, wanted, send)
+                work = self._stream(call, encoder, wanted, send)
             else:
-                work = self._whole(call, wire, send)
+                work = self._whole(call, encoder, send)
             await asgi.until_disconnect(receive, work)
         finally:
             self.active -= 1
             if not self.active:
                 self._idle.set()
 
-    async def _whole(self, call: Call, wire: Wire, send: Send) -> None:
+    async def _whole(self, call: Call, encoder: ResponseEncoder, send: Send) -> None:
         usage = Usage(call.prompt_tokens)
         answers = [Answer() for _ in range(call.choices)]
         async with aclosing(run(self._engine, self._text, call)) as pieces:
             async for piece in pieces:
                 usage.add(piece)
                 answers[piece.index].add(piece)
-        await asgi.send_body(send, 200, wire.body(answers, usage))
+        await asgi.send_body(send, 200, encoder.body(answers, usage))
 
-    async def _stream(self, call: Call, wire: Wire, wanted: Wanted, send: Send) -> None:
+    async def _stream(
+        self, call: Call, encoder: ResponseEncoder, wanted: ResponseOptions, send: Send
+    ) -> None:
         """An error before the first piece is a plain answer with its own status."""
         usage = Usage(call.prompt_tokens)
         started = False
@@ -256,10 +266,10 @@ class Server:
                             }
                         )
                     usage.add(piece)
-                    chunk = wire.chunk(piece, usage)
+                    chunk = encoder.chunk(piece, usage)
                     if chunk:
                         await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            end = wire.usage_chunk(usage) + DONE if wanted.include_usage else DONE
+            end = encoder.usage_chunk(usage) + DONE if wanted.include_usage else DONE
         except FleetError as error:
             if not started:
                 raise
@@ -307,16 +317,16 @@ class Server:
     async def _describe(self, scope: Scope, receive: Receive, send: Send) -> None:
         await asgi.send_json(send, await self._adapters.describe())
 
-    async def _story(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _timeline(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Why did this wait? The timeline of each choice of a response, by the response's id."""
         response_id = scope["path"].rpartition("/")[2]
         choices: list[list[dict[str, object]]] = []
-        while story := await self._engine.story(f"{response_id}-{len(choices)}"):
-            began_s = story[0].at_s
+        while timeline := await self._engine.timeline(f"{response_id}-{len(choices)}"):
+            began_s = timeline[0].at_s
             choices.append(
                 [
                     {"at_s": round(h.at_s - began_s, 6), "event": h.event, "detail": h.detail}
-                    for h in story
+                    for h in timeline
                 ]
             )
         if not choices:
@@ -359,7 +369,7 @@ class Server:
         await asgi.send_json(send, {"status": "ok"})
 
     async def _metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = metrics.render(self._engine.report(), self._engine.residency(), self.active)
+        body = metrics.render(self._engine.report(), self._engine.adapter_states(), self.active)
         await asgi.send_body(send, 200, body.encode(), [metrics.CONTENT_TYPE])
 
 
@@ -368,8 +378,8 @@ def build_app(engine: Engine, adapters: Adapters, text: Text, config: ServerConf
     return Server(engine, adapters, text, config)
 
 
-def _wanted(request: ChatRequest | CompletionRequest, logprobs: bool) -> Wanted:
-    return Wanted(
+def _wanted(request: ChatRequest | CompletionRequest, logprobs: bool) -> ResponseOptions:
+    return ResponseOptions(
         logprobs=logprobs,
         token_ids=bool(request.return_token_ids),
         tokens_as_ids=bool(request.return_tokens_as_token_ids),

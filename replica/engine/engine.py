@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from cluster.config import EngineConfig
 from cluster.costs import Costs, Smoothed
 from cluster.errors import AdapterRefused
-from cluster.values import LoadReport, Residency, Tier, Version
+from cluster.values import AdapterState, LoadReport, Tier, Version
 from replica.adapters.adapter_files import read_adapter
 from replica.adapters.image import Image, Layout
 from replica.adapters.loader import Loaded, Loader
 from replica.engine.runner import Runner
-from replica.engine.tensor_parallel import Followers, JointLoader, start_ranks
+from replica.engine.tensor_parallel import JointLoader, TensorParallelWorkers, start_ranks
 from replica.engine.tp_messages import Drop
 from replica.model.launch import Row, Ticket
 from replica.model.shape import Shard, read_shape
@@ -28,7 +28,7 @@ from replica.scheduling.assembly import assemble
 from replica.scheduling.loads import BASE_PLACE
 from replica.scheduling.plan import Plan, Work
 from replica.scheduling.request import Delta, NewRequest
-from replica.scheduling.timeline import Event, Happening
+from replica.scheduling.timeline import Event, TimelineEvent
 
 
 def _nothing() -> None:
@@ -68,11 +68,11 @@ class Engine:
     ) -> None:
         self._pace = pace
         self.shape = read_shape(config.model)
-        self._followers: Followers | None = None
+        self._workers: TensorParallelWorkers | None = None
         if config.tensor_parallel == 1:
             self.runner = Runner(config, self.shape)
         else:
-            self.runner, self._followers = start_ranks(config, self.shape, wake)
+            self.runner, self._workers = start_ranks(config, self.shape, wake)
         # From here on with what it left open.
         self.config = config = self.runner.config
         arena = self.runner.arena
@@ -95,9 +95,9 @@ class Engine:
             config.load_bytes_per_s,
             Shard(0, config.tensor_parallel),
         )
-        self._loader = loader if self._followers is None else JointLoader(loader, self._followers)
+        self._loader = loader if self._workers is None else JointLoader(loader, self._workers)
         self.depth = config.plan_depth or (2 if self.runner.device.type == "cuda" else 1)
-        self._flight: deque[_Launched] = deque()
+        self._in_flight: deque[_Launched] = deque()
         self.idle = True
         self.wake_s: float | None = None
         self._images: dict[str, Image] = {}  # the host tier
@@ -111,10 +111,10 @@ class Engine:
     def register(self, version: Version, path: str) -> None:
         """From now on requests may name `version.digest`. Raises AdapterRefused."""
         size = self._parameters(version, path) * self.runner.image_dtype_bytes
-        refusal = self.scheduler.residency.refusal(version.digest, size, version.pinned)
+        refusal = self.scheduler.adapter_cache.refusal(version.digest, size, version.pinned)
         if refusal is not None:
             raise AdapterRefused(f"lora_path: {version.name!r} has {refusal}", field="lora_path")
-        self.scheduler.residency.register(
+        self.scheduler.adapter_cache.register(
             version.digest, path, size, version.pinned, time.monotonic()
         )
         self.scheduler.share.weigh(version.digest, version.weight)
@@ -145,15 +145,15 @@ class Engine:
         start_s = time.monotonic()
         plan = self.scheduler.step(start_s)
         deltas = list(plan.failed)
-        self.idle, self.wake_s = not plan.rows and not self._flight, plan.wake_s
+        self.idle, self.wake_s = not plan.rows and not self._in_flight, plan.wake_s
         if plan.waits:
             deltas += self._commit()
-        deltas += self._make_rooms(plan)
+        deltas += self._apply_arena_changes(plan)
         if plan.waits or not self.config.overlap:
             plan = self.scheduler.without_ended(plan)
         if plan.rows:
             self._launch(plan, start_s)
-        if self._flight and (len(self._flight) == self.depth or not plan.rows):
+        if self._in_flight and (len(self._in_flight) == self.depth or not plan.rows):
             deltas += self._commit()
         self._clear_slots()
         for delta in deltas:
@@ -161,24 +161,24 @@ class Engine:
                 del self._seeds[delta.request_id]
         return deltas
 
-    def story(self, request_id: str) -> list[Happening]:
+    def timeline(self, request_id: str) -> list[TimelineEvent]:
         """Why it waited: what happened to the request, and when (monotonic seconds)."""
-        return self.scheduler.stories.story(request_id)
+        return self.scheduler.timelines.timeline(request_id)
 
-    def residency(self) -> list[Residency]:
-        return self._dated(self.scheduler.residency.entries())
+    def adapter_states(self) -> list[AdapterState]:
+        return self._dated(self.scheduler.adapter_cache.entries())
 
-    def changes(self) -> list[Residency]:
+    def changes(self) -> list[AdapterState]:
         """What changed in `residency()` since the last call."""
-        return self._dated(self.scheduler.residency.changes())
+        return self._dated(self.scheduler.adapter_cache.changes())
 
     def report(self) -> LoadReport:
         scheduler = self.scheduler
-        requests = [*scheduler.waiting, *scheduler.batch.running.values()]
-        extents = scheduler.residency.extents
-        limit_bytes = scheduler.residency.victims.limit_bytes
+        requests = [*scheduler.waiting, *scheduler.running_set.running.values()]
+        extents = scheduler.adapter_cache.extents
+        limit_bytes = scheduler.adapter_cache.victims.limit_bytes
         return LoadReport(
-            running=len(scheduler.batch.running),
+            running=len(scheduler.running_set.running),
             waiting=len(scheduler.waiting),
             queued_tokens=sum(max(len(r.prompt) - r.computed, 0) for r in requests),
             remaining_tokens=sum(r.remaining for r in requests),
@@ -196,41 +196,41 @@ class Engine:
                 for tier, count in scheduler.arrivals.items()
                 if tier not in (Tier.DEVICE, Tier.LOADING)
             ),
-            loads=scheduler.residency.loads,
-            evictions=scheduler.residency.evictions,
-            wasted_loads=scheduler.residency.wasted,
+            loads=scheduler.adapter_cache.loads,
+            evictions=scheduler.adapter_cache.evictions,
+            wasted_loads=scheduler.adapter_cache.wasted,
             drains=scheduler.drainer.started,
-            parks=scheduler.stories.counts[Event.PARKED],
-            resumes=scheduler.stories.counts[Event.RESUMED],
-            preemptions=scheduler.stories.counts[Event.PREEMPTED],
+            parks=scheduler.timelines.counts[Event.PARKED],
+            resumes=scheduler.timelines.counts[Event.RESUMED],
+            preemptions=scheduler.timelines.counts[Event.PREEMPTED],
             capture_fallback=self.runner.capture_fallback,
             host_locked_bytes=self.runner.host_locked_bytes,
         )
 
     def close(self) -> None:
         self._loader.close()
-        if self._followers is not None:
-            self._followers.close()
+        if self._workers is not None:
+            self._workers.close()
 
     def _parameters(self, version: Version, path: str) -> int:
         """In the image that one rank has of it."""
-        if self._followers is not None:
+        if self._workers is not None:
             with contextlib.suppress(AdapterRefused):  # then its load will fail, and say why
                 return read_adapter(path, self.shape).parameters_of(self.runner.shape)
         return version.parameters
 
     def _launch(self, plan: Plan, start_s: float) -> None:
-        before = self._flight[-1].plan.rows if self._flight else ()
+        before = self._in_flight[-1].plan.rows if self._in_flight else ()
         index = {work.request.id: row for row, work in enumerate(before)}
         rows = [self._row(work, index) for work in plan.rows]
         # Its pace has the plan in it, but not the loads that it waited for.
         began_s = start_s if self.config.overlap else time.monotonic()
         due_s = began_s + self._pace(plan.rows)
-        self._flight.append(_Launched(plan, self.runner.launch(rows), start_s, due_s))
+        self._in_flight.append(_Launched(plan, self.runner.launch(rows), start_s, due_s))
 
     def _commit(self) -> list[Delta]:
         """Takes the tokens of the oldest batch in flight."""
-        launched = self._flight.popleft()
+        launched = self._in_flight.popleft()
         sampled = launched.ticket.results()
         now_s = time.monotonic()
         if launched.due_s > now_s:
@@ -260,30 +260,30 @@ class Engine:
             carry=before[request.id] if unknown else None,
         )
 
-    def _make_rooms(self, plan: Plan) -> list[Delta]:
+    def _apply_arena_changes(self, plan: Plan) -> list[Delta]:
         """Without overlap the batch waits here; those whose adapter did not come have failed."""
         arena = self.runner.arena
         failed: list[Delta] = []
         lost: set[int] = set()  # slots whose load has failed: what was planned with them is void
-        for room in plan.rooms:
-            for evict in room.evictions:
+        for change in plan.arena_changes:
+            for evict in change.evictions:
                 if evict.digest != BASE_PLACE and evict.slot not in lost:
                     arena.clear(evict.slot)
-            for move in room.moves:
-                if move.slot not in lost:
-                    arena.move(move.slot, move.source, move.target, move.bytes)
-            if room.page_moves:
-                self.runner.move_pages(room.page_moves)
-            if room.load is None:
+            for slide in change.slides:
+                if slide.slot not in lost:
+                    arena.slide(slide.slot, slide.source, slide.target, slide.bytes)
+            if change.page_moves:
+                self.runner.move_pages(change.page_moves)
+            if change.load is None:
                 continue
-            if room.load.digest == BASE_PLACE:
+            if change.load.digest == BASE_PLACE:
                 if self.config.overlap:
                     self.scheduler.loaded(BASE_PLACE, time.monotonic())
             elif self.config.overlap:
-                self._loader.begin(room.load, *self._from_host(room.load))
+                self._loader.begin(change.load, *self._from_host(change.load))
             else:
-                ended = self._loader.run(room.load, *self._from_host(room.load))
-                (lost.add if ended.layout is None else lost.discard)(room.load.slot)
+                ended = self._loader.run(change.load, *self._from_host(change.load))
+                (lost.add if ended.layout is None else lost.discard)(change.load.slot)
                 failed += self._take_in_blocking(ended)
         return failed
 
@@ -308,31 +308,31 @@ class Engine:
         load = ended.load
         self.runner.arena.place(load.slot, load.offset, layout)
         self.scheduler.costs.copied(load.bytes, load.source, ended.seconds)
-        if ended.image is not None and load.digest not in self.scheduler.residency.host:
-            self.scheduler.residency.keep_on_host(load.digest)
+        if ended.image is not None and load.digest not in self.scheduler.adapter_cache.host:
+            self.scheduler.adapter_cache.keep_on_host(load.digest)
             self._images[load.digest] = ended.image
 
     def _from_host(self, load: Load) -> tuple[Image | None, bool]:
         """What host memory holds of it, and whether it is to hold it from now on."""
-        residency, pool = self.scheduler.residency, self.runner.arena.host_pool
+        adapter_cache, pool = self.scheduler.adapter_cache, self.runner.arena.host_pool
         self._let_go_of_dropped()
         image = self._images.get(load.digest)
-        keep = image is None and residency.host.fits(load.bytes)
+        keep = image is None and adapter_cache.host.fits(load.bytes)
         # It is read to where it will be kept, so what has to go for it goes now. One that is larger
         # than what could be page-locked is kept elsewhere.
         into = pool if keep and pool is not None and load.bytes <= pool.size else None
         while into is not None and not into.fits(load.bytes):
-            if not residency.drop_from_host():
+            if not adapter_cache.drop_from_host():
                 break
             self._let_go_of_dropped()
         return image, keep
 
     def _let_go_of_dropped(self) -> None:
-        host = self.scheduler.residency.host
+        host = self.scheduler.adapter_cache.host
         for digest in [digest for digest in self._images if digest not in host]:
             del self._images[digest]
-            if self._followers is not None:
-                self._followers.tell(Drop(digest))
+            if self._workers is not None:
+                self._workers.tell(Drop(digest))
 
     def _measured(self, plan: Plan, seconds: float) -> None:
         prompt_tokens = sum(w.end - w.start for w in plan.rows if w.end - w.start > 1)
@@ -344,9 +344,9 @@ class Engine:
             assert evict.digest != BASE_PLACE, "the base model is never unloaded"
             self.runner.arena.clear(evict.slot)
 
-    def _dated(self, entries: list[Residency]) -> list[Residency]:
+    def _dated(self, entries: list[AdapterState]) -> list[AdapterState]:
         """The engine counts monotonic time; the fleet speaks Unix time."""
         offset_s = time.time() - time.monotonic()
         return [
-            Residency(e.digest, e.tier, e.bytes, e.since_s + offset_s, e.reason) for e in entries
+            AdapterState(e.digest, e.tier, e.bytes, e.since_s + offset_s, e.reason) for e in entries
         ]

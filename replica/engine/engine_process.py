@@ -96,7 +96,7 @@ class Server:
                 self._engine.forget(digest)
                 message.done.append((call, None))
             case Tell(call, request_id):
-                message.done.append((call, self._engine.story(request_id)))
+                message.done.append((call, self._engine.timeline(request_id)))
             case Wake():
                 pass
             case Hangup():

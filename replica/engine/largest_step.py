@@ -12,10 +12,10 @@ import torch
 from cluster.config import EngineConfig
 from replica.adapters.arena import ALIGNMENT_BYTES, Arena
 from replica.model.memory import kv_page_bytes
-from replica.scheduling.assembly import Division
 from replica.model.page_memory import PageMemory
 from replica.model.shape import ModelShape
 from replica.model.weights import Weights
+from replica.scheduling.assembly import Division
 
 
 def free_beside(device: torch.device, step: Callable[[], None]) -> tuple[int, int]:

@@ -26,7 +26,7 @@ from typing import Any
 
 from cluster.config import EngineConfig
 from cluster.errors import EngineFailed, FleetError, ShuttingDown, StartupError
-from cluster.values import LoadReport, Residency, Version
+from cluster.values import AdapterState, LoadReport, Version
 from replica.engine.messages import (
     Cancel,
     Command,
@@ -39,7 +39,7 @@ from replica.engine.messages import (
     Tell,
 )
 from replica.scheduling.request import Delta, NewRequest
-from replica.scheduling.timeline import Happening
+from replica.scheduling.timeline import TimelineEvent
 
 _STOP_S = 5.0
 
@@ -62,9 +62,9 @@ class EngineLink:
         self._calls: dict[int, Future[Any]] = {}
         self._call = 0
         self._lock = threading.Lock()
-        self._entries: dict[str, Residency] = {}
+        self._entries: dict[str, AdapterState] = {}
         self._report = LoadReport()
-        self._callbacks: list[Callable[[list[Residency]], None]] = []
+        self._callbacks: list[Callable[[list[AdapterState]], None]] = []
         self._threads: list[threading.Thread] = []
         self._alive = False
         self._cut = ""
@@ -169,19 +169,19 @@ class EngineLink:
     async def forget(self, digest: str) -> None:
         await self._ask(lambda call: Forget(call, digest))
 
-    async def story(self, request_id: str) -> list[Happening]:
+    async def timeline(self, request_id: str) -> list[TimelineEvent]:
         """Why it waited. Empty when the request is unknown or too long ago."""
-        story: list[Happening] = await self._ask(lambda call: Tell(call, request_id))
-        return story
+        timeline: list[TimelineEvent] = await self._ask(lambda call: Tell(call, request_id))
+        return timeline
 
-    def residency(self) -> list[Residency]:
+    def adapter_states(self) -> list[AdapterState]:
         with self._lock:
             return [self._entries[digest] for digest in sorted(self._entries)]
 
     def report(self) -> LoadReport:
         return self._report
 
-    def on_residency(self, callback: Callable[[list[Residency]], None]) -> None:
+    def on_residency(self, callback: Callable[[list[AdapterState]], None]) -> None:
         self._callbacks.append(callback)
 
     async def _ask(self, command: Callable[[int], Command]) -> Any:
@@ -239,7 +239,7 @@ class EngineLink:
         for future, result in done:
             _settle(future, result)
 
-    def _take_in_residency(self, entries: list[Residency]) -> None:
+    def _take_in_residency(self, entries: list[AdapterState]) -> None:
         with self._lock:
             for entry in entries:
                 if entry.tier == "absent":

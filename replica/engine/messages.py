@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 
 from cluster.errors import FleetError
-from cluster.values import LoadReport, Residency, Version
+from cluster.values import AdapterState, LoadReport, Version
 from replica.scheduling.request import Delta, NewRequest
-from replica.scheduling.timeline import Happening
+from replica.scheduling.timeline import TimelineEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Hangup:
 Command = Submit | Cancel | Register | Forget | Tell | Wake | Hangup
 
 
-Result = FleetError | list[Happening] | None
+Result = FleetError | list[TimelineEvent] | None
 
 
 @dataclass(slots=True)
@@ -60,7 +60,7 @@ class Message:
     """What the engine says after a step. done: calls carried out, each with its result or error."""
 
     deltas: list[Delta] = field(default_factory=list)
-    residency: list[Residency] = field(default_factory=list)
+    residency: list[AdapterState] = field(default_factory=list)
     report: LoadReport | None = None
     done: list[tuple[int, Result]] = field(default_factory=list)
 

@@ -17,7 +17,7 @@ from replica.adapters.streams import CopyStream
 from replica.engine.node import read_node
 from replica.engine.sizing import on_gpu as sized_on_gpu
 from replica.engine.sizing import settled, step_bytes, with_context_that_fits
-from replica.engine.tp_messages import MovePages, Order
+from replica.engine.tp_messages import Command, MovePages
 from replica.model.decoder import rotary_tables
 from replica.model.gather_executor import GatherExecutor
 from replica.model.launch import Executor, Row, Ticket
@@ -30,7 +30,7 @@ from replica.scheduling.adapter import PageMove
 from replica.scheduling.request import Sampled
 
 if TYPE_CHECKING:
-    from replica.engine.tensor_parallel import Followers
+    from replica.engine.tensor_parallel import TensorParallelWorkers
 
 _BETWEEN_BATCHES_S = 0.02
 """Batches that follow each other within this are one piece of work to whoever works beside them."""
@@ -49,7 +49,7 @@ class Runner:
         config: EngineConfig,
         whole: ModelShape,
         ranks: Ranks | None = None,
-        followers: "Followers | None" = None,
+        workers: "TensorParallelWorkers | None" = None,
     ) -> None:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -77,9 +77,9 @@ class Runner:
             dummy_seed=(config.seed or 0) if config.load_format == "dummy" else None,
             ranks=ranks,
         )
-        self._tell: Callable[[Order], None] = lambda order: None
-        if followers is not None:
-            self._tell = followers.tell
+        self._tell: Callable[[Command], None] = lambda command: None
+        if workers is not None:
+            self._tell = workers.tell
         cos_sin = rotary_tables(shape, context, self.dtype, self.device)
         on_gpu = self.device.type == "cuda"
         if on_gpu:
@@ -117,7 +117,7 @@ class Runner:
                 )
         else:
             executor = self._paged(config, weights, cos_sin, self._pages)
-        self._executor = executor if followers is None else followers.leading(executor)
+        self._executor = executor if workers is None else workers.leading(executor)
         self.host_locked_bytes = 0 if host_pool is None else host_pool.size
         self._running = False
         self._ran_s = float("-inf")

@@ -23,8 +23,8 @@ from cluster.config import EngineConfig
 from cluster.errors import ConfigError
 from replica.engine.node import Node
 from replica.model.memory import batch_pages, divide, kv_page_bytes
-from replica.scheduling.assembly import Division
 from replica.model.shape import ModelShape
+from replica.scheduling.assembly import Division
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _RANK_EXPECTED = 64

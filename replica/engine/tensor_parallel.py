@@ -30,15 +30,15 @@ from replica.engine.node import read_node
 from replica.engine.runner import Runner
 from replica.engine.sizing import settled
 from replica.engine.tp_messages import (
+    AdapterLoaded,
     Answer,
-    Bring,
-    Broken,
-    Brought,
+    Command,
     Drop,
-    Here,
-    Order,
+    Hello,
+    LoadAdapter,
     PageTables,
     Ready,
+    WorkerFailed,
 )
 from replica.model.launch import Executor, Row, Ticket
 from replica.model.ranks import Ranks, device_of, open_store
@@ -89,7 +89,7 @@ class _Process:
             self._popen.wait()
 
 
-class Followers:
+class TensorParallelWorkers:
     """Ranks 1, 2 … of an engine. But for what threads of its own do, one thread calls it.
 
     wake: called on any thread when one has answered or ended.
@@ -116,7 +116,7 @@ class Followers:
         try:
             for process in self._processes:
                 process.pipe.send((config, process.rank, port))
-            self._hear_all(Here)
+            self._hear_all(Hello)
             with self.together():
                 self.ranks = Ranks(Shard(0, config.tensor_parallel), device, store)
         except (EngineFailed, OSError) as error:
@@ -138,10 +138,10 @@ class Followers:
         """Until all have loaded the model. Raises EngineFailed when one has ended instead."""
         self._hear_all(Ready)
 
-    def tell(self, order: Order) -> None:
+    def tell(self, command: Command) -> None:
         """All of them, in turn, carry it out. Raises EngineFailed when one is gone."""
         self.check()
-        message = ForkingPickler.dumps(order)
+        message = ForkingPickler.dumps(command)
         try:
             for process in self._processes:
                 process.pipe.send_bytes(message)
@@ -211,7 +211,7 @@ class Followers:
         try:
             while True:
                 answer: Answer = process.pipe.recv()
-                if isinstance(answer, Broken):
+                if isinstance(answer, WorkerFailed):
                     reason = answer.reason
                 else:
                     self._answers.put((process.rank, answer))
@@ -239,53 +239,53 @@ class Followers:
 
 def start_ranks(
     config: EngineConfig, shape: ModelShape, wake: Callable[[], None]
-) -> tuple[Runner, Followers]:
+) -> tuple[Runner, TensorParallelWorkers]:
     """Rank 0 and the others, once all have loaded the model. Raises StartupError."""
     shape.divided(config.tensor_parallel)  # before anything is started for a model that is not
     # Once, not by each rank for itself.
     config = settled(config, shape, device_of(config, 0).type, read_node())
-    followers = Followers(config, wake)
+    workers = TensorParallelWorkers(config, wake)
     try:
-        with followers.together():
-            runner = Runner(config, shape, followers.ranks, followers)
-        followers.wait_ready()
+        with workers.together():
+            runner = Runner(config, shape, workers.ranks, workers)
+        workers.wait_ready()
     except EngineFailed as error:
-        followers.close()
+        workers.close()
         raise StartupError(error.message) from error
     except BaseException:
-        followers.close()
+        workers.close()
         raise
-    return runner, followers
+    return runner, workers
 
 
 class LeadingExecutor:
-    def __init__(self, executor: Executor, followers: Followers) -> None:
+    def __init__(self, executor: Executor, workers: TensorParallelWorkers) -> None:
         self._executor = executor
-        self._followers = followers
+        self._workers = workers
         self._tables = PageTables()
 
     def launch(self, rows: Sequence[Row]) -> Ticket:
-        self._followers.tell(self._tables.pack(rows))
-        with self._followers.together():
-            return _SharedTicket(self._executor.launch(rows), self._followers)
+        self._workers.tell(self._tables.pack(rows))
+        with self._workers.together():
+            return _SharedTicket(self._executor.launch(rows), self._workers)
 
 
 class _SharedTicket:
-    def __init__(self, ticket: Ticket, followers: Followers) -> None:
+    def __init__(self, ticket: Ticket, workers: TensorParallelWorkers) -> None:
         self._ticket = ticket
-        self._followers = followers
+        self._workers = workers
 
     def results(self) -> list[Sampled | None]:
-        with self._followers.together():
+        with self._workers.together():
             return self._ticket.results()
 
 
 class JointLoader:
     """To the engine what `Loader` is: a load has ended when it has on every rank."""
 
-    def __init__(self, own: Loader, followers: Followers) -> None:
+    def __init__(self, own: Loader, workers: TensorParallelWorkers) -> None:
         self._own = own
-        self._followers = followers
+        self._workers = workers
         self._missing: dict[str, int] = {}  # answers of other ranks
         self._errors: dict[str, str] = {}
         self._ended_here: dict[str, Loaded] = {}
@@ -298,12 +298,12 @@ class JointLoader:
         self._tell(load, image, keep)
         self._ended_here[load.digest] = self._own.run(load, image, keep)
         while self._missing[load.digest]:
-            self._take(self._followers.hear(wait=True))
+            self._take(self._workers.hear(wait=True))
         return self._joined(load.digest)
 
     def ended(self) -> list[Loaded]:
         """Raises EngineFailed when a rank is gone."""
-        while (heard := self._followers.hear()) is not None:
+        while (heard := self._workers.hear()) is not None:
             self._take(heard)
         for ended in self._own.ended():
             self._ended_here[ended.load.digest] = ended
@@ -316,13 +316,13 @@ class JointLoader:
 
     def _tell(self, load: Load, image: Image | None, keep: bool) -> None:
         assert load.digest not in self._missing, f"{load.digest} loads already"
-        self._missing[load.digest] = self._followers.count
-        self._followers.tell(Bring(load, image is not None, keep))
+        self._missing[load.digest] = self._workers.count
+        self._workers.tell(LoadAdapter(load, image is not None, keep))
 
     def _take(self, heard: tuple[int, Answer] | None) -> None:
         assert heard is not None
         rank, answer = heard
-        assert isinstance(answer, Brought), answer
+        assert isinstance(answer, AdapterLoaded), answer
         self._missing[answer.digest] -= 1
         if answer.error is not None:
             self._errors[answer.digest] = f"rank {rank}: {answer.error}"
@@ -334,5 +334,5 @@ class JointLoader:
         error = ended.error or elsewhere
         if error is None:
             return ended
-        self._followers.tell(Drop(digest))
+        self._workers.tell(Drop(digest))
         return Loaded(ended.load, None, ended.seconds, error)

@@ -34,7 +34,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Bring:
+class LoadAdapter:
     """Begin a load; from_host: host memory has the image, else keep: it is to keep it."""
 
     load: Load
@@ -54,11 +54,11 @@ class MovePages:
     moves: tuple[PageMove, ...]
 
 
-Order = Step | Bring | Drop | ArenaMessage | MovePages
+Command = Step | LoadAdapter | Drop | ArenaMessage | MovePages
 
 
 @dataclass(frozen=True, slots=True)
-class Here:
+class Hello:
     """The process runs; the others may count on it to join them."""
 
 
@@ -68,7 +68,7 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
-class Brought:
+class AdapterLoaded:
     """A load has ended."""
 
     digest: str
@@ -76,13 +76,13 @@ class Brought:
 
 
 @dataclass(frozen=True, slots=True)
-class Broken:
+class WorkerFailed:
     """The last word of a process that cannot go on."""
 
     reason: str
 
 
-Answer = Here | Ready | Brought | Broken
+Answer = Hello | Ready | AdapterLoaded | WorkerFailed
 
 
 class PageTables:

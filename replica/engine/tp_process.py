@@ -11,30 +11,29 @@ from multiprocessing.connection import Connection
 from typing import NoReturn
 
 from cluster.config import EngineConfig
+from replica.adapters.arena import Clear, Place
 from replica.adapters.image import Image
 from replica.adapters.loader import Loader
 from replica.engine.runner import Runner
 from replica.engine.tp_messages import (
+    AdapterLoaded,
     Answer,
-    Bring,
-    Broken,
-    Brought,
-    Clear,
+    Command,
     Drop,
-    Here,
+    Hello,
+    LoadAdapter,
     MovePages,
-    Order,
     PageTables,
-    Place,
     Ready,
-    Slide,
     Step,
+    WorkerFailed,
 )
 from replica.model.ranks import Ranks, device_of, open_store
 from replica.model.shape import Shard, read_shape
+from replica.scheduling.adapter import Slide
 
 
-class Follower:
+class TensorParallelWorker:
     """Carries out orders on one thread; loads run beside it, and answer from their own."""
 
     def __init__(self, pipe: Connection, config: EngineConfig, ranks: Ranks) -> None:
@@ -65,18 +64,18 @@ class Follower:
         with self._sending:
             self._pipe.send(answer)
 
-    def _carry_out(self, order: Order) -> None:
-        match order:
+    def _carry_out(self, command: Command) -> None:
+        match command:
             case Step():
-                self._runner.launch(self._tables.unpack(order))
-            case Bring(load, from_host, keep):
+                self._runner.launch(self._tables.unpack(command))
+            case LoadAdapter(load, from_host, keep):
                 self._loader.begin(load, self._images[load.digest] if from_host else None, keep)
             case Place(slot, offset, layout):
                 self._runner.arena.place(slot, offset, layout)
             case Clear(slot):
                 self._runner.arena.clear(slot)
             case Slide(slot, source, target, size):
-                self._runner.arena.move(slot, source, target, size)
+                self._runner.arena.slide(slot, source, target, size)
             case MovePages(moves):
                 self._runner.move_pages(moves)
             case Drop(digest):
@@ -87,7 +86,7 @@ class Follower:
             for ended in self._loader.ended():
                 if ended.image is not None:
                     self._images[ended.load.digest] = ended.image
-                self.answer(Brought(ended.load.digest, ended.error))
+                self.answer(AdapterLoaded(ended.load.digest, ended.error))
         except BaseException as error:  # nobody else would hear of it: this is the loader's thread
             _break_off(self._pipe, error)
 
@@ -102,7 +101,7 @@ def _die_with(lifeline: socket.socket) -> None:
 
 def _break_off(pipe: Connection, error: BaseException) -> NoReturn:
     with contextlib.suppress(OSError):  # rank 0 is gone: it is no news, and no fault, then
-        pipe.send(Broken(f"failed: {error!r}"))
+        pipe.send(WorkerFailed(f"failed: {error!r}"))
         traceback.print_exception(error)
     os._exit(1)  # what still waits for the others would wait for ever
 
@@ -115,9 +114,9 @@ def main() -> None:
     try:
         config, rank, port = pipe.recv()
         device = device_of(config, rank)
-        pipe.send(Here())
+        pipe.send(Hello())
         ranks = Ranks(Shard(rank, config.tensor_parallel), device, open_store(port)[0])
-        Follower(pipe, config, ranks).serve()
+        TensorParallelWorker(pipe, config, ranks).serve()
     except Exception as error:
         _break_off(pipe, error)
 

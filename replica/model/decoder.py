@@ -41,7 +41,7 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class ModelInputs:
     """tokens, positions: [tokens]. targets: [tokens], where each one's keys and values go (page ·
     page_tokens + offset). fresh: pages that get their first token now.
     wanted: [outputs], tokens whose logits are asked for.
@@ -69,7 +69,9 @@ class Decoder:
         self._weights = weights
         self._cos, self._sin = cos_sin
 
-    def forward(self, batch: Batch, cache: torch.Tensor, deltas: Deltas | None) -> torch.Tensor:
+    def forward(
+        self, batch: ModelInputs, cache: torch.Tensor, deltas: Deltas | None
+    ) -> torch.Tensor:
         """Logits [outputs, vocab]. deltas: None when every row is the base model's."""
         weights = self._weights
         # What a page's former owner left behind is masked, but 0 · NaN is not 0.

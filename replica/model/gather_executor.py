@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from lora_kernels.ops import Lora
-from replica.model.decoder import Batch, Decoder, Span
+from replica.model.decoder import Decoder, ModelInputs, Span
 from replica.model.launch import Row
 from replica.model.sampling import Draw, draw_of, sample
 from replica.model.shape import ModelShape
@@ -95,7 +95,7 @@ class GatherExecutor:
         self._lora.begin([row.slot for row in rows for _ in row.tokens])
         return self._lora
 
-    def _batch(self, rows: Sequence[Row]) -> Batch:
+    def _batch(self, rows: Sequence[Row]) -> ModelInputs:
         counts = np.array([len(row.tokens) for row in rows])
         starts = counts.cumsum() - counts
         first = np.array([row.position for row in rows])
@@ -106,7 +106,7 @@ class GatherExecutor:
         mine, offsets = pages[owners, positions // self._page_tokens], positions % self._page_tokens
         tokens = np.fromiter(itertools.chain.from_iterable(r.tokens for r in rows), np.int64)
         ends = [i for i, row in enumerate(rows) if row.sampling is not None]
-        return Batch(
+        return ModelInputs(
             tokens=self._tensor(tokens),
             positions=self._tensor(positions),
             targets=self._tensor(mine * self._page_tokens + offsets),

@@ -10,7 +10,14 @@ from typing import Protocol
 import torch
 
 from cluster.errors import StartupError
-from replica.model.paged_batch import Inputs, PackedRows, PageTable, Room, decode_inputs, padding
+from replica.model.paged_batch import (
+    BufferLayout,
+    Inputs,
+    PackedRows,
+    PageTable,
+    decode_inputs,
+    padding,
+)
 
 log = logging.getLogger(__name__)
 
@@ -136,8 +143,8 @@ class DecodeGraphs:
     def __init__(self, rows_max: int, table: PageTable) -> None:
         self.buckets = buckets(rows_max)
         self._table = table
-        self._room = Room(rows_max, rows_max)
-        self._buffer = padding(table, self._room)
+        self._layout = BufferLayout(rows_max, rows_max)
+        self._buffer = padding(table, self._layout)
         self._replays: dict[tuple[int, bool], Work] = {}
 
     def capture(
@@ -151,7 +158,7 @@ class DecodeGraphs:
 
         Captures compute rows that only pad.
         """
-        lists = self._room.cut(self._buffer)
+        lists = self._layout.cut(self._buffer)
         for rows in reversed(self.buckets):
             inputs = decode_inputs(rows, lists, self._table)
             begin_lora(rows)
@@ -164,5 +171,5 @@ class DecodeGraphs:
 
     def replay(self, packed: PackedRows, lora: bool) -> None:
         rows = self.bucket(len(packed.rows))
-        packed.to_device(self._table, self._room, rows, self._buffer)
+        packed.to_device(self._table, self._layout, rows, self._buffer)
         self._replays[rows, lora]()

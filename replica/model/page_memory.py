@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from replica.scheduling.assembly import Division
 from replica.scheduling.adapter import PageMove
+from replica.scheduling.assembly import Division
 
 # Pages that are copied by way of one buffer; a page of an 8B model is 2 MiB.
 _MOVED_AT_ONCE = 32

@@ -50,7 +50,7 @@ _LISTS = tuple(field.name for field in dataclasses.fields(Lists))[:-1]
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class BufferLayout:
     """How many tokens and rows a buffer is cut for; host and device cut theirs alike."""
 
     tokens: int
@@ -157,20 +157,20 @@ class PackedRows:
         self.draws = [draw_of(rows[i]) or _UNREAD for i in self.outputs]
 
     def to_device(
-        self, table: PageTable, room: Room, rows: int, buffer: torch.Tensor | None = None
+        self, table: PageTable, layout: BufferLayout, rows: int, buffer: torch.Tensor | None = None
     ) -> Lists[torch.Tensor]:
         """rows: of which those behind the batch's own pad it. buffer: to be filled, on the device;
         None: a new one.
         """
         device = table.pages.device
-        length = room.size(rows * self.width)
-        lists = room.cut(table.host.next(length).numpy())
+        length = layout.size(rows * self.width)
+        lists = layout.cut(table.host.next(length).numpy())
         self._fill(lists, table.dummy_page, rows)
         _pad(lists, len(self.rows), rows, table.dummy_page * self._page_tokens)
         if buffer is None:
             buffer = torch.empty(length, dtype=torch.int32, device=device)
         table.host.bring(buffer[:length])
-        there = room.cut(buffer)
+        there = layout.cut(buffer)
         table.write(there.table, rows, self.width)
         return there
 
@@ -212,10 +212,10 @@ def _pad(lists: Lists[NDArray[np.int32]], begin: int, end: int, target: int) -> 
     lists.targets[rows] = target
 
 
-def padding(table: PageTable, room: Room) -> torch.Tensor:
+def padding(table: PageTable, layout: BufferLayout) -> torch.Tensor:
     """A buffer on the device in which every row pads."""
-    host = torch.zeros(room.size(0) + table.pages.numel(), dtype=torch.int32)
-    _pad(room.cut(host.numpy()), 0, room.rows, table.dummy_page * table.page_tokens)
+    host = torch.zeros(layout.size(0) + table.pages.numel(), dtype=torch.int32)
+    _pad(layout.cut(host.numpy()), 0, layout.rows, table.dummy_page * table.page_tokens)
     return host.to(table.pages.device)
 
 

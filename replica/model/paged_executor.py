@@ -9,7 +9,7 @@ from lora_kernels import fused
 from lora_kernels.lora import TritonLora
 from replica.model.graphs import Capture, DecodeGraphs
 from replica.model.launch import Row
-from replica.model.paged_batch import Inputs, PackedRows, PageTable, Room, mixed_inputs
+from replica.model.paged_batch import BufferLayout, Inputs, PackedRows, PageTable, mixed_inputs
 from replica.model.paged_decoder import PagedDecoder
 from replica.model.sampling import Choice, Draw, choose, prepare, read
 from replica.model.shape import ModelShape
@@ -113,7 +113,7 @@ class PagedExecutor:
             pages = [dummy_page] * -(-length // page_tokens)
             rows = [Row([0] * count, 0, pages, 0, _ANY, 0, 0) for count in (1, length)]
             packed = PackedRows(rows, [None, None], page_tokens)
-            lists = packed.to_device(self._table, Room(packed.tokens, 2), 2)
+            lists = packed.to_device(self._table, BufferLayout(packed.tokens, 2), 2)
             self._lora.begin([0] * packed.tokens, rows=packed.tokens)
             for lora in (True, False):
                 logits = self._step(mixed_inputs(packed, lists, self._table), lora)
@@ -155,8 +155,8 @@ class PagedExecutor:
             return self._logits[: len(slots)]
         if lora:
             self._lora.begin(slots)
-        room = Room(packed.tokens, len(packed.rows))
-        lists = packed.to_device(self._table, room, len(packed.rows))
+        layout = BufferLayout(packed.tokens, len(packed.rows))
+        lists = packed.to_device(self._table, layout, len(packed.rows))
         return self._step(mixed_inputs(packed, lists, self._table), lora)
 
     def _step(self, inputs: Inputs, lora: bool) -> torch.Tensor:

@@ -45,7 +45,7 @@ class Ranks:
             device_id=device if on_gpu else None,
         )
 
-    def add_up(self, x: torch.Tensor) -> None:
+    def all_reduce(self, x: torch.Tensor) -> None:
         """In place: the sum of all ranks' x."""
         dist.all_reduce(x)
 

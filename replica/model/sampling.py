@@ -55,18 +55,18 @@ class Drawn:
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class SamplingMetadata:
     """What the tokens of one step are chosen by, on the device before the logits are there.
 
     barred: (rows, tokens), equally long, that must not be chosen.
-    heat_uniform: float32 [2, rows], temperatures and numbers in [0, 1), for the kernel that takes
+    temperature_uniform: float32 [2, rows], temperatures and numbers in [0, 1), for the kernel that takes
     all rows in one launch; None where torch's own operations do.
     drawn: rows with a temperature; beside the kernel only those that top-k or top-p narrows.
     reported, logprobs_max: rows whose logprobs are asked for, and for how many tokens at most.
     """
 
     barred: tuple[torch.Tensor, torch.Tensor] | None
-    heat_uniform: torch.Tensor | None
+    temperature_uniform: torch.Tensor | None
     drawn: Drawn | None
     reported: torch.Tensor | None
     logprobs_max: int
@@ -109,7 +109,7 @@ def prepare(
     vocab: int,
     device: torch.device,
     kernel: bool | None = None,
-) -> Rules:
+) -> SamplingMetadata:
     """kernel: whether `lora_kernels.fused` chooses; None: on CUDA."""
     if kernel is None:
         kernel = device.type == "cuda"
@@ -128,9 +128,9 @@ def prepare(
     reported = [row for row, draw in enumerate(draws) if draw.sampling.logprobs is not None]
     counts = [draws[row].sampling.logprobs or 0 for row in reported]
     both = [[draw.sampling.temperature for draw in draws], _uniforms_of(draws)] if kernel else None
-    return Rules(
+    return SamplingMetadata(
         barred=_pairs(barred, device) if barred else None,
-        heat_uniform=None if both is None else _tensor(np.array(both), np.float32, device),
+        temperature_uniform=None if both is None else _tensor(np.array(both), np.float32, device),
         drawn=_drawn([draws[row] for row in rows], rows, vocab, device) if rows else None,
         reported=_tensor(reported, np.int64, device) if reported else None,
         logprobs_max=min(max(counts, default=0), vocab),
@@ -157,12 +157,12 @@ def _drawn(draws: Sequence[Draw], rows: list[int], vocab: int, device: torch.dev
     )
 
 
-def choose(logits: torch.Tensor, rules: Rules) -> Choice:
+def choose(logits: torch.Tensor, rules: SamplingMetadata) -> Choice:
     """Waits for nothing: on CUDA all is put on the current stream."""
     raw = logits
     if rules.barred is not None:
         logits = logits.index_put(rules.barred, logits.new_full((), float("-inf")))
-    if rules.heat_uniform is None:
+    if rules.temperature_uniform is None:
         # The first of the largest, as `argmax`, which takes four times as long on a CPU.
         tokens = logits.max(-1).indices
         if rules.drawn is not None:
@@ -171,7 +171,7 @@ def choose(logits: torch.Tensor, rules: Rules) -> Choice:
     else:
         from lora_kernels import fused
 
-        tokens = fused.choose(logits, *rules.heat_uniform)
+        tokens = fused.choose(logits, *rules.temperature_uniform)
         if rules.drawn is not None:
             kept = _probabilities(logits, rules.drawn).log()
             uniform = rules.drawn.uniform[:, 0]
@@ -264,7 +264,7 @@ def _uniforms_of(draws: Sequence[Draw]) -> NDArray[np.float64]:
 
 
 def _logprobs(
-    logits: torch.Tensor, tokens: torch.Tensor, rules: Rules
+    logits: torch.Tensor, tokens: torch.Tensor, rules: SamplingMetadata
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     assert rules.reported is not None
     logprobs = logits[rules.reported].float().log_softmax(-1)

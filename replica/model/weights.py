@@ -47,7 +47,7 @@ class Layer:
         it, deltas and all, and once the bias.
         """
         if self.ranks is not None and GROUPS[group][0] in ROW_PARALLEL:
-            self.ranks.add_up(y)
+            self.ranks.all_reduce(y)
         bias = self.biases[group]
         return y if bias is None else y.add_(bias)
 

@@ -83,7 +83,7 @@ class PageMove:
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class ArenaChange:
     """What makes place for one load: evictions, then slides, then page_moves, then the load.
 
     page_moves: pages that lay where the arena grows. load: None where adapters make room for pages.

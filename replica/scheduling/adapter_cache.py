@@ -14,19 +14,17 @@ done: a request accepted for a version runs with that version, whatever its name
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 
-from cluster.values import Residency as Entry
-from cluster.values import Tier
-from replica.scheduling.adapter import Adapter, Evict, Load, Move, PageMove, Room, no_room
+from cluster.values import AdapterState, Tier
+from replica.scheduling.adapter import Adapter, ArenaChange, Evict, Load, PageMove, Slide, no_room
 from replica.scheduling.budget import Budget
-from replica.scheduling.victims import EvictionOrder
-from replica.scheduling.extents import Extents, Slide
+from replica.scheduling.extents import Extents, Shift
 from replica.scheduling.host_tier import HostTier
-from replica.scheduling.victims import Victims
+from replica.scheduling.victims import EvictionOrder, VictimSearch
 
 _HALF_LIFE_S = 60.0
 
 
-class Residency:
+class AdapterCache:
     """The device directory and the arena's bytes.
 
     slots: rows of the directory besides the base's. order: which to evict first. copy_s: seconds
@@ -58,7 +56,7 @@ class Residency:
         self.wasted = 0  # loads that no row ever used
         self._free_slots = list(range(slots, 0, -1))
         self._copy_s = copy_s
-        self.victims = Victims(
+        self.victims = VictimSearch(
             self.adapters, self.placed, self._free_slots, extents, budget, order, self.copy_s
         )
         self._first_retry_s = retry_s
@@ -168,24 +166,24 @@ class Residency:
         adapter.users -= 1
         adapter.used_s = now_s
 
-    def make_room(self, digest: str, victims: Sequence[str], now_s: float) -> Room:
+    def make_room(self, digest: str, victims: Sequence[str], now_s: float) -> ArenaChange:
         """Begin a load in the place of `victims`, as `victims.for_image` gave them."""
         adapter = self.adapters[digest]
         assert adapter.tier in (Tier.DISK, Tier.HOST, Tier.FAILED)
         evictions = tuple(self._evict(self.adapters[v], now_s) for v in victims)
         for victim in victims:
             self.extents.give_back(victim)
-        slides: list[Slide] = []
+        shifts: list[Shift] = []
         offset = self.extents.take(digest, adapter.bytes)
         if offset is None:
-            slides = self.extents.slide(immovable=self.victims.loading())
+            shifts = self.extents.slide(immovable=self.victims.loading())
             offset = self.extents.take(digest, adapter.bytes)
         page_moves: tuple[PageMove, ...] = ()
         if offset is None and self.budget is not None:
             page_moves = self.budget.grow(self.extents.end + adapter.bytes)
             offset = self.extents.take(digest, adapter.bytes)
         assert offset is not None, "the victims were not enough"
-        moves = self._moves(slides)
+        slides = self._slides(shifts)
         adapter.tier, adapter.slot, adapter.since_s = Tier.LOADING, self._free_slots.pop(), now_s
         self.placed[digest] = adapter
         self.quarantined.discard(digest)
@@ -197,11 +195,11 @@ class Residency:
         if source is Tier.HOST:
             self.host.touch(digest)
         load = Load(digest, adapter.path, adapter.slot, offset, adapter.bytes, source)
-        return Room(evictions, moves, load, page_moves)
+        return ArenaChange(evictions, slides, load, page_moves)
 
     def make_pages(
         self, count: int, keep: Collection[str], wanted: bool, now_s: float
-    ) -> Room | None:
+    ) -> ArenaChange | None:
         """Give up memory for `count` KV pages; None, and nothing done, when there is not as much.
 
         Idle adapters leave for it, but none of `keep`; those that a request waits for only if
@@ -215,9 +213,9 @@ class Residency:
         evictions = tuple(self._evict(self.adapters[v], now_s) for v in victims)
         for victim in victims:
             self.extents.give_back(victim)
-        slides = self.extents.slide(self.victims.loading()) if self.extents.end > end else []
+        shifts = self.extents.slide(self.victims.loading()) if self.extents.end > end else []
         self.budget.shrink(count)
-        return Room(evictions, self._moves(slides), None)
+        return ArenaChange(evictions, self._slides(shifts), None)
 
     def keep_on_host(self, digest: str) -> None:
         """Host memory holds its image from now on; others may have to go for it."""
@@ -280,20 +278,22 @@ class Residency:
         self._starve(adapter, now_s)
         self._leave(adapter)
 
-    def entries(self, digests: Iterable[str] | None = None) -> list[Entry]:
+    def entries(self, digests: Iterable[str] | None = None) -> list[AdapterState]:
         """What to publish. Those no longer registered are `absent`."""
         entries = []
         for digest in sorted(filter(None, self.adapters if digests is None else digests)):
             adapter = self.adapters.get(digest)
             if adapter is None:
-                entries.append(Entry(digest, Tier.ABSENT, 0, 0.0))
+                entries.append(AdapterState(digest, Tier.ABSENT, 0, 0.0))
             else:
                 entries.append(
-                    Entry(digest, adapter.tier, adapter.bytes, adapter.since_s, adapter.reason)
+                    AdapterState(
+                        digest, adapter.tier, adapter.bytes, adapter.since_s, adapter.reason
+                    )
                 )
         return entries
 
-    def changes(self) -> list[Entry]:
+    def changes(self) -> list[AdapterState]:
         """The entries that changed since the last call."""
         if not self._changed:
             return []
@@ -338,8 +338,8 @@ class Residency:
     def _away(self, digest: str) -> Tier:
         return Tier.HOST if digest in self.host else Tier.DISK
 
-    def _moves(self, slides: Iterable[Slide]) -> tuple[Move, ...]:
-        return tuple(Move(self.slot(s.digest), s.source, s.target, s.bytes) for s in slides)
+    def _slides(self, shifts: Iterable[Shift]) -> tuple[Slide, ...]:
+        return tuple(Slide(self.slot(s.digest), s.source, s.target, s.bytes) for s in shifts)
 
     def _starve(self, adapter: Adapter, now_s: float) -> None:
         if adapter.wanted and adapter.tier is not Tier.DEVICE and adapter.starved_s is None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from cluster.errors import BadRequest, ModelNotFound
-from replica.scheduling.adapter_cache import Residency
+from replica.scheduling.adapter_cache import AdapterCache
 from replica.scheduling.pages import Pages
 from replica.scheduling.request import NewRequest, Request
 
@@ -27,7 +27,7 @@ class Limits:
     page_wait_max_s: float = 2.0
 
 
-def admissible(new: NewRequest, limits: Limits, pages: Pages, residency: Residency) -> None:
+def admissible(new: NewRequest, limits: Limits, pages: Pages, adapter_cache: AdapterCache) -> None:
     """Raises a FleetError when it could not run even alone."""
     assert new.prompt and new.sampling.max_tokens > 0
     if len(new.prompt) >= limits.context:
@@ -44,7 +44,7 @@ def admissible(new: NewRequest, limits: Limits, pages: Pages, residency: Residen
             field="max_tokens",
         )
     if new.digest is not None:
-        adapter = residency.adapters.get(new.digest)
+        adapter = adapter_cache.adapters.get(new.digest)
         if adapter is None or adapter.leaving:
             raise ModelNotFound(f"adapter {new.digest[:12]} is not registered here")
 

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 
 from cluster.config import EngineConfig
 from cluster.costs import Costs
-from replica.scheduling.adapter_cache import Residency
+from replica.scheduling.adapter_cache import AdapterCache
 from replica.scheduling.admission import Limits
 from replica.scheduling.budget import Budget
 from replica.scheduling.drainer import Sharing
-from replica.scheduling.victims import ORDERS
 from replica.scheduling.extents import Extents
 from replica.scheduling.growth import Growth
 from replica.scheduling.host_tier import HostTier
@@ -16,6 +15,7 @@ from replica.scheduling.loads import Switches
 from replica.scheduling.pages import Pages
 from replica.scheduling.scheduler import Scheduler
 from replica.scheduling.share import Share
+from replica.scheduling.victims import ORDERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def assemble(
         if headroom is None:
             headroom = config.batch_rows_max + pages.needed(step_tokens)
         budget = Budget(extents, pages, memory.page_bytes, memory.context_pages, headroom)
-    residency = Residency(
+    adapter_cache = AdapterCache(
         extents,
         config.slots_max or slots,
         ORDERS[config.eviction],
@@ -87,7 +87,7 @@ def assemble(
     return Scheduler(
         limits,
         pages,
-        residency,
+        adapter_cache,
         costs,
         switches,
         sharing,

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from cluster.costs import Costs
 from cluster.values import Tier
 from replica.scheduling.adapter import Adapter
-from replica.scheduling.adapter_cache import Residency
+from replica.scheduling.adapter_cache import AdapterCache
 from replica.scheduling.request import Request
 
 # A slice lasts at least so many times as long as bringing one image in and the other back.
@@ -60,7 +60,7 @@ class Drain:
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class Victims:
     """How a starving adapter gets a place. closed: takes nobody new, for it will end soon."""
 
     victims: tuple[str, ...] = ()
@@ -70,11 +70,11 @@ class Way:
 class Drainer:
     """Chooses victims among the adapters in use. Owns the drains."""
 
-    def __init__(self, sharing: Sharing, residency: Residency, costs: Costs) -> None:
+    def __init__(self, sharing: Sharing, adapter_cache: AdapterCache, costs: Costs) -> None:
         self.sharing = sharing
         self.drains: dict[str, Drain] = {}
         self.started = 0
-        self._residency = residency
+        self._adapter_cache = adapter_cache
         self._costs = costs
 
     def may_admit(self, request: Request) -> bool:
@@ -95,11 +95,11 @@ class Drainer:
         place is kept for them, and they could not get on.
         """
         for victim, drain in list(self.drains.items()):
-            starving = self._residency.adapters.get(drain.starving)
+            starving = self._adapter_cache.adapters.get(drain.starving)
             waits = starving is not None and starving.starved_s is not None
             if (
                 not waits
-                or not self._residency.usable(victim)
+                or not self._adapter_cache.usable(victim)
                 or self._loads(drain.starving)
                 or self._unused(victim)
             ):
@@ -112,7 +112,7 @@ class Drainer:
 
         With parking that is only where nothing may be parked, and for who waited very long.
         """
-        adapter = self._residency.adapters[digest]
+        adapter = self._adapter_cache.adapters[digest]
         threshold_s, starved_s = self.sharing.drain_wait_threshold_s, adapter.starved_s
         if self.sharing.park and not threshold_s:
             threshold_s = _LATE_TURNS * max(self._all_turns_s(adapter), self._turn_s(adapter))
@@ -125,7 +125,7 @@ class Drainer:
             (a for a in self._in_use() if a.digest not in self.drains),
             key=lambda a: (left[a.digest], a.digest),
         )
-        victims = self._residency.victims.for_image(
+        victims = self._adapter_cache.victims.for_image(
             digest, self.kept(digest), [a.digest for a in order if a.digest != digest]
         )
         waiting = list(waiting)
@@ -143,7 +143,7 @@ class Drainer:
         running: Iterable[Request],
         waiting: Sequence[Request],
         now_s: float,
-    ) -> Way | None:
+    ) -> Victims | None:
         """Whose rows to park for a starving adapter, none of `keep`; None while it has to wait.
 
         waiting: its own requests. Where all of them have tokens already, it takes the place of one
@@ -152,8 +152,8 @@ class Drainer:
         if not self.sharing.park:
             return None
         left = _longest(running)
-        adapter = self._residency.adapters[digest]
-        copy_s = self._residency.copy_s
+        adapter = self._adapter_cache.adapters[digest]
+        copy_s = self._adapter_cache.copy_s
         own = None
         if not self._due(adapter, waiting, now_s):
             own = max(r.remaining for r in waiting) / len(waiting)
@@ -169,10 +169,10 @@ class Drainer:
         ending.sort(key=lambda a: (left[a.digest], a.digest))
         wait_out = self._victims(digest, keep, ending)
         if wait_out is not None:
-            return Way(closed=frozenset(wait_out) & {victim.digest for victim in ending})
+            return Victims(closed=frozenset(wait_out) & {victim.digest for victim in ending})
         over.sort(key=lambda a: (-left[a.digest], a.slice_s, a.digest))
         victims = self._victims(digest, keep, over)
-        return None if victims is None else Way(victims=tuple(victims))
+        return None if victims is None else Victims(victims=tuple(victims))
 
     def _due(self, adapter: Adapter, waiting: Sequence[Request], now_s: float) -> bool:
         """A request of it has no token yet, or it waited for so long that it takes any turn."""
@@ -182,9 +182,9 @@ class Drainer:
 
     def _all_turns_s(self, adapter: Adapter) -> float:
         """Until each adapter that has no place now would have had one, if all of them waited."""
-        residency = self._residency
-        places = max(len(residency.placed) - residency.pinned, 1)
-        away = len(residency.adapters) - residency.pinned - places
+        adapter_cache = self._adapter_cache
+        places = max(len(adapter_cache.placed) - adapter_cache.pinned, 1)
+        away = len(adapter_cache.adapters) - adapter_cache.pinned - places
         return self.bound_s(away, places, adapter.bytes)
 
     def _due_s(self, adapter: Adapter) -> float:
@@ -203,7 +203,7 @@ class Drainer:
 
         Small images would for ever take, one by one, the places that a large one needs together.
         """
-        adapter = self._residency.adapters[digest]
+        adapter = self._adapter_cache.adapters[digest]
         slice_s = self.slice_s(2 * self._costs.copy_s(adapter.bytes))
         if adapter.starved_s is None or now_s - adapter.starved_s <= slice_s:
             return False
@@ -223,19 +223,19 @@ class Drainer:
         return turns * (self.slice_s(copies_s) + copies_s)
 
     def _unused(self, digest: str) -> bool:
-        adapter = self._residency.adapters[digest]
+        adapter = self._adapter_cache.adapters[digest]
         return adapter.fresh and adapter.users == 0
 
     def _loads(self, digest: str) -> bool:
-        return self._residency.adapters[digest].tier is Tier.LOADING
+        return self._adapter_cache.adapters[digest].tier is Tier.LOADING
 
     def _in_use(self) -> list[Adapter]:
-        adapters = self._residency.placed.values()
+        adapters = self._adapter_cache.placed.values()
         return [a for a in adapters if a.tier is Tier.DEVICE and a.users > 0 and not a.pinned]
 
     def _victims(self, digest: str, keep: set[str], in_use: Sequence[Adapter]) -> list[str] | None:
         """Idle adapters and some of `in_use`, the first ones before the others."""
-        return self._residency.victims.for_image(digest, keep, [a.digest for a in in_use])
+        return self._adapter_cache.victims.for_image(digest, keep, [a.digest for a in in_use])
 
 
 def _longest(running: Iterable[Request]) -> dict[str, int]:

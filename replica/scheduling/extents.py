@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Slide:
+class Shift:
     """Move the image of `digest` from byte `source` down to byte `target`."""
 
     digest: str
@@ -90,18 +90,18 @@ class Extents:
         self.used -= self._spans.pop(digest)[1]
         self._ordered = None
 
-    def slide(self, immovable: Collection[str]) -> list[Slide]:
-        """Move everything down as far as it goes. The moves are in the order to carry them out."""
-        slides = []
+    def slide(self, immovable: Collection[str]) -> list[Shift]:
+        """Move everything down as far as it goes. In the order to carry them out."""
+        shifts = []
         end = 0
         for offset, size, digest in self._in_order():
             if offset > end and digest not in immovable:
-                slides.append(Slide(digest, offset, end, size))
+                shifts.append(Shift(digest, offset, end, size))
                 self._spans[digest] = (end, size)
                 offset = end
             end = offset + size
         self._ordered = None
-        return slides
+        return shifts
 
     def _in_order(self) -> list[tuple[int, int, str]]:
         """(offset, size, digest) from the first byte to the last."""

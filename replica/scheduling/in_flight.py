@@ -17,7 +17,7 @@ What it names is given up in one of two ways:
 from collections import deque
 from collections.abc import Sequence
 
-from replica.scheduling.adapter import Room
+from replica.scheduling.adapter import ArenaChange
 from replica.scheduling.plan import Plan, Work
 from replica.scheduling.request import Request
 
@@ -25,7 +25,7 @@ from replica.scheduling.request import Request
 _AHEAD_MAX = 1
 
 
-class Flight:
+class InFlight:
     """At most one step in flight while the next one is planned.
 
     lingering: ended, but named by a step in flight.
@@ -33,7 +33,7 @@ class Flight:
 
     def __init__(self) -> None:
         self.plans: deque[Plan] = deque()
-        self.lingering: list[Request] = []
+        self.deferred_free: list[Request] = []
         self.number = 0  # of the step that was planned last
         self.committed = 0
         self._waits_for = 0  # the plan that was made last waits for this step
@@ -52,9 +52,9 @@ class Flight:
         assert request.step < self.number, "a row is being planned for it"
         self._waits_for = max(self._waits_for, request.step)
 
-    def took(self, rooms: Sequence[Room]) -> None:
+    def took(self, arena_changes: Sequence[ArenaChange]) -> None:
         """The plan that is being made evicts, slides and copies these."""
-        if self.plans and any(r.moves or r.page_moves or self._uses(r) for r in rooms):
+        if self.plans and any(r.slides or r.page_moves or self._uses(r) for r in arena_changes):
             self._waits_for = self.plans[-1].number
 
     @property
@@ -81,10 +81,10 @@ class Flight:
 
     def released(self) -> list[Request]:
         """Ended requests that no step names any more."""
-        if not self.lingering:
+        if not self.deferred_free:
             return []
-        released = [request for request in self.lingering if not self.names(request)]
-        self.lingering = [request for request in self.lingering if self.names(request)]
+        released = [request for request in self.deferred_free if not self.names(request)]
+        self.deferred_free = [request for request in self.deferred_free if self.names(request)]
         return released
 
     def check(self, page_tokens: int, slots: dict[str | None, int | None]) -> None:
@@ -98,8 +98,8 @@ class Flight:
                 here = slots.get(request.place)
                 assert here is not None, "an adapter of a step in flight has left"
                 assert request.digest is None or here == slot
-        assert all(map(self.names, self.lingering))
+        assert all(map(self.names, self.deferred_free))
 
-    def _uses(self, room: Room) -> bool:
-        evicted = {evict.digest for evict in room.evictions}
+    def _uses(self, change: ArenaChange) -> bool:
+        evicted = {evict.digest for evict in change.evictions}
         return any(work.request.place in evicted for plan in self.plans for work in plan.rows)

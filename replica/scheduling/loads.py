@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from cluster.costs import Costs
 from cluster.values import Tier
-from replica.scheduling.adapter import Room
-from replica.scheduling.adapter_cache import Residency
+from replica.scheduling.adapter import ArenaChange
+from replica.scheduling.adapter_cache import AdapterCache
 from replica.scheduling.drainer import Drainer
-from replica.scheduling.service_order import ServiceOrder
 from replica.scheduling.request import Request
-from replica.scheduling.running_set import Batch
-from replica.scheduling.timeline import Event, Stories
+from replica.scheduling.running_set import RunningSet
+from replica.scheduling.service_order import ServiceOrder
+from replica.scheduling.timeline import Event, Timelines
 from replica.scheduling.waiting import Waiting
 
 # The place that the base model takes when `base_slot` is shared: no bytes, but a slot.
@@ -54,44 +54,48 @@ class Loads:
         self,
         switches: Switches,
         in_flight_max: int,
-        residency: Residency,
+        adapter_cache: AdapterCache,
         waiting: Waiting,
-        batch: Batch,
+        running_set: RunningSet,
         drainer: Drainer,
         costs: Costs,
-        stories: Stories,
+        timelines: Timelines,
     ) -> None:
         self.switches = switches
         self.expected: dict[str, float] = {}
-        self.order = ServiceOrder(waiting, residency, drainer.sharing.head_start_s)
+        self.order = ServiceOrder(waiting, adapter_cache, drainer.sharing.head_start_s)
         self._in_flight_max = in_flight_max
-        self._residency = residency
+        self._adapter_cache = adapter_cache
         self._waiting = waiting
-        self._batch = batch
+        self._running_set = running_set
         self._drainer = drainer
         self._costs = costs
-        self._stories = stories
+        self._timelines = timelines
         self._short_s = -math.inf  # when pages or computing were short for the last time
         self._overloaded: bool | None = None  # in this step
 
-    def plan(self, first: str | None, now_s: float, closed: set[str]) -> list[Room]:
+    def plan(self, first: str | None, now_s: float, closed: set[str]) -> list[ArenaChange]:
         """Begin the loads there is room for; those who find none take a place, or wait.
 
         first: where the first request blocks the rest, its adapter alone may come. closed: gets
         the adapters that take nobody new in this step, for they will end soon.
         """
-        rooms: list[Room] = []
+        arena_changes: list[ArenaChange] = []
         self._overloaded = None
-        space = self._batch.rows_max - len(self._batch.running) + self.switches.prefetch_depth
-        ahead = loaded_ahead(self._residency)
-        pinned = self._residency.pinned_elsewhere(now_s)
+        space = (
+            self._running_set.rows_max
+            - len(self._running_set.running)
+            + self.switches.prefetch_depth
+        )
+        ahead = loaded_ahead(self._adapter_cache)
+        pinned = self._adapter_cache.pinned_elsewhere(now_s)
         idle_unused = -1
         patient = False
         none_idle = none_used = math.inf  # bytes from which on nobody finds such victims any more
         for digest in itertools.chain(pinned, self._starving(first)):
-            if self._residency.loading >= self._in_flight_max:
+            if self._adapter_cache.loading >= self._in_flight_max:
                 break
-            size = self._residency.adapters[digest].bytes
+            size = self._adapter_cache.adapters[digest].bytes
             self._reserve(digest, now_s, all_of_them=patient)
             mine = bool(self._drainer.drained_for(digest))
             unasked = digest in pinned
@@ -120,13 +124,13 @@ class Loads:
                     victims = self._idle_victims(digest, keep)
                     patient = victims is None  # nobody else takes the pages that it waits for
             if victims is not None:
-                rooms.append(self._begin(digest, victims, now_s))
+                arena_changes.append(self._begin(digest, victims, now_s))
                 ahead += 1
-        return rooms
+        return arena_changes
 
-    def bring(self, request: Request, rooms: list[Room], now_s: float) -> bool:
+    def bring(self, request: Request, arena_changes: list[ArenaChange], now_s: float) -> bool:
         """Whether its adapter is there. Without overlap it is loaded now, and the batch waits."""
-        if self._batch.placed(request):
+        if self._running_set.placed(request):
             return True
         assert request.place is not None
         self._reserve(request.place, now_s)
@@ -136,7 +140,7 @@ class Loads:
         if victims is None:
             self._drain(request.place, now_s)
             return False
-        rooms.append(self._begin(request.place, victims, now_s))
+        arena_changes.append(self._begin(request.place, victims, now_s))
         return True
 
     def hold_until(self, step_tokens_max: int, now_s: float) -> float | None:
@@ -150,7 +154,7 @@ class Loads:
             return None
         fresh = [
             a
-            for a in self._residency.placed.values()
+            for a in self._adapter_cache.placed.values()
             if a.fresh and a.wanted and a.tier is Tier.DEVICE
         ]
         here = [r.tokens - r.computed for a in fresh for r in self._waiting.group(a.digest)]
@@ -173,33 +177,33 @@ class Loads:
 
     def holds(self, request: Request) -> bool:
         """It is one of those that `hold_until` is about."""
-        return request.place is not None and self._residency.adapters[request.place].fresh
+        return request.place is not None and self._adapter_cache.adapters[request.place].fresh
 
     def loaded(self, digest: str, now_s: float) -> None:
         self.expected.pop(digest, None)
         for request in self._waiting.group(digest):
-            self._stories.note(request.id, now_s, Event.LOAD_DONE)
+            self._timelines.note(request.id, now_s, Event.LOAD_DONE)
 
     def failed(self, digest: str, now_s: float) -> None:
         self.expected.pop(digest, None)
         for request in self._waiting.group(digest):
-            self._stories.note(request.id, now_s, Event.LOAD_FAILED)
+            self._timelines.note(request.id, now_s, Event.LOAD_FAILED)
 
     def _starving(self, first: str | None) -> Iterable[str]:
         """Where pages are short, adapters whose rows hold some go first: only these can run."""
         starving = self.order.digests()
         if not self.switches.skip:
             return [d for d in starving if d == first]
-        if not self._batch.parked or not self._batch.short:
+        if not self._running_set.parked or not self._running_set.short:
             return starving
-        parked = {request.place for request in self._batch.parked.values()}
+        parked = {request.place for request in self._running_set.parked.values()}
         return sorted(starving, key=lambda digest: digest not in parked)
 
     def _keep(self, digest: str, pinned: bool) -> set[str]:
         keep = self._drainer.kept(digest)
         if pinned or not self.switches.skip:
             return keep
-        sooner = needed_sooner(digest, self._waiting, self._residency)
+        sooner = needed_sooner(digest, self._waiting, self._adapter_cache)
         return keep | (sooner - self._drainer.drained_for(digest))
 
     def _idle_victims(self, digest: str, keep: set[str]) -> list[str] | None:
@@ -207,12 +211,12 @@ class Loads:
         hold some.
         """
         lacking: set[str] = set()
-        if self._batch.short and self._holds_pages(digest):
-            placed = self._residency.placed.values()
+        if self._running_set.short and self._holds_pages(digest):
+            placed = self._adapter_cache.placed.values()
             lacking = {
                 a.digest for a in placed if a.fresh and a.wanted and not self._holds_pages(a.digest)
             }
-        return self._residency.victims.for_image(
+        return self._adapter_cache.victims.for_image(
             digest, keep, spare_fresh=self.switches.skip, lacking=lacking
         )
 
@@ -224,11 +228,14 @@ class Loads:
         """It leaves rows their growth, and the pages for a request that waits for them longer than
         anyone for it.
         """
-        budget, starved_s = self._residency.budget, self._residency.adapters[digest].starved_s
+        budget, starved_s = (
+            self._adapter_cache.budget,
+            self._adapter_cache.adapters[digest].starved_s,
+        )
         if budget is not None:
             since_s = math.inf if starved_s is None else starved_s
-            saved = self._batch.saved_before(since_s, now_s)
-            growth = max(self._batch.peak - budget.headroom, 0)
+            saved = self._running_set.saved_before(since_s, now_s)
+            growth = max(self._running_set.peak - budget.headroom, 0)
             budget.reserved = budget.total if all_of_them else saved + growth
 
     def _waits_for_pages(self, digest: str, keep: set[str], now_s: float) -> bool:
@@ -236,32 +243,35 @@ class Loads:
 
         Parked rows give theirs up for it then, and also when nothing else would free any.
         """
-        budget, starved_s = self._residency.budget, self._residency.adapters[digest].starved_s
+        budget, starved_s = (
+            self._adapter_cache.budget,
+            self._adapter_cache.adapters[digest].starved_s,
+        )
         if budget is None or starved_s is None:
             return False
-        count = self._residency.victims.pages_for(digest, keep)
-        patience_s = self._batch.page_wait_max_s
-        alone = self._batch.still and not self._residency.loading
+        count = self._adapter_cache.victims.pages_for(digest, keep)
+        patience_s = self._running_set.page_wait_max_s
+        alone = self._running_set.still and not self._adapter_cache.loading
         late = patience_s is not None and now_s - starved_s > patience_s
         if count is None or not (alone or late):
             return False
-        self._batch.keep_free(count, starved_s)
-        self._batch.free_parked(count, now_s)
+        self._running_set.keep_free(count, starved_s)
+        self._running_set.free_parked(count, now_s)
         return True
 
-    def _begin(self, digest: str, victims: Sequence[str], now_s: float) -> Room:
-        room = self._residency.make_room(digest, victims, now_s)
-        assert room.load is not None
-        self._batch.rename(room.page_moves)
+    def _begin(self, digest: str, victims: Sequence[str], now_s: float) -> ArenaChange:
+        change = self._adapter_cache.make_room(digest, victims, now_s)
+        assert change.load is not None
+        self._running_set.rename(change.page_moves)
         after_s = max([now_s, *self.expected.values()])
-        self.expected[digest] = after_s + self._costs.copy_s(room.load.bytes, room.load.source)
+        self.expected[digest] = after_s + self._costs.copy_s(change.load.bytes, change.load.source)
         for request in self._waiting.group(digest):
-            self._stories.note(request.id, now_s, Event.LOAD_STARTED)
+            self._timelines.note(request.id, now_s, Event.LOAD_STARTED)
         if not self.switches.overlap:  # whoever carries out the plan waits for the copy
             self.loaded(digest, now_s)
-            evictions = self._residency.loaded(digest, now_s)
+            evictions = self._adapter_cache.loaded(digest, now_s)
             assert not evictions, "an adapter that someone waits for does not leave"
-        return room
+        return change
 
     def _take_place(
         self, digest: str, keep: set[str], now_s: float, closed: set[str]
@@ -281,14 +291,14 @@ class Loads:
                 return None
             if not waiting[0].begun and not self._first_token_is_near(waiting[0]):
                 return None
-        way = self._drainer.park(digest, keep, self._batch.running.values(), waiting, now_s)
+        way = self._drainer.park(digest, keep, self._running_set.running.values(), waiting, now_s)
         if way is None:
             self._drain(digest, now_s)
             return None
         closed |= way.closed
         if not way.victims:
             return None
-        if not self._batch.park_all(way.victims, self._waiting.head(digest), now_s):
+        if not self._running_set.park_all(way.victims, self._waiting.head(digest), now_s):
             self._drain(digest, now_s)
             return None
         return list(way.victims)
@@ -297,7 +307,7 @@ class Loads:
         """But pages or computing are, or were of late: places alone would help nobody, and rows
         that are parked hold pages that others could end with.
         """
-        if self._batch.short or not self._batch.ample or self._prompts_pile_up():
+        if self._running_set.short or not self._running_set.ample or self._prompts_pile_up():
             self._short_s = now_s
         return now_s - self._short_s < _CALM_S
 
@@ -311,22 +321,22 @@ class Loads:
 
     def _first_token_is_near(self, request: Request) -> bool:
         """After the prompts that are being computed."""
-        ahead = sum(max(len(r.prompt) - r.computed, 0) for r in self._batch.running.values())
+        ahead = sum(max(len(r.prompt) - r.computed, 0) for r in self._running_set.running.values())
         tokens = ahead + len(request.prompt) - request.computed
         return not ahead or self._costs.prefill_s(tokens) <= _FIRST_TOKEN_S
 
     def _has_pages(self, digest: str, now_s: float) -> bool:
         """Or waited so long that pages are to be saved for it, which takes a place first."""
-        if self._batch.has_pages_for(self._waiting.head(digest)):
+        if self._running_set.has_pages_for(self._waiting.head(digest)):
             return True
-        starved_s = self._residency.adapters[digest].starved_s
-        patience_s = self._batch.page_wait_max_s
+        starved_s = self._adapter_cache.adapters[digest].starved_s
+        patience_s = self._running_set.page_wait_max_s
         return starved_s is not None and patience_s is not None and now_s - starved_s > patience_s
 
     def _drain(self, digest: str, now_s: float) -> None:
         """Where the first request blocks the rest, all adapters in use drain by themselves."""
         if self.switches.skip:
-            self._drainer.drain(digest, self._batch.running.values(), self._waiting, now_s)
+            self._drainer.drain(digest, self._running_set.running.values(), self._waiting, now_s)
 
 
 def _ends_sum_s(
@@ -350,12 +360,12 @@ def _ends_sum_s(
     return total_s
 
 
-def needed_sooner(digest: str, waiting: Waiting, residency: Residency) -> set[str]:
+def needed_sooner(digest: str, waiting: Waiting, adapter_cache: AdapterCache) -> set[str]:
     """Idle adapters that an earlier request waits for (for batch space or pages)."""
     head = waiting.key(waiting.head(digest))
     return {
         a.digest
-        for a in residency.placed.values()
+        for a in adapter_cache.placed.values()
         if a.tier is Tier.DEVICE
         and a.users == 0
         and a.wanted
@@ -363,8 +373,8 @@ def needed_sooner(digest: str, waiting: Waiting, residency: Residency) -> set[st
     }
 
 
-def loaded_ahead(residency: Residency) -> int:
+def loaded_ahead(adapter_cache: AdapterCache) -> int:
     """Adapters on their way or placed that no row has used yet."""
-    return residency.loading + sum(
-        a.fresh and a.wanted for a in residency.placed.values() if a.tier is Tier.DEVICE
+    return adapter_cache.loading + sum(
+        a.fresh and a.wanted for a in adapter_cache.placed.values() if a.tier is Tier.DEVICE
     )

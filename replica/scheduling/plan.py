@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from replica.scheduling.adapter import Room
+from replica.scheduling.adapter import ArenaChange
 from replica.scheduling.request import Delta, Request
 
 
@@ -30,7 +30,7 @@ class Plan:
     """
 
     number: int
-    rooms: tuple[Room, ...]
+    arena_changes: tuple[ArenaChange, ...]
     rows: tuple[Work, ...]
     failed: tuple[Delta, ...]
     waits: bool = False

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Collection, Iterable
 
-from replica.scheduling.adapter import PageMove, Room
-from replica.scheduling.adapter_cache import Residency
+from replica.scheduling.adapter import ArenaChange, PageMove
+from replica.scheduling.adapter_cache import AdapterCache
 from replica.scheduling.growth import Growth
-from replica.scheduling.in_flight import Flight
+from replica.scheduling.in_flight import InFlight
 from replica.scheduling.pages import Pages
 from replica.scheduling.request import Phase, Request
-from replica.scheduling.timeline import Event, Stories
+from replica.scheduling.timeline import Event, Timelines
 from replica.scheduling.waiting import Waiting
 
 # So many requests look for pages in one step when there are none for the first of them. A later one
@@ -18,7 +18,7 @@ from replica.scheduling.waiting import Waiting
 _TRIES = 64
 
 
-class Batch:
+class RunningSet:
     """Running and parked requests, and the KV pages of both.
 
     rows_max: running requests. parked_pages_max: pages that parked rows may hold; None: all.
@@ -32,10 +32,10 @@ class Batch:
         parked_pages_max: int | None,
         page_wait_max_s: float | None,
         pages: Pages,
-        residency: Residency,
+        adapter_cache: AdapterCache,
         waiting: Waiting,
-        stories: Stories,
-        flight: Flight,
+        timelines: Timelines,
+        in_flight: InFlight,
         growth: Growth,
     ) -> None:
         self.rows_max = rows_max
@@ -44,10 +44,10 @@ class Batch:
         self.page_wait_max_s = page_wait_max_s
         self._parked_pages_max = parked_pages_max
         self._pages = pages
-        self._residency = residency
+        self._adapter_cache = adapter_cache
         self._waiting = waiting
-        self._stories = stories
-        self._flight = flight
+        self._timelines = timelines
+        self._in_flight = in_flight
         self._growth = growth
         self._peak: int | None = None  # pages that rows will need, of this step
         self._ample: bool | None = None
@@ -55,7 +55,7 @@ class Batch:
         self._fruitless = 0  # requests that found no pages in this step
         self._passed_over: tuple[Request, float] | None = None
         self._kept: tuple[int, float] = (0, math.inf)
-        self._rooms: list[Room] = []
+        self._arena_changes: list[ArenaChange] = []
         self._draining: Collection[str] = ()
         self._none_from: float = math.inf  # pages that no idle adapters make in this step, or more
 
@@ -65,11 +65,11 @@ class Batch:
 
     def placed(self, request: Request) -> bool:
         """Its adapter is on the device, or it needs none."""
-        return request.place is None or self._residency.usable(request.place)
+        return request.place is None or self._adapter_cache.usable(request.place)
 
-    def begin_step(self, rooms: list[Room], draining: Collection[str]) -> None:
+    def begin_step(self, arena_changes: list[ArenaChange], draining: Collection[str]) -> None:
         """rooms: where to put what makes room for pages. draining: whose place is promised."""
-        self._rooms, self._draining = rooms, draining
+        self._arena_changes, self._draining = arena_changes, draining
         self._peak = self._ample = self._spare = None
         self._fruitless = 0
         self._kept = (0, math.inf)
@@ -77,17 +77,17 @@ class Batch:
         if self._passed_over is not None and not self.placed(self._passed_over[0]):
             self._passed_over = None  # its adapter left meanwhile: pages would not help it
 
-    def hopeless(self, request: Request) -> bool:
+    def lacks_pages(self, request: Request) -> bool:
         """There are no pages for it; nor for others, but for parked rows that kept theirs."""
         waiter = self._passed_over
         if waiter is None or waiter[0] is request or request.pages:
             return False
         if self._fruitless > _TRIES:
             return True
-        unshared = self._residency.budget is None or self._none_from <= 1
+        unshared = self._adapter_cache.budget is None or self._none_from <= 1
         return unshared and self._pages.free <= self.peak
 
-    def hopeful(self) -> list[Request]:
+    def has_pages(self) -> list[Request]:
         """Those that may get on the batch though there are no pages, in no particular order."""
         parked = [r for r in self.parked.values() if self.placed(r)]
         if self._passed_over is None or self._passed_over[0].id in self.parked:
@@ -102,12 +102,12 @@ class Batch:
             self._passed_over = None
         resumed = self.parked.pop(request.id, None) is not None
         if request.place is not None:
-            self._residency.acquire(request.place, now_s)
-        request.slot = self._residency.slot(request.digest)
+            self._adapter_cache.acquire(request.place, now_s)
+        request.slot = self._adapter_cache.slot(request.digest)
         self._waiting.remove(request)
         request.become(Phase.RUNNING)
         self.running[request.id] = request
-        self._stories.note(request.id, now_s, Event.RESUMED if resumed else Event.RUNNING)
+        self._timelines.note(request.id, now_s, Event.RESUMED if resumed else Event.RUNNING)
         return True
 
     def grow(self, request: Request, now_s: float) -> bool:
@@ -153,7 +153,7 @@ class Batch:
             request.become(Phase.PARKED)
             self.parked[request.id] = request
             self._waiting.add(request)
-            self._stories.note(request.id, now_s, Event.PARKED)
+            self._timelines.note(request.id, now_s, Event.PARKED)
         return True
 
     @property
@@ -177,7 +177,9 @@ class Batch:
     def has_pages_for(self, request: Request) -> bool:
         missing = self._pages.needed(request.tokens) - self._pages.free
         return (
-            bool(request.pages) or missing <= 0 or missing <= self._residency.victims.spare_pages()
+            bool(request.pages)
+            or missing <= 0
+            or missing <= self._adapter_cache.victims.spare_pages()
         )
 
     def keep_free(self, count: int, since_s: float) -> None:
@@ -203,13 +205,13 @@ class Batch:
     @property
     def still(self) -> bool:
         """Nothing runs, and so nothing will give up anything by itself."""
-        return not self.running and not self._flight.plans
+        return not self.running and not self._in_flight.plans
 
     def rename(self, moves: Iterable[PageMove]) -> None:
         """The pages that rows hold lie elsewhere from now on."""
         renamed = {move.source: move.target for move in moves}
         if renamed:
-            ended = self._flight.lingering
+            ended = self._in_flight.deferred_free
             for request in [*self.running.values(), *self.parked.values(), *ended]:
                 request.pages = [renamed.get(page, page) for page in request.pages]
 
@@ -278,7 +280,7 @@ class Batch:
         if missing <= 0:
             return True
         if self._spare is None:
-            self._spare = self._residency.victims.spare_pages()
+            self._spare = self._adapter_cache.victims.spare_pages()
         return missing <= self._spare
 
     def _pass_over(self, request: Request, now_s: float) -> None:
@@ -316,15 +318,15 @@ class Batch:
         return pages
 
     def _make_pages(self, count: int, now_s: float, wanted: bool, spare: Request | None) -> bool:
-        if self._residency.budget is None or (count >= self._none_from and not wanted):
+        if self._adapter_cache.budget is None or (count >= self._none_from and not wanted):
             return False
         keep = {*self._draining, *([spare.place] if spare is not None and spare.place else ())}
-        room = self._residency.make_pages(count, keep, wanted, now_s)
-        if room is None and not wanted:
+        change = self._adapter_cache.make_pages(count, keep, wanted, now_s)
+        if change is None and not wanted:
             self._none_from = count
-        if room is not None and (room.evictions or room.moves):
-            self._rooms.append(room)
-        return room is not None
+        if change is not None and (change.evictions or change.slides):
+            self._arena_changes.append(change)
+        return change is not None
 
     def _kept_from(self, request: Request) -> int:
         """Pages that it must leave for an adapter, unless it has waited for longer than that."""
@@ -355,28 +357,28 @@ class Batch:
     def _off(self, request: Request, now_s: float) -> None:
         del self.running[request.id]
         if request.place is not None:
-            self._residency.release(request.place, now_s)
+            self._adapter_cache.release(request.place, now_s)
 
     def _drop_pages(self, request: Request, now_s: float) -> None:
         """A parked request computes its tokens again when its turn comes."""
         del self.parked[request.id]
         self._lose_pages(request)
         request.become(Phase.WAITING)
-        self._stories.note(request.id, now_s, Event.PREEMPTED, "pages dropped while parked")
+        self._timelines.note(request.id, now_s, Event.PREEMPTED, "pages dropped while parked")
 
     def _preempt(self, request: Request, now_s: float) -> None:
         self._off(request, now_s)
         self._lose_pages(request)
         request.become(Phase.WAITING)
         self._waiting.add(request)
-        self._stories.note(request.id, now_s, Event.PREEMPTED)
+        self._timelines.note(request.id, now_s, Event.PREEMPTED)
 
     def _lose_pages(self, request: Request) -> None:
         request.lost = max(request.lost, request.computed)
         self._forget_pages(request)
 
     def _forget_pages(self, request: Request) -> None:
-        self._flight.took_from(request)
+        self._in_flight.took_from(request)
         self._pages.give_back(request.pages)
         request.pages = []
         request.computed = request.published = 0

@@ -20,19 +20,19 @@ from dataclasses import replace
 from cluster.costs import Costs
 from cluster.errors import AdapterFailed, FleetError, QueueFull
 from cluster.values import Tier
-from replica.scheduling.adapter import Evict, Room
-from replica.scheduling.adapter_cache import Residency
+from replica.scheduling.adapter import ArenaChange, Evict
+from replica.scheduling.adapter_cache import AdapterCache
 from replica.scheduling.admission import Limits, accepted, admissible
 from replica.scheduling.drainer import Drainer, Sharing
 from replica.scheduling.growth import Growth
-from replica.scheduling.in_flight import Flight
+from replica.scheduling.in_flight import InFlight
 from replica.scheduling.loads import BASE_PLACE, Loads, Switches
 from replica.scheduling.pages import Pages
 from replica.scheduling.plan import Plan, Work
 from replica.scheduling.request import ENDED, Delta, Finish, NewRequest, Phase, Request, Sampled
-from replica.scheduling.running_set import Batch
+from replica.scheduling.running_set import RunningSet
 from replica.scheduling.share import Share
-from replica.scheduling.timeline import Event, Stories
+from replica.scheduling.timeline import Event, Timelines
 from replica.scheduling.waiting import Waiting
 
 
@@ -43,7 +43,7 @@ class Scheduler:
         self,
         limits: Limits,
         pages: Pages,
-        residency: Residency,
+        adapter_cache: AdapterCache,
         costs: Costs | None = None,
         switches: Switches | None = None,
         sharing: Sharing | None = None,
@@ -52,41 +52,41 @@ class Scheduler:
     ) -> None:
         self.limits = limits
         self.pages = pages
-        self.residency = residency
+        self.adapter_cache = adapter_cache
         self.costs = costs or Costs()
         self.switches = switches or Switches()
         self.share = share or Share()
-        self.stories = Stories()
+        self.timelines = Timelines()
         self.growth = growth or Growth(pages.page_tokens, pages.total * pages.page_tokens)
         self.waiting = Waiting()
-        self.flight = Flight()
-        self.batch = Batch(
+        self.in_flight = InFlight()
+        self.running_set = RunningSet(
             limits.batch_rows_max,
             limits.parked_pages_max,
             limits.page_wait_max_s if self.switches.skip else None,
             pages,
-            residency,
+            adapter_cache,
             self.waiting,
-            self.stories,
-            self.flight,
+            self.timelines,
+            self.in_flight,
             self.growth,
         )
-        self.drainer = Drainer(sharing or Sharing(), residency, self.costs)
+        self.drainer = Drainer(sharing or Sharing(), adapter_cache, self.costs)
         self.loads = Loads(
             self.switches,
             limits.loads_in_flight_max,
-            residency,
+            adapter_cache,
             self.waiting,
-            self.batch,
+            self.running_set,
             self.drainer,
             self.costs,
-            self.stories,
+            self.timelines,
         )
         self.arrivals: Counter[Tier] = Counter()  # by where the adapter was
         self._requests: dict[str, Request] = {}
         self._evictions: list[Evict] = []
         if not self.switches.base_pinned:
-            residency.register(BASE_PLACE, "", 0, pinned=False, now_s=0.0)
+            adapter_cache.register(BASE_PLACE, "", 0, pinned=False, now_s=0.0)
 
     def add(self, new: NewRequest, now_s: float) -> Request:
         """Accept a request, or raise a FleetError and take nothing in."""
@@ -96,15 +96,15 @@ class Scheduler:
             place = BASE_PLACE
         request = accepted(new, place, self.limits, now_s)
         if place is not None:
-            self.residency.claim(place, now_s)
+            self.adapter_cache.claim(place, now_s)
         self._requests[new.id] = request
         self.waiting.add(request)
         self.share.enter(place)
         tier = Tier.DEVICE
         if place is not None:
-            tier = self.residency.adapters[place].tier
+            tier = self.adapter_cache.adapters[place].tier
             self.arrivals[tier] += 1
-        self.stories.note(new.id, now_s, Event.QUEUED, f"adapter {tier}")
+        self.timelines.note(new.id, now_s, Event.QUEUED, f"adapter {tier}")
         return request
 
     def cancel(self, request_id: str, now_s: float) -> bool:
@@ -118,23 +118,23 @@ class Scheduler:
     def forget(self, digest: str) -> None:
         """No new requests for it; it leaves when those that were accepted have ended."""
         self.share.forget(digest)
-        self._evictions += self.residency.forget(digest)
+        self._evictions += self.adapter_cache.forget(digest)
 
     def loaded(self, digest: str, now_s: float) -> None:
         self.loads.loaded(digest, now_s)
-        self._evictions += self.residency.loaded(digest, now_s)
+        self._evictions += self.adapter_cache.loaded(digest, now_s)
 
     def load_failed(self, digest: str, reason: str, now_s: float) -> None:
         self.loads.failed(digest, now_s)
-        self.residency.failed(digest, reason, now_s)
+        self.adapter_cache.failed(digest, reason, now_s)
 
     def lost(self, digest: str, reason: str, now_s: float) -> list[Delta]:
         """Without overlap: a load planned as done has failed, and so do the rows it was for."""
         error = AdapterFailed(f"the adapter did not load: {reason}", field="model")
-        rows = [r for r in self.batch.running.values() if r.place == digest]
+        rows = [r for r in self.running_set.running.values() if r.place == digest]
         failed = [self._fail(request, error, now_s) for request in rows]
-        if self.residency.usable(digest):  # else the same plan had it evicted again
-            self.residency.lost(digest, reason, now_s)
+        if self.adapter_cache.usable(digest):  # else the same plan had it evicted again
+            self.adapter_cache.lost(digest, reason, now_s)
         return failed
 
     def evictions(self) -> list[Evict]:
@@ -145,17 +145,17 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """A request has not ended, or a step has not committed."""
-        return bool(self._requests or self.flight.plans)
+        return bool(self._requests or self.in_flight.plans)
 
     def step(self, now_s: float) -> Plan:
         failed = self._fail_quarantined(now_s)
-        self.flight.begin()
+        self.in_flight.begin()
         self.drainer.tick()
         closed: set[str] = set()
-        rooms: list[Room] = []
-        self.batch.begin_step(rooms, self.drainer.drains)
+        arena_changes: list[ArenaChange] = []
+        self.running_set.begin_step(arena_changes, self.drainer.drains)
         if self.switches.overlap or self.drainer.sharing.park:
-            rooms += self.loads.plan(self._first(), now_s, closed)
+            arena_changes += self.loads.plan(self._first(), now_s, closed)
         rows, begun = self._decodes(now_s)
         budget = self.limits.step_tokens_max - len(rows)
         for request in begun:
@@ -164,36 +164,36 @@ class Scheduler:
             rows.append(self._chunk(request, budget))
             budget -= rows[-1].end - rows[-1].start
         hold_s = self.loads.hold_until(self.limits.step_tokens_max, now_s)
-        for request in self._scan(rows) if budget > 0 and not self.batch.full else ():
+        for request in self._scan(rows) if budget > 0 and not self.running_set.full else ():
             if request.place in closed or not self.drainer.may_admit(request):
                 continue
-            if self.flight.names(request):
+            if self.in_flight.names(request):
                 continue  # it left the batch just now, and may have ended there
             if hold_s is not None and self.loads.holds(request):
                 continue
             alone = self._alone(rows)
-            placed = self.loads.bring(request, rooms, now_s)
-            if not placed or not self.batch.admit(request, now_s, alone):
+            placed = self.loads.bring(request, arena_changes, now_s)
+            if not placed or not self.running_set.admit(request, now_s, alone):
                 if self.switches.skip:
                     continue
                 break
             rows.append(self._chunk(request, budget))
             budget -= rows[-1].end - rows[-1].start
-            if budget <= 0 or self.batch.full:
+            if budget <= 0 or self.running_set.full:
                 break
-        self.flight.took(rooms)
-        if self.residency.budget is not None:
-            self.residency.budget.reserved = 0
+        self.in_flight.took(arena_changes)
+        if self.adapter_cache.budget is not None:
+            self.adapter_cache.budget.reserved = 0
         plan = Plan(
-            self.flight.number,
-            tuple(rooms),
+            self.in_flight.number,
+            tuple(arena_changes),
             tuple(rows),
             tuple(failed),
-            self.flight.waits,
+            self.in_flight.waits,
             None if rows else hold_s,
         )
         if rows:
-            self.flight.add(plan)
+            self.in_flight.add(plan)
         return plan
 
     def without(self, plan: Plan, drop: Callable[[Work], bool]) -> Plan:
@@ -206,7 +206,7 @@ class Scheduler:
             if work.request.phase not in ENDED:
                 work.request.computed = work.start
                 work.request.tokens -= work.sample
-        self.flight.narrow(narrow, dropped)
+        self.in_flight.narrow(narrow, dropped)
         self._release()
         return narrow
 
@@ -218,7 +218,7 @@ class Scheduler:
         """`chosen`: one for each row of the plan, None where it did not sample."""
         if not plan.rows:
             return []
-        self.flight.commit(plan)
+        self.in_flight.commit(plan)
         deltas = []
         page_tokens, running, share = self.pages.page_tokens, Phase.RUNNING, self.share.on
         make = tuple.__new__
@@ -233,7 +233,7 @@ class Scheduler:
                     continue  # it ended after this row was planned
                 self.waiting.touch(request)
             if end // page_tokens > request.published and request.pages:
-                self.batch.publish(request, end)
+                self.running_set.publish(request, end)
             if share:
                 self.share.served(request.place, end - start, sample)
             if choice is None:
@@ -242,7 +242,7 @@ class Scheduler:
             cached = 0
             if not request.output:
                 cached = request.cached
-                self.stories.note(request.id, now_s, Event.FIRST_TOKEN)
+                self.timelines.note(request.id, now_s, Event.FIRST_TOKEN)
             request.output.append(token)
             finish = None
             if token in request.stops and len(request.output) > request.sampling.min_tokens:
@@ -262,56 +262,56 @@ class Scheduler:
     def check(self) -> None:
         """The invariants; raises AssertionError."""
         waiting = {request.id for request in self.waiting}
-        assert waiting.isdisjoint(self.batch.running)
-        assert set(self.batch.parked) <= waiting
-        assert waiting | set(self.batch.running) == set(self._requests), "a request was lost"
+        assert waiting.isdisjoint(self.running_set.running)
+        assert set(self.running_set.parked) <= waiting
+        assert waiting | set(self.running_set.running) == set(self._requests), "a request was lost"
         assert len(waiting) == len(self.waiting)
         for request in self._requests.values():
             phase = Phase.WAITING
-            if request.id in self.batch.running:
+            if request.id in self.running_set.running:
                 phase = Phase.RUNNING
-            elif request.id in self.batch.parked:
+            elif request.id in self.running_set.parked:
                 phase = Phase.PARKED
             assert request.phase is phase
             assert bool(request.pages) == (phase is not Phase.WAITING)
             assert request.computed <= len(request.pages) * self.pages.page_tokens
-        lingering = self.flight.lingering
-        self.pages.check(r.pages for r in [*self._requests.values(), *lingering])
-        self.residency.check()
-        for digest, adapter in self.residency.adapters.items():
+        deferred_free = self.in_flight.deferred_free
+        self.pages.check(r.pages for r in [*self._requests.values(), *deferred_free])
+        self.adapter_cache.check()
+        for digest, adapter in self.adapter_cache.adapters.items():
             own = [r for r in self._requests.values() if r.place == digest]
             assert adapter.claims == len(own)
-            assert adapter.users == sum(r.id in self.batch.running for r in own)
-            assert adapter.held == sum(r.place == digest for r in lingering)
+            assert adapter.users == sum(r.id in self.running_set.running for r in own)
+            assert adapter.held == sum(r.place == digest for r in deferred_free)
             starves = adapter.wanted and adapter.tier is not Tier.DEVICE
             assert not starves or adapter.starved_s is not None
-        self.batch.check()
+        self.running_set.check()
         self.growth.check(self.limits.batch_rows_max)
         self.loads.order.check()
         slots: dict[str | None, int | None] = {None: 0}
-        slots |= {a.digest: a.slot for a in self.residency.adapters.values()}
-        self.flight.check(self.pages.page_tokens, slots)
+        slots |= {a.digest: a.slot for a in self.adapter_cache.adapters.values()}
+        self.in_flight.check(self.pages.page_tokens, slots)
 
     def _admissible(self, new: NewRequest) -> None:
         assert new.id not in self._requests
-        admissible(new, self.limits, self.pages, self.residency)
+        admissible(new, self.limits, self.pages, self.adapter_cache)
         if len(self._requests) >= self.limits.queue_max + self.limits.batch_rows_max:
             raise QueueFull(
-                f"{len(self.waiting)} requests wait and {len(self.batch.running)} run already, "
+                f"{len(self.waiting)} requests wait and {len(self.running_set.running)} run already, "
                 "the most this engine takes",
                 retry_after_s=self._expected_wait_s(),
             )
 
     def _expected_wait_s(self) -> float:
         """Until a row of the batch comes free: the shortest of what is left, at today's pace."""
-        left = min((r.remaining for r in self.batch.running.values()), default=1)
+        left = min((r.remaining for r in self.running_set.running.values()), default=1)
         return max(1.0, left * self.costs.decode_s)
 
     def _fail_quarantined(self, now_s: float) -> list[Delta]:
         """Requests whose adapter could not be loaded fail; after the pause the next one retries."""
         failed = []
-        for digest in sorted(self.residency.quarantined):
-            adapter = self.residency.adapters[digest]
+        for digest in sorted(self.adapter_cache.quarantined):
+            adapter = self.adapter_cache.adapters[digest]
             if now_s >= adapter.retry_s:
                 continue
             left_s = adapter.retry_s - now_s
@@ -327,9 +327,9 @@ class Scheduler:
         This and `commit` run once a row and step: they are written for speed.
         """
         rows, begun = [], []
-        page_tokens, number = self.pages.page_tokens, self.flight.number
+        page_tokens, number = self.pages.page_tokens, self.in_flight.number
         make = tuple.__new__
-        for request in list(self.batch.running.values()):
+        for request in list(self.running_set.running.values()):
             tokens = request.tokens
             if request.computed != tokens - 1 or tokens <= len(request.prompt):
                 begun.append(request)
@@ -337,7 +337,7 @@ class Scheduler:
             if tokens >= request.tokens_max:
                 continue  # the step in flight gives its last token
             if tokens > len(request.pages) * page_tokens and (
-                request.phase is not Phase.RUNNING or not self.batch.grow(request, now_s)
+                request.phase is not Phase.RUNNING or not self.running_set.grow(request, now_s)
             ):
                 continue  # it lost its pages to an older one
             rows.append(make(Work, (request, tokens - 1, tokens, request.slot, True)))
@@ -348,7 +348,7 @@ class Scheduler:
         start = request.computed
         end = min(request.tokens, start + budget)
         sample = end == request.tokens
-        request.computed, request.step = end, self.flight.number
+        request.computed, request.step = end, self.in_flight.number
         request.tokens += sample
         return Work(request, start, end, request.slot, sample)
 
@@ -361,7 +361,7 @@ class Scheduler:
     def _in_order(self) -> Iterable[Request]:
         places = None
         if self.switches.overlap and self.switches.skip:
-            placed = self.residency.placed.values()
+            placed = self.adapter_cache.placed.values()
             places = [None, *(a.digest for a in placed if a.tier is Tier.DEVICE)]
         return self.waiting.in_order(places, self.share.of if self.switches.skip else _nobody)
 
@@ -371,17 +371,21 @@ class Scheduler:
         rows: of this step, to which the caller adds while it goes on.
         """
         for request in self._in_order():
-            if self.switches.overlap and not self._alone(rows) and self.batch.hopeless(request):
+            if (
+                self.switches.overlap
+                and not self._alone(rows)
+                and self.running_set.lacks_pages(request)
+            ):
                 break
             yield request
         else:
             return
         if self.switches.skip:
-            yield from self.waiting.ordered(self.batch.hopeful(), self.share.of)
+            yield from self.waiting.ordered(self.running_set.has_pages(), self.share.of)
 
     def _alone(self, rows: Sequence[Work]) -> bool:
         """Nothing else runs."""
-        return not rows and not self.flight.plans
+        return not rows and not self.in_flight.plans
 
     def _fail(self, request: Request, error: FleetError, now_s: float) -> Delta:
         self._end(request, Phase.FAILED, now_s)
@@ -389,27 +393,27 @@ class Scheduler:
 
     def _end(self, request: Request, phase: Phase, now_s: float) -> None:
         place = request.place
-        self.batch.end(request, now_s)
+        self.running_set.end(request, now_s)
         request.become(phase)
         self.waiting.forget(request)
         del self._requests[request.id]
         self.share.leave(place)
-        self.stories.note(request.id, now_s, Event.DONE, phase.value)
-        if self.flight.names(request):
-            self.flight.lingering.append(request)
+        self.timelines.note(request.id, now_s, Event.DONE, phase.value)
+        if self.in_flight.names(request):
+            self.in_flight.deferred_free.append(request)
             if place is not None:
-                self.residency.hold(place)
+                self.adapter_cache.hold(place)
         else:
-            self.batch.free(request)
+            self.running_set.free(request)
         if place is not None:
-            self._evictions += self.residency.unclaim(place)
+            self._evictions += self.adapter_cache.unclaim(place)
 
     def _release(self) -> None:
         """What lingered until the last step that named it had committed."""
-        for request in self.flight.released():
-            self.batch.free(request)
+        for request in self.in_flight.released():
+            self.running_set.free(request)
             if request.place is not None:
-                self._evictions += self.residency.let_go(request.place)
+                self._evictions += self.adapter_cache.let_go(request.place)
 
 
 def _nobody(_: str | None) -> float:

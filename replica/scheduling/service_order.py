@@ -4,7 +4,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 
 from cluster.values import Tier
-from replica.scheduling.adapter_cache import Residency
+from replica.scheduling.adapter_cache import AdapterCache
 from replica.scheduling.waiting import Key, Waiting
 
 # A parked adapter with fewer tokens left than that waits less for those that have none yet.
@@ -22,9 +22,9 @@ class ServiceOrder:
     since is put in its place again.
     """
 
-    def __init__(self, waiting: Waiting, residency: Residency, head_start_s: float) -> None:
+    def __init__(self, waiting: Waiting, adapter_cache: AdapterCache, head_start_s: float) -> None:
         self._waiting = waiting
-        self._residency = residency
+        self._adapter_cache = adapter_cache
         self._head_start_s = head_start_s
         self._ranks: dict[str, _Rank] = {}
         self._ordered: list[_Rank] = []
@@ -34,9 +34,9 @@ class ServiceOrder:
         return (rank[-1] for rank in self._ordered)
 
     def _settle(self) -> None:
-        touched = self._waiting.touched | self._residency.touched
+        touched = self._waiting.touched | self._adapter_cache.touched
         self._waiting.touched.clear()
-        self._residency.touched.clear()
+        self._adapter_cache.touched.clear()
         for digest in sorted(touched):
             old, new = self._ranks.pop(digest, None), self._rank(digest)
             if old is not None:
@@ -51,7 +51,7 @@ class ServiceOrder:
         assert sorted(ranks) == self._ordered, "an adapter starves unseen"
 
     def _rank(self, digest: str) -> _Rank | None:
-        adapter = self._residency.adapters.get(digest)
+        adapter = self._adapter_cache.adapters.get(digest)
         if adapter is None or adapter.tier in (Tier.DEVICE, Tier.LOADING):
             return None
         if not self._waiting.waited_for(digest):

@@ -18,20 +18,20 @@ class Event(StrEnum):
     DONE = "done"
 
 
-class Happening(NamedTuple):
+class TimelineEvent(NamedTuple):
     at_s: float
     event: Event
     detail: str = ""
 
 
-class Stories:
+class Timelines:
     """Timelines of the last `requests_max` requests, and how often each event happened in all."""
 
     def __init__(self, requests_max: int = 4096, happenings_max: int = 64) -> None:
         self.counts: Counter[Event] = Counter()
         self._requests_max = requests_max
         self._happenings_max = happenings_max
-        self._lines: OrderedDict[str, list[Happening]] = OrderedDict()
+        self._lines: OrderedDict[str, list[TimelineEvent]] = OrderedDict()
 
     def note(self, request_id: str, at_s: float, event: Event, detail: str = "") -> None:
         self.counts[event] += 1
@@ -43,8 +43,8 @@ class Stories:
         if len(line) == self._happenings_max:
             # Keep how it began and how it goes on; the middle of a long life repeats itself.
             del line[self._happenings_max // 2]
-        line.append(Happening(at_s, event, detail))
+        line.append(TimelineEvent(at_s, event, detail))
 
-    def story(self, request_id: str) -> list[Happening]:
+    def timeline(self, request_id: str) -> list[TimelineEvent]:
         """Empty when the request is unknown or too long ago."""
         return list(self._lines.get(request_id, ()))

@@ -49,8 +49,8 @@ def cost(candidates: Iterable[Candidate]) -> list[Candidate]:
 ORDERS: dict[str, EvictionOrder] = {"lru": lru, "fifo": fifo, "cost": cost}
 
 
-class Victims:
-    """Looks at what belongs to a `Residency`.
+class VictimSearch:
+    """Looks at what belongs to a `AdapterCache`.
 
     placed: the adapters that hold a slot. copy_s: what bringing one back is expected to take.
     """

@@ -89,7 +89,7 @@ class Standalone:
             return Acknowledgement(name, version.digest, self._book.sequence)
 
     async def describe(self) -> dict[str, Any]:
-        held = {r.digest: r for r in self._engine.residency() if r.tier is not Tier.ABSENT}
+        held = {r.digest: r for r in self._engine.adapter_states() if r.tier is not Tier.ABSENT}
         residency = {self._replica_id: held}
         load = dataclasses.asdict(self._engine.report())
         replica = {"id": self._replica_id, "incarnation": self._replica_id, "load": load}

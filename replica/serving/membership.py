@@ -32,7 +32,7 @@ from cluster.errors import (
 from cluster.publisher import Publisher
 from cluster.redis_client import connect
 from cluster.registry import Registry, newest
-from cluster.values import Residency, Version
+from cluster.values import AdapterState, Version
 from cluster.versions import check_name
 from replica.adapters.validation import Validation
 from replica.api.catalog_page import catalog_page
@@ -314,13 +314,13 @@ class Membership:
 
     # The engine.
 
-    def _engine_changed(self, entries: list[Residency]) -> None:
+    def _engine_changed(self, entries: list[AdapterState]) -> None:
         """On whatever thread learnt of it."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
             self._loop.call_soon_threadsafe(self._publisher.wake)
 
-    def _residency(self) -> list[Residency]:
-        return self._engine.residency() + self._settling.failures()
+    def _residency(self) -> list[AdapterState]:
+        return self._engine.adapter_states() + self._settling.failures()
 
     def _catalog_changed(self) -> None:
         self._settling.follow(self._catalog.book.by_name(), self._catalog.book.sequence)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from cluster.config import EngineConfig
 from cluster.errors import AdapterFailed, FleetError
 from cluster.store import Store
-from cluster.values import Residency, Tier, Version
+from cluster.values import AdapterState, Tier, Version
 from cluster.versions import by_digest
 from replica.api.interfaces import Engine
 
@@ -69,10 +69,10 @@ class Settling:
         waits = [task.sequence for task in self._tasks.values() if task.sequence is not None]
         return min(waits, default=self._sequence + 1) - 1
 
-    def failures(self) -> list[Residency]:
+    def failures(self) -> list[AdapterState]:
         """What the engine never heard of because its files could not be had."""
         return [
-            Residency(digest, Tier.FAILED, 0, failure.since_s, failure.reason)
+            AdapterState(digest, Tier.FAILED, 0, failure.since_s, failure.reason)
             for digest, failure in self._failed.items()
             if digest not in self._had
         ]

@@ -32,7 +32,7 @@ class Model(Protocol):
 
 
 @dataclass(slots=True)
-class Record:
+class RequestStats:
     """One request's life, in seconds of virtual time."""
 
     arrival: Arrival
@@ -65,7 +65,7 @@ class Record:
 
 
 @dataclass(slots=True)
-class Twin:
+class Simulator:
     """ranks: of each adapter. check: the invariants after each step. depth: 2: a step is planned
     when the one before it begins to run (`flight.py`), 1: when that one has ended.
 
@@ -83,10 +83,10 @@ class Twin:
     steps: int = 0
     _copies_end_s: float = 0.0
     _copies: list[tuple[float, int, Load, float]] = field(default_factory=list)
-    _records: dict[str, Record] = field(default_factory=dict)
-    _flight: deque[Plan] = field(default_factory=deque)
+    _records: dict[str, RequestStats] = field(default_factory=dict)
+    _in_flight: deque[Plan] = field(default_factory=deque)
 
-    def run(self, arrivals: Iterable[Arrival]) -> list[Record]:
+    def run(self, arrivals: Iterable[Arrival]) -> list[RequestStats]:
         """Until all work has ended."""
         coming = sorted(arrivals, key=lambda a: a.at_s)
         number = 0
@@ -109,7 +109,7 @@ class Twin:
     def _arrive(self, name: str, arrival: Arrival) -> None:
         sampling = Sampling(max_tokens=arrival.output_tokens, temperature=0.0, ignore_eos=True)
         prompt = arrival.prompt(len(self._records))
-        self._records[name] = Record(arrival)
+        self._records[name] = RequestStats(arrival)
         self.scheduler.add(NewRequest(name, prompt, sampling, arrival.adapter), arrival.at_s)
 
     def _end_copies(self) -> None:
@@ -121,22 +121,22 @@ class Twin:
     def _step(self) -> float | None:
         """None when rows ran; else when the next step is worth while (infinity: after an event)."""
         plan = self.scheduler.step(self.now_s)
-        ran = bool(plan.rows or self._flight)
+        ran = bool(plan.rows or self._in_flight)
         if plan.waits:
             self._commit()
-        self._make_rooms(plan)
+        self._apply_arena_changes(plan)
         if not self.mixed and any(work.end - work.start > 1 for work in plan.rows):
             plan = self.scheduler.without(plan, lambda work: work.end - work.start == 1)
         if plan.rows:
-            self._flight.append(plan)
-        if self._flight and (len(self._flight) == self.depth or not plan.rows):
+            self._in_flight.append(plan)
+        if self._in_flight and (len(self._in_flight) == self.depth or not plan.rows):
             self._commit()
         self._checked()
         return None if ran else float("inf") if plan.wake_s is None else plan.wake_s
 
     def _commit(self) -> None:
         """The oldest step in flight has run."""
-        plan = self._flight.popleft()
+        plan = self._in_flight.popleft()
         took_s = self.model.step_s(plan.rows, self.ranks)
         prompt_tokens = sum(w.end - w.start for w in plan.rows if w.end - w.start > 1)
         self.scheduler.costs.stepped(prompt_tokens, took_s)
@@ -149,31 +149,35 @@ class Twin:
         self.scheduler.commit(plan, chosen, self.now_s)
         self.scheduler.evictions()
 
-    def _make_rooms(self, plan: Plan) -> None:
-        budget = self.scheduler.residency.budget
-        for room in plan.rooms:
-            moved = sum(move.bytes for move in room.moves)
+    def _apply_arena_changes(self, plan: Plan) -> None:
+        budget = self.scheduler.adapter_cache.budget
+        for change in plan.arena_changes:
+            moved = sum(slide.bytes for slide in change.slides)
             if budget is not None:
-                moved += len(room.page_moves) * budget.page_bytes
+                moved += len(change.page_moves) * budget.page_bytes
             self.now_s += self.model.move_s(moved)
-            if room.load is None:
+            if change.load is None:
                 continue
-            copy_s = self.model.copy_s(room.load.bytes, room.load.source)
+            copy_s = self.model.copy_s(change.load.bytes, change.load.source)
             if self.scheduler.switches.overlap:
                 # One copy engine: copies follow one another.
                 self._copies_end_s = max(self._copies_end_s, self.now_s) + copy_s
-                entry = (self._copies_end_s, room.load.slot, room.load, copy_s)
+                entry = (self._copies_end_s, change.load.slot, change.load, copy_s)
                 heapq.heappush(self._copies, entry)
             else:
-                self._copied(room.load, copy_s)
+                self._copied(change.load, copy_s)
                 self.now_s += copy_s
 
     def _copied(self, load: Load, copy_s: float) -> None:
         """As in the engine: what was read from files stays in host memory, where there is any."""
         self.scheduler.costs.copied(load.bytes, load.source, copy_s)
-        residency = self.scheduler.residency
-        if load.bytes and load.digest not in residency.host and residency.host.fits(load.bytes):
-            residency.keep_on_host(load.digest)
+        adapter_cache = self.scheduler.adapter_cache
+        if (
+            load.bytes
+            and load.digest not in adapter_cache.host
+            and adapter_cache.host.fits(load.bytes)
+        ):
+            adapter_cache.keep_on_host(load.digest)
 
     def _checked(self) -> None:
         if self.check:
@@ -192,7 +196,7 @@ class Figures:
     tpot_p50_ms: float
 
 
-def figures(records: Sequence[Record]) -> Figures:
+def figures(records: Sequence[RequestStats]) -> Figures:
     ttft = sorted(r.ttft_s * 1e3 for r in records)
     tpot = [r.tpot_s * 1e3 for r in records if r.tokens > 1]
     return Figures(

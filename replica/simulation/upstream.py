@@ -26,17 +26,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.costs import Costs
-from replica.scheduling.adapter_cache import Residency
+from replica.scheduling.adapter_cache import AdapterCache
 from replica.scheduling.admission import Limits
 from replica.scheduling.budget import Budget
 from replica.scheduling.drainer import Sharing
-from replica.scheduling.victims import ORDERS
 from replica.scheduling.extents import Extents
 from replica.scheduling.loads import Switches
 from replica.scheduling.pages import Pages
 from replica.scheduling.scheduler import Scheduler
+from replica.scheduling.victims import ORDERS
 from replica.simulation.cards import A100, H200, PAGE_BYTES, Card, image_bytes
-from replica.simulation.simulator import Figures, Twin, figures, median_figures
+from replica.simulation.simulator import Figures, Simulator, figures, median_figures
 from replica.simulation.workloads import Stream, arrivals
 
 POLICIES = ("before", "after", "ours")
@@ -198,7 +198,9 @@ class Replay:
 
 def replay(table: Table, policy: str, seeds: Iterable[int], depth: int = 2) -> Replay:
     """depth: as of `twin`."""
-    runs = [twin(table, policy, depth=depth).run(arrivals(table.streams, seed)) for seed in seeds]
+    runs = [
+        simulator(table, policy, depth=depth).run(arrivals(table.streams, seed)) for seed in seeds
+    ]
     return Replay(
         {
             stream.name: [
@@ -209,7 +211,7 @@ def replay(table: Table, policy: str, seeds: Iterable[int], depth: int = 2) -> R
     )
 
 
-def twin(table: Table, policy: str, check: bool = False, depth: int = 2) -> Twin:
+def simulator(table: Table, policy: str, check: bool = False, depth: int = 2) -> Simulator:
     """A server of this table and policy, before its first request. depth: ours runs at it; 2 is how
     the engine runs on CUDA. Upstream's servers run at 1.
     """
@@ -218,7 +220,7 @@ def twin(table: Table, policy: str, check: bool = False, depth: int = 2) -> Twin
     ranks: dict[str | None, int] = {None: 0} | dict(table.ranks.items())
     scheduler = _scheduler(table, chosen, card, shared=policy == SHARED)
     depth = 1 if chosen.upstream else depth
-    return Twin(scheduler, card, ranks, check=check, mixed=chosen.mixed, depth=depth)
+    return Simulator(scheduler, card, ranks, check=check, mixed=chosen.mixed, depth=depth)
 
 
 def _scheduler(table: Table, policy: Policy, card: Card, shared: bool) -> Scheduler:
@@ -235,11 +237,11 @@ def _scheduler(table: Table, policy: Policy, card: Card, shared: bool) -> Schedu
         pages, extents = Pages(card.shared_pages, 16, cache=False), Extents(0)
         headroom = BATCH_ROWS_MAX + pages.needed(CHUNK_TOKENS)
         budget = Budget(extents, pages, PAGE_BYTES, pages.needed(CONTEXT), headroom)
-    residency = Residency(
+    adapter_cache = AdapterCache(
         extents, slots, ORDERS[policy.eviction], costs.copy_s, 1.0, 60.0, budget=budget
     )
     for adapter, rank in table.ranks.items():
-        residency.register(adapter, "", image_bytes(rank), pinned=False, now_s=0.0)
+        adapter_cache.register(adapter, "", image_bytes(rank), pinned=False, now_s=0.0)
     limits = Limits(
         batch_rows_max=BATCH_ROWS_MAX,
         step_tokens_max=CHUNK_TOKENS,
@@ -247,4 +249,4 @@ def _scheduler(table: Table, policy: Policy, card: Card, shared: bool) -> Schedu
         loads_in_flight_max=1 if policy.upstream else 8,
         context=CONTEXT,
     )
-    return Scheduler(limits, pages, residency, costs, policy.switches, policy.sharing)
+    return Scheduler(limits, pages, adapter_cache, costs, policy.switches, policy.sharing)

@@ -7,12 +7,11 @@ from dataclasses import dataclass, fields
 from cluster.config import EngineConfig
 from cluster.costs import Costs
 from cluster.errors import ConfigError
-from replica.scheduling.assembly import Division
-from replica.scheduling.assembly import assemble
+from replica.scheduling.assembly import Division, assemble
 from replica.scheduling.scheduler import Scheduler
 from replica.scheduling.timeline import Event
 from replica.simulation.cards import PAGE_BYTES, Card, image_bytes
-from replica.simulation.simulator import Record, Twin, percentile
+from replica.simulation.simulator import RequestStats, Simulator, percentile
 from replica.simulation.traces import Recorded
 from replica.simulation.workload_file import Workload, adapter_name, arrivals
 
@@ -94,12 +93,14 @@ def _run(
     ranks: dict[str | None, int] = {None: 0}
     ranks |= {adapter_name(i): r for i, r in enumerate(workload.ranks)}
     coming = arrivals(workload, recorded, context, seed)
-    twin = Twin(scheduler, workload.card, ranks, check=check, depth=config.plan_depth or 2)
-    records = twin.run(coming)
+    simulator = Simulator(
+        scheduler, workload.card, ranks, check=check, depth=config.plan_depth or 2
+    )
+    records = simulator.run(coming)
     return _figures(records, scheduler, slo)
 
 
-def _figures(records: Sequence[Record], scheduler: Scheduler, slo: Slo) -> WorkloadFigures:
+def _figures(records: Sequence[RequestStats], scheduler: Scheduler, slo: Slo) -> WorkloadFigures:
     ttft = sorted(r.ttft_s for r in records)
     e2e = sorted(r.e2e_s for r in records)
     good = sum(r.ttft_s <= slo.ttft_s and r.tpot_s <= slo.tpot_s for r in records)
@@ -113,8 +114,8 @@ def _figures(records: Sequence[Record], scheduler: Scheduler, slo: Slo) -> Workl
         itl_max_ms=max(r.gap_max_s for r in records) * 1e3,
         makespan_s=max(r.last_s for r in records),
         computed_over_needed=scheduler.growth.over_needed,
-        loads=scheduler.residency.loads,
-        parks=scheduler.stories.counts[Event.PARKED],
+        loads=scheduler.adapter_cache.loads,
+        parks=scheduler.timelines.counts[Event.PARKED],
     )
 
 
@@ -213,10 +214,13 @@ def _scheduler(
         alignment=_ALIGNMENT_BYTES,
         costs=costs,
     )
-    residency = scheduler.residency
+    adapter_cache = scheduler.adapter_cache
     for index, rank in enumerate(workload.ranks):
         size = image_bytes(rank)
-        residency.register(adapter_name(index), "", size, pinned=False, now_s=0.0)
-        if residency.host.used + residency.extents.aligned(size) <= residency.host.capacity:
-            residency.begin_on_host(adapter_name(index))
+        adapter_cache.register(adapter_name(index), "", size, pinned=False, now_s=0.0)
+        if (
+            adapter_cache.host.used + adapter_cache.extents.aligned(size)
+            <= adapter_cache.host.capacity
+        ):
+            adapter_cache.begin_on_host(adapter_name(index))
     return scheduler

@@ -83,7 +83,7 @@ def one_load(engine: Engine, version: Version) -> tuple[list[float], float]:
     engine.register(version, version.uri)
     found: list[float] = []
     start_s = time.perf_counter()
-    while not any(e.tier is Tier.DEVICE for e in engine.residency()):
+    while not any(e.tier is Tier.DEVICE for e in engine.adapter_states()):
         found += gaps(engine, 1)
     load_s = time.perf_counter() - start_s
     engine.forget(version.digest)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from replica.engine.engine import Engine
 from replica.scheduling.request import NewRequest, Sampling
-from replica.simulation.simulator import Record
+from replica.simulation.simulator import RequestStats
 from replica.simulation.workloads import Arrival
 
 
@@ -15,7 +15,7 @@ from replica.simulation.workloads import Arrival
 class Replay:
     """records: one an arrival, in seconds since the first could come. tokens: of each."""
 
-    records: list[Record] = field(default_factory=list)
+    records: list[RequestStats] = field(default_factory=list)
     tokens: list[list[int]] = field(default_factory=list)
 
 
@@ -30,7 +30,7 @@ def replay(
 
     prompts: one an arrival. Raises the error of the first request that fails.
     """
-    run = Replay([Record(arrival) for arrival in arrivals], [[] for _ in arrivals])
+    run = Replay([RequestStats(arrival) for arrival in arrivals], [[] for _ in arrivals])
     start_s = time.monotonic()
     coming = 0
     while coming < len(arrivals) or engine.has_work:

@@ -19,7 +19,7 @@ from cluster.costs import Costs
 from replica.engine.engine_process import calm_collector
 from replica.scheduling import victims
 from replica.scheduling.adapter import Load
-from replica.scheduling.adapter_cache import Residency
+from replica.scheduling.adapter_cache import AdapterCache
 from replica.scheduling.admission import Limits
 from replica.scheduling.budget import Budget
 from replica.scheduling.drainer import Sharing
@@ -79,15 +79,17 @@ class Bench:
         pages = Pages(size.pages or size.running * 16, 16)
         extents = Extents(0 if size.shared else size.places * 64 * 4096)
         budget = Budget(extents, pages, 2**17, 256, 16) if size.shared else None
-        residency = Residency(extents, 255, victims.cost, costs.copy_s, 1.0, 60.0, budget=budget)
+        adapter_cache = AdapterCache(
+            extents, 255, victims.cost, costs.copy_s, 1.0, 60.0, budget=budget
+        )
         for i in range(size.adapters):
             ranks = self.rng.choice([8, 16, 32, 64])
-            residency.register(f"{i:064x}", "/", ranks * 4096, pinned=False, now_s=0.0)
-        self.digests = sorted(residency.adapters)
+            adapter_cache.register(f"{i:064x}", "/", ranks * 4096, pinned=False, now_s=0.0)
+        self.digests = sorted(adapter_cache.adapters)
         self.core = Scheduler(
             limits,
             pages,
-            residency,
+            adapter_cache,
             costs,
             Switches(),
             Sharing(),
@@ -100,7 +102,7 @@ class Bench:
 
     def fill(self) -> None:
         want = self.size.running + self.size.waiting
-        while len(self.core.waiting) + len(self.core.batch.running) < want:
+        while len(self.core.waiting) + len(self.core.running_set.running) < want:
             name = f"r{self.count}"
             self.count += 1
             prompt = tuple(self.rng.randrange(32000) for _ in range(self.rng.randint(1, 128)))
@@ -123,7 +125,7 @@ class Bench:
         chosen_s = time.thread_time()
         self.core.commit(plan, chosen, now_s)
         took_s = planned_s - start_s, time.thread_time() - chosen_s
-        loads = [room.load for room in plan.rooms if room.load is not None]
+        loads = [change.load for change in plan.arena_changes if change.load is not None]
         self.copies += [(self.steps + LOAD_STEPS, load) for load in loads]
         self.steps += 1
         self.rows = len(plan.rows)
@@ -147,8 +149,8 @@ def measure(size: Size, steps: int, seed: int = 0) -> dict[str, float]:
         "commit_us": round(statistics.median(commit_s for _, commit_s in took) * 1e6, 1),
         "both_us": round(statistics.median(both_us), 1),
         "both_p99_us": round(both_us[int(steps * 0.99)], 1),
-        "parked": bench.core.stories.counts[Event.PARKED],
-        "loads": bench.core.stories.counts[Event.LOAD_STARTED],
+        "parked": bench.core.timelines.counts[Event.PARKED],
+        "loads": bench.core.timelines.counts[Event.LOAD_STARTED],
     }
 
 

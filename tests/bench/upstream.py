@@ -32,7 +32,7 @@ from replica.model.shape import ModelShape
 from replica.scheduling.assembly import assemble
 from replica.simulation.comparison import TITLES
 from replica.simulation.published import published
-from replica.simulation.simulator import Figures, Record, Twin, figures, median_figures
+from replica.simulation.simulator import Figures, RequestStats, Simulator, figures, median_figures
 from replica.simulation.upstream import OURS, POLICIES, TABLES, Table
 from tests.bench.replay import replay
 from tests.bench.smaller import Pace, Requests, Size, engine_config, requests
@@ -99,13 +99,13 @@ def lines(result: Result) -> Iterator[str]:
     )
     for policy, outcome in result.outcomes.items():
         for stream, f in outcome.figures.items():
-            twin = outcome.simulated[stream]
+            simulated = outcome.simulated[stream]
             yield (
                 f"  {policy:26} {stream:6} {f.ttft_mean_ms:9.0f} {f.ttft_p50_ms:6.0f} "
                 f"{f.ttft_p99_ms:6.0f} {f.e2e_mean_ms:8.0f} {f.tpot_p50_ms:5.1f} "
                 f"{f.itl_max_ms:7.0f} {outcome.loads:5}"
             ) + (
-                f" {outcome.late:5.1%} {twin.ttft_mean_ms:14.0f} {twin.e2e_mean_ms:6.0f}"
+                f" {outcome.late:5.1%} {simulated.ttft_mean_ms:14.0f} {simulated.e2e_mean_ms:6.0f}"
                 if result.paced
                 else ""
             )
@@ -228,13 +228,15 @@ class _Server:
         )
         for name, version in self._versions.items():
             size = version.parameters * _ELEMENT_BYTES
-            scheduler.residency.register(name, version.uri, size, pinned=False, now_s=0.0)
-        return self._by_stream(Twin(scheduler, self._pace, ranks).run(self._requests(seed).coming))
+            scheduler.adapter_cache.register(name, version.uri, size, pinned=False, now_s=0.0)
+        return self._by_stream(
+            Simulator(scheduler, self._pace, ranks).run(self._requests(seed).coming)
+        )
 
     def _requests(self, seed: int) -> Requests:
         return requests(self._table, self._toys.size, self._all_base, seed)
 
-    def _by_stream(self, records: Sequence[Record]) -> Streams:
+    def _by_stream(self, records: Sequence[RequestStats]) -> Streams:
         return {
             stream.name: figures([r for r in records if r.arrival.stream == stream.name])
             for stream in self._table.streams

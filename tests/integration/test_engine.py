@@ -191,7 +191,7 @@ def test_an_adapter_takes_bytes_in_proportion_to_its_rank(
 ) -> None:
     made = engine(model, versions[:4])
     sizes = {
-        v.rank: e.bytes for v in versions[:4] for e in made.residency() if e.digest == v.digest
+        v.rank: e.bytes for v in versions[:4] for e in made.adapter_states() if e.digest == v.digest
     }
     assert sizes[32] == 8 * sizes[4]
     made.close()
@@ -208,7 +208,9 @@ def test_decoding_goes_on_while_adapters_load(model: str, versions: list[Version
     for _ in range(20):
         for delta in made.step():
             got[delta.request_id] += delta.tokens
-    assert [e.digest for e in made.residency() if e.tier is Tier.LOADING] == [versions[0].digest]
+    assert [e.digest for e in made.adapter_states() if e.tier is Tier.LOADING] == [
+        versions[0].digest
+    ]
     assert (len(got["base"]), got["cold"]) == (20, [])
     threads = made._loader._threads
     assert isinstance(threads, LoadsOnDemand)
@@ -267,7 +269,7 @@ def test_a_broken_adapter_hurts_only_its_own_requests(
         ended |= {d.request_id: d for d in made.step() if d.last}
     assert ended["r"].error is not None and ended["r"].error.status == 503
     assert ended["ok"].error is None
-    tiers = {e.digest: e for e in made.residency()}
+    tiers = {e.digest: e for e in made.adapter_states()}
     assert tiers["0" * 64].tier is Tier.FAILED and "gone" in (tiers["0" * 64].reason or "")
     made.close()
 
@@ -304,7 +306,7 @@ def test_an_image_in_host_memory_comes_back_without_its_files(
         drive(made, got)
         answers.append(got[f"r{n}"])
         if n == 1:
-            tiers = {e.digest: e.tier for e in made.residency()}
+            tiers = {e.digest: e.tier for e in made.adapter_states()}
             assert tiers == {first.digest: Tier.HOST, second.digest: Tier.DEVICE}
             shutil.rmtree(moved)
     assert answers[0] == answers[2] != answers[1]
@@ -332,7 +334,7 @@ def test_the_oldest_image_leaves_locked_memory_for_one_that_is_to_be_read(
         drive(made, {})
         assert list(made._images) == [version.digest]
         assert made._images[version.digest].piece is not None
-    tiers = {e.digest: e.tier for e in made.residency()}
+    tiers = {e.digest: e.tier for e in made.adapter_states()}
     assert tiers == {first.digest: Tier.DEVICE, second.digest: Tier.DISK}
     assert made.report().loads == 3
     made.close()
@@ -413,7 +415,7 @@ def test_a_story_says_why_a_request_waited(model: str, versions: list[Version]) 
     made = engine(model, versions)
     made.add(NewRequest("r", (5, 6), GREEDY, versions[0].digest))
     drive(made, {})
-    events = [happening.event.value for happening in made.story("r")]
+    events = [happening.event.value for happening in made.timeline("r")]
     assert events == ["queued", "load started", "load done", "running", "first token", "done"]
     assert made.report().misses == 1 and made.report().loads == 1
     made.close()
@@ -426,7 +428,9 @@ def test_a_versions_weight_reaches_the_share_of_the_batch(
     made = engine(model, [], fair_share=True, batch_rows_max=1, context_tokens_max=64)
     for version, weight in zip(versions, (3.0, 1.0), strict=False):
         made.register(dataclasses.replace(version, weight=weight, pinned=True), version.uri)
-    while made.scheduler.residency.loading or made.scheduler.residency.pinned_elsewhere(0.0):
+    while made.scheduler.adapter_cache.loading or made.scheduler.adapter_cache.pinned_elsewhere(
+        0.0
+    ):
         made.step()
     sampling = Sampling(max_tokens=1, temperature=0.0, ignore_eos=True)
     for i in range(20):

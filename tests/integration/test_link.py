@@ -19,7 +19,7 @@ from cluster.errors import (
     QueueFull,
     StartupError,
 )
-from cluster.values import Residency, Tier, Version
+from cluster.values import AdapterState, Tier, Version
 from replica.adapters.adapter_files import inspect
 from replica.engine.link import EngineLink
 from replica.model.shape import read_shape
@@ -69,16 +69,16 @@ async def test_tokens_stream_and_the_last_delta_says_why(link: EngineLink) -> No
 async def test_an_adapter_is_loaded_on_demand_and_its_tier_is_told(
     link: EngineLink, adapter: Version
 ) -> None:
-    changes: list[Residency] = []
+    changes: list[AdapterState] = []
     link.on_residency(changes.extend)
     await link.register(adapter, adapter.uri)
     base = await collect(link, NewRequest("base", (5, 6, 7), GREEDY))
     tuned = await collect(link, NewRequest("tuned", (5, 6, 7), GREEDY, adapter.digest))
     assert [d.tokens for d in base] != [d.tokens for d in tuned]
-    await until(lambda: [e.tier for e in link.residency()] == [Tier.DEVICE])
+    await until(lambda: [e.tier for e in link.adapter_states()] == [Tier.DEVICE])
     assert [e.tier for e in changes] == [Tier.DISK, Tier.LOADING, Tier.DEVICE]
     await link.forget(adapter.digest)
-    await until(lambda: link.residency() == [])
+    await until(lambda: link.adapter_states() == [])
     (refused,) = await collect(link, NewRequest("late", (5,), GREEDY, adapter.digest))
     assert isinstance(refused.error, ModelNotFound)
 

@@ -26,8 +26,8 @@ from cluster.errors import (
 from cluster.publisher import Publisher
 from cluster.redis_client import connect, prefix
 from cluster.redis_server import RedisServer
-from cluster.registry import Follower
-from cluster.values import LoadReport, Residency, Version
+from cluster.registry import FleetView
+from cluster.values import AdapterState, LoadReport, Version
 from replica.api.interfaces import Acknowledgement
 from replica.serving import reconciler as settling
 from replica.serving.membership import Membership
@@ -89,8 +89,8 @@ class Fleet:
         await membership.start()
         return membership, engine
 
-    async def follower(self, url: str) -> Follower:
-        follower = Follower(url, self.config.name, silence_s=0.2)
+    async def follower(self, url: str) -> FleetView:
+        follower = FleetView(url, self.config.name, silence_s=0.2)
         self.tasks.append(asyncio.create_task(follower.run()))
         await until(lambda: follower.connected)
         return follower
@@ -104,7 +104,7 @@ class Fleet:
             replica_id,
             lease_s=LEASE_S,
             report_s=REPORT_S,
-            residency=list[Residency],
+            residency=list[AdapterState],
             report=LoadReport,
         )
         self.tasks.append(asyncio.create_task(publisher.run()))
@@ -127,7 +127,7 @@ async def running(fleet: str, tmp_path: Path) -> AsyncIterator[Fleet]:
 
 
 def digests(engine: StubEngine) -> set[str]:
-    return {entry.digest for entry in engine.residency()}
+    return {entry.digest for entry in engine.adapter_states()}
 
 
 async def test_an_added_adapter_is_known_by_all_when_the_call_returns(
@@ -263,7 +263,7 @@ class Patience:
         return math.inf
 
     async def pending(
-        self, change: Awaitable[Acknowledgement], follower: Follower, sequence: int, *applied: str
+        self, change: Awaitable[Acknowledgement], follower: FleetView, sequence: int, *applied: str
     ) -> tuple[str, ...]:
         """Who is named when just those have applied the change, which has that sequence."""
         waiting = asyncio.ensure_future(change)
@@ -385,7 +385,7 @@ async def test_what_is_described_is_what_the_engines_hold(
         told = {e["digest"]: e["residency"][replica_id] for e in page["data"]}
         assert told == {
             r.digest: {"tier": r.tier, "bytes": r.bytes, "since": r.since_s, "reason": r.reason}
-            for r in engine.residency()
+            for r in engine.adapter_states()
         }
     assert [r["id"] for r in page["replicas"]] == ["r1", "r2"]
     assert page["replicas"][0]["incarnation"] == one.incarnation

@@ -1,4 +1,4 @@
-"""Residency and leases in a real Redis: what replicas publish is what followers see."""
+"""AdapterState and leases in a real Redis: what replicas publish is what followers see."""
 
 import asyncio
 import json
@@ -17,8 +17,8 @@ import redis.asyncio
 from cluster.publisher import Publisher
 from cluster.redis_client import connect, prefix
 from cluster.redis_server import RedisServer
-from cluster.registry import Follower, Registry, channel
-from cluster.values import LoadReport, Residency, Tier
+from cluster.registry import FleetView, Registry, channel
+from cluster.values import AdapterState, LoadReport, Tier
 from tests.until import TIMEOUT_S, until
 
 # Many reports a lease: a replica that gets no core for a while is not taken for dead.
@@ -28,8 +28,8 @@ LONELY = """
 import asyncio, sys
 from cluster.publisher import Publisher
 from cluster.redis_client import connect
-from cluster.values import LoadReport, Residency, Tier
-held = [Residency("d1", Tier.DEVICE, 10, 1.0)]
+from cluster.values import LoadReport, AdapterState, Tier
+held = [AdapterState("d1", Tier.DEVICE, 10, 1.0)]
 async def main():
     publisher = Publisher(connect(sys.argv[1]), sys.argv[2], "lonely",
                           lease_s=float(sys.argv[3]), report_s=0.05,
@@ -44,13 +44,13 @@ asyncio.run(main())
 class Replica:
     """What an engine would say, and the publisher that says it."""
 
-    held: dict[str, Residency] = field(default_factory=dict)
+    held: dict[str, AdapterState] = field(default_factory=dict)
     load: LoadReport = field(default_factory=LoadReport)
     alive: bool = True
     applied: int = 0
 
     def hold(self, digest: str, tier: Tier = Tier.DEVICE, size: int = 10) -> None:
-        self.held[digest] = Residency(digest, tier, size, 1.0)
+        self.held[digest] = AdapterState(digest, tier, size, 1.0)
 
 
 @dataclass
@@ -91,8 +91,8 @@ class Fleet:
 
     async def follow(
         self, url: str, silence_s: float = 0.2, clock: Callable[[], float] = time.monotonic
-    ) -> Follower:
-        follower = Follower(url, self.name, base_name="base", silence_s=silence_s, clock=clock)
+    ) -> FleetView:
+        follower = FleetView(url, self.name, base_name="base", silence_s=silence_s, clock=clock)
         self.tasks.append(asyncio.create_task(follower.run()))
         await until(lambda: follower.connected)
         return follower
@@ -143,11 +143,11 @@ async def test_what_a_replica_holds_is_seen_as_it_changes(
     assert (state.report, state.incarnation) == (replica.load, publisher.incarnation)
 
     replica.hold("d2", Tier.LOADING)
-    replica.held["d1"] = Residency("d1", Tier.FAILED, 0, 2.0, "it broke")
+    replica.held["d1"] = AdapterState("d1", Tier.FAILED, 0, 2.0, "it broke")
     publisher.wake()
     await until(lambda: follower.replicas["r1"].residency == replica.held)
     del replica.held["d1"]
-    replica.held["d2"] = Residency("d2", Tier.ABSENT, 0, 3.0)
+    replica.held["d2"] = AdapterState("d2", Tier.ABSENT, 0, 3.0)
     publisher.wake()
     await until(lambda: follower.replicas["r1"].residency == {})
     assert follower.resyncs == looks  # messages did it

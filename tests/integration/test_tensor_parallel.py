@@ -23,7 +23,7 @@ from replica.engine import tensor_parallel
 from replica.engine.engine import Engine
 from replica.engine.link import EngineLink
 from replica.engine.tensor_parallel import _Process
-from replica.engine.tp_messages import Drop, Order
+from replica.engine.tp_messages import Command, Drop
 from replica.model.launch import Row
 from replica.model.shape import read_shape
 from replica.scheduling.adapter import Load
@@ -144,8 +144,8 @@ def test_biases_and_head_norms_of_other_architectures(architecture: str, tmp_pat
         wanted = answers(alone, digests)
     with closing(engine(model, 2, versions, overlap=False)) as parallel:
         assert_same(answers(parallel, digests), wanted)
-        assert parallel._followers is not None
-        pids = parallel._followers.pids
+        assert parallel._workers is not None
+        pids = parallel._workers.pids
         assert all(map(runs, pids))
     assert not any(map(runs, pids))
 
@@ -185,7 +185,7 @@ def test_an_image_takes_a_ranks_part_of_the_bytes(
     model: str, versions: list[Version], parallel: Engine
 ) -> None:
     whole = {v.digest: v.parameters * 4 for v in versions}
-    held = {e.digest: e.bytes for e in parallel.residency()}
+    held = {e.digest: e.bytes for e in parallel.adapter_states()}
     for digest, size in whole.items():
         assert size / 2 < held[digest] < size
     assert parallel.runner.shape.kv_heads == 1
@@ -246,10 +246,10 @@ def test_an_adapter_that_one_rank_cannot_use_fails_on_all(
     error = got["bad"][-1].error
     assert error is not None and error.status == 503
     assert "rank 1: " in error.message and "not finite" in error.message
-    assert {e.tier for e in parallel.residency() if e.digest == info.digest} == {Tier.FAILED}
+    assert {e.tier for e in parallel.adapter_states() if e.digest == info.digest} == {Tier.FAILED}
     parallel.forget(info.digest)
     free = parallel.report().free_bytes
-    held = sum(e.bytes for e in parallel.residency() if e.tier is Tier.DEVICE)
+    held = sum(e.bytes for e in parallel.adapter_states() if e.tier is Tier.DEVICE)
     assert free == parallel.report().capacity_bytes - held, "its bytes are free again"
 
 
@@ -260,10 +260,10 @@ def test_an_image_in_host_memory_comes_back_without_its_files(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    followers, orders = parallel._followers, list[Order]()
-    assert followers is not None
-    tell = followers.tell
-    monkeypatch.setattr(followers, "tell", lambda order: (orders.append(order), tell(order)))
+    workers, orders = parallel._workers, list[Command]()
+    assert workers is not None
+    tell = workers.tell
+    monkeypatch.setattr(workers, "tell", lambda command: (orders.append(command), tell(command)))
     moved = Path(shutil.copytree(versions[1].uri, tmp_path / "moved"))
     digest = versions[1].digest
     for version in versions:
@@ -273,11 +273,11 @@ def test_an_image_in_host_memory_comes_back_without_its_files(
         parallel.register(version, version.uri)
     parallel.register(versions[1], str(moved))
     first = answers(parallel, [digest])
-    dropped = {order.digest for order in orders if isinstance(order, Drop)}
+    dropped = {command.digest for command in orders if isinstance(command, Drop)}
     assert dropped == {v.digest for v in versions}, "what was forgotten is kept nowhere"
     shutil.rmtree(moved)
     answers(parallel, [versions[2].digest, versions[3].digest])
-    assert {e.tier for e in parallel.residency() if e.digest == digest} == {Tier.HOST}
+    assert {e.tier for e in parallel.adapter_states() if e.digest == digest} == {Tier.HOST}
     assert_same(answers(parallel, [digest]), first)
     parallel.register(versions[1], versions[1].uri)
 
@@ -327,7 +327,7 @@ def test_an_image_that_slid_is_used_where_it_lies_now(
 
     def bring(version: Version, slot: int, offset: int) -> int:
         parallel.register(version, version.uri)
-        (size,) = [e.bytes for e in parallel.residency() if e.digest == version.digest]
+        (size,) = [e.bytes for e in parallel.adapter_states() if e.digest == version.digest]
         load = Load(version.digest, version.uri, slot, offset, size, Tier.DISK)
         ended = parallel._loader.run(load, None, False)
         assert ended.layout is not None, ended.error
@@ -337,7 +337,7 @@ def test_an_image_that_slid_is_used_where_it_lies_now(
     before = bring(versions[0], 1, 0)
     size = bring(versions[1], 2, before)
     arena.clear(1)
-    arena.move(2, before, 0, size)
+    arena.slide(2, before, 0, size)
     bring(versions[2], 1, size)  # where a part of it lay
     (sampled,) = parallel.runner.run([Row(PROMPTS[0], 0, range(2), 2, LOGGED, 0, 0)])
     assert sampled is not None and sampled.logprobs is not None

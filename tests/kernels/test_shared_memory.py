@@ -97,7 +97,7 @@ class Watched:
                 assert delta.error is None, delta.error
                 self.got[delta.request_id].extend(delta.tokens)
             self.engine.scheduler.check()
-            self.capacities.append(self.engine.scheduler.residency.extents.capacity)
+            self.capacities.append(self.engine.scheduler.adapter_cache.extents.capacity)
             steps = None if steps is None else steps - 1
 
 

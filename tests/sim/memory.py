@@ -6,7 +6,7 @@ Images and pages have a range each, or share one (`replica/scheduling/budget.py`
 import dataclasses
 from collections.abc import Sequence
 
-from replica.scheduling.adapter import Evict, Load, PageMove, Room
+from replica.scheduling.adapter import ArenaChange, Evict, Load, PageMove
 from replica.scheduling.plan import Work
 from replica.scheduling.scheduler import Scheduler
 
@@ -17,8 +17,8 @@ class Memory:
     """Carries out what a scheduler plans. Raises AssertionError where something is overwritten."""
 
     def __init__(self, core: Scheduler) -> None:
-        self._extents, self._pages = core.residency.extents, core.pages
-        budget = core.residency.budget
+        self._extents, self._pages = core.adapter_cache.extents, core.pages
+        budget = core.adapter_cache.budget
         self._pages_begin = self._extents.capacity if budget is None else 0
         self._page_bytes = 1 if budget is None else budget.page_bytes
         end = self._pages_begin + self._pages.total * self._page_bytes
@@ -32,11 +32,11 @@ class Memory:
     def slots(self) -> set[int]:
         return set(self._images)
 
-    def make(self, room: Room) -> None:
+    def make(self, change: ArenaChange) -> None:
         """All but the load, which `begin` starts."""
-        for evict in room.evictions:
+        for evict in change.evictions:
             self.clear(evict)
-        for move in room.moves:
+        for move in change.slides:
             if move.slot in self.lost:
                 continue
             assert move.slot in self._images, "what is not there cannot move"
@@ -44,7 +44,7 @@ class Memory:
             assert (image.offset, image.bytes) == (move.source, move.bytes)
             self._images[move.slot] = dataclasses.replace(image, offset=move.target)
             self._own(move.target, move.bytes, image.digest)
-        for page in room.page_moves:
+        for page in change.page_moves:
             self._copy_page(page)
 
     def clear(self, evict: Evict) -> None:

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from cluster.costs import Costs
 from cluster.errors import FleetError
 from replica.scheduling.adapter import Load
-from replica.scheduling.adapter_cache import Residency
+from replica.scheduling.adapter_cache import AdapterCache
 from replica.scheduling.admission import Limits
 from replica.scheduling.budget import Budget
 from replica.scheduling.drainer import Sharing
-from replica.scheduling.victims import ORDERS
 from replica.scheduling.extents import Extents
 from replica.scheduling.host_tier import HostTier
 from replica.scheduling.loads import Switches
@@ -25,6 +24,7 @@ from replica.scheduling.plan import Plan
 from replica.scheduling.request import ENDED, Delta, Finish, NewRequest, Request, Sampled, Sampling
 from replica.scheduling.scheduler import Scheduler
 from replica.scheduling.share import Share
+from replica.scheduling.victims import ORDERS
 from tests.sim.memory import Memory
 
 
@@ -83,7 +83,7 @@ class Run:
             context_pages = pages.needed(limits.context)
             pages = Pages(context_pages + rng.randint(2, 16), 16)
             budget = Budget(extents, pages, rng.randint(8, 20), context_pages, rng.randint(0, 4))
-        residency = Residency(
+        adapter_cache = AdapterCache(
             extents,
             slots,
             ORDERS[rng.choice(sorted(ORDERS))],
@@ -94,7 +94,7 @@ class Run:
             budget,
         )
         share = Share({"a": 2.0}, on=self.chance(0.3))
-        self.core = Scheduler(limits, pages, residency, costs, switches, sharing, share)
+        self.core = Scheduler(limits, pages, adapter_cache, costs, switches, sharing, share)
         self.memory = Memory(self.core)
         self.flying: deque[Flying] = deque()
         self.open: dict[str, Request] = {}
@@ -112,10 +112,10 @@ class Run:
             digest = rng.choice("abcdefgh")
             pinned = self.chance(0.05)
             size = rng.randint(1, 60)
-            if core.residency.refusal(digest, size, pinned) is None:
-                core.residency.register(digest, "/", size, pinned, now_s=self.now_s)
-        if self.chance(0.02) and core.residency.adapters:
-            core.forget(rng.choice([d for d in sorted(core.residency.adapters) if d] or ["x"]))
+            if core.adapter_cache.refusal(digest, size, pinned) is None:
+                core.adapter_cache.register(digest, "/", size, pinned, now_s=self.now_s)
+        if self.chance(0.02) and core.adapter_cache.adapters:
+            core.forget(rng.choice([d for d in sorted(core.adapter_cache.adapters) if d] or ["x"]))
         if self.chance(0.5):
             self.arrive()
         if self.chance(0.05) and self.open:
@@ -124,9 +124,11 @@ class Run:
             self.end(victim)
 
     def unpin(self) -> None:
-        for adapter in list(self.core.residency.adapters.values()):
+        for adapter in list(self.core.adapter_cache.adapters.values()):
             if adapter.pinned and not adapter.leaving:
-                self.core.residency.register(adapter.digest, "/", adapter.bytes, False, self.now_s)
+                self.core.adapter_cache.register(
+                    adapter.digest, "/", adapter.bytes, False, self.now_s
+                )
 
     def arrive(self) -> None:
         rng = self.rng
@@ -200,21 +202,21 @@ class Run:
         self.now_s += 0.05
 
     def make_rooms(self, plan: Plan, faults: bool) -> Plan:
-        for room in plan.rooms:
-            for change in (*room.evictions, *room.moves):
-                self.unused(change.slot)
-            for move in room.moves:
+        for change in plan.arena_changes:
+            for freed in (*change.evictions, *change.slides):
+                self.unused(freed.slot)
+            for move in change.slides:
                 self.untouched(move.target, move.bytes)
             named = {page for step in self.flying for page in step.named()}
-            for copied in room.page_moves:
+            for copied in change.page_moves:
                 assert not {copied.source, copied.target} & named, "a page of a step in flight"
-            self.memory.make(room)
-            if room.load is None:
+            self.memory.make(change)
+            if change.load is None:
                 continue
-            self.untouched(room.load.offset, room.load.bytes)
-            self.memory.begin(room.load)
+            self.untouched(change.load.offset, change.load.bytes)
+            self.memory.begin(change.load)
             if not self.core.switches.overlap:
-                self.load_now(room.load, faults)
+                self.load_now(change.load, faults)
         return self.core.without_ended(plan)
 
     def untouched(self, offset: int, size: int) -> None:

@@ -52,13 +52,13 @@ class Crowd:
             if end_s <= self.now_s:
                 self.copies.remove((end_s, digest))
                 core.loaded(digest, self.now_s)
-        since = {d: a.starved_s for d, a in core.residency.adapters.items()}
+        since = {d: a.starved_s for d, a in core.adapter_cache.adapters.items()}
         plan, _ = run(core, self.now_s)
-        for room in plan.rooms:
+        for change in plan.arena_changes:
             begun_s = max([self.now_s, *(end_s for end_s, _ in self.copies)])
-            copy_s = core.costs.copy_s(room.load.bytes)
-            self.copies.append((begun_s + copy_s, room.load.digest))
-            starved_s = since[room.load.digest]
+            copy_s = core.costs.copy_s(change.load.bytes)
+            self.copies.append((begun_s + copy_s, change.load.digest))
+            starved_s = since[change.load.digest]
             assert starved_s is not None
             self.waits_s.append(self.now_s - starved_s)
         self.now_s += STEP_S

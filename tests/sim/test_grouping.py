@@ -10,7 +10,7 @@ import pytest
 from cluster.costs import Costs
 from cluster.values import Tier
 from replica.scheduling import victims
-from replica.scheduling.adapter_cache import Residency
+from replica.scheduling.adapter_cache import AdapterCache
 from replica.scheduling.admission import Limits
 from replica.scheduling.drainer import Sharing
 from replica.scheduling.extents import Extents
@@ -18,7 +18,7 @@ from replica.scheduling.loads import Switches
 from replica.scheduling.pages import Pages
 from replica.scheduling.plan import Work
 from replica.scheduling.scheduler import Scheduler
-from replica.simulation.simulator import Twin
+from replica.simulation.simulator import Simulator
 from replica.simulation.workloads import Arrival
 
 
@@ -43,15 +43,17 @@ class Device:
 def ttft_s(device: Device, adapters: int) -> list[float]:
     """Of one request an adapter, all of them coming at once."""
     costs = Costs(1.0 / device.load_s, device.decode_s, device.prefill_s / 10)
-    residency = Residency(Extents(adapters, 1), adapters, victims.lru, costs.copy_s, 1.0, 8.0)
+    adapter_cache = AdapterCache(
+        Extents(adapters, 1), adapters, victims.lru, costs.copy_s, 1.0, 8.0
+    )
     ranks: dict[str | None, int] = {None: 0}
     for i in range(adapters):
-        residency.register(f"a{i}", "/", 1, pinned=False, now_s=0.0)
+        adapter_cache.register(f"a{i}", "/", 1, pinned=False, now_s=0.0)
         ranks[f"a{i}"] = 8
     limits = Limits(64, 4096, 100, adapters, context=128)
-    core = Scheduler(limits, Pages(640, 16), residency, costs, Switches(), Sharing())
+    core = Scheduler(limits, Pages(640, 16), adapter_cache, costs, Switches(), Sharing())
     coming = [Arrival(0.0, f"a{i}", 10, 1, "") for i in range(adapters)]
-    records = Twin(core, device, ranks, check=True).run(coming)
+    records = Simulator(core, device, ranks, check=True).run(coming)
     return [record.ttft_s for record in records]
 
 

@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 from cluster.errors import FleetError
 from cluster.values import Tier
 from replica.scheduling import victims
-from replica.scheduling.adapter_cache import Residency
+from replica.scheduling.adapter_cache import AdapterCache
 from replica.scheduling.drainer import Sharing
 from replica.scheduling.extents import Extents
 from replica.scheduling.host_tier import HostTier
@@ -110,7 +110,7 @@ class ResidencyMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now_s = 0.0
-        self.directory = Residency(
+        self.directory = AdapterCache(
             Extents(100, 1), 4, victims.cost, lambda size, _: size / 100, 1.0, 8.0, HostTier(60)
         )
         self.contents: dict[int, str] = {}
@@ -167,12 +167,12 @@ class ResidencyMachine(RuleBasedStateMachine):
             gone = self.directory.adapters[victim]
             assert not gone.users and not gone.pinned and gone.tier is Tier.DEVICE
             assert not (gone.fresh and gone.wanted), "it was loaded for someone"
-        room = self.directory.make_room(digest, victims, self.now_s)
-        assert [e.digest for e in room.evictions] == victims
-        self.clear(room.evictions)
+        change = self.directory.make_room(digest, victims, self.now_s)
+        assert [e.digest for e in change.evictions] == victims
+        self.clear(change.evictions)
         busy = {self.directory.slot(d) for d in self.in_flight}
-        assert busy.isdisjoint(m.slot for m in room.moves), "a copy's target moved"
-        assert room.load.slot not in self.contents
+        assert busy.isdisjoint(m.slot for m in change.slides), "a copy's target moved"
+        assert change.load.slot not in self.contents
         self.in_flight.add(digest)
 
     @precondition(lambda self: self.in_flight)
@@ -301,12 +301,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.take_in(plan.failed)
         if plan.waits:
             self.commit()
-        for room in plan.rooms:
-            self.memory.make(room)
-            if room.load is not None:
-                self.memory.begin(room.load)
+        for change in plan.arena_changes:
+            self.memory.make(change)
+            if change.load is not None:
+                self.memory.begin(change.load)
                 if not core.switches.overlap:
-                    self.memory.end(room.load, good=True)
+                    self.memory.end(change.load, good=True)
         plan = core.without_ended(plan)
         if plan.rows:
             self.flying.append((plan, [work.request.pages for work in plan.rows]))
@@ -340,7 +340,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def whole(self) -> None:
         if hasattr(self, "core"):
             self.core.check()
-            assert {r.id for r in self.core.waiting} | set(self.core.batch.running) == self.open
+            assert {r.id for r in self.core.waiting} | set(
+                self.core.running_set.running
+            ) == self.open
 
     def teardown(self) -> None:
         """With no more faults all work ends."""
@@ -363,26 +365,26 @@ class DrainerMachine(SchedulerMachine):
     def drains_are_right(self) -> None:
         if not hasattr(self, "core"):
             return
-        residency, drains = self.core.residency, self.core.drainer.drains
+        adapter_cache, drains = self.core.adapter_cache, self.core.drainer.drains
         for victim, drain in drains.items():
             assert victim != drain.starving, "it drains itself"
-            adapter = residency.adapters.get(victim)
+            adapter = adapter_cache.adapters.get(victim)
             assert adapter is None or not adapter.pinned
 
     def step(self) -> None:
         drainer = self.core.drainer
         before = dict(drainer.drains)
-        running = set(self.core.batch.running)
+        running = set(self.core.running_set.running)
         super().step()
-        for request in self.core.batch.running.values():
+        for request in self.core.running_set.running.values():
             drain = before.get(request.place or "none")
             still = drain is not None and drainer.drains.get(request.place or "none") == drain
             if still and request.id not in running:
                 assert drain is not None and request.id in drain.admitted, "it was not to enter"
         for victim, drain in before.items():
-            starving = self.core.residency.adapters.get(drain.starving)
+            starving = self.core.adapter_cache.adapters.get(drain.starving)
             if starving is not None and starving.wanted and starving.slot is None:
-                gone = not self.core.residency.usable(victim)
+                gone = not self.core.adapter_cache.usable(victim)
                 assert not gone, "its place went to another than it was freed for"
 
 

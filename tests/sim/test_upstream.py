@@ -18,8 +18,8 @@ from replica.simulation.comparison import (
     lines,
 )
 from replica.simulation.published import PUBLISHED
-from replica.simulation.simulator import Figures, Record
-from replica.simulation.upstream import POLICIES, SHARED, TABLES, Replay, Table, replay, twin
+from replica.simulation.simulator import Figures, RequestStats
+from replica.simulation.upstream import POLICIES, SHARED, TABLES, Replay, Table, replay, simulator
 from replica.simulation.workloads import arrivals
 
 # What draining is for builds up slowly: 17913 needs all of its requests.
@@ -51,7 +51,7 @@ def test_the_invariants_hold_after_each_step_and_every_arrival_ends(name: str, p
     """On a card with so little memory that 14795 runs short of pages, too."""
     table = shortened(TABLES[name], 16, faster=4.0)
     table = dataclasses.replace(table, card=dataclasses.replace(table.card, memory_bytes=16.5e9))
-    run = twin(table, policy, check=True)
+    run = simulator(table, policy, check=True)
     coming = arrivals(table.streams, 0)
     records = run.run(coming)
     assert [r.arrival for r in records] == coming
@@ -64,7 +64,7 @@ def test_one_memory_too_small_for_all_adapters_is_shared_in_turn(name: str) -> N
     """One whole context leaves it 1.6 GB: one adapter of rank 256, or six of rank 64."""
     table = shortened(TABLES[name], 16, faster=4.0)
     table = dataclasses.replace(table, card=dataclasses.replace(table.card, memory_bytes=38.7e9))
-    run = twin(table, SHARED, check=True)
+    run = simulator(table, SHARED, check=True)
     coming = arrivals(table.streams, 0)
     records = run.run(coming)
     assert [r.arrival for r in records] == coming
@@ -77,7 +77,9 @@ def test_the_same_seed_gives_the_same_figures() -> None:
     table = shortened(TABLES["17913"], 20)
 
     def lives(seed: int) -> list[tuple[float | None, float]]:
-        records: Sequence[Record] = twin(table, "ours").run(arrivals(table.streams, seed))
+        records: Sequence[RequestStats] = simulator(table, "ours").run(
+            arrivals(table.streams, seed)
+        )
         return [(r.first_s, r.last_s) for r in records]
 
     assert lives(0) == lives(0) != lives(1)
@@ -178,7 +180,7 @@ def test_the_json_has_each_table_policy_and_figure(compared: dict[str, Compared]
 def test_ours_runs_at_the_depth_that_was_asked_for_and_upstreams_servers_at_1() -> None:
     table = shortened(TABLES["17913"], 10)
     for policy, depths in (("before", [1, 1]), ("after", [1, 1]), ("ours", [1, 2])):
-        assert [twin(table, policy, depth=depth).depth for depth in (1, 2)] == depths
+        assert [simulator(table, policy, depth=depth).depth for depth in (1, 2)] == depths
     first, second = (replay(table, "ours", [0], depth).median("lora") for depth in (1, 2))
     assert first != second == replay(table, "ours", [0]).median("lora")
 

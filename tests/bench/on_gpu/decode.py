@@ -413,7 +413,7 @@ def _engine_steps(
         for _ in range(steps):
             engine.step()
         rounds.append((time.perf_counter() - start_s) / steps)
-    running = list(engine.scheduler.batch.running.values())
+    running = list(engine.scheduler.running_set.running.values())
     assert len(running) == count, f"{len(running)} of {count} rows were left"
     context = sum(request.computed for request in running) // count
     for name in everyone:

@@ -51,7 +51,7 @@ class Served:
             self.replay(
                 [Arrival(0.0, name, length, output_tokens, "warm") for name in self.digests], seed
             )
-        host = self.engine.scheduler.residency.host
+        host = self.engine.scheduler.adapter_cache.host
         absent = [name for name, d in self.digests.items() if d is not None and d not in host]
         assert not absent, f"not in host memory after the warm-up: {absent}"
 

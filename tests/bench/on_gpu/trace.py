@@ -185,7 +185,7 @@ def _profile(setting: Setting, server: Served, sizes: Sizes, rng: random.Random)
 
 def _ask_for_absent(engine: Engine, rng: random.Random, sizes: Sizes) -> None:
     """A request for each adapter that is not on the device, until all have their first token."""
-    absent = [e.digest for e in engine.residency() if e.tier is not Tier.DEVICE]
+    absent = [e.digest for e in engine.adapter_states() if e.tier is not Tier.DEVICE]
     names = {f"{engine.steps}: {digest}": digest for digest in absent}
     for name, digest in names.items():
         _ask(engine, rng, name, sizes.prompt // 8, 2, digest)

@@ -17,7 +17,7 @@ import torch
 from cluster.config import EngineConfig
 from cluster.values import Version
 from replica.simulation.published import published
-from replica.simulation.simulator import Figures, Record, figures
+from replica.simulation.simulator import Figures, RequestStats, figures
 from replica.simulation.upstream import TABLES, Table
 from replica.simulation.workloads import arrivals
 from tests.bench.on_gpu.floors import image_bytes, weight_bytes
@@ -118,7 +118,7 @@ def _replay(setting: Setting, table: Table, variant: str, versions: Mapping[str,
             _tell_beside(setting, what, found["base"], alone["base"])
 
 
-def _by_stream(table: Table, records: Sequence[Record]) -> dict[str, Figures]:
+def _by_stream(table: Table, records: Sequence[RequestStats]) -> dict[str, Figures]:
     return {
         stream.name: figures([r for r in records if r.arrival.stream == stream.name])
         for stream in table.streams

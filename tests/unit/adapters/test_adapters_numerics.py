@@ -172,7 +172,7 @@ def test_an_adapter_that_moved_or_gave_its_slot_to_another(tmp_path: Path) -> No
 
     check(adapter1=1, adapter0=2)
     size = -(-images[1].bytes // arena.alignment) * arena.alignment
-    arena.move(1, half, half - arena.alignment * 2, size)
+    arena.slide(1, half, half - arena.alignment * 2, size)
     check(adapter1=1, adapter0=2)
     arena.clear(2)
     arena.clear(1)

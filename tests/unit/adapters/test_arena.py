@@ -74,7 +74,7 @@ def test_a_slide_may_overlap_itself(
     source, target = (step, 0) if down else (0, step)
     put(arena, 1, source, image)
     generation = int(arena.directory.generation[1])
-    arena.move(1, source, target, taken(arena, image))
+    arena.slide(1, source, target, taken(arena, image))
     assert held(arena, 1, image)
     assert int(arena.directory.a_offset[1, 0, 0]) * 4 == target
     assert int(arena.directory.generation[1]) > generation
@@ -92,7 +92,7 @@ def test_nothing_lands_on_a_placed_image(shape: ModelShape) -> None:
         with pytest.raises(AssertionError, match="lands on"):
             arena.place(3, offset, image.layout)
     with pytest.raises(AssertionError, match="lands on"):
-        arena.move(2, size, size - 256, size)
+        arena.slide(2, size, size - 256, size)
     with pytest.raises(AssertionError, match="is taken"):
         arena.place(2, 2 * size, image.layout)
     with pytest.raises(AssertionError):
@@ -107,7 +107,7 @@ def test_a_move_does_not_land_on_a_copy_in_flight(shape: ModelShape) -> None:
     put(arena, 1, size, image)
     with arena.writing(0, image.bytes) as target:
         with pytest.raises(AssertionError, match="lands on"):
-            arena.move(1, size, 0, size)
+            arena.slide(1, size, 0, size)
         target.copy_(image.flat)
     arena.place(2, 0, image.layout)
     assert held(arena, 1, image) and held(arena, 2, image)
@@ -164,7 +164,7 @@ def test_random_loads_moves_and_clears(seed: int, shape: ModelShape) -> None:
         if choice.random() < 0.3:
             end = 0
             for slot, (offset, image) in sorted(images.items(), key=lambda item: item[1][0]):
-                arena.move(slot, offset, end, taken(arena, image))
+                arena.slide(slot, offset, end, taken(arena, image))
                 images[slot] = (end, image)
                 end += taken(arena, image)
         assert all(held(arena, slot, image) for slot, (_, image) in images.items())

@@ -93,9 +93,9 @@ def test_a_copy_waits_for_the_slide_of_what_lay_there(
     put(arena, 1, 512, images[0])
     put(arena, 2, size + 512, images[1])
     before = forward(device, arena, 1, images[0])
-    arena.move(1, 512, 0, size)
+    arena.slide(1, 512, 0, size)
     after = forward(device, arena, 1, images[0])
-    arena.move(2, size + 512, size, size)
+    arena.slide(2, size + 512, size, size)
     put(arena, 3, 2 * size, images[2])
     seen = [forward(device, arena, slot, images[slot - 1]) for slot in (1, 2, 3)]
     device.run()
@@ -231,7 +231,7 @@ def churn(
             case 3:
                 end = 0
                 for slot, (offset, image) in sorted(images.items(), key=lambda item: item[1][0]):
-                    arena.move(slot, offset, end, taken(arena, image))
+                    arena.slide(slot, offset, end, taken(arena, image))
                     images[slot] = (end, image)
                     end += taken(arena, image)
             case _:

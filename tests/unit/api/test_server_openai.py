@@ -464,8 +464,8 @@ async def test_a_lower_priority_number_goes_first_as_in_vllm(
 async def test_why_did_this_wait(client: AsyncOpenAI, app: Server) -> None:
     answer = await client.completions.create(model=BASE, prompt="x", max_tokens=2, n=2)
     async with client_of(app) as http:
-        story = await http.get(f"/v1/requests/{answer.id}")
+        timeline = await http.get(f"/v1/requests/{answer.id}")
         unknown = await http.get("/v1/requests/nobody")
-    assert [len(choice) for choice in story.json()["choices"]] == [1, 1]
-    assert story.json()["choices"][0][0]["event"] == "queued"
+    assert [len(choice) for choice in timeline.json()["choices"]] == [1, 1]
+    assert timeline.json()["choices"][0][0]["event"] == "queued"
     assert unknown.status_code == 404 and "nobody" in unknown.text

@@ -10,8 +10,8 @@ from cluster.errors import EngineFailed
 from cluster.values import Tier
 from replica.adapters.image import Image, Layout
 from replica.adapters.loader import Loaded, Loader
-from replica.engine.tensor_parallel import Followers, JointLoader
-from replica.engine.tp_messages import Answer, Bring, Brought, Drop, Order, PageTables
+from replica.engine.tensor_parallel import JointLoader, TensorParallelWorkers
+from replica.engine.tp_messages import AdapterLoaded, Answer, Command, Drop, LoadAdapter, PageTables
 from replica.model.launch import Row
 from replica.scheduling.adapter import Load
 from replica.scheduling.request import Sampling
@@ -62,11 +62,11 @@ def test_a_decode_step_of_long_sequences_is_a_short_message() -> None:
     assert again < 64 * 64
 
 
-class FakeFollowers(Followers):
+class FakeFollowers(TensorParallelWorkers):
     """Two of them, which answer what the test says."""
 
     def __init__(self) -> None:
-        self.told: list[Order] = []
+        self.told: list[Command] = []
         self.answers: deque[tuple[int, Answer]] = deque()
         self.gone = False
 
@@ -74,8 +74,8 @@ class FakeFollowers(Followers):
     def count(self) -> int:
         return 2
 
-    def tell(self, order: Order) -> None:
-        self.told.append(order)
+    def tell(self, command: Command) -> None:
+        self.told.append(command)
 
     def hear(self, *, wait: bool = False) -> tuple[int, Answer] | None:
         if self.gone:
@@ -103,7 +103,7 @@ def load_of(digest: str) -> Load:
 
 
 @pytest.fixture
-def followers() -> FakeFollowers:
+def workers() -> FakeFollowers:
     return FakeFollowers()
 
 
@@ -114,67 +114,65 @@ def own() -> FakeLoader:
 
 @pytest.mark.parametrize("last", [0, 1, 2])
 def test_a_load_has_ended_when_it_has_on_every_rank(
-    last: int, followers: FakeFollowers, own: FakeLoader
+    last: int, workers: FakeFollowers, own: FakeLoader
 ) -> None:
-    loader, load = JointLoader(own, followers), load_of("a")
+    loader, load = JointLoader(own, workers), load_of("a")
     loader.begin(load, None, True)
-    assert followers.told == [Bring(load, from_host=False, keep=True)]
+    assert workers.told == [LoadAdapter(load, from_host=False, keep=True)]
     for rank in sorted(range(3), key=lambda rank: rank == last):
         assert loader.ended() == []
         if rank:
-            followers.answers.append((rank, Brought("a", None)))
+            workers.answers.append((rank, AdapterLoaded("a", None)))
         else:
             own.done.append(Loaded(load, LAYOUT, 1.0))
     (ended,) = loader.ended()
     assert ended.layout is LAYOUT and ended.error is None
     assert loader.ended() == []
-    assert len(followers.told) == 1, "nobody drops anything"
+    assert len(workers.told) == 1, "nobody drops anything"
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
 def test_a_load_that_failed_on_one_rank_failed_on_all(
-    failing: int, followers: FakeFollowers, own: FakeLoader
+    failing: int, workers: FakeFollowers, own: FakeLoader
 ) -> None:
-    loader, load = JointLoader(own, followers), load_of("a")
+    loader, load = JointLoader(own, workers), load_of("a")
     for _ in range(2):  # it may be tried again
         loader.begin(load, None, True)
         for rank in (1, 2):
             error = "broken" if rank == failing else None
-            followers.answers.append((rank, Brought("a", error)))
+            workers.answers.append((rank, AdapterLoaded("a", error)))
         here = Loaded(load, None, 1.0, "broken") if failing == 0 else Loaded(load, LAYOUT, 1.0)
         own.done.append(here)
         (ended,) = loader.ended()
         assert ended.layout is None and ended.image is None
         assert ended.error == (f"rank {failing}: broken" if failing else "broken")
-        assert followers.told[-1] == Drop("a")
+        assert workers.told[-1] == Drop("a")
     loader.begin(load, None, False)
-    followers.answers.extend([(1, Brought("a", None)), (2, Brought("a", None))])
+    workers.answers.extend([(1, AdapterLoaded("a", None)), (2, AdapterLoaded("a", None))])
     own.done.append(Loaded(load, LAYOUT, 1.0))
     assert [ended.error for ended in loader.ended()] == [None]
 
 
-def test_loads_beside_each_other_are_not_mixed_up(
-    followers: FakeFollowers, own: FakeLoader
-) -> None:
-    loader = JointLoader(own, followers)
+def test_loads_beside_each_other_are_not_mixed_up(workers: FakeFollowers, own: FakeLoader) -> None:
+    loader = JointLoader(own, workers)
     for digest in "ab":
         loader.begin(load_of(digest), None, False)
-    followers.answers.extend([(1, Brought("b", None)), (2, Brought("b", None))])
-    followers.answers.append((1, Brought("a", None)))
+    workers.answers.extend([(1, AdapterLoaded("b", None)), (2, AdapterLoaded("b", None))])
+    workers.answers.append((1, AdapterLoaded("a", None)))
     own.done.extend([Loaded(load_of("a"), LAYOUT, 1.0), Loaded(load_of("b"), LAYOUT, 1.0)])
     assert [ended.load.digest for ended in loader.ended()] == ["b"]
     # Without overlap, a third waits for its own answers, and takes in what else comes.
-    followers.answers.extend((2, Brought(digest, None)) for digest in "ac")
-    followers.answers.append((1, Brought("c", "broken")))
+    workers.answers.extend((2, AdapterLoaded(digest, None)) for digest in "ac")
+    workers.answers.append((1, AdapterLoaded("c", "broken")))
     assert loader.run(load_of("c"), None, False).error == "rank 1: broken"
     assert [ended.load.digest for ended in loader.ended()] == ["a"]
 
 
 def test_a_lost_rank_is_found_where_loads_are_looked_for(
-    followers: FakeFollowers, own: FakeLoader
+    workers: FakeFollowers, own: FakeLoader
 ) -> None:
     """The engine looks in every step, also when it has nothing to run."""
-    loader = JointLoader(own, followers)
-    followers.gone = True
+    loader = JointLoader(own, workers)
+    workers.gone = True
     with pytest.raises(EngineFailed):
         loader.ended()

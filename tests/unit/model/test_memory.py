@@ -8,8 +8,8 @@ import pytest
 from cluster.config import EngineConfig
 from cluster.errors import ConfigError
 from replica.model.memory import divide
-from replica.scheduling.assembly import Division
 from replica.model.shape import ModelShape, read_shape
+from replica.scheduling.assembly import Division
 from tests.small_files import write_model_config
 
 

@@ -40,7 +40,7 @@ class ThreadRanks(Ranks):
         self._meeting.wait(30)
         return found
 
-    def add_up(self, x: torch.Tensor) -> None:
+    def all_reduce(self, x: torch.Tensor) -> None:
         x.copy_(torch.stack(self.all(x)).sum(0))
 
     def share(self, x: torch.Tensor) -> None:

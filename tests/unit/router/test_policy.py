@@ -3,10 +3,10 @@
 import pytest
 
 from cluster.values import Tier
-from router.policy import Candidate, Costs, load_s, queue_s, rank
+from router.policy import Candidate, RoutingWeights, load_s, queue_s, rank
 
 MIB = 2**20
-COSTS = Costs()
+COSTS = RoutingWeights()
 
 
 def first(*candidates: Candidate, key: str = "fr") -> str:

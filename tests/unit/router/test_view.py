@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cluster.values import LoadReport, Residency, Tier
-from router.policy import Candidate, Costs, rank
+from cluster.values import AdapterState, LoadReport, Tier
+from router.policy import Candidate, RoutingWeights, rank
 from router.view import View
 
 FR = "f" * 64
@@ -13,12 +13,12 @@ FR = "f" * 64
 @dataclass(frozen=True)
 class State:
     report: LoadReport = field(default_factory=LoadReport)
-    residency: Mapping[str, Residency] = field(default_factory=dict)
+    residency: Mapping[str, AdapterState] = field(default_factory=dict)
     seen_s: float = 0.0
 
 
-def holding(tier: Tier, image_bytes: int = 0) -> dict[str, Residency]:
-    return {FR: Residency(FR, tier, image_bytes, 0.0)}
+def holding(tier: Tier, image_bytes: int = 0) -> dict[str, AdapterState]:
+    return {FR: AdapterState(FR, tier, image_bytes, 0.0)}
 
 
 def only(view: View, state: State | None, digest: str | None, now_s: float) -> Candidate:
@@ -90,7 +90,7 @@ def test_a_burst_spreads_over_idle_replicas() -> None:
     view, ids = View(), ["a", "b", "c"]
     states = {name: State(seen_s=9.9) for name in ids}
     for _ in range(60):
-        best = rank(view.candidates(ids, states, None, 10.0), "base", Costs())[0]
+        best = rank(view.candidates(ids, states, None, 10.0), "base", RoutingWeights())[0]
         view.picked(best.replica_id, None, 100, now_s=10.0)
     assert [view.own_picks(name) for name in ids] == [20, 20, 20]
 
@@ -99,6 +99,6 @@ def test_a_burst_for_one_cold_adapter_starts_on_one_replica() -> None:
     view, ids = View(), ["a", "b", "c"]
     states = {name: State(seen_s=9.9) for name in ids}
     for _ in range(3):
-        best = rank(view.candidates(ids, states, FR, 10.0), FR, Costs())[0]
+        best = rank(view.candidates(ids, states, FR, 10.0), FR, RoutingWeights())[0]
         view.picked(best.replica_id, FR, 10, now_s=10.0)
     assert sorted(view.own_picks(name) for name in ids) == [0, 0, 3]

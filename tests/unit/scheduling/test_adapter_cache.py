@@ -4,13 +4,13 @@ import pytest
 
 from cluster.values import Tier
 from replica.scheduling import victims
-from replica.scheduling.adapter import Evict, Room
-from replica.scheduling.adapter_cache import Residency
+from replica.scheduling.adapter import ArenaChange, Evict
+from replica.scheduling.adapter_cache import AdapterCache
 from replica.scheduling.extents import Extents
 
 
-def residency(capacity: int = 100, slots: int = 8) -> Residency:
-    return Residency(
+def adapter_cache(capacity: int = 100, slots: int = 8) -> AdapterCache:
+    return AdapterCache(
         Extents(capacity, alignment=1),
         slots,
         victims.lru,
@@ -20,19 +20,19 @@ def residency(capacity: int = 100, slots: int = 8) -> Residency:
     )
 
 
-def registered(*digests: str, size: int = 40, capacity: int = 100, slots: int = 8) -> Residency:
-    directory = residency(capacity, slots)
+def registered(*digests: str, size: int = 40, capacity: int = 100, slots: int = 8) -> AdapterCache:
+    directory = adapter_cache(capacity, slots)
     for digest in digests:
         directory.register(digest, f"/{digest}", size, pinned=False, now_s=0.0)
     return directory
 
 
-def room_for(directory: Residency, digest: str, now_s: float) -> Room | None:
+def room_for(directory: AdapterCache, digest: str, now_s: float) -> ArenaChange | None:
     victims = directory.victims.for_image(digest)
     return None if victims is None else directory.make_room(digest, victims, now_s)
 
 
-def bring(directory: Residency, digest: str, now_s: float) -> None:
+def bring(directory: AdapterCache, digest: str, now_s: float) -> None:
     assert room_for(directory, digest, now_s) is not None
     directory.loaded(digest, now_s)
     directory.check()
@@ -57,8 +57,8 @@ def test_the_least_recently_used_leaves_first() -> None:
     directory.acquire("a", 3.0)
     directory.release("a", 4.0)
     directory.unclaim("a")
-    room = room_for(directory, "c", 5.0)
-    assert room is not None and [e.digest for e in room.evictions] == ["b"]
+    change = room_for(directory, "c", 5.0)
+    assert change is not None and [e.digest for e in change.evictions] == ["b"]
 
 
 def test_an_adapter_with_a_running_row_is_never_evicted() -> None:
@@ -83,8 +83,8 @@ def test_a_pinned_adapter_is_never_evicted() -> None:
     directory.register("a", "/a", 40, pinned=True, now_s=0.0)
     bring(directory, "a", 0.0)
     bring(directory, "b", 5.0)
-    room = room_for(directory, "c", 9.0)
-    assert room is not None and [e.digest for e in room.evictions] == ["b"]
+    change = room_for(directory, "c", 9.0)
+    assert change is not None and [e.digest for e in change.evictions] == ["b"]
 
 
 def test_an_adapter_loaded_for_a_waiting_request_is_kept_until_it_has_run() -> None:
@@ -111,8 +111,8 @@ def test_victims_are_as_many_as_the_bytes_ask_for() -> None:
     directory.register("large", "/large", 90, pinned=False, now_s=0.0)
     for now_s, digest in enumerate("abc"):
         bring(directory, digest, now_s)
-    room = room_for(directory, "large", 9.0)
-    assert room is not None and [e.digest for e in room.evictions] == ["a", "b", "c"]
+    change = room_for(directory, "large", 9.0)
+    assert change is not None and [e.digest for e in change.evictions] == ["a", "b", "c"]
     directory.check()
 
 
@@ -120,7 +120,7 @@ def test_victims_are_as_many_as_the_bytes_ask_for() -> None:
 def test_those_that_a_larger_one_after_them_makes_needless_stay(
     size: int, victims: list[str]
 ) -> None:
-    directory = residency()
+    directory = adapter_cache()
     for digest, bytes in (("a", 10), ("b", 20), ("large", 50), ("c", 20), ("new", size)):
         directory.register(digest, f"/{digest}", bytes, pinned=False, now_s=0.0)
     for now_s, digest in enumerate(("a", "b", "large", "c")):
@@ -136,11 +136,11 @@ def test_scattered_bytes_slide_together_instead_of_a_third_eviction() -> None:
         directory.claim(digest, 0.0)
         directory.acquire(digest, 9.0)
     directory.register("large", "/large", 50, pinned=False, now_s=9.0)
-    room = room_for(directory, "large", 9.0)
-    assert room is not None
-    assert [e.digest for e in room.evictions] == ["a", "c"]
-    assert [(m.slot, m.target) for m in room.moves] == [(2, 0), (4, 25)]
-    assert room.load.offset == 50
+    change = room_for(directory, "large", 9.0)
+    assert change is not None
+    assert [e.digest for e in change.evictions] == ["a", "c"]
+    assert [(m.slot, m.target) for m in change.slides] == [(2, 0), (4, 25)]
+    assert change.load.offset == 50
 
 
 def test_nothing_is_evicted_when_it_would_not_be_enough() -> None:
@@ -158,8 +158,8 @@ def test_nothing_is_evicted_when_it_would_not_be_enough() -> None:
 def test_slots_bound_the_residents_too() -> None:
     directory = registered("a", "b", size=1, slots=1)
     bring(directory, "a", 0.0)
-    room = room_for(directory, "b", 1.0)
-    assert room is not None and room.evictions == (Evict("a", 1),) and room.load.slot == 1
+    change = room_for(directory, "b", 1.0)
+    assert change is not None and change.evictions == (Evict("a", 1),) and change.load.slot == 1
 
 
 def test_a_failed_load_frees_its_place_and_waits_longer_each_time() -> None:
@@ -255,9 +255,9 @@ def test_what_is_being_copied_does_not_slide_with_the_others() -> None:
         directory.forget(digest)
     directory.register("large", "/large", 40, pinned=False, now_s=4.0)
     assert directory.victims.for_image("large") == []
-    room = directory.make_room("large", [], 4.0)
-    assert [(m.slot, m.source, m.target) for m in room.moves] == [(4, 60, 40)]
-    assert room.load.offset == 60
+    change = directory.make_room("large", [], 4.0)
+    assert [(m.slot, m.source, m.target) for m in change.slides] == [(4, 60, 40)]
+    assert change.load.offset == 60
     directory.loaded("b", 5.0)
     directory.check()
 

@@ -4,9 +4,8 @@ import pytest
 
 from cluster.config import EngineConfig
 from cluster.costs import Costs
-from replica.scheduling.assembly import Division
 from replica.scheduling import victims
-from replica.scheduling.assembly import assemble
+from replica.scheduling.assembly import Division, assemble
 from replica.scheduling.scheduler import Scheduler
 
 
@@ -27,7 +26,7 @@ def test_the_defaults_are_the_best_known() -> None:
     switches = core.switches
     assert switches.base_pinned and switches.skip and switches.overlap and switches.prefetch_depth
     assert core.drainer.sharing.park and not core.drainer.sharing.drain_wait_threshold_s
-    assert core.residency.victims._order is victims.cost and not core.share.on
+    assert core.adapter_cache.victims._order is victims.cost and not core.share.on
 
 
 def test_each_switch_can_be_turned() -> None:
@@ -50,13 +49,13 @@ def test_each_switch_can_be_turned() -> None:
     assert switches.prefetch_depth == 3
     assert (sharing.park, sharing.quantum_s, sharing.head_start_s) == (False, 0.25, 0.5)
     assert sharing.drain_wait_threshold_s == 1.5
-    assert core.residency.victims._order is victims.fifo and core.share.on
+    assert core.adapter_cache.victims._order is victims.fifo and core.share.on
     assert core.limits.parked_pages_max == 7 and core.limits.page_wait_max_s == 0.5
 
 
 @pytest.mark.parametrize(("asked", "slots"), [(None, 255), (3, 3)])
 def test_places_are_bounded_by_the_directory(asked: int | None, slots: int) -> None:
-    assert assembled(slots_max=asked).residency.slots == slots
+    assert assembled(slots_max=asked).adapter_cache.slots == slots
 
 
 def test_a_step_holds_at_least_a_token_for_each_row() -> None:
@@ -68,7 +67,7 @@ def test_adapters_that_share_the_memory_of_pages_leave_headroom(
     asked: int | None, headroom: int
 ) -> None:
     core = assembled(shared=True, batch_rows_max=8, step_tokens_max=64, headroom_pages=asked)
-    budget = core.residency.budget
+    budget = core.adapter_cache.budget
     assert budget is not None and (budget.headroom, budget.page_bytes) == (headroom, 512)
-    assert (core.residency.extents.capacity, budget.most_bytes) == (0, 16 * 512)
-    assert assembled().residency.budget is None
+    assert (core.adapter_cache.extents.capacity, budget.most_bytes) == (0, 16 * 512)
+    assert assembled().adapter_cache.budget is None

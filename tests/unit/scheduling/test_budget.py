@@ -23,11 +23,11 @@ def shared(pages: int = 20, headroom: int = 2, **settings: object) -> Scheduler:
 
 
 def grown(core: Scheduler) -> int:
-    return core.residency.extents.capacity
+    return core.adapter_cache.extents.capacity
 
 
 def placed(core: Scheduler) -> list[str]:
-    return sorted(core.residency.placed)
+    return sorted(core.adapter_cache.placed)
 
 
 def hold(core: Scheduler, pages: int, name: str = "long") -> None:
@@ -41,7 +41,7 @@ def use(core: Scheduler, *digests: str) -> None:
         core.add(new(f"use {digest}", digest, max_tokens=1), 0.0)
         while core.waiting.waited_for(digest):
             settle(core, 0.0)
-        assert core.residency.usable(digest)
+        assert core.adapter_cache.usable(digest)
 
 
 # The budget alone
@@ -163,16 +163,16 @@ def test_held_pages_in_the_way_are_copied_and_their_rows_follow() -> None:
     core = shared(headroom=0)
     begin(core, *(new(f"r{i}", None, prompt=20, max_tokens=12) for i in range(7)))
     hold(core, 2, "r7")
-    core.batch.rows_max = 9
+    core.running_set.rows_max = 9
     hold(core, 2, "low")
-    assert core.batch.running["low"].pages == [3, 2]
+    assert core.running_set.running["low"].pages == [3, 2]
     for i in range(8):
         core.cancel(f"r{i}", 0.0)
     core.add(new("x", "a"), 0.0)
     plan = core.step(0.0)
-    (room,) = plan.rooms
-    assert room.page_moves == (PageMove(2, 18), PageMove(3, 16)), "19 and 17 hold prefixes"
-    assert core.batch.running["low"].pages == [16, 18]
+    (change,) = plan.arena_changes
+    assert change.page_moves == (PageMove(2, 18), PageMove(3, 16)), "19 and 17 hold prefixes"
+    assert core.running_set.running["low"].pages == [16, 18]
     core.check()
 
 
@@ -182,14 +182,14 @@ def test_the_pages_of_a_parked_row_are_copied_too() -> None:
     for i in range(4):
         hold(core, 4, f"r{i}")
     begin(core, new("x", "a", prompt=40, max_tokens=20))
-    assert core.batch.running["x"].pages == [3, 2, 1]
+    assert core.running_set.running["x"].pages == [3, 2, 1]
     for i in range(4):
         core.cancel(f"r{i}", 0.0)
     core.add(new("y", "b", priority=1), 0.0)
-    assert core.batch.park_all(("a",), core.waiting.head("b"), 0.0)
-    (room,) = core.step(0.0).rooms
-    assert [move.source for move in room.page_moves] == [1, 2, 3]
-    assert core.batch.running["x"].pages == [m.target for m in reversed(room.page_moves)]
+    assert core.running_set.park_all(("a",), core.waiting.head("b"), 0.0)
+    (change,) = core.step(0.0).arena_changes
+    assert [move.source for move in change.page_moves] == [1, 2, 3]
+    assert core.running_set.running["x"].pages == [m.target for m in reversed(change.page_moves)]
     core.check()
 
 
@@ -203,8 +203,8 @@ def test_a_running_row_beats_an_idle_adapter() -> None:
         plan, _ = run(core)
         assert "two" in ran(plan)
     assert placed(core) == [] and grown(core) < 40
-    assert core.residency.adapters["a"].tier is Tier.DISK
-    assert core.stories.counts[Event.PREEMPTED] == 0
+    assert core.adapter_cache.adapters["a"].tier is Tier.DISK
+    assert core.timelines.counts[Event.PREEMPTED] == 0
 
 
 @pytest.mark.parametrize("why", ["pinned", "running", "fresh"])
@@ -219,13 +219,13 @@ def test_what_may_not_leave_does_not_leave_for_pages(why: str) -> None:
         core.add(new("x", "a", priority=-1), 0.0)
         settle(core, 0.0)
     assert placed(core) == ["a"]
-    core.batch.rows_max = 8
+    core.running_set.rows_max = 8
     for i in range(6):
         core.add(new(f"r{i}", None, prompt=15, max_tokens=20), 0.0)
     for _ in range(8):
         run(core)
         assert placed(core) == ["a"]
-    assert core.stories.counts[Event.PREEMPTED] > 0
+    assert core.timelines.counts[Event.PREEMPTED] > 0
 
 
 def test_a_new_request_takes_no_adapter_that_another_waits_for() -> None:
@@ -235,7 +235,7 @@ def test_a_new_request_takes_no_adapter_that_another_waits_for() -> None:
     hold(core, 3, "two")
     core.add(new("y", "a", prompt=30), 0.0)
     core.add(new("base", None, prompt=60, max_tokens=1, priority=1), 0.0)
-    core.batch.rows_max = 4
+    core.running_set.rows_max = 4
     plan, _ = run(core)
     assert core.pages.free == 1 and ran(plan) == ["one", "two"]
     assert evicted(plan) == [], "y waits for a, and for pages"
@@ -246,9 +246,11 @@ def test_a_new_request_takes_no_adapter_that_another_waits_for() -> None:
 
 def test_an_adapter_too_large_for_what_a_context_leaves_is_refused() -> None:
     core = shared()
-    assert core.residency.refusal("x", 160, pinned=False) is None
-    assert "there are 160 for adapters" in (core.residency.refusal("x", 161, pinned=False) or "")
-    assert "take 121" in (core.residency.refusal("x", 121, pinned=True) or "")
+    assert core.adapter_cache.refusal("x", 160, pinned=False) is None
+    assert "there are 160 for adapters" in (
+        core.adapter_cache.refusal("x", 161, pinned=False) or ""
+    )
+    assert "take 121" in (core.adapter_cache.refusal("x", 121, pinned=True) or "")
 
 
 def test_a_request_of_a_whole_context_always_finds_its_pages() -> None:
@@ -307,7 +309,7 @@ def test_parked_rows_give_up_the_pages_that_an_adapter_lacks_for_too_long() -> N
     core.add(new("y", "b"), 0.0)
     plan, _ = run(core)
     assert core.pages.free == 3 and loaded(plan) == []
-    core.batch.park_all(("a",), core.waiting.head("b"), 0.0)
+    core.running_set.park_all(("a",), core.waiting.head("b"), 0.0)
     plan, _ = run(core, 0.1)
     assert loaded(plan) == ["b"]
     assert ran(plan) == ["old"], "the younger one had to give its pages up"
@@ -322,11 +324,11 @@ def test_no_parked_row_gives_up_pages_that_would_not_be_enough() -> None:
     begin(core, new("old", "a", prompt=50, max_tokens=10))
     core.add(new("y", "b"), 0.0)
     run(core)
-    core.batch.park_all(("a",), core.waiting.head("b"), 0.0)
+    core.running_set.park_all(("a",), core.waiting.head("b"), 0.0)
     plan, _ = run(core, 0.1)
     assert core.pages.free == 4 and loaded(plan) == []
     assert ran(plan) == ["long", "more", "old"]
-    assert core.stories.counts[Event.PREEMPTED] == 0
+    assert core.timelines.counts[Event.PREEMPTED] == 0
 
 
 def test_without_overlap_a_row_that_is_planned_already_keeps_its_adapter() -> None:

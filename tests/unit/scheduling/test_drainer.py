@@ -53,12 +53,12 @@ def test_an_adapter_whose_rows_left_before_their_first_step_is_drained_no_longer
 def test_who_a_draining_adapter_may_still_take_is_fixed_when_the_drain_starts() -> None:
     core = busy(DRAIN, tokens=10)
     core.add(new("s", "c"), 0.0)
-    core.batch.rows_max = 2  # so that those below wait
+    core.running_set.rows_max = 2  # so that those below wait
     core.add(new("short", "a", max_tokens=5), 0.5)
     core.add(new("long", "a", max_tokens=50), 0.5)
     run(core, 1.0)
     assert core.drainer.drains["a"].admitted == {"short"}
-    core.batch.rows_max = 8
+    core.running_set.rows_max = 8
     core.add(new("late", "a", max_tokens=1), 1.1)
     plan, _ = run(core, 1.1)
     assert "short" in ran(plan)
@@ -70,7 +70,7 @@ def test_a_drain_ends_within_what_was_left_when_it_began() -> None:
     core = busy(DRAIN, tokens=20)
     core.add(new("s", "c"), 0.0)
     run(core, 1.0)
-    left = max(r.remaining for r in core.batch.running.values() if r.place == "a")
+    left = max(r.remaining for r in core.running_set.running.values() if r.place == "a")
     for step in range(left + 1):
         core.add(new(f"n{step}", "a", max_tokens=left * 6 // 5), 1.0)
         plan, _ = run(core, 1.0 + step * 0.05)
@@ -103,9 +103,9 @@ def test_a_cancelled_waiter_ends_its_drain() -> None:
     core = busy(DRAIN)
     core.add(new("s", "c"), 0.0)
     core.add(new("more", "a"), 1.0)
-    core.batch.rows_max = 2
+    core.running_set.rows_max = 2
     run(core, 1.0)
-    core.batch.rows_max = 8
+    core.running_set.rows_max = 8
     core.cancel("s", 1.1)
     plan, _ = run(core, 1.1)
     assert not core.drainer.drains and "more" in ran(plan)
@@ -117,7 +117,7 @@ def test_a_drain_ends_when_its_victim_is_gone() -> None:
     run(core, 1.0)
     core.cancel("x", 1.1)
     core.forget("a")
-    core.residency.register("d", "/d", 40, pinned=False, now_s=1.1)
+    core.adapter_cache.register("d", "/d", 40, pinned=False, now_s=1.1)
     run(core, 1.1)
     assert "a" not in core.drainer.drains
 
@@ -134,7 +134,7 @@ def test_an_adapter_that_starves_for_pages_drains_nobody() -> None:
 def test_idle_pinned_adapters_hold_places_and_are_never_drained() -> None:
     core = scheduler(sharing=DRAIN, pinned="p", sizes={"p": 40, "a": 40, "c": 40})
     begin(core, new("x", "a", max_tokens=60))
-    assert core.residency.usable("p") and core.residency.adapters["p"].users == 0
+    assert core.adapter_cache.usable("p") and core.adapter_cache.adapters["p"].users == 0
     core.add(new("s", "c"), 0.0)
     run(core, 1.0)
     assert list(core.drainer.drains) == ["a"]
@@ -173,10 +173,10 @@ def test_a_slice_is_over_before_a_row_is_parked() -> None:
     core = busy(PARK)
     core.add(new("s", "c"), 0.0)
     plan, _ = run(core, 0.49)
-    assert loaded(plan) == [] and not core.batch.parked
+    assert loaded(plan) == [] and not core.running_set.parked
     plan, _ = run(core, 0.5)
     assert loaded(plan) == ["c"] and evicted(plan) == ["b"], "the one with the most left"
-    assert core.batch.parked["y"].phase is Phase.PARKED and core.batch.parked["y"].pages
+    assert core.running_set.parked["y"].phase is Phase.PARKED and core.running_set.parked["y"].pages
 
 
 def test_no_row_is_parked_while_the_copy_would_wait_for_another() -> None:
@@ -184,11 +184,11 @@ def test_no_row_is_parked_while_the_copy_would_wait_for_another() -> None:
     core.add(new("s", "c"), 0.0)
     core.add(new("t", "d"), 0.0)
     run(core, 1.0)
-    assert list(core.batch.parked) == ["y"]
+    assert list(core.running_set.parked) == ["y"]
     run(core, 1.04)
-    assert list(core.batch.parked) == ["y"]
+    assert list(core.running_set.parked) == ["y"]
     run(core, 1.05)
-    assert list(core.batch.parked) == ["y", "x"], "the first copy ends within a step"
+    assert list(core.running_set.parked) == ["y", "x"], "the first copy ends within a step"
 
 
 def test_a_slice_starts_at_the_first_step_not_at_the_load() -> None:
@@ -220,20 +220,20 @@ def test_a_slice_lasts_five_copies_where_copies_are_slow() -> None:
 
 def test_nothing_is_parked_where_waiting_out_costs_less() -> None:
     core = busy(PARK, tokens=60, copy_bytes_per_s=400.0)  # two copies: 0.2 s, 4 steps
-    request = core.batch.running["x"]
+    request = core.running_set.running["x"]
     request.sampling = new("x", max_tokens=len(run(core)[0].rows) + 4).sampling
     request.tokens_max = len(request.prompt) + request.sampling.max_tokens
     assert request.remaining <= 4
     core.add(new("s", "c"), 0.0)
     core.add(new("more", "a"), 0.0)
     plan, _ = run(core, 5.0)
-    assert not core.batch.parked and loaded(plan) == []
+    assert not core.running_set.parked and loaded(plan) == []
     assert "more" not in ran(plan), "who will end soon takes nobody new"
     for step in range(6):
         plan, _ = run(core, 5.05 + step * 0.05)
         if loaded(plan):
             break
-    assert evicted(plan) == ["a"] and not core.batch.parked
+    assert evicted(plan) == ["a"] and not core.running_set.parked
 
 
 def test_of_those_that_end_soon_the_first_to_end_is_waited_for() -> None:
@@ -257,7 +257,7 @@ def test_victims_are_as_many_as_the_bytes_ask_for_and_no_more() -> None:
     core.add(new("l", "large"), 1.0)
     plan, _ = run(core, 2.0)
     assert loaded(plan) == ["large"] and set(evicted(plan)) == {"small", "b"}
-    assert list(core.batch.parked) == ["y"]
+    assert list(core.running_set.parked) == ["y"]
 
 
 def test_one_placed_but_not_run_is_kept() -> None:
@@ -265,7 +265,7 @@ def test_one_placed_but_not_run_is_kept() -> None:
     core.add(new("s", "c"), 0.0)
     settle(core, 0.5)
     core.add(new("t", "d", priority=5), 0.5)
-    core.batch.rows_max = len(core.batch.running)  # c finds no row yet
+    core.running_set.rows_max = len(core.running_set.running)  # c finds no row yet
     plan, _ = run(core, 5.0)
     assert "c" not in evicted(plan)
 
@@ -274,7 +274,7 @@ def test_a_parked_row_comes_back_by_one_copy_and_computes_nothing_again() -> Non
     core = busy(PARK)
     core.add(new("s", "c", max_tokens=60), 0.0)
     settle(core, 0.5)
-    request = core.batch.parked["y"]
+    request = core.running_set.parked["y"]
     pages, computed = list(request.pages), request.computed
     starts: dict[str, int] = {}
     copies = 0
@@ -292,7 +292,7 @@ def test_parked_rows_hold_no_more_pages_than_they_may() -> None:
     core = busy(PARK, parked_pages_max=0)
     core.add(new("s", "c"), 0.0)
     plan, _ = run(core, 5.0)
-    assert loaded(plan) == [] and not core.batch.parked
+    assert loaded(plan) == [] and not core.running_set.parked
 
 
 def test_who_may_not_park_drains() -> None:
@@ -310,10 +310,10 @@ def test_an_adapter_that_starves_for_pages_parks_nobody_and_is_drained_for_at_la
     core.add(new("s", "c", prompt=60), 0.0)
     for now_s in (1.9, 2.1, 5.0):
         assert loaded(run(core, now_s)[0]) == []
-        assert not core.batch.parked and not core.drainer.drains
+        assert not core.running_set.parked and not core.drainer.drains
     run(core, 6.0)
     assert {drain.starving for drain in core.drainer.drains.values()} == {"c"}
-    assert not core.batch.parked
+    assert not core.running_set.parked
 
 
 def crowd(left: int) -> Scheduler:
@@ -326,14 +326,14 @@ def crowd(left: int) -> Scheduler:
     core.add(new("z", "c", max_tokens=left), 0.0)
     settle(core, 1.0)
     settle(core, 1.0)
-    assert list(core.batch.parked) == ["x"] and list(core.batch.running) == ["y", "z"]
+    assert list(core.running_set.parked) == ["x"] and list(core.running_set.running) == ["y", "z"]
     return core
 
 
 def test_one_that_was_parked_takes_the_place_of_one_with_more_left() -> None:
     core = crowd(left=300)
     assert loaded(run(core, 1.6)[0]) == ["a"]
-    assert list(core.batch.parked) == ["x", "z"]
+    assert list(core.running_set.parked) == ["x", "z"]
 
 
 def test_one_that_was_parked_waits_for_those_with_less_left_until_it_is_due() -> None:
@@ -364,7 +364,7 @@ def test_where_pages_are_short_nobody_is_parked_then_nor_soon_after() -> None:
     core.cancel("large", 1.1)
     run(core, 1.2)
     run(core, 5.9)
-    assert not core.batch.parked
+    assert not core.running_set.parked
     assert loaded(run(core, 6.1)[0]) == ["c"]
 
 
@@ -375,7 +375,7 @@ def test_where_prompts_pile_up_nobody_is_parked() -> None:
     core.add(new("s", "c"), 0.9)
     for _ in range(3):
         assert loaded(run(core, 1.0)[0]) == []
-    assert not core.batch.parked
+    assert not core.running_set.parked
 
 
 @pytest.mark.parametrize(("pages", "stays"), [(13, False), (14, True)])
@@ -383,8 +383,8 @@ def test_a_row_is_parked_only_where_its_pages_can_stay(pages: int, stays: bool) 
     """x and y have a page each; x takes 3 more, y up to 4, s 5: all at once, for x has no end."""
     core = busy(PARK, pages=pages, growth_outputs=2.0)
     core.add(new("s", "c", prompt=16, max_tokens=64), 0.0)
-    assert core.batch.park_all(("a",), core.waiting.head("c"), 0.0) is stays
-    assert list(core.batch.parked) == ["x"] * stays
+    assert core.running_set.park_all(("a",), core.waiting.head("c"), 0.0) is stays
+    assert list(core.running_set.parked) == ["x"] * stays
     core.check()
 
 
@@ -392,12 +392,12 @@ def test_a_place_is_not_kept_for_a_request_without_pages_while_rows_that_hold_so
     core = scheduler(sharing=PARK, arena=40, pages=8)
     begin(core, new("x", "a", prompt=40, max_tokens=60))
     core.add(new("s", "c", prompt=60), 0.0)
-    assert loaded(run(core, 0.6)[0]) == ["c"] and list(core.batch.parked) == ["x"]
+    assert loaded(run(core, 0.6)[0]) == ["c"] and list(core.running_set.parked) == ["x"]
     core.add(new("base", prompt=30, max_tokens=40), 0.7)
     run(core, 0.7)
     core.loaded("c", 0.7)
     run(core, 0.7)
-    assert "s" not in core.batch.running, "base has its pages"
+    assert "s" not in core.running_set.running, "base has its pages"
     plan, _ = run(core, 0.8)
     assert loaded(plan) == ["a"] and evicted(plan) == ["c"]
 

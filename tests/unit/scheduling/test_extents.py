@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from replica.scheduling.extents import Extents, Slide
+from replica.scheduling.extents import Extents, Shift
 
 
 def test_the_first_hole_that_fits_is_taken() -> None:
@@ -29,7 +29,7 @@ def test_scattered_bytes_become_one_hole() -> None:
         extents.take(digest, size)
     extents.give_back("b")
     assert extents.free == 4 and extents.take("d", 4) is None
-    assert extents.slide(immovable=()) == [Slide("c", 5, 3, 3)]
+    assert extents.slide(immovable=()) == [Shift("c", 5, 3, 3)]
     assert extents.take("d", 4) == 6
 
 
@@ -39,7 +39,7 @@ def test_what_is_being_copied_into_stays_where_it_is() -> None:
         extents.take(digest, 2)
     extents.give_back("a")
     extents.give_back("c")
-    assert extents.slide(immovable={"b"}) == [Slide("d", 6, 4, 2)]
+    assert extents.slide(immovable={"b"}) == [Shift("d", 6, 4, 2)]
     assert extents.offset("b") == 2
 
 

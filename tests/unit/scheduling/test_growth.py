@@ -112,7 +112,7 @@ def thrash(core: Scheduler, seed: int, steps: int) -> None:
 def test_whatever_is_asked_for_little_is_computed_again(seed: int) -> None:
     core = scheduler(pages=24, context=256, rows=16, tokens=128)
     thrash(core, seed, 2000)
-    assert core.stories.counts[Event.PREEMPTED] > 0
+    assert core.timelines.counts[Event.PREEMPTED] > 0
     assert core.growth.over_needed <= 1 + 2 * AGAIN_MAX
 
 

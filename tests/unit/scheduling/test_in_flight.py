@@ -110,10 +110,10 @@ def test_a_forgotten_adapter_leaves_when_the_last_step_that_names_it_has_committ
     core.forget("a")
     core.cancel("r", 0.0)
     core.check()
-    assert core.evictions() == [] and core.residency.usable("a")
+    assert core.evictions() == [] and core.adapter_cache.usable("a")
     commit(core, plan)
     assert [e.digest for e in core.evictions()] == ["a"]
-    assert "a" not in core.residency.adapters
+    assert "a" not in core.adapter_cache.adapters
 
 
 def test_the_place_of_an_adapter_in_flight_is_taken_by_a_plan_that_waits() -> None:
@@ -149,7 +149,7 @@ def test_images_slide_when_the_step_in_flight_has_committed() -> None:
     assert ran(plan) == ["b"]
     core.add(new("d", "d"), 0.0)
     following = ahead(core)
-    assert [move.bytes for room in following.rooms for move in room.moves] == [40]
+    assert [move.bytes for change in following.arena_changes for move in change.slides] == [40]
     assert following.waits
 
 
@@ -160,9 +160,9 @@ def test_a_token_of_a_row_that_was_parked_in_flight_is_kept_and_not_computed_aga
     computed = plan.rows[0].end
     core.add(new("s", "b", max_tokens=1), 5.0)
     following = ahead(core, 5.0)
-    assert "r" in core.batch.parked and evicted(following) == ["a"] and following.waits
+    assert "r" in core.running_set.parked and evicted(following) == ["a"] and following.waits
     (delta,) = commit(core, plan, 8, 5.0)
-    assert delta.tokens == (8,) and core.batch.parked["r"].output[-1] == 8
+    assert delta.tokens == (8,) and core.running_set.parked["r"].output[-1] == 8
     core.loaded("b", 5.0)
     commit(core, ahead(core, 5.0), now_s=5.0)
     back = ahead(core, 6.0)
@@ -181,7 +181,7 @@ def test_a_parked_request_may_have_ended_in_flight() -> None:
     assert request.phase is Phase.PARKED
     (delta,) = commit(core, plan, EOS, 5.0)
     assert delta.finish is Finish.STOP and request.phase is Phase.FINISHED
-    assert core.pages.free == 64 and not core.batch.parked
+    assert core.pages.free == 64 and not core.running_set.parked
 
 
 def test_pages_of_a_row_that_gives_way_in_flight_are_taken_by_a_plan_that_waits() -> None:

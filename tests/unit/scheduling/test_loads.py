@@ -114,12 +114,12 @@ def test_small_images_do_not_take_the_places_of_a_large_one_for_ever() -> None:
     for digest in names:
         begin(core, new(f"first-{digest}", digest, max_tokens=100), now_s=now_s)
         now_s += 0.17
-    core.residency.register("w", "/w", 10, pinned=False, now_s=now_s)
+    core.adapter_cache.register("w", "/w", 10, pinned=False, now_s=now_s)
     core.add(new("waits", "large", max_tokens=2), now_s)
     since_s = now_s
-    while "waits" not in core.batch.running and now_s - since_s < 20.0:
+    while "waits" not in core.running_set.running and now_s - since_s < 20.0:
         for digest in "wxyz":
-            if not core.waiting.waited_for(digest) and len(core.batch.running) < 12:
+            if not core.waiting.waited_for(digest) and len(core.running_set.running) < 12:
                 core.add(new(f"n{number}", digest, max_tokens=100), now_s)
                 number += 1
         settle(core, now_s)
@@ -141,7 +141,7 @@ def test_one_that_fits_nowhere_does_not_stop_the_others() -> None:
 def test_a_pinned_one_that_nobody_asked_for_parks_nobody() -> None:
     core = scheduler(arena=40, sharing=Sharing(quantum_s=0.1))
     begin(core, new("x", "a", max_tokens=60))
-    core.residency.register("b", "/b", 40, pinned=True, now_s=0.0)
+    core.adapter_cache.register("b", "/b", 40, pinned=True, now_s=0.0)
     assert loaded(run(core, 9.0)[0]) == []
     core.add(new("y", "b"), 9.0)
     assert loaded(run(core, 9.0)[0]) == ["b"]

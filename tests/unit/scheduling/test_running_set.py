@@ -16,7 +16,7 @@ def two_parked(pages: int) -> Scheduler:
     begin(core, new("x", "a", prompt=40, max_tokens=60), new("y", "a", prompt=40, max_tokens=60))
     core.add(new("s", "b", max_tokens=2), 0.0)
     settle(core, 0.5)
-    assert list(core.batch.parked) == ["x", "y"]
+    assert list(core.running_set.parked) == ["x", "y"]
     core.cancel("s", 0.5)
     return core
 
@@ -27,8 +27,8 @@ def test_parked_rows_give_up_their_pages_first_and_the_newest_of_them() -> None:
     for step in range(10):
         plan, _ = run(core, 0.6)
         assert "base" in ran(plan), f"step {step}"
-    assert list(core.batch.parked) == ["x"], "y gave its pages to base, which grew"
-    assert core.stories.counts[Event.PREEMPTED] == 1
+    assert list(core.running_set.parked) == ["x"], "y gave its pages to base, which grew"
+    assert core.timelines.counts[Event.PREEMPTED] == 1
 
 
 def test_a_new_request_takes_no_pages_of_parked_rows_while_others_run() -> None:
@@ -37,7 +37,7 @@ def test_a_new_request_takes_no_pages_of_parked_rows_while_others_run() -> None:
     run(core, 0.6)
     core.add(new("large", prompt=30, max_tokens=4), 0.6)
     plan, _ = run(core, 0.6)
-    assert ran(plan) == ["base"] and len(core.batch.parked) == 2
+    assert ran(plan) == ["base"] and len(core.running_set.parked) == 2
 
 
 def test_parked_rows_go_on_though_others_before_them_find_no_pages() -> None:
@@ -59,17 +59,17 @@ def test_one_that_waited_too_long_gets_the_next_pages_but_none_of_parked_rows() 
     run(core, 0.6)
     core.add(new("urgent", priority=1), 3.0)
     plan, _ = run(core, 3.0)
-    assert ran(plan) == ["base"] and list(core.batch.parked) == ["x", "y"]
+    assert ran(plan) == ["base"] and list(core.running_set.parked) == ["x", "y"]
     core.cancel("base", 3.1)
     plan, _ = run(core, 3.1)
-    assert ran(plan) == ["patient"] and list(core.batch.parked) == ["x", "y"]
+    assert ran(plan) == ["patient"] and list(core.running_set.parked) == ["x", "y"]
 
 
 def test_alone_it_takes_them_rather_than_wait_for_nobody() -> None:
     core = two_parked(pages=7)
     core.add(new("large", prompt=30, max_tokens=4), 0.6)
     plan, _ = run(core, 0.6)
-    assert ran(plan) == ["large"] and list(core.batch.parked) == ["x"]
+    assert ran(plan) == ["large"] and list(core.running_set.parked) == ["x"]
 
 
 def test_those_who_lost_their_pages_still_end_with_every_token() -> None:
@@ -92,9 +92,9 @@ def test_the_newest_row_gives_way_not_the_one_that_asks() -> None:
     begin(core, new("old", prompt=16, max_tokens=40), new("new", prompt=16, max_tokens=40))
     for _ in range(40):
         run(core)
-        if core.stories.counts[Event.PREEMPTED]:
+        if core.timelines.counts[Event.PREEMPTED]:
             break
-    assert list(core.batch.running) == ["old"]
+    assert list(core.running_set.running) == ["old"]
     assert [r.id for r in core.waiting] == ["new"]
     assert next(iter(core.waiting)).phase is Phase.WAITING
 
@@ -104,7 +104,7 @@ def test_a_large_prompt_is_not_passed_over_for_ever() -> None:
     begin(core, new("first", prompt=50, max_tokens=13))
     core.add(new("large", prompt=100, max_tokens=2), 0.0)
     now_s, number = 0.0, 0
-    while "large" not in core.batch.running and now_s < 20.0:
+    while "large" not in core.running_set.running and now_s < 20.0:
         for _ in range(2):  # short ones keep coming, and there are pages for each of them
             core.add(new(f"short{number}", prompt=20, max_tokens=8), now_s)
             number += 1
@@ -119,7 +119,7 @@ def test_a_large_prompt_of_an_adapter_that_is_not_there_is_not_passed_over_for_e
     begin(core, new("x", "a", prompt=20, max_tokens=20), new("y", "b", prompt=20, max_tokens=20))
     core.add(new("large", "c", prompt=100, max_tokens=2), 0.0)
     now_s, number = 0.0, 0
-    while "large" not in core.batch.running and now_s < 20.0:
+    while "large" not in core.running_set.running and now_s < 20.0:
         for digest in "ab":
             if sum(r.place == digest for r in core.waiting) < 3:
                 core.add(new(f"{digest}{number}", digest, prompt=20, max_tokens=20), now_s)

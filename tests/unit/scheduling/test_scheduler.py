@@ -9,7 +9,7 @@ from cluster.costs import Costs
 from cluster.errors import AdapterFailed, BadRequest, ModelNotFound, QueueFull
 from cluster.values import Tier
 from replica.scheduling import victims
-from replica.scheduling.adapter_cache import Residency
+from replica.scheduling.adapter_cache import AdapterCache
 from replica.scheduling.admission import Limits
 from replica.scheduling.extents import Extents
 from replica.scheduling.pages import Pages
@@ -30,10 +30,12 @@ def scheduler(
     loads: int = 2,
 ) -> Scheduler:
     limits = Limits(rows, tokens, queue, loads, context=128, eos_tokens=frozenset({EOS}))
-    residency = Residency(Extents(arena, 1), 8, victims.lru, lambda size, _: size / 100, 1.0, 8.0)
+    adapter_cache = AdapterCache(
+        Extents(arena, 1), 8, victims.lru, lambda size, _: size / 100, 1.0, 8.0
+    )
     for digest in "abcd":
-        residency.register(digest, f"/{digest}", 40, pinned=False, now_s=0.0)
-    return Scheduler(limits, Pages(pages, 16), residency, Costs(copy_bytes_per_s=100.0))
+        adapter_cache.register(digest, f"/{digest}", 40, pinned=False, now_s=0.0)
+    return Scheduler(limits, Pages(pages, 16), adapter_cache, Costs(copy_bytes_per_s=100.0))
 
 
 def new(name: str, digest: str | None = None, prompt: int = 4, **sampling: object) -> NewRequest:
@@ -89,7 +91,7 @@ def test_base_requests_pass_a_queue_of_cold_adapters() -> None:
     core.add(new("base"), 0.0)
     plan, _ = run(core)
     assert ran(plan) == ["base"]
-    assert [room.load.digest for room in plan.rooms] == ["a", "b"]
+    assert [change.load.digest for change in plan.arena_changes] == ["a", "b"]
 
 
 def test_a_warm_adapter_passes_a_cold_one() -> None:
@@ -108,7 +110,7 @@ def test_rows_carry_the_slot_of_their_own_version() -> None:
     for name, digest in (("x", "a"), ("y", "b"), ("z", None)):
         core.add(new(name, digest, max_tokens=9), 0.0)
     plan, _ = run(core)
-    slots = {room.load.digest: room.load.slot for room in plan.rooms}
+    slots = {change.load.digest: change.load.slot for change in plan.arena_changes}
     core.loaded("a", 0.0)
     core.loaded("b", 0.0)
     plan, _ = run(core)
@@ -152,7 +154,7 @@ def test_a_cancelled_request_frees_pages_and_adapter_at_once() -> None:
     assert core.pages.free == 64
     assert not core.cancel("r", 1.0)
     core.add(new("s", "b"), 1.0)
-    assert [e.digest for e in core.step(1.0).rooms[0].evictions] == ["a"]
+    assert [e.digest for e in core.step(1.0).arena_changes[0].evictions] == ["a"]
 
 
 def test_an_end_token_stops_unless_it_is_ignored_or_too_early() -> None:
@@ -195,7 +197,7 @@ def test_a_failed_load_fails_its_own_requests_and_is_retried_later() -> None:
     assert "truncated file" in failure.error.message
     core.add(new("again", "a"), 2.0)
     plan, deltas = run(core, 2.0)
-    assert [room.load.digest for room in plan.rooms] == ["a"]
+    assert [change.load.digest for change in plan.arena_changes] == ["a"]
     assert not any(d.error for d in deltas)
 
 
@@ -210,7 +212,7 @@ def test_a_request_accepted_before_the_unload_still_runs() -> None:
     _, deltas = run(core)
     assert deltas[0].finish is Finish.LENGTH
     assert [e.digest for e in core.evictions()] == ["a"]
-    assert "a" not in core.residency.adapters
+    assert "a" not in core.adapter_cache.adapters
 
 
 @pytest.mark.parametrize(
@@ -243,16 +245,16 @@ def test_a_full_queue_refuses_and_keeps_nothing() -> None:
 
 def test_a_pinned_adapter_is_loaded_before_anyone_asks() -> None:
     core = scheduler()
-    core.residency.register("p", "/p", 40, pinned=True, now_s=0.0)
+    core.adapter_cache.register("p", "/p", 40, pinned=True, now_s=0.0)
     plan, _ = run(core)
-    assert [room.load.digest for room in plan.rooms] == ["p"]
+    assert [change.load.digest for change in plan.arena_changes] == ["p"]
 
 
 def test_prompts_that_begin_alike_share_pages_within_one_version_only() -> None:
     core = scheduler(tokens=200, arena=200)
     prompt = tuple(range(50))
     for digest in ("a", "b"):
-        core.residency.register(digest, "/", 40, pinned=False, now_s=0.0)
+        core.adapter_cache.register(digest, "/", 40, pinned=False, now_s=0.0)
     core.add(NewRequest("a1", prompt, Sampling(max_tokens=1), "a"), 0.0)
     core.step(0.0)
     core.loaded("a", 0.0)
@@ -272,13 +274,13 @@ def test_a_prefix_outlives_its_adapter() -> None:
     core = scheduler(tokens=200)
     prompt = tuple(range(40))
     for name in ("first", "again"):
-        core.residency.register("a", "/", 40, pinned=False, now_s=0.0)
+        core.adapter_cache.register("a", "/", 40, pinned=False, now_s=0.0)
         core.add(NewRequest(name, prompt, Sampling(max_tokens=1), "a"), 0.0)
         core.step(0.0)
         core.loaded("a", 0.0)
         plan, _ = run(core)
         core.forget("a")
-        assert "a" not in core.residency.adapters
+        assert "a" not in core.adapter_cache.adapters
     assert [w.start for w in plan.rows] == [32]
 
 
@@ -316,7 +318,7 @@ def test_a_step_computes_no_more_tokens_than_it_may() -> None:
     for _ in range(10):
         plan, _ = run(core)
         assert sum(w.end - w.start for w in plan.rows) <= 20
-    assert len(core.batch.running) == 4
+    assert len(core.running_set.running) == 4
 
 
 def test_a_finished_request_can_be_asked_for_again_under_its_name() -> None:

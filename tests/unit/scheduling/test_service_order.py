@@ -1,8 +1,7 @@
 """Images come before there is batch space for them, and never at the cost of one needed sooner."""
 
 from replica.scheduling.drainer import Sharing
-from replica.scheduling.loads import Switches
-from replica.scheduling.loads import loaded_ahead, needed_sooner
+from replica.scheduling.loads import Switches, loaded_ahead, needed_sooner
 from replica.scheduling.service_order import ServiceOrder
 from replica.scheduling.timeline import Event
 from tests.core import begin, evicted, loaded, new, run, scheduler, settle
@@ -11,7 +10,7 @@ from tests.core import begin, evicted, loaded, new, run, scheduler, settle
 def test_the_queue_is_looked_through_even_when_the_batch_is_full() -> None:
     core = scheduler(rows=1)
     begin(core, new("base", max_tokens=60))
-    assert core.batch.full
+    assert core.running_set.full
     core.add(new("x", "a"), 0.0)
     core.add(new("y", "b"), 0.0)
     assert loaded(run(core)[0]) == ["a", "b"]
@@ -53,7 +52,7 @@ def test_nothing_is_evicted_that_an_earlier_request_waits_for() -> None:
     for _ in range(5):
         plan, _ = run(core, 1.0)
         assert evicted(plan) == []
-    assert needed_sooner("b", core.waiting, core.residency) == {"a"}
+    assert needed_sooner("b", core.waiting, core.adapter_cache) == {"a"}
     core.cancel("sooner", 1.0)
     assert evicted(run(core, 1.0)[0]) == ["a"]
 
@@ -76,15 +75,15 @@ def test_a_load_that_nobody_used_is_counted_as_wasted() -> None:
     core.add(new("y", "b", max_tokens=1), 0.0)
     settle(core, 0.0)
     run(core, 0.0)
-    assert core.residency.wasted == 1
+    assert core.adapter_cache.wasted == 1
     core.add(new("z", "a"), 0.0)
     assert evicted(settle(core, 0.0)[0]) == ["b"]
-    assert core.residency.wasted == 1, "b was used"
+    assert core.adapter_cache.wasted == 1, "b was used"
 
 
 def test_service_is_by_priority_then_by_who_starved_longest() -> None:
     core = scheduler()
-    order = ServiceOrder(core.waiting, core.residency, head_start_s=0.0)
+    order = ServiceOrder(core.waiting, core.adapter_cache, head_start_s=0.0)
     for at_s, digest, priority in ((2.0, "a", 0), (1.0, "b", 0), (3.0, "c", 1)):
         core.add(new(f"for-{digest}", digest, priority=priority), at_s)
     assert list(order.digests()) == ["c", "b", "a"]
@@ -138,7 +137,7 @@ def test_ahead_counts_those_on_their_way_and_those_not_used_yet() -> None:
     core.add(new("y", "b"), 0.0)
     run(core)
     core.loaded("a", 0.0)
-    assert loaded_ahead(core.residency) == 2
+    assert loaded_ahead(core.adapter_cache) == 2
     core.cancel("x", 0.0)
-    assert loaded_ahead(core.residency) == 1
-    assert core.stories.counts[Event.LOAD_STARTED] == 2
+    assert loaded_ahead(core.adapter_cache) == 1
+    assert core.timelines.counts[Event.LOAD_STARTED] == 2

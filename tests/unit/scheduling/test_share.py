@@ -13,7 +13,7 @@ def both_resident(share: Share, rows: int = 1) -> Scheduler:
     begin(core, new("x", "a", max_tokens=2), new("y", "b", max_tokens=2))
     while core.has_work:
         run(core)
-    core.batch.rows_max = rows
+    core.running_set.rows_max = rows
     return core
 
 

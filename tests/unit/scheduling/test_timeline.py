@@ -1,12 +1,12 @@
 """Why did this wait? The timeline of each request, and counts of all."""
 
 from replica.scheduling.drainer import Sharing
-from replica.scheduling.timeline import Event, Stories
+from replica.scheduling.timeline import Event, Timelines
 from tests.core import begin, new, run, scheduler, settle
 
 
 def events(core: object, name: str) -> list[str]:
-    return [happening.event.value for happening in core.stories.story(name)]  # type: ignore[attr-defined]
+    return [happening.event.value for happening in core.timelines.timeline(name)]  # type: ignore[attr-defined]
 
 
 def test_a_life_is_told_from_queue_to_end() -> None:
@@ -16,8 +16,8 @@ def test_a_life_is_told_from_queue_to_end() -> None:
     core.loaded("a", 1.5)
     run(core, 2.0)
     run(core, 2.1)
-    story = core.stories.story("x")
-    assert [(h.at_s, h.event.value) for h in story] == [
+    timeline = core.timelines.timeline("x")
+    assert [(h.at_s, h.event.value) for h in timeline] == [
         (1.0, "queued"),
         (1.0, "load started"),
         (1.5, "load done"),
@@ -25,7 +25,7 @@ def test_a_life_is_told_from_queue_to_end() -> None:
         (2.0, "first token"),
         (2.1, "done"),
     ]
-    assert story[0].detail == "adapter disk" and story[-1].detail == "finished"
+    assert timeline[0].detail == "adapter disk" and timeline[-1].detail == "finished"
 
 
 def test_parking_and_coming_back_are_told() -> None:
@@ -36,7 +36,7 @@ def test_parking_and_coming_back_are_told() -> None:
         settle(core, 0.5 + step * 0.05)
     told = events(core, "x")
     assert told.index("parked") < told.index("resumed")
-    assert core.stories.counts[Event.PARKED] == core.stories.counts[Event.RESUMED] == 1
+    assert core.timelines.counts[Event.PARKED] == core.timelines.counts[Event.RESUMED] == 1
 
 
 def test_a_failed_load_and_a_cancel_are_told() -> None:
@@ -48,7 +48,7 @@ def test_a_failed_load_and_a_cancel_are_told() -> None:
     assert events(core, "x")[-2:] == ["load failed", "done"]
     core.add(new("y"), 0.0)
     core.cancel("y", 0.5)
-    assert core.stories.story("y")[-1].detail == "cancelled"
+    assert core.timelines.timeline("y")[-1].detail == "cancelled"
 
 
 def test_a_preempted_request_is_told_so() -> None:
@@ -61,15 +61,15 @@ def test_a_preempted_request_is_told_so() -> None:
 
 
 def test_the_ring_forgets_the_oldest_request_and_the_middle_of_a_long_life() -> None:
-    stories = Stories(requests_max=2, happenings_max=4)
+    timelines = Timelines(requests_max=2, happenings_max=4)
     for name in ("a", "b", "c"):
-        stories.note(name, 0.0, Event.QUEUED)
-    assert stories.story("a") == [] and stories.story("b") and stories.story("c")
+        timelines.note(name, 0.0, Event.QUEUED)
+    assert timelines.timeline("a") == [] and timelines.timeline("b") and timelines.timeline("c")
     for at_s in range(1, 9):
-        stories.note("c", float(at_s), Event.PARKED)
-    assert [h.at_s for h in stories.story("c")] == [0.0, 1.0, 7.0, 8.0]
-    assert stories.counts == {Event.QUEUED: 3, Event.PARKED: 8}
+        timelines.note("c", float(at_s), Event.PARKED)
+    assert [h.at_s for h in timelines.timeline("c")] == [0.0, 1.0, 7.0, 8.0]
+    assert timelines.counts == {Event.QUEUED: 3, Event.PARKED: 8}
 
 
 def test_an_unknown_request_has_no_story() -> None:
-    assert Stories().story("nobody") == []
+    assert Timelines().timeline("nobody") == []

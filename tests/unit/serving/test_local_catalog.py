@@ -31,9 +31,13 @@ async def test_adapters_come_and_go(config: FleetConfig, tmp_path: Path) -> None
     version = await adapters.find("a")
     assert version is not None and version.digest == done.digest
     assert adapters.versions() == [version]
-    assert [entry.digest for entry in engine.residency()] == [done.digest]
+    assert [entry.digest for entry in engine.adapter_states()] == [done.digest]
     assert (await adapters.remove("a")).digest == done.digest
-    assert (await adapters.find("a"), adapters.versions(), engine.residency()) == (None, [], [])
+    assert (await adapters.find("a"), adapters.versions(), engine.adapter_states()) == (
+        None,
+        [],
+        [],
+    )
     with pytest.raises(ModelNotFound):
         await adapters.remove("a")
 
@@ -63,7 +67,7 @@ async def test_what_is_refused_changes_nothing(config: FleetConfig, tmp_path: Pa
     assert caught.value.field == "lora_name"
     with pytest.raises(AdapterRefused):
         await adapters.add("a", str(tmp_path / "adapters" / "nothing"))
-    assert (adapters.versions(), engine.residency()) == ([], [])
+    assert (adapters.versions(), engine.adapter_states()) == ([], [])
 
 
 async def test_a_name_is_re_pointed_only_in_place(config: FleetConfig, tmp_path: Path) -> None:
@@ -75,7 +79,7 @@ async def test_a_name_is_re_pointed_only_in_place(config: FleetConfig, tmp_path:
         await adapters.add("a", path)
     new = await adapters.add("a", path, load_inplace=True)
     assert new.digest != old.digest
-    assert [entry.digest for entry in engine.residency()] == [new.digest]
+    assert [entry.digest for entry in engine.adapter_states()] == [new.digest]
 
 
 async def test_names_of_one_content_share_its_pin_and_weight(
