@@ -63,8 +63,6 @@ simulate_cli = typer.Typer(
     help="Run the scheduler on a virtual clock; no model or GPU is needed.", no_args_is_help=True
 )
 cli.add_typer(simulate_cli, name="simulate")
-bench_cli = typer.Typer(help="Measure the real engine on this machine.", no_args_is_help=True)
-cli.add_typer(bench_cli, name="bench")
 
 
 def app(arguments: dict[str, Any]) -> Any:
@@ -357,36 +355,6 @@ def simulate_workload(
         )
     else:
         print(*table(found), sep="\n")
-
-
-@bench_cli.callback()
-def _bench() -> None:
-    """Without it typer takes the only command for the whole of `bench`."""
-
-
-@bench_cli.command("upstream")
-def bench_upstream(
-    tables: Annotated[list[str] | None, typer.Argument(help="Which tables (default: all).")] = None,
-    runs: Annotated[int, typer.Option(min=1, help="Runs, of which the median is taken.")] = 5,
-    threads: Threads = 1,
-) -> None:
-    """Replay the upstream workloads, scaled down, on a toy model (about 20 minutes)."""
-    from replica.simulation.upstream import TABLES
-    from tests.bench.upstream import beside, lines
-    from tests.bench.upstream import upstream as measure
-
-    for name in tables or []:
-        if name not in TABLES:
-            raise ConfigError(f"tables: {name!r} is not one of {', '.join(TABLES)}")
-    for result in measure(list(tables or TABLES), runs, threads, _tell):
-        print("", *lines(result), sep="\n", flush=True)
-    if not tables or "14795" in tables:
-        for result in beside(runs, threads, _tell):
-            print("", *lines(result), sep="\n", flush=True)
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _listen(host: str, port: int) -> socket.socket:

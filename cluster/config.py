@@ -52,7 +52,6 @@ class EngineConfig:
     headroom_pages: pages that adapters leave free for rows that run; None: one for each row of a
     full batch, and those of one step's prompts.
     step_tokens_max: prompt and decode tokens computed in one step (prefill is cut into chunks).
-    load_bytes_per_s: loads together go no faster than that; None: as fast as they can.
     queue_max: requests beyond a full batch; when there are as many, new ones are answered 429.
     threads: CPU threads for compute; None: what torch takes.
     plan_depth: 2: the next step is planned and launched while this one runs; 1: when it has ended;
@@ -103,7 +102,6 @@ class EngineConfig:
     load_retry_s: float = 1.0
     load_retry_max_s: float = 60.0
     loads_in_flight_max: int = 2
-    load_bytes_per_s: int | None = None
     threads: int | None = None
     tensor_parallel: int = 1
     seed: int | None = None
@@ -144,7 +142,6 @@ class EngineConfig:
             "replica_memory",
             "rank_expected",
             "context_tokens_max",
-            "load_bytes_per_s",
             "threads",
         ):
             if getattr(self, name) is not None:
@@ -305,11 +302,6 @@ def load(kind: type[Config], data: Mapping[str, Any], where: str = "") -> Config
         path = f"{where}.{missing[0]}" if where else missing[0]
         raise ConfigError(f"{path}: required", field=path)
     return kind(**values)
-
-
-def dump(config: object) -> dict[str, Any]:
-    """The inverse of `load`: plain values that JSON and YAML can hold."""
-    return dataclasses.asdict(config)  # type: ignore[call-overload, no-any-return]
 
 
 def _check(hint: Any, value: Any, path: str) -> Any:

@@ -27,7 +27,6 @@ class FleetError(Exception):
     status: int = 500
     code: str = "internal_error"
     type: str = "server_error"
-    retryable: bool = False
 
     def __init__(
         self, message: str, *, field: str | None = None, retry_after_s: float | None = None
@@ -78,30 +77,25 @@ class QueueFull(FleetError):
     status = 429
     code = "queue_full"
     type = "rate_limit_error"
-    retryable = True
 
 
 class EngineFailed(FleetError):
     code = "engine_failed"
-    retryable = True
 
 
 class AdapterFailed(FleetError):
     status = 503
     code = "adapter_failed"
-    retryable = True
 
 
 class CatalogUnavailable(FleetError):
     status = 503
     code = "catalog_unavailable"
-    retryable = True
 
 
 class ShuttingDown(FleetError):
     status = 503
     code = "shutting_down"
-    retryable = True
 
 
 class StartupError(FleetError):

@@ -62,10 +62,6 @@ class View:
         image_bytes = _image_bytes(digest, said)
         return [self._candidate(i, said[i], digest, image_bytes) for i in ids]
 
-    def own_picks(self, replica_id: str) -> int:
-        """Picks that the replica's last report does not show yet."""
-        return len(self._picks.get(replica_id, ()))
-
     def _candidate(
         self, replica_id: str, said: Said | None, digest: str | None, image_bytes: int
     ) -> Candidate:

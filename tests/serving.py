@@ -42,7 +42,7 @@ def tokens_of(words: str) -> tuple[int, ...]:
 
 
 class Book:
-    """Implements `replica.api.interfaces.Adapters` in memory; `refusal` is what the next change raises."""
+    """`replica.api.interfaces.Adapters` in memory. refusal: what the next change raises."""
 
     def __init__(self, *versions: Version) -> None:
         self._versions = {version.name: version for version in versions}

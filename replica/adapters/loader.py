@@ -40,8 +40,7 @@ class Loader:
     """At most `threads` loads at a time.
 
     wake: called, on a loader thread, when one has ended. busy: whether batches run meanwhile.
-    bytes_per_s: what they share; None: as much as there is. shard: what this rank has of each
-    image; `shape` is the whole model's.
+    shard: what this rank has of each image; `shape` is the whole model's.
     """
 
     def __init__(
@@ -53,7 +52,6 @@ class Loader:
         threads: int,
         wake: Callable[[], None],
         busy: Callable[[], bool],
-        bytes_per_s: int | None = None,
         shard: Shard = Shard(),
     ) -> None:
         self._shape = shape
@@ -63,9 +61,7 @@ class Loader:
         self._wake = wake
         self._busy = busy
         self._active = 0
-        self._bytes_per_s = bytes_per_s
         self._shard = shard
-        self._free_s = 0.0
         self._lock = threading.Lock()
         self._done: SimpleQueue[Loaded] = SimpleQueue()
         self._bug: BaseException | None = None
@@ -126,7 +122,6 @@ class Loader:
                 image = held if isinstance(held, Image) else self._read(load, held, pause)
                 self._arena.copy_in(load.offset, image, pause)
                 layout = image.layout
-            self._keep_to_rate(load.bytes, start_s)
             seconds = time.monotonic() - start_s
             return Loaded(load, layout, seconds, image=image if keep else None)
         except (FleetError, OSError, MemoryError, RuntimeError) as error:
@@ -154,13 +149,6 @@ class Loader:
             raise AdapterFailed(f"{load.path}: the files changed since they were registered")
         assert image.bytes <= load.bytes, f"{image.bytes} bytes for a place of {load.bytes}"
         return image
-
-    def _keep_to_rate(self, size: int, start_s: float) -> None:
-        if self._bytes_per_s is not None:
-            with self._lock:
-                self._free_s = max(self._free_s, start_s) + size / self._bytes_per_s
-                rest_s = self._free_s - time.monotonic()
-            time.sleep(max(rest_s, 0.0))
 
     def _count(self, change: int) -> None:
         with self._lock:

@@ -8,8 +8,7 @@ from cluster.errors import AdapterRefused
 from cluster.store import Store, check_allowed, is_url, local_path
 from cluster.values import Version
 from replica.adapters.adapter_files import inspect, read_adapter
-from replica.engine.sizing import DTYPE_BYTES
-from replica.model.memory import divide
+from replica.model.memory import DTYPE_BYTES, divide
 from replica.model.shape import ModelShape
 from replica.scheduling.adapter import no_room
 

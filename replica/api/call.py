@@ -142,7 +142,7 @@ class CallReader:
             include_stop=bool(request.include_stop_str_in_output),
             skip_special_tokens=request.skip_special_tokens is not False,
             echoes=echoes,
-            priority=-(request.priority or 0),
+            priority=request.priority or 0,
         )
 
     def _max_tokens(

@@ -18,7 +18,7 @@ class Call:
 
     model: the name that was asked for. digest: of its adapter, None for the base model.
     prompts: each gets `n` choices; choice i continues prompt i // n.
-    echoes: for each prompt the text to repeat before the answer. priority: higher goes first.
+    echoes: for each prompt the text to repeat before the answer. priority: lower goes first.
     """
 
     id: str

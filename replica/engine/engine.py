@@ -8,7 +8,7 @@ import contextlib
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cluster.config import EngineConfig
@@ -25,7 +25,7 @@ from replica.model.launch import Row, Ticket
 from replica.model.shape import Shard, read_shape
 from replica.scheduling.adapter import Load
 from replica.scheduling.assembly import assemble
-from replica.scheduling.loads import BASE_PLACE
+from replica.scheduling.loads import BASE_KEY
 from replica.scheduling.plan import Plan, Work
 from replica.scheduling.request import Delta, NewRequest
 from replica.scheduling.timeline import Event, TimelineEvent
@@ -35,18 +35,13 @@ def _nothing() -> None:
     pass
 
 
-def unpaced(rows: Sequence[Work]) -> float:
-    return 0.0
-
-
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    """since_s: when its plan was begun. due_s: when its tokens may be taken."""
+    """since_s: when its plan was begun."""
 
     plan: Plan
     ticket: Ticket
     since_s: float
-    due_s: float
 
 
 class Engine:
@@ -55,18 +50,14 @@ class Engine:
     wake: called from a loader thread when a load has ended, for whoever waits for work.
     steps: batches run. idle: nothing ran in the last step, and nothing will until a request comes
     or a load ends; wake_s: or, on the monotonic clock, this time comes. depth: batches in flight
-    when one is launched, that one included. pace: what a batch takes at least, in seconds: its
-    tokens wait for that, so that a benchmark can have another device's times. late: batches that
-    took longer.
+    when one is launched, that one included.
     """
 
     def __init__(
         self,
         config: EngineConfig,
         wake: Callable[[], None] = _nothing,
-        pace: Callable[[Sequence[Work]], float] = unpaced,
     ) -> None:
-        self._pace = pace
         self.shape = read_shape(config.model)
         self._workers: TensorParallelWorkers | None = None
         if config.tensor_parallel == 1:
@@ -92,7 +83,6 @@ class Engine:
             config.loads_in_flight_max,
             wake,
             self.runner.busy,
-            config.load_bytes_per_s,
             Shard(0, config.tensor_parallel),
         )
         self._loader = loader if self._workers is None else JointLoader(loader, self._workers)
@@ -104,7 +94,6 @@ class Engine:
         self._seeds: dict[str, int] = {}
         self._random = random.Random(config.seed)
         self.steps = 0
-        self.late = 0
         self._step_s = Smoothed(0.0)
         self._committed_s = 0.0
 
@@ -166,17 +155,17 @@ class Engine:
         return self.scheduler.timelines.timeline(request_id)
 
     def adapter_states(self) -> list[AdapterState]:
-        return self._dated(self.scheduler.adapter_cache.entries())
+        return self.scheduler.adapter_cache.entries(_epoch_s())
 
     def changes(self) -> list[AdapterState]:
         """What changed in `residency()` since the last call."""
-        return self._dated(self.scheduler.adapter_cache.changes())
+        return self.scheduler.adapter_cache.changes(_epoch_s())
 
     def report(self) -> LoadReport:
         scheduler = self.scheduler
         requests = [*scheduler.waiting, *scheduler.running_set.running.values()]
         extents = scheduler.adapter_cache.extents
-        limit_bytes = scheduler.adapter_cache.victims.limit_bytes
+        limit_bytes = scheduler.adapter_cache.victim_search.limit_bytes
         return LoadReport(
             running=len(scheduler.running_set.running),
             waiting=len(scheduler.waiting),
@@ -223,21 +212,13 @@ class Engine:
         before = self._in_flight[-1].plan.rows if self._in_flight else ()
         index = {work.request.id: row for row, work in enumerate(before)}
         rows = [self._row(work, index) for work in plan.rows]
-        # Its pace has the plan in it, but not the loads that it waited for.
-        began_s = start_s if self.config.overlap else time.monotonic()
-        due_s = began_s + self._pace(plan.rows)
-        self._in_flight.append(_Launched(plan, self.runner.launch(rows), start_s, due_s))
+        self._in_flight.append(_Launched(plan, self.runner.launch(rows), start_s))
 
     def _commit(self) -> list[Delta]:
         """Takes the tokens of the oldest batch in flight."""
         launched = self._in_flight.popleft()
         sampled = launched.ticket.results()
         now_s = time.monotonic()
-        if launched.due_s > now_s:
-            time.sleep(launched.due_s - now_s)
-            now_s = time.monotonic()
-        else:
-            self.late += 1
         deltas = self.scheduler.commit(launched.plan, sampled, now_s)
         self.steps += 1
         # One that was planned ahead began to run when the batch before it ended.
@@ -267,7 +248,7 @@ class Engine:
         lost: set[int] = set()  # slots whose load has failed: what was planned with them is void
         for change in plan.arena_changes:
             for evict in change.evictions:
-                if evict.digest != BASE_PLACE and evict.slot not in lost:
+                if evict.digest != BASE_KEY and evict.slot not in lost:
                     arena.clear(evict.slot)
             for slide in change.slides:
                 if slide.slot not in lost:
@@ -276,9 +257,9 @@ class Engine:
                 self.runner.move_pages(change.page_moves)
             if change.load is None:
                 continue
-            if change.load.digest == BASE_PLACE:
+            if change.load.digest == BASE_KEY:
                 if self.config.overlap:
-                    self.scheduler.loaded(BASE_PLACE, time.monotonic())
+                    self.scheduler.loaded(BASE_KEY, time.monotonic())
             elif self.config.overlap:
                 self._loader.begin(change.load, *self._from_host(change.load))
             else:
@@ -341,12 +322,10 @@ class Engine:
 
     def _clear_slots(self) -> None:
         for evict in self.scheduler.evictions():
-            assert evict.digest != BASE_PLACE, "the base model is never unloaded"
+            assert evict.digest != BASE_KEY, "the base model is never unloaded"
             self.runner.arena.clear(evict.slot)
 
-    def _dated(self, entries: list[AdapterState]) -> list[AdapterState]:
-        """The engine counts monotonic time; the fleet speaks Unix time."""
-        offset_s = time.time() - time.monotonic()
-        return [
-            AdapterState(e.digest, e.tier, e.bytes, e.since_s + offset_s, e.reason) for e in entries
-        ]
+
+def _epoch_s() -> float:
+    """The engine counts monotonic time; the fleet speaks Unix time."""
+    return time.time() - time.monotonic()

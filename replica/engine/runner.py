@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
@@ -29,18 +29,24 @@ from replica.model.weights import Weights, load_weights
 from replica.scheduling.adapter import PageMove
 from replica.scheduling.request import Sampled
 
-if TYPE_CHECKING:
-    from replica.engine.tensor_parallel import TensorParallelWorkers
-
 _BETWEEN_BATCHES_S = 0.02
 """Batches that follow each other within this are one piece of work to whoever works beside them."""
+
+
+class Workers(Protocol):
+    """The other ranks of a tensor-parallel engine."""
+
+    def tell(self, command: Command) -> None: ...
+
+    def leading(self, executor: Executor) -> Executor:
+        """One that launches on them what it launches here."""
 
 
 class Runner:
     """Weights, KV pages and adapter arena of one device.
 
     whole: the model's shape. ranks: with tensor parallelism, who computes the same rows with the
-    other parts of the model. followers: they do what is done here. `shape` is that of the part
+    other parts of the model. workers: they do what is done here. `shape` is that of the part
     which is here.
     """
 
@@ -49,7 +55,7 @@ class Runner:
         config: EngineConfig,
         whole: ModelShape,
         ranks: Ranks | None = None,
-        workers: "TensorParallelWorkers | None" = None,
+        workers: Workers | None = None,
     ) -> None:
         if config.threads is not None:
             torch.set_num_threads(config.threads)

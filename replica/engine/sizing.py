@@ -22,11 +22,10 @@ from collections.abc import Iterable
 from cluster.config import EngineConfig
 from cluster.errors import ConfigError
 from replica.engine.node import Node
-from replica.model.memory import batch_pages, divide, kv_page_bytes
+from replica.model.memory import DTYPE_BYTES, batch_pages, divide, kv_page_bytes
 from replica.model.shape import ModelShape
 from replica.scheduling.assembly import Division
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _RANK_EXPECTED = 64
 # What Ray's own processes take on a node with replicas: about ten, of 100 to 150 MB.
 _RAY_BYTES = 10 * 2**27

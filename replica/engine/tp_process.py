@@ -49,7 +49,6 @@ class TensorParallelWorker:
             config.loads_in_flight_max,
             self._answer_loads,
             self._runner.busy,
-            config.load_bytes_per_s,
             ranks.shard,
         )
         self._images: dict[str, Image] = {}  # the host tier; loads add to it

@@ -5,6 +5,8 @@ from cluster.errors import ConfigError
 from replica.model.shape import ModelShape
 from replica.scheduling.assembly import Division
 
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
 
 def divide(config: EngineConfig, shape: ModelShape, dtype_bytes: int) -> Division:
     """shape: of the part of the model that is on the device. Raises ConfigError."""

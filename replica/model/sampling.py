@@ -59,8 +59,8 @@ class SamplingMetadata:
     """What the tokens of one step are chosen by, on the device before the logits are there.
 
     barred: (rows, tokens), equally long, that must not be chosen.
-    temperature_uniform: float32 [2, rows], temperatures and numbers in [0, 1), for the kernel that takes
-    all rows in one launch; None where torch's own operations do.
+    temperature_uniform: float32 [2, rows], temperatures and numbers in [0, 1), for the kernel that
+    takes all rows in one launch; None where torch's own operations do.
     drawn: rows with a temperature; beside the kernel only those that top-k or top-p narrows.
     reported, logprobs_max: rows whose logprobs are asked for, and for how many tokens at most.
     """

@@ -56,7 +56,7 @@ class AdapterCache:
         self.wasted = 0  # loads that no row ever used
         self._free_slots = list(range(slots, 0, -1))
         self._copy_s = copy_s
-        self.victims = VictimSearch(
+        self.victim_search = VictimSearch(
             self.adapters, self.placed, self._free_slots, extents, budget, order, self.copy_s
         )
         self._first_retry_s = retry_s
@@ -176,7 +176,7 @@ class AdapterCache:
         shifts: list[Shift] = []
         offset = self.extents.take(digest, adapter.bytes)
         if offset is None:
-            shifts = self.extents.slide(immovable=self.victims.loading())
+            shifts = self.extents.slide(immovable=self.victim_search.loading())
             offset = self.extents.take(digest, adapter.bytes)
         page_moves: tuple[PageMove, ...] = ()
         if offset is None and self.budget is not None:
@@ -207,13 +207,13 @@ class AdapterCache:
         """
         assert self.budget is not None
         end = self.extents.capacity - count * self.budget.page_bytes
-        victims = self.victims.for_pages(end, keep, wanted)
+        victims = self.victim_search.for_pages(end, keep, wanted)
         if victims is None:
             return None
         evictions = tuple(self._evict(self.adapters[v], now_s) for v in victims)
         for victim in victims:
             self.extents.give_back(victim)
-        shifts = self.extents.slide(self.victims.loading()) if self.extents.end > end else []
+        shifts = self.extents.slide(self.victim_search.loading()) if self.extents.end > end else []
         self.budget.shrink(count)
         return ArenaChange(evictions, self._slides(shifts), None)
 
@@ -278,26 +278,35 @@ class AdapterCache:
         self._starve(adapter, now_s)
         self._leave(adapter)
 
-    def entries(self, digests: Iterable[str] | None = None) -> list[AdapterState]:
-        """What to publish. Those no longer registered are `absent`."""
+    def entries(
+        self, epoch_s: float = 0.0, digests: Iterable[str] | None = None
+    ) -> list[AdapterState]:
+        """What to publish. Those no longer registered are `absent`.
+
+        epoch_s: the Unix time at which this clock was 0.
+        """
         entries = []
         for digest in sorted(filter(None, self.adapters if digests is None else digests)):
             adapter = self.adapters.get(digest)
             if adapter is None:
-                entries.append(AdapterState(digest, Tier.ABSENT, 0, 0.0))
+                entries.append(AdapterState(digest, Tier.ABSENT, 0, epoch_s))
             else:
                 entries.append(
                     AdapterState(
-                        digest, adapter.tier, adapter.bytes, adapter.since_s, adapter.reason
+                        digest,
+                        adapter.tier,
+                        adapter.bytes,
+                        adapter.since_s + epoch_s,
+                        adapter.reason,
                     )
                 )
         return entries
 
-    def changes(self) -> list[AdapterState]:
+    def changes(self, epoch_s: float = 0.0) -> list[AdapterState]:
         """The entries that changed since the last call."""
         if not self._changed:
             return []
-        entries = self.entries(self._changed)
+        entries = self.entries(epoch_s, self._changed)
         self._changed.clear()
         return entries
 

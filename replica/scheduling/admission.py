@@ -49,7 +49,7 @@ def admissible(new: NewRequest, limits: Limits, pages: Pages, adapter_cache: Ada
             raise ModelNotFound(f"adapter {new.digest[:12]} is not registered here")
 
 
-def accepted(new: NewRequest, place: str | None, limits: Limits, now_s: float) -> Request:
+def accepted(new: NewRequest, adapter_key: str | None, limits: Limits, now_s: float) -> Request:
     """place: the adapter it needs on the device."""
     sampling = new.sampling
     stops = sampling.stop_tokens
@@ -60,7 +60,7 @@ def accepted(new: NewRequest, place: str | None, limits: Limits, now_s: float) -
         new.prompt,
         sampling,
         new.digest,
-        place,
+        adapter_key,
         new.priority,
         now_s,
         stops=stops,

@@ -73,8 +73,8 @@ def assemble(
         page_wait_max_s=config.page_wait_max_s,
     )
     switches = Switches(
-        base_pinned=config.base_slot == "pinned",
-        skip=config.on_miss == "skip",
+        base_slot=config.base_slot,
+        on_miss=config.on_miss,
         overlap=config.overlap,
         prefetch_depth=config.prefetch_depth,
     )

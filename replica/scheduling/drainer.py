@@ -61,9 +61,13 @@ class Drain:
 
 @dataclass(frozen=True, slots=True)
 class Victims:
-    """How a starving adapter gets a place. closed: takes nobody new, for it will end soon."""
+    """Who makes place for a starving adapter.
 
-    victims: tuple[str, ...] = ()
+    digests: adapters whose rows are parked. closed: adapters that take no new rows, because the
+    ones they have end soon.
+    """
+
+    digests: tuple[str, ...] = ()
     closed: frozenset[str] = frozenset()
 
 
@@ -78,7 +82,7 @@ class Drainer:
         self._costs = costs
 
     def may_admit(self, request: Request) -> bool:
-        drain = self.drains.get(request.place) if request.place is not None else None
+        drain = self.drains.get(request.adapter_key) if request.adapter_key is not None else None
         return drain is None or request.id in drain.admitted
 
     def kept(self, digest: str) -> set[str]:
@@ -125,13 +129,15 @@ class Drainer:
             (a for a in self._in_use() if a.digest not in self.drains),
             key=lambda a: (left[a.digest], a.digest),
         )
-        victims = self._adapter_cache.victims.for_image(
+        victims = self._adapter_cache.victim_search.for_image(
             digest, self.kept(digest), [a.digest for a in order if a.digest != digest]
         )
         waiting = list(waiting)
         for victim in victims or ():
             admitted = frozenset(
-                r.id for r in waiting if r.place == victim and r.remaining <= left.get(victim, 0)
+                r.id
+                for r in waiting
+                if r.adapter_key == victim and r.remaining <= left.get(victim, 0)
             )
             self.drains[victim] = Drain(digest, admitted)
             self.started += 1
@@ -172,7 +178,7 @@ class Drainer:
             return Victims(closed=frozenset(wait_out) & {victim.digest for victim in ending})
         over.sort(key=lambda a: (-left[a.digest], a.slice_s, a.digest))
         victims = self._victims(digest, keep, over)
-        return None if victims is None else Victims(victims=tuple(victims))
+        return None if victims is None else Victims(digests=tuple(victims))
 
     def _due(self, adapter: Adapter, waiting: Sequence[Request], now_s: float) -> bool:
         """A request of it has no token yet, or it waited for so long that it takes any turn."""
@@ -235,13 +241,13 @@ class Drainer:
 
     def _victims(self, digest: str, keep: set[str], in_use: Sequence[Adapter]) -> list[str] | None:
         """Idle adapters and some of `in_use`, the first ones before the others."""
-        return self._adapter_cache.victims.for_image(digest, keep, [a.digest for a in in_use])
+        return self._adapter_cache.victim_search.for_image(digest, keep, [a.digest for a in in_use])
 
 
 def _longest(running: Iterable[Request]) -> dict[str, int]:
     """Adapter → upper bound of the tokens left in its longest row."""
     left: dict[str, int] = {}
     for request in running:
-        if request.place is not None:
-            left[request.place] = max(left.get(request.place, 0), request.remaining)
+        if request.adapter_key is not None:
+            left[request.adapter_key] = max(left.get(request.adapter_key, 0), request.remaining)
     return left

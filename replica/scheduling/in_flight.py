@@ -44,7 +44,7 @@ class InFlight:
         assert self._waits_for <= self.committed, "the plan before was to wait"
         self.number += 1
 
-    def names(self, request: Request) -> bool:
+    def references(self, request: Request) -> bool:
         return request.step > self.committed
 
     def took_from(self, request: Request) -> None:
@@ -83,8 +83,8 @@ class InFlight:
         """Ended requests that no step names any more."""
         if not self.deferred_free:
             return []
-        released = [request for request in self.deferred_free if not self.names(request)]
-        self.deferred_free = [request for request in self.deferred_free if self.names(request)]
+        released = [request for request in self.deferred_free if not self.references(request)]
+        self.deferred_free = [request for request in self.deferred_free if self.references(request)]
         return released
 
     def check(self, page_tokens: int, slots: dict[str | None, int | None]) -> None:
@@ -95,11 +95,11 @@ class InFlight:
             for request, _, end, slot, _ in plan.rows:
                 assert request.step >= plan.number
                 assert len(request.pages) * page_tokens >= end, "pages of a step in flight"
-                here = slots.get(request.place)
+                here = slots.get(request.adapter_key)
                 assert here is not None, "an adapter of a step in flight has left"
                 assert request.digest is None or here == slot
-        assert all(map(self.names, self.deferred_free))
+        assert all(map(self.references, self.deferred_free))
 
     def _uses(self, change: ArenaChange) -> bool:
         evicted = {evict.digest for evict in change.evictions}
-        return any(work.request.place in evicted for plan in self.plans for work in plan.rows)
+        return any(work.request.adapter_key in evicted for plan in self.plans for work in plan.rows)

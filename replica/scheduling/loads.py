@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from cluster.costs import Costs
 from cluster.values import Tier
@@ -17,7 +18,7 @@ from replica.scheduling.timeline import Event, Timelines
 from replica.scheduling.waiting import Waiting
 
 # The place that the base model takes when `base_slot` is shared: no bytes, but a slot.
-BASE_PLACE = ""
+BASE_KEY = ""
 
 # So long after pages or computing were short rows are parked again.
 _CALM_S = 5.0
@@ -36,15 +37,23 @@ _LATE = 0.1
 class Switches:
     """How it decides; the defaults are the best ones, the others what servers did before.
 
-    base_pinned: else the base model competes for a slot. skip: else the first request that cannot
-    run stops the scan. overlap: else a load stops the batch. prefetch_depth: adapters that may be
-    loaded beyond those there is batch space for.
+    base_slot: shared: the base model competes for a slot. on_miss: block: the first request that
+    cannot run stops the scan. overlap: else a load stops the batch. prefetch_depth: adapters that
+    may be loaded beyond those there is batch space for.
     """
 
-    base_pinned: bool = True
-    skip: bool = True
+    base_slot: Literal["pinned", "shared"] = "pinned"
+    on_miss: Literal["skip", "block"] = "skip"
     overlap: bool = True
     prefetch_depth: int = 8
+
+    @property
+    def base_pinned(self) -> bool:
+        return self.base_slot == "pinned"
+
+    @property
+    def skip(self) -> bool:
+        return self.on_miss == "skip"
 
 
 class Loads:
@@ -132,15 +141,15 @@ class Loads:
         """Whether its adapter is there. Without overlap it is loaded now, and the batch waits."""
         if self._running_set.placed(request):
             return True
-        assert request.place is not None
-        self._reserve(request.place, now_s)
+        assert request.adapter_key is not None
+        self._reserve(request.adapter_key, now_s)
         if self.switches.overlap:
             return False
-        victims = self._idle_victims(request.place, self._drainer.kept(request.place))
+        victims = self._idle_victims(request.adapter_key, self._drainer.kept(request.adapter_key))
         if victims is None:
-            self._drain(request.place, now_s)
+            self._drain(request.adapter_key, now_s)
             return False
-        arena_changes.append(self._begin(request.place, victims, now_s))
+        arena_changes.append(self._begin(request.adapter_key, victims, now_s))
         return True
 
     def hold_until(self, step_tokens_max: int, now_s: float) -> float | None:
@@ -177,7 +186,10 @@ class Loads:
 
     def holds(self, request: Request) -> bool:
         """It is one of those that `hold_until` is about."""
-        return request.place is not None and self._adapter_cache.adapters[request.place].fresh
+        return (
+            request.adapter_key is not None
+            and self._adapter_cache.adapters[request.adapter_key].fresh
+        )
 
     def loaded(self, digest: str, now_s: float) -> None:
         self.expected.pop(digest, None)
@@ -196,7 +208,7 @@ class Loads:
             return [d for d in starving if d == first]
         if not self._running_set.parked or not self._running_set.short:
             return starving
-        parked = {request.place for request in self._running_set.parked.values()}
+        parked = {request.adapter_key for request in self._running_set.parked.values()}
         return sorted(starving, key=lambda digest: digest not in parked)
 
     def _keep(self, digest: str, pinned: bool) -> set[str]:
@@ -216,7 +228,7 @@ class Loads:
             lacking = {
                 a.digest for a in placed if a.fresh and a.wanted and not self._holds_pages(a.digest)
             }
-        return self._adapter_cache.victims.for_image(
+        return self._adapter_cache.victim_search.for_image(
             digest, keep, spare_fresh=self.switches.skip, lacking=lacking
         )
 
@@ -249,7 +261,7 @@ class Loads:
         )
         if budget is None or starved_s is None:
             return False
-        count = self._adapter_cache.victims.pages_for(digest, keep)
+        count = self._adapter_cache.victim_search.pages_for(digest, keep)
         patience_s = self._running_set.page_wait_max_s
         alone = self._running_set.still and not self._adapter_cache.loading
         late = patience_s is not None and now_s - starved_s > patience_s
@@ -291,17 +303,19 @@ class Loads:
                 return None
             if not waiting[0].begun and not self._first_token_is_near(waiting[0]):
                 return None
-        way = self._drainer.park(digest, keep, self._running_set.running.values(), waiting, now_s)
-        if way is None:
+        victims = self._drainer.park(
+            digest, keep, self._running_set.running.values(), waiting, now_s
+        )
+        if victims is None:
             self._drain(digest, now_s)
             return None
-        closed |= way.closed
-        if not way.victims:
+        closed |= victims.closed
+        if not victims.digests:
             return None
-        if not self._running_set.park_all(way.victims, self._waiting.head(digest), now_s):
+        if not self._running_set.park_all(victims.digests, self._waiting.head(digest), now_s):
             self._drain(digest, now_s)
             return None
-        return list(way.victims)
+        return list(victims.digests)
 
     def _places_are_not_what_is_short(self, now_s: float) -> bool:
         """But pages or computing are, or were of late: places alone would help nobody, and rows

@@ -76,7 +76,7 @@ class Sampling:
 class NewRequest:
     """What enters the engine.
 
-    digest: the adapter's version, None for the base model. priority: higher goes first.
+    digest: the adapter's version, None for the base model. priority: lower goes first, as in vLLM.
     """
 
     id: str
@@ -141,7 +141,7 @@ class Request:
     prompt: tuple[int, ...]
     sampling: Sampling
     digest: str | None
-    place: str | None
+    adapter_key: str | None
     priority: int
     arrived_s: float
     phase: Phase = Phase.WAITING

@@ -65,7 +65,7 @@ class RunningSet:
 
     def placed(self, request: Request) -> bool:
         """Its adapter is on the device, or it needs none."""
-        return request.place is None or self._adapter_cache.usable(request.place)
+        return request.adapter_key is None or self._adapter_cache.usable(request.adapter_key)
 
     def begin_step(self, arena_changes: list[ArenaChange], draining: Collection[str]) -> None:
         """rooms: where to put what makes room for pages. draining: whose place is promised."""
@@ -101,8 +101,8 @@ class RunningSet:
         if self._is_passed_over(request):
             self._passed_over = None
         resumed = self.parked.pop(request.id, None) is not None
-        if request.place is not None:
-            self._adapter_cache.acquire(request.place, now_s)
+        if request.adapter_key is not None:
+            self._adapter_cache.acquire(request.adapter_key, now_s)
         request.slot = self._adapter_cache.slot(request.digest)
         self._waiting.remove(request)
         request.become(Phase.RUNNING)
@@ -137,11 +137,11 @@ class RunningSet:
 
         Rows that lost their pages each time they were parked would get nowhere.
         """
-        rows = [r for r in self.running.values() if r.place in places]
+        rows = [r for r in self.running.values() if r.adapter_key in places]
         held = self._parked_pages() + sum(len(r.pages) for r in rows)
         if self._parked_pages_max is not None and held > self._parked_pages_max:
             return False
-        stay = [r for r in self.running.values() if r.place not in places]
+        stay = [r for r in self.running.values() if r.adapter_key not in places]
         needed = self._growth.peak(stay, [*self.parked.values(), *rows])
         if newcomer.id not in self.parked:
             needed += self._growth.of(newcomer)
@@ -179,7 +179,7 @@ class RunningSet:
         return (
             bool(request.pages)
             or missing <= 0
-            or missing <= self._adapter_cache.victims.spare_pages()
+            or missing <= self._adapter_cache.victim_search.spare_pages()
         )
 
     def keep_free(self, count: int, since_s: float) -> None:
@@ -280,7 +280,7 @@ class RunningSet:
         if missing <= 0:
             return True
         if self._spare is None:
-            self._spare = self._adapter_cache.victims.spare_pages()
+            self._spare = self._adapter_cache.victim_search.spare_pages()
         return missing <= self._spare
 
     def _pass_over(self, request: Request, now_s: float) -> None:
@@ -320,7 +320,9 @@ class RunningSet:
     def _make_pages(self, count: int, now_s: float, wanted: bool, spare: Request | None) -> bool:
         if self._adapter_cache.budget is None or (count >= self._none_from and not wanted):
             return False
-        keep = {*self._draining, *([spare.place] if spare is not None and spare.place else ())}
+        keep = set(self._draining)
+        if spare is not None and spare.adapter_key:
+            keep.add(spare.adapter_key)
         change = self._adapter_cache.make_pages(count, keep, wanted, now_s)
         if change is None and not wanted:
             self._none_from = count
@@ -356,8 +358,8 @@ class RunningSet:
 
     def _off(self, request: Request, now_s: float) -> None:
         del self.running[request.id]
-        if request.place is not None:
-            self._adapter_cache.release(request.place, now_s)
+        if request.adapter_key is not None:
+            self._adapter_cache.release(request.adapter_key, now_s)
 
     def _drop_pages(self, request: Request, now_s: float) -> None:
         """A parked request computes its tokens again when its turn comes."""

@@ -26,7 +26,7 @@ from replica.scheduling.admission import Limits, accepted, admissible
 from replica.scheduling.drainer import Drainer, Sharing
 from replica.scheduling.growth import Growth
 from replica.scheduling.in_flight import InFlight
-from replica.scheduling.loads import BASE_PLACE, Loads, Switches
+from replica.scheduling.loads import BASE_KEY, Loads, Switches
 from replica.scheduling.pages import Pages
 from replica.scheduling.plan import Plan, Work
 from replica.scheduling.request import ENDED, Delta, Finish, NewRequest, Phase, Request, Sampled
@@ -86,23 +86,23 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._evictions: list[Evict] = []
         if not self.switches.base_pinned:
-            adapter_cache.register(BASE_PLACE, "", 0, pinned=False, now_s=0.0)
+            adapter_cache.register(BASE_KEY, "", 0, pinned=False, now_s=0.0)
 
     def add(self, new: NewRequest, now_s: float) -> Request:
         """Accept a request, or raise a FleetError and take nothing in."""
         self._admissible(new)
-        place = new.digest
-        if place is None and not self.switches.base_pinned:
-            place = BASE_PLACE
-        request = accepted(new, place, self.limits, now_s)
-        if place is not None:
-            self.adapter_cache.claim(place, now_s)
+        adapter_key = new.digest
+        if adapter_key is None and not self.switches.base_pinned:
+            adapter_key = BASE_KEY
+        request = accepted(new, adapter_key, self.limits, now_s)
+        if adapter_key is not None:
+            self.adapter_cache.claim(adapter_key, now_s)
         self._requests[new.id] = request
         self.waiting.add(request)
-        self.share.enter(place)
+        self.share.enter(adapter_key)
         tier = Tier.DEVICE
-        if place is not None:
-            tier = self.adapter_cache.adapters[place].tier
+        if adapter_key is not None:
+            tier = self.adapter_cache.adapters[adapter_key].tier
             self.arrivals[tier] += 1
         self.timelines.note(new.id, now_s, Event.QUEUED, f"adapter {tier}")
         return request
@@ -131,7 +131,7 @@ class Scheduler:
     def lost(self, digest: str, reason: str, now_s: float) -> list[Delta]:
         """Without overlap: a load planned as done has failed, and so do the rows it was for."""
         error = AdapterFailed(f"the adapter did not load: {reason}", field="model")
-        rows = [r for r in self.running_set.running.values() if r.place == digest]
+        rows = [r for r in self.running_set.running.values() if r.adapter_key == digest]
         failed = [self._fail(request, error, now_s) for request in rows]
         if self.adapter_cache.usable(digest):  # else the same plan had it evicted again
             self.adapter_cache.lost(digest, reason, now_s)
@@ -165,9 +165,9 @@ class Scheduler:
             budget -= rows[-1].end - rows[-1].start
         hold_s = self.loads.hold_until(self.limits.step_tokens_max, now_s)
         for request in self._scan(rows) if budget > 0 and not self.running_set.full else ():
-            if request.place in closed or not self.drainer.may_admit(request):
+            if request.adapter_key in closed or not self.drainer.may_admit(request):
                 continue
-            if self.in_flight.names(request):
+            if self.in_flight.references(request):
                 continue  # it left the batch just now, and may have ended there
             if hold_s is not None and self.loads.holds(request):
                 continue
@@ -235,7 +235,7 @@ class Scheduler:
             if end // page_tokens > request.published and request.pages:
                 self.running_set.publish(request, end)
             if share:
-                self.share.served(request.place, end - start, sample)
+                self.share.served(request.adapter_key, end - start, sample)
             if choice is None:
                 continue
             token, logprobs = choice
@@ -279,10 +279,10 @@ class Scheduler:
         self.pages.check(r.pages for r in [*self._requests.values(), *deferred_free])
         self.adapter_cache.check()
         for digest, adapter in self.adapter_cache.adapters.items():
-            own = [r for r in self._requests.values() if r.place == digest]
+            own = [r for r in self._requests.values() if r.adapter_key == digest]
             assert adapter.claims == len(own)
             assert adapter.users == sum(r.id in self.running_set.running for r in own)
-            assert adapter.held == sum(r.place == digest for r in deferred_free)
+            assert adapter.held == sum(r.adapter_key == digest for r in deferred_free)
             starves = adapter.wanted and adapter.tier is not Tier.DEVICE
             assert not starves or adapter.starved_s is not None
         self.running_set.check()
@@ -297,8 +297,8 @@ class Scheduler:
         admissible(new, self.limits, self.pages, self.adapter_cache)
         if len(self._requests) >= self.limits.queue_max + self.limits.batch_rows_max:
             raise QueueFull(
-                f"{len(self.waiting)} requests wait and {len(self.running_set.running)} run already, "
-                "the most this engine takes",
+                f"{len(self.waiting)} requests wait and {len(self.running_set.running)} run "
+                "already, the most this engine takes",
                 retry_after_s=self._expected_wait_s(),
             )
 
@@ -356,7 +356,7 @@ class Scheduler:
         """The adapter of the first request, where that one blocks the rest."""
         if self.switches.skip:
             return None
-        return next((r.place for r in self._in_order() if self.drainer.may_admit(r)), None)
+        return next((r.adapter_key for r in self._in_order() if self.drainer.may_admit(r)), None)
 
     def _in_order(self) -> Iterable[Request]:
         places = None
@@ -392,28 +392,28 @@ class Scheduler:
         return Delta(request.id, error=error)
 
     def _end(self, request: Request, phase: Phase, now_s: float) -> None:
-        place = request.place
+        adapter_key = request.adapter_key
         self.running_set.end(request, now_s)
         request.become(phase)
         self.waiting.forget(request)
         del self._requests[request.id]
-        self.share.leave(place)
+        self.share.leave(adapter_key)
         self.timelines.note(request.id, now_s, Event.DONE, phase.value)
-        if self.in_flight.names(request):
+        if self.in_flight.references(request):
             self.in_flight.deferred_free.append(request)
-            if place is not None:
-                self.adapter_cache.hold(place)
+            if adapter_key is not None:
+                self.adapter_cache.hold(adapter_key)
         else:
             self.running_set.free(request)
-        if place is not None:
-            self._evictions += self.adapter_cache.unclaim(place)
+        if adapter_key is not None:
+            self._evictions += self.adapter_cache.unclaim(adapter_key)
 
     def _release(self) -> None:
         """What lingered until the last step that named it had committed."""
         for request in self.in_flight.released():
             self.running_set.free(request)
-            if request.place is not None:
-                self._evictions += self.adapter_cache.let_go(request.place)
+            if request.adapter_key is not None:
+                self._evictions += self.adapter_cache.let_go(request.adapter_key)
 
 
 def _nobody(_: str | None) -> float:

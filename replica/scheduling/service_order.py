@@ -47,7 +47,7 @@ class ServiceOrder:
 
     def check(self) -> None:
         self._settle()
-        ranks = filter(None, map(self._rank, self._waiting.places()))
+        ranks = filter(None, map(self._rank, self._waiting.adapter_keys()))
         assert sorted(ranks) == self._ordered, "an adapter starves unseen"
 
     def _rank(self, digest: str) -> _Rank | None:

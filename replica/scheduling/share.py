@@ -25,46 +25,48 @@ class Share:
         self._present: dict[str | None, int] = {}
         self._last = 0.0  # what the last one that was present had when it left
 
-    def weigh(self, place: str, weight: float) -> None:
+    def weigh(self, adapter_key: str, weight: float) -> None:
         """From now on what it is served counts a `weight`th."""
         assert 0 < weight < math.inf
-        self._weights[place] = weight
-        self._leaving.discard(place)
+        self._weights[adapter_key] = weight
+        self._leaving.discard(adapter_key)
 
-    def forget(self, place: str) -> None:
+    def forget(self, adapter_key: str) -> None:
         """It is no longer registered; what is known of it goes with its last request."""
-        self._leaving.add(place)
-        self._leave(place)
+        self._leaving.add(adapter_key)
+        self._leave(adapter_key)
 
-    def of(self, place: str | None) -> float:
-        return self._had.get(place, 0.0) if self.on else 0.0
+    def of(self, adapter_key: str | None) -> float:
+        return self._had.get(adapter_key, 0.0) if self.on else 0.0
 
-    def enter(self, place: str | None) -> None:
+    def enter(self, adapter_key: str | None) -> None:
         """A request of it was accepted."""
         if not self.on:
             return
-        if place not in self._present:
+        if adapter_key not in self._present:
             least = min((self._had[other] for other in self._present), default=self._last)
-            self._had[place] = max(self._had.get(place, 0.0), least)
-        self._present[place] = self._present.get(place, 0) + 1
+            self._had[adapter_key] = max(self._had.get(adapter_key, 0.0), least)
+        self._present[adapter_key] = self._present.get(adapter_key, 0) + 1
 
-    def leave(self, place: str | None) -> None:
+    def leave(self, adapter_key: str | None) -> None:
         if not self.on:
             return
-        self._present[place] -= 1
-        if not self._present[place]:
-            del self._present[place]
-            self._last = self._had[place]
-            self._leave(place)
+        self._present[adapter_key] -= 1
+        if not self._present[adapter_key]:
+            del self._present[adapter_key]
+            self._last = self._had[adapter_key]
+            self._leave(adapter_key)
 
-    def _leave(self, place: str | None) -> None:
-        if place in self._leaving and place not in self._present:
-            self._leaving.discard(place)
-            self._weights.pop(place, None)
-            self._had.pop(place, None)
+    def _leave(self, adapter_key: str | None) -> None:
+        if adapter_key in self._leaving and adapter_key not in self._present:
+            self._leaving.discard(adapter_key)
+            self._weights.pop(adapter_key, None)
+            self._had.pop(adapter_key, None)
 
-    def served(self, place: str | None, tokens: int, sampled: bool) -> None:
+    def served(self, adapter_key: str | None, tokens: int, sampled: bool) -> None:
         """tokens: computed in one step. sampled: one of them is the model's own."""
         if self.on:
             cost = tokens + (_OUTPUT_WEIGHT if sampled else 0.0)
-            self._had[place] = self._had.get(place, 0.0) + cost / self._weights.get(place, 1.0)
+            self._had[adapter_key] = self._had.get(adapter_key, 0.0) + cost / self._weights.get(
+                adapter_key, 1.0
+            )

@@ -1,7 +1,8 @@
 """Who waits to run, told apart by adapter so that none hides another.
 
-Within an adapter the higher priority goes first, then the earlier arrival; a request that comes
-back (parked or preempted) keeps its number and so stands before those that came after it.
+Within an adapter the lower `priority` goes first, as in vLLM, then the earlier arrival; a request
+that comes back (parked or preempted) keeps its number and so stands before those that came after
+it.
 """
 
 import heapq
@@ -35,35 +36,35 @@ class Waiting:
     def add(self, request: Request) -> None:
         key = self._keys.get(request.id)
         if key is None:
-            key = self._keys[request.id] = (-request.priority, self._next)
+            key = self._keys[request.id] = (request.priority, self._next)
             self._next += 1
-        insort(self._groups.setdefault(request.place, []), (key, request), key=lambda e: e[0])
+        insort(self._groups.setdefault(request.adapter_key, []), (key, request), key=lambda e: e[0])
         self._count += 1
         self._count_begun(request, 1)
 
     def remove(self, request: Request) -> None:
-        group = self._groups[request.place]
+        group = self._groups[request.adapter_key]
         index = bisect_left(group, self._keys[request.id], key=lambda e: e[0])
         assert group[index][1] is request
         del group[index]
         if not group:
-            del self._groups[request.place]
+            del self._groups[request.adapter_key]
         self._count -= 1
         self._count_begun(request, -1)
 
     def touch(self, request: Request) -> None:
         """One that waits gets a token, from the step in flight when it left the batch."""
-        if request.place is not None:
-            self.touched.add(request.place)
+        if request.adapter_key is not None:
+            self.touched.add(request.adapter_key)
 
     def _count_begun(self, request: Request, change: int) -> None:
-        place = request.place
+        adapter_key = request.adapter_key
         if request.begun:
-            self._begun[place] = self._begun.get(place, 0) + change
-            if not self._begun[place]:
-                del self._begun[place]
-        if place is not None:
-            self.touched.add(place)
+            self._begun[adapter_key] = self._begun.get(adapter_key, 0) + change
+            if not self._begun[adapter_key]:
+                del self._begun[adapter_key]
+        if adapter_key is not None:
+            self.touched.add(adapter_key)
 
     def forget(self, request: Request) -> None:
         """It has ended and will not return."""
@@ -72,22 +73,22 @@ class Waiting:
     def key(self, request: Request) -> Key:
         return self._keys[request.id]
 
-    def head(self, place: str | None) -> Request:
-        return self._groups[place][0][1]
+    def head(self, adapter_key: str | None) -> Request:
+        return self._groups[adapter_key][0][1]
 
-    def places(self) -> list[str]:
+    def adapter_keys(self) -> list[str]:
         """Adapters that are waited for, in no particular order."""
-        return [place for place in self._groups if place is not None]
+        return [adapter_key for adapter_key in self._groups if adapter_key is not None]
 
-    def all_begun(self, place: str | None) -> bool:
+    def all_begun(self, adapter_key: str | None) -> bool:
         """Each of its requests has a token already."""
-        return self._begun.get(place, 0) == len(self._groups[place])
+        return self._begun.get(adapter_key, 0) == len(self._groups[adapter_key])
 
-    def waited_for(self, place: str | None) -> bool:
-        return place in self._groups
+    def waited_for(self, adapter_key: str | None) -> bool:
+        return adapter_key in self._groups
 
-    def group(self, place: str | None) -> list[Request]:
-        return [request for _, request in self._groups.get(place, ())]
+    def group(self, adapter_key: str | None) -> list[Request]:
+        return [request for _, request in self._groups.get(adapter_key, ())]
 
     def ordered(
         self, requests: Iterable[Request], share: Callable[[str | None], float]
@@ -96,12 +97,12 @@ class Waiting:
 
         def key(request: Request) -> tuple[int, float, int]:
             priority, number = self._keys[request.id]
-            return priority, share(request.place), number
+            return priority, share(request.adapter_key), number
 
         return sorted(requests, key=key)
 
     def in_order(
-        self, places: Iterable[str | None] | None, share: Callable[[str | None], float]
+        self, adapter_keys: Iterable[str | None] | None, share: Callable[[str | None], float]
     ) -> Iterator[Request]:
         """The requests of these places, None: of all: by priority, then share, then arrival.
 
@@ -109,19 +110,19 @@ class Waiting:
         it was given while it goes on.
         """
         groups = [
-            (place, list(self._groups[place]))
-            for place in (self._groups if places is None else places)
-            if place in self._groups
+            (adapter_key, list(self._groups[adapter_key]))
+            for adapter_key in (self._groups if adapter_keys is None else adapter_keys)
+            if adapter_key in self._groups
         ]
         heap = [
-            (group[0][0][0], share(place), group[0][0][1], index, 0)
-            for index, (place, group) in enumerate(groups)
+            (group[0][0][0], share(adapter_key), group[0][0][1], index, 0)
+            for index, (adapter_key, group) in enumerate(groups)
         ]
         heapq.heapify(heap)
         while heap:
             _, _, _, index, position = heapq.heappop(heap)
-            place, group = groups[index]
+            adapter_key, group = groups[index]
             yield group[position][1]
             if position + 1 < len(group):
                 priority, number = group[position + 1][0]
-                heapq.heappush(heap, (priority, share(place), number, index, position + 1))
+                heapq.heappush(heap, (priority, share(adapter_key), number, index, position + 1))

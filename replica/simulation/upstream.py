@@ -95,7 +95,7 @@ class Table:
 _NO_SHARING = Sharing(park=False)
 _SKIP = Policy(Switches(overlap=False, prefetch_depth=0), _NO_SHARING, "lru", True, mixed=False)
 _BLOCK = Policy(
-    Switches(base_pinned=False, skip=False, overlap=False, prefetch_depth=0),
+    Switches(base_slot="shared", on_miss="block", overlap=False, prefetch_depth=0),
     _NO_SHARING,
     "lru",
     True,

@@ -40,7 +40,6 @@ _NOT_SIMULATED = {
     "queue_max",
     "load_retry_s",
     "load_retry_max_s",
-    "load_bytes_per_s",
     "threads",
     "tensor_parallel",
     "seed",

@@ -19,7 +19,7 @@ from cluster.config import EngineConfig
 from cluster.values import Version
 from replica.adapters.adapter_files import inspect
 from replica.engine.engine import Engine
-from replica.engine.sizing import DTYPE_BYTES
+from replica.model.memory import DTYPE_BYTES
 from replica.model.shape import read_shape
 from replica.model.weights import Linear, load_weights
 from replica.scheduling.request import NewRequest, Sampling

@@ -82,9 +82,7 @@ class Pace:
         return 0.0
 
 
-def engine_config(
-    table: Table, policy: Policy, size: Size, pace: Pace, place_bytes: int
-) -> EngineConfig:
+def engine_config(table: Table, policy: Policy, size: Size, place_bytes: int) -> EngineConfig:
     """For a model that is yet to be named. place_bytes: what the toy's largest adapter takes."""
     packed = table.packed and not policy.upstream
     return EngineConfig(
@@ -93,14 +91,13 @@ def engine_config(
         adapter_memory=table.places * place_bytes,
         host_memory=len(table.ranks) * place_bytes,
         loads_in_flight_max=1 if policy.upstream else 8,
-        load_bytes_per_s=int(pace.copy_bytes_per_s),
         slots_max=len(table.ranks) if packed else table.places + (not policy.switches.base_pinned),
         directory_slots=64,
         batch_rows_max=128,
         step_tokens_max=CHUNK_TOKENS // size.lengths,
         queue_max=10_000,
-        base_slot="pinned" if policy.switches.base_pinned else "shared",
-        on_miss="skip" if policy.switches.skip else "block",
+        base_slot=policy.switches.base_slot,
+        on_miss=policy.switches.on_miss,
         overlap=policy.switches.overlap,
         prefetch_depth=policy.switches.prefetch_depth,
         park=policy.sharing.park,

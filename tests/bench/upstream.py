@@ -1,5 +1,7 @@
 """The published workloads on a real engine and a toy model, smaller and at the pace of the card.
 
+    python -m tests.bench.upstream [TABLE …] [--runs N] [--threads N]     about 20 minutes
+
 The toy computes every step, load and token; what it has not got is a card's times. So a step lasts
 at least what it lasts on the table's card (`hardware.py`), and a load what the measured servers'
 took: the engine and the loader wait for the rest, as they would for a device and a bus. How many
@@ -13,7 +15,9 @@ they do; `FAST` is the same with copies at the card's rate, as from pinned memor
 toy as fast as it goes.
 """
 
+import argparse
 import dataclasses
+import sys
 import tempfile
 import threading
 import time
@@ -26,7 +30,7 @@ from cluster.costs import Costs
 from cluster.values import Version
 from replica.adapters.adapter_files import inspect
 from replica.adapters.arena import ALIGNMENT_BYTES
-from replica.engine.engine import Engine, unpaced
+from replica.engine.engine import Engine
 from replica.model.memory import divide
 from replica.model.shape import ModelShape
 from replica.scheduling.assembly import assemble
@@ -34,6 +38,7 @@ from replica.simulation.comparison import TITLES
 from replica.simulation.published import published
 from replica.simulation.simulator import Figures, RequestStats, Simulator, figures, median_figures
 from replica.simulation.upstream import OURS, POLICIES, TABLES, Table
+from tests.bench.paced import PacedLoads, PacedSteps
 from tests.bench.replay import replay
 from tests.bench.smaller import Pace, Requests, Size, engine_config, requests
 from tests.bench.toys import toy_adapter, toy_model
@@ -185,7 +190,7 @@ class _Server:
         image_bytes = largest.parameters * _ELEMENT_BYTES
         self._pace = Pace(card, toys.size, table.ranks[largest.name], image_bytes)
         self._config = dataclasses.replace(
-            engine_config(table, chosen, toys.size, self._pace, image_bytes + ALIGNMENT_BYTES),
+            engine_config(table, chosen, toys.size, image_bytes + ALIGNMENT_BYTES),
             model=toys.model,
             threads=toys.threads,
         )
@@ -201,16 +206,17 @@ class _Server:
             digests[name] = version.digest
             ranks[version.digest] = self._table.ranks[name]
         woken = threading.Event()
-        engine = Engine(
-            self._config,
-            woken.set,
-            (lambda rows: self._pace.step_s(rows, ranks)) if self._toys.size.paced else unpaced,
-        )
+        engine = Engine(self._config, woken.set)
+        PacedLoads(engine, self._pace.copy_bytes_per_s)
+        steps = None
+        if self._toys.size.paced:
+            steps = PacedSteps(engine, lambda rows: self._pace.step_s(rows, ranks))
         try:
             for version in self._versions.values():
                 engine.register(version, version.uri)
             run = replay(engine, woken, wanted.coming, wanted.prompts, digests)
-            self.late = max(self.late, engine.late / engine.steps)
+            if steps is not None:
+                self.late = max(self.late, steps.late / engine.steps)
             self.loads = engine.report().loads
             return self._by_stream(run.records), run.tokens
         finally:
@@ -276,3 +282,28 @@ def _result(
 
 def _medians(runs: Sequence[Streams]) -> Streams:
     return {stream: median_figures([run[stream] for run in runs]) for stream in runs[0]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}")
+    parser.add_argument("--runs", type=int, default=5, help="of which the median is taken")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    if unknown := set(args.tables) - TABLES.keys():
+        parser.error(f"no such table: {', '.join(sorted(unknown))}")
+    for result in upstream(args.tables or list(TABLES), args.runs, args.threads, _tell):
+        print("", *lines(result), sep="\n", flush=True)
+    if not args.tables or "14795" in args.tables:
+        for result in beside(args.runs, args.threads, _tell):
+            print("", *lines(result), sep="\n", flush=True)
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""`lorafleet bench upstream` on a few requests of a table."""
+"""`tests.bench.upstream` on a few requests of a table."""
 
 import dataclasses
 import io

@@ -21,6 +21,7 @@ from replica.adapters.host_pool import HostPool
 from replica.engine.engine import Engine
 from replica.model.shape import read_shape
 from replica.scheduling.request import Delta, Finish, NewRequest, Sampling
+from tests.bench.paced import PacedLoads, PacedSteps
 from tests.late import LateDevice
 from tests.models import make_adapter, make_model
 from tests.until import WORK_S
@@ -222,7 +223,8 @@ def test_decoding_goes_on_while_adapters_load(model: str, versions: list[Version
 
 def test_loads_share_the_rate_they_may_go_at(model: str, versions: list[Version]) -> None:
     size = versions[0].parameters * 4
-    made = engine(model, versions, load_bytes_per_s=10 * size, loads_in_flight_max=2)
+    made = engine(model, versions, loads_in_flight_max=2)
+    PacedLoads(made, 10 * size)
     same = [v for v in versions if v.rank == versions[0].rank][:3]
     for i, version in enumerate(same):
         made.add(NewRequest(str(i), PROMPTS[0], GREEDY, version.digest))
@@ -242,7 +244,8 @@ def test_memory_that_is_not_to_be_had_is_named(model: str, field: str) -> None:
 
 def test_a_batch_lasts_at_least_its_pace(model: str, versions: list[Version]) -> None:
     pace_s = 0.05
-    made = Engine(EngineConfig(model, threads=1, seed=0), pace=lambda rows: pace_s * len(rows))
+    made = Engine(EngineConfig(model, threads=1, seed=0))
+    PacedSteps(made, lambda rows: pace_s * len(rows))
     made.add(NewRequest("one", PROMPTS[0], GREEDY, None))
     made.add(NewRequest("two", PROMPTS[1], GREEDY, None))
     steps_s = []

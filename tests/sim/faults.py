@@ -61,15 +61,15 @@ FAULTS = (
         "scheduler",
         "an ended request keeps its claim on the adapter",
         "scheduling/scheduler",
-        "self._evictions += self.adapter_cache.unclaim(place)",
+        "self._evictions += self.adapter_cache.unclaim(adapter_key)",
         "pass",
     ),
     _fault(
         "scheduler",
         "prompts wait for company though base does not need any",
         "scheduling/loads",
-        "return request.place is not None and self._adapter_cache.adapters[request.place].fresh",
-        "return True",
+        "and self._adapter_cache.adapters[request.adapter_key].fresh",
+        "or True",
     ),
     _fault(
         "scheduler",
@@ -154,8 +154,8 @@ FAULTS = (
         "drainer",
         "a draining adapter takes everyone who was waiting",
         "scheduling/drainer",
-        "if r.place == victim and r.remaining <= left.get(victim, 0)",
-        "if r.place == victim",
+        "if r.adapter_key == victim and r.remaining <= left.get(victim, 0)",
+        "if r.adapter_key == victim",
     ),
     _fault(
         "drainer",
@@ -268,7 +268,7 @@ FAULTS = (
         "adapter cache",
         "an image that is being copied slides",
         "scheduling/adapter_cache",
-        "shifts = self.extents.slide(immovable=self.victims.loading())",
+        "shifts = self.extents.slide(immovable=self.victim_search.loading())",
         "shifts = self.extents.slide(immovable=())",
     ),
     _fault(
@@ -419,7 +419,8 @@ FAULTS = (
         "budget",
         "a shrinking arena gives back bytes that an image lies in",
         "scheduling/adapter_cache",
-        "shifts = self.extents.slide(self.victims.loading()) if self.extents.end > end else []",
+        "shifts = self.extents.slide(self.victim_search.loading()) if self.extents.end > end"
+        " else []",
         "shifts: list[Shift] = []",
     ),
     _fault(
@@ -483,8 +484,8 @@ FAULTS = (
         "budget",
         "a request has its own adapter evicted for its pages",
         "scheduling/running_set",
-        "keep = {*self._draining, *([spare.place] if spare is not None and spare.place else ())}",
-        "keep = {*self._draining}",
+        "if spare is not None and spare.adapter_key:",
+        "if False:",
     ),
     # Steps in flight
     _fault(
@@ -498,7 +499,7 @@ FAULTS = (
         "in flight",
         "pages of a request that ends in flight are free at once",
         "scheduling/scheduler",
-        "        if self.in_flight.names(request):\n            self.in_flight.deferred_free",
+        "        if self.in_flight.references(request):\n            self.in_flight.deferred_free",
         "        if False:\n            self.in_flight.deferred_free",
     ),
     _fault(
@@ -571,7 +572,7 @@ FAULTS = (
         "in flight",
         "one that left the batch comes back in the same plan",
         "scheduling/scheduler",
-        "            if self.in_flight.names(request):\n                continue",
+        "            if self.in_flight.references(request):\n                continue",
         "            if False:\n                continue",
     ),
     _fault(

@@ -69,8 +69,8 @@ class Run:
             drain_wait_threshold_s=rng.choice([0.0, 0.2]),
         )
         switches = Switches(
-            base_pinned=self.chance(0.8),
-            skip=self.chance(0.8),
+            base_slot="pinned" if self.chance(0.8) else "shared",
+            on_miss="skip" if self.chance(0.8) else "block",
             overlap=self.chance(0.8),
             prefetch_depth=rng.choice([0, 1, 8]),
         )

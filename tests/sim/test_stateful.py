@@ -160,7 +160,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         adapter = self.directory.adapters.get(digest)
         if adapter is None or adapter.tier in (Tier.DEVICE, Tier.LOADING):
             return
-        victims = self.directory.victims.for_image(digest)
+        victims = self.directory.victim_search.for_image(digest)
         if victims is None:
             return
         for victim in victims:
@@ -245,7 +245,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             slots=3 if page_bytes is None else 5,
             context=64,
             sizes=dict(zip("abcdef", (40, 40, 20, 60, 90, 10), strict=True)),
-            switches=Switches(base_pinned=pinned, skip=skip, overlap=overlap, prefetch_depth=2),
+            switches=Switches(
+                base_slot="pinned" if pinned else "shared",
+                on_miss="skip" if skip else "block",
+                overlap=overlap,
+                prefetch_depth=2,
+            ),
             sharing=self.sharing,
             parked_pages_max=parked,
             page_wait_max_s=0.2,
@@ -377,8 +382,8 @@ class DrainerMachine(SchedulerMachine):
         running = set(self.core.running_set.running)
         super().step()
         for request in self.core.running_set.running.values():
-            drain = before.get(request.place or "none")
-            still = drain is not None and drainer.drains.get(request.place or "none") == drain
+            drain = before.get(request.adapter_key or "none")
+            still = drain is not None and drainer.drains.get(request.adapter_key or "none") == drain
             if still and request.id not in running:
                 assert drain is not None and request.id in drain.admitted, "it was not to enter"
         for victim, drain in before.items():

@@ -323,7 +323,10 @@ def test_the_real_program_fails_without_a_traceback() -> None:
 
 
 def test_a_replica_alone_needs_neither_ray_nor_redis() -> None:
-    code = "import sys, lorafleet, replica.serving.single_process; print(sorted({'ray', 'redis'} & set(sys.modules)))"
+    code = (
+        "import sys, lorafleet, replica.serving.single_process; "
+        "print(sorted({'ray', 'redis'} & set(sys.modules)))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT_S
     )

@@ -1,9 +1,10 @@
-"""The boundary of the core: pure files stay pure, and imports point one way."""
+"""The boundary of the core: pure rooms stay pure, and imports point one way, without a circle."""
 
 import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,118 +12,86 @@ import pytest
 from tests.until import WORK_S
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("cluster", "replica", "router", "kernels/lora_kernels")
+PACKAGES = {"cluster": "cluster", "replica": "replica", "router": "router"}
+PACKAGES |= {"lora_kernels": "kernels/lora_kernels"}
 
-SHELLS = frozenset(
-    {
-        # Files that may do I/O, start threads, read a clock, or import what does.
-        "lorafleet",
-        "cluster.catalog",
-        "cluster.publisher",
-        "cluster.redis_client",
-        "cluster.redis_server",
-        "cluster.registry",
-        "cluster.store",
-        "replica.serving.actor",
-        "replica.adapters.adapter_files",
-        "replica.serving.single_process",
-        "replica.adapters.arena",
-        "replica.api.asgi",
-        "tests.bench.upstream",
-        "replica.api.call",
-        "replica.api.completion",
-        "replica.model.decoder",
-        "replica.engine.engine",
-        "replica.engine.engine_process",
-        "replica.engine.tp_process",
-        "replica.api.interfaces",
-        "replica.model.gather_executor",
-        "replica.model.graphs",
-        "replica.adapters.host_pool",
-        "replica.adapters.image",
-        "replica.engine.largest_step",
-        "replica.engine.link",
-        "replica.adapters.loader",
-        "replica.serving.membership",
-        "replica.engine.node",
-        "replica.api.openai_protocol",
-        "replica.engine.tp_messages",
-        "replica.model.page_memory",
-        "replica.model.paged_batch",
-        "replica.model.paged_decoder",
-        "replica.model.paged_executor",
-        "replica.model.ranks",
-        "tests.bench.replay",
-        "replica.engine.runner",
-        "replica.adapters.safetensors_header",
-        "replica.model.sampling",
-        "replica.api.server",
-        "replica.serving.settings",
-        "replica.serving.reconciler",
-        "replica.serving.local_catalog",
-        "replica.adapters.streams",
-        "replica.engine.tensor_parallel",
-        "replica.api.text",
-        "tests.bench.toys",
-        "replica.adapters.validation",
-        "replica.model.weights",
-        "replica.api.response_encoder",
-        "router.affinity",
-        "router.app",
-        "router.environment",
-        "router.ingress",
-        "router.local",
-        "lora_kernels.attention",
-        "lora_kernels.attention_kernels",
-        "lora_kernels.delta_kernels",
-        "lora_kernels.device_tables",
-        "lora_kernels.host_reads",
-        "lora_kernels.fused",
-        "lora_kernels.lora",
-        "lora_kernels.matmuls",
-        "lora_kernels.ops",
-        "lora_kernels.reference",
-        "lora_kernels.tiles",
-    }
-)
-IMPURE = frozenset({"asyncio", "ray", "redis", "socket", "threading", "time", "torch", "triton"})
-BELOW = {
-    "lora_kernels": {"lora_kernels"},
-    "cluster": {"cluster"},
-    "replica": {"replica", "cluster", "lora_kernels"},
-    "router": {"router", "replica", "cluster", "lora_kernels"},
+# Room → what it may import of ours besides itself.
+MAY_IMPORT = {
+    "lora_kernels": set[str](),
+    "cluster": set[str](),
+    "replica.scheduling": {"cluster"},
+    "replica.model": {"cluster", "lora_kernels", "replica.scheduling"},
+    "replica.adapters": {"cluster", "lora_kernels", "replica.scheduling", "replica.model"},
+    "replica.engine": {
+        "cluster",
+        "lora_kernels",
+        "replica.scheduling",
+        "replica.model",
+        "replica.adapters",
+    },
+    "replica.api": {"cluster", "replica.scheduling", "replica.model.shape"},
+    "replica.simulation": {"cluster", "replica.scheduling", "replica.model.shape"},
+    "replica.serving": {"cluster", "lora_kernels", "replica"},
+    "router": {"cluster", "lora_kernels", "replica"},
+    "lorafleet": {"cluster", "replica", "router"},
 }
-ENGINE_SIDE = """
-    cluster.values cluster.errors cluster.config replica.scheduling.request replica.scheduling.scheduler
-    replica.scheduling.adapter_cache replica.scheduling.pages replica.engine.engine replica.engine.engine_process replica.engine.link
-    replica.model.shape replica.model.weights replica.model.decoder replica.model.gather_executor
-    replica.model.paged_executor replica.engine.runner replica.model.sampling replica.adapters.image
-    replica.adapters.arena replica.engine.tp_process replica.adapters.adapter_files lora_kernels.reference lora_kernels.ops
-""".split()  # noqa: SIM905
+PURE_ROOMS = {"replica.scheduling", "replica.simulation"}
+# Elsewhere, the files that decide and do nothing.
+PURE_FILES = {
+    "cluster.config",
+    "cluster.costs",
+    "cluster.errors",
+    "cluster.values",
+    "cluster.versions",
+    "lora_kernels.segments",
+    "lora_kernels.tilings",
+    "replica.engine.messages",
+    "replica.engine.sizing",
+    "replica.model.launch",
+    "replica.model.memory",
+    "replica.model.shape",
+    "router.policy",
+    "router.view",
+}
+IMPURE = frozenset({"asyncio", "ray", "redis", "socket", "threading", "time", "torch", "triton"})
+ENGINE_ROOMS = ("replica.scheduling", "replica.model", "replica.adapters", "replica.engine")
 
 
 def modules() -> dict[str, Path]:
     found = {"lorafleet": ROOT / "lorafleet.py"}
-    for room in ROOMS:
-        for path in sorted((ROOT / room).glob("*.py")):
+    for package, folder in PACKAGES.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
             if path.stem != "__init__":
-                found[f"{Path(room).name}.{path.stem}"] = path
+                parts = path.relative_to(ROOT / folder).with_suffix("").parts
+                found[".".join((package, *parts))] = path
     return found
 
 
 MODULES = modules()
-CORE = sorted(MODULES.keys() - SHELLS)
+
+
+def room(name: str) -> str:
+    return ".".join(name.split(".")[:2]) if name.startswith("replica.") else name.split(".")[0]
+
+
+PURE = sorted(n for n in MODULES if room(n) in PURE_ROOMS or n in PURE_FILES)
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Top-level packages, wherever in the file they are imported, also only for types."""
+    """Modules, wherever in the file they are imported, also only for types."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name.partition(".")[0] for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             assert node.module is not None
-            yield node.module.partition(".")[0]
+            for alias in node.names:
+                of = f"{node.module}.{alias.name}"
+                yield of if of in MODULES else node.module
+
+
+def ours(name: str) -> set[str]:
+    return {found for found in imports(MODULES[name]) if found in MODULES and found != name}
 
 
 def loaded_by(names: list[str], suspects: set[str]) -> set[str]:
@@ -135,34 +104,52 @@ def loaded_by(names: list[str], suspects: set[str]) -> set[str]:
     return suspects & set(done.stdout.split())
 
 
-def test_the_list_of_shells_is_not_stale() -> None:
-    """A core file must not hide among the shells, nor a shell that is gone stay listed."""
-    later = {"cluster.store", "lora_kernels.fused"}
-    assert SHELLS - MODULES.keys() <= later
+def test_every_file_lies_in_a_room() -> None:
+    assert {room(name) for name in MODULES} == MAY_IMPORT.keys()
+    assert set(PURE) >= PURE_FILES, "a file is gone"
 
 
-@pytest.mark.parametrize("name", CORE)
-def test_a_core_file_imports_nothing_impure(name: str) -> None:
-    assert not IMPURE & set(imports(MODULES[name]))
+@pytest.mark.parametrize("name", PURE)
+def test_a_pure_file_imports_nothing_impure(name: str) -> None:
+    assert not IMPURE & {module.partition(".")[0] for module in imports(MODULES[name])}
 
 
-def test_the_core_as_a_whole_loads_nothing_impure() -> None:
+def test_the_pure_files_as_a_whole_load_nothing_impure() -> None:
     # The standard library itself loads time and threading; what counts is what is heavy or acts.
-    assert not loaded_by(CORE, set(IMPURE - {"time", "threading"}))
+    assert not loaded_by(PURE, set(IMPURE - {"time", "threading"}))
 
 
-@pytest.mark.parametrize("name", sorted(MODULES.keys() - {"lorafleet"}))
+@pytest.mark.parametrize("name", sorted(MODULES))
 def test_imports_point_one_way(name: str) -> None:
-    ours = {"lorafleet", "tests", *BELOW} & set(imports(MODULES[name]))
-    assert ours <= BELOW[name.partition(".")[0]]
+    allowed = MAY_IMPORT[room(name)] | {room(name)}
+    wrong = {
+        found
+        for found in ours(name)
+        if not any(found == may or found.startswith(f"{may}.") for may in allowed)
+    }
+    assert not wrong
+    assert not any(found.partition(".")[0] == "tests" for found in imports(MODULES[name]))
+
+
+def test_no_imports_go_round_in_a_circle() -> None:
+    TopologicalSorter({name: ours(name) for name in MODULES}).prepare()
+    rooms: dict[str, set[str]] = {}
+    for name in MODULES:
+        # Others may import the shape of a model without the model.
+        found = {room(n) for n in ours(name) if n != "replica.model.shape"}
+        rooms.setdefault(room(name), set()).update(found - {room(name)})
+    TopologicalSorter(rooms).prepare()
 
 
 def test_the_engine_runs_without_the_servers_libraries() -> None:
     refused = {"ray", "redis", "pydantic", "fastapi", "starlette"}
-    assert not loaded_by([name for name in ENGINE_SIDE if name in MODULES], refused)
+    assert not loaded_by([name for name in MODULES if room(name) in ENGINE_ROOMS], refused)
 
 
 def test_package_inits_are_empty() -> None:
-    for room in ROOMS:
-        assert not (ROOT / room / "__init__.py").read_text().strip()
+    for folder in PACKAGES.values():
+        for path in (ROOT / folder).rglob("__init__.py"):
+            assert not path.read_text().strip()
+        for path in (ROOT / folder).rglob("*.py"):
+            assert (path.parent / "__init__.py").exists(), f"{path.parent} is no package"
     assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -458,7 +458,7 @@ async def test_a_lower_priority_number_goes_first_as_in_vllm(
     await client.completions.create(
         model=BASE, prompt="x", max_tokens=1, extra_body={"priority": -3}
     )
-    assert engine.seen[-1].priority == 3
+    assert engine.seen[-1].priority == -3
 
 
 async def test_why_did_this_wait(client: AsyncOpenAI, app: Server) -> None:

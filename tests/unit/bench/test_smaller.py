@@ -49,7 +49,7 @@ def test_requests_come_faster_and_are_shorter() -> None:
 
 def test_times_of_the_policy_are_shorter_too() -> None:
     table = TABLES["17913"]
-    config = engine_config(table, table.after, SIZE, pace(), place_bytes=TOY_BYTES)
+    config = engine_config(table, table.after, SIZE, place_bytes=TOY_BYTES)
     assert config.drain_wait_threshold_s == pytest.approx(3.0 / 6)
     assert config.quantum_s == pytest.approx(0.5 / 6)
     assert config.adapter_memory == 3 * TOY_BYTES

@@ -10,7 +10,6 @@ from cluster.config import EngineConfig
 from cluster.errors import ConfigError
 from replica.engine.node import Node
 from replica.engine.sizing import (
-    DTYPE_BYTES,
     described,
     image_bytes,
     on_gpu,
@@ -20,7 +19,7 @@ from replica.engine.sizing import (
     weight_bytes,
     with_context_that_fits,
 )
-from replica.model.memory import batch_pages, divide, kv_page_bytes
+from replica.model.memory import DTYPE_BYTES, batch_pages, divide, kv_page_bytes
 from replica.model.shape import ModelShape, read_shape
 from tests.small_files import write_model_config
 

@@ -28,7 +28,7 @@ def registered(*digests: str, size: int = 40, capacity: int = 100, slots: int = 
 
 
 def room_for(directory: AdapterCache, digest: str, now_s: float) -> ArenaChange | None:
-    victims = directory.victims.for_image(digest)
+    victims = directory.victim_search.for_image(digest)
     return None if victims is None else directory.make_room(digest, victims, now_s)
 
 
@@ -125,7 +125,7 @@ def test_those_that_a_larger_one_after_them_makes_needless_stay(
         directory.register(digest, f"/{digest}", bytes, pinned=False, now_s=0.0)
     for now_s, digest in enumerate(("a", "b", "large", "c")):
         bring(directory, digest, float(now_s))
-    assert directory.victims.for_image("new") == victims
+    assert directory.victim_search.for_image("new") == victims
 
 
 def test_scattered_bytes_slide_together_instead_of_a_third_eviction() -> None:
@@ -254,7 +254,7 @@ def test_what_is_being_copied_does_not_slide_with_the_others() -> None:
     for digest in "ace":
         directory.forget(digest)
     directory.register("large", "/large", 40, pinned=False, now_s=4.0)
-    assert directory.victims.for_image("large") == []
+    assert directory.victim_search.for_image("large") == []
     change = directory.make_room("large", [], 4.0)
     assert [(m.slot, m.source, m.target) for m in change.slides] == [(4, 60, 40)]
     assert change.load.offset == 60

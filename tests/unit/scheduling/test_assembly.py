@@ -26,7 +26,7 @@ def test_the_defaults_are_the_best_known() -> None:
     switches = core.switches
     assert switches.base_pinned and switches.skip and switches.overlap and switches.prefetch_depth
     assert core.drainer.sharing.park and not core.drainer.sharing.drain_wait_threshold_s
-    assert core.adapter_cache.victims._order is victims.cost and not core.share.on
+    assert core.adapter_cache.victim_search._order is victims.cost and not core.share.on
 
 
 def test_each_switch_can_be_turned() -> None:
@@ -49,7 +49,7 @@ def test_each_switch_can_be_turned() -> None:
     assert switches.prefetch_depth == 3
     assert (sharing.park, sharing.quantum_s, sharing.head_start_s) == (False, 0.25, 0.5)
     assert sharing.drain_wait_threshold_s == 1.5
-    assert core.adapter_cache.victims._order is victims.fifo and core.share.on
+    assert core.adapter_cache.victim_search._order is victims.fifo and core.share.on
     assert core.limits.parked_pages_max == 7 and core.limits.page_wait_max_s == 0.5
 
 

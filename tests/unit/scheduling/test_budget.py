@@ -185,7 +185,7 @@ def test_the_pages_of_a_parked_row_are_copied_too() -> None:
     assert core.running_set.running["x"].pages == [3, 2, 1]
     for i in range(4):
         core.cancel(f"r{i}", 0.0)
-    core.add(new("y", "b", priority=1), 0.0)
+    core.add(new("y", "b", priority=-1), 0.0)
     assert core.running_set.park_all(("a",), core.waiting.head("b"), 0.0)
     (change,) = core.step(0.0).arena_changes
     assert [move.source for move in change.page_moves] == [1, 2, 3]
@@ -216,7 +216,7 @@ def test_what_may_not_leave_does_not_leave_for_pages(why: str) -> None:
         settle(core, 0.0)
     else:
         begin(core, new("one", max_tokens=60), new("two", max_tokens=60))
-        core.add(new("x", "a", priority=-1), 0.0)
+        core.add(new("x", "a", priority=1), 0.0)
         settle(core, 0.0)
     assert placed(core) == ["a"]
     core.running_set.rows_max = 8
@@ -234,7 +234,7 @@ def test_a_new_request_takes_no_adapter_that_another_waits_for() -> None:
     hold(core, 4, "one")
     hold(core, 3, "two")
     core.add(new("y", "a", prompt=30), 0.0)
-    core.add(new("base", None, prompt=60, max_tokens=1, priority=1), 0.0)
+    core.add(new("base", None, prompt=60, max_tokens=1, priority=-1), 0.0)
     core.running_set.rows_max = 4
     plan, _ = run(core)
     assert core.pages.free == 1 and ran(plan) == ["one", "two"]

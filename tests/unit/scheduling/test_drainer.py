@@ -3,7 +3,7 @@
 import pytest
 
 from replica.scheduling.drainer import Drain, Sharing
-from replica.scheduling.loads import BASE_PLACE, Switches
+from replica.scheduling.loads import BASE_KEY, Switches
 from replica.scheduling.request import Phase
 from replica.scheduling.scheduler import Scheduler
 from tests.core import begin, evicted, loaded, new, ran, run, scheduler, settle
@@ -70,7 +70,7 @@ def test_a_drain_ends_within_what_was_left_when_it_began() -> None:
     core = busy(DRAIN, tokens=20)
     core.add(new("s", "c"), 0.0)
     run(core, 1.0)
-    left = max(r.remaining for r in core.running_set.running.values() if r.place == "a")
+    left = max(r.remaining for r in core.running_set.running.values() if r.adapter_key == "a")
     for step in range(left + 1):
         core.add(new(f"n{step}", "a", max_tokens=left * 6 // 5), 1.0)
         plan, _ = run(core, 1.0 + step * 0.05)
@@ -83,7 +83,7 @@ def test_the_freed_place_is_kept_for_the_one_it_was_freed_for() -> None:
     core = busy(DRAIN, tokens=10)
     core.add(new("s", "c"), 0.0)
     run(core, 1.0)
-    core.add(new("urgent", "d", priority=9), 1.1)
+    core.add(new("urgent", "d", priority=-9), 1.1)
     core.cancel("x", 1.1)
     plan, _ = run(core, 1.1)
     assert loaded(plan) == ["c"] and evicted(plan) == ["a"]
@@ -94,7 +94,7 @@ def test_a_place_is_kept_too_against_one_that_parks() -> None:
     core.add(new("s", "c"), 0.0)
     run(core, 0.06)  # their slices are not over: a drain begins
     assert core.drainer.drains
-    core.add(new("urgent", "d", priority=9), 0.5)
+    core.add(new("urgent", "d", priority=-9), 0.5)
     plan, _ = run(core, 0.5)
     assert set(evicted(plan)).isdisjoint(core.drainer.kept("d"))
 
@@ -141,12 +141,12 @@ def test_idle_pinned_adapters_hold_places_and_are_never_drained() -> None:
 
 
 def test_base_is_drained_for_where_it_shares_the_slots() -> None:
-    switches = Switches(base_pinned=False, overlap=False)
+    switches = Switches(base_slot="shared", overlap=False)
     core = scheduler(sharing=DRAIN, switches=switches, slots=2)
     begin(core, new("x", "a", max_tokens=60), new("y", "b", max_tokens=60))
     core.add(new("base"), 0.0)
     run(core, 1.0)
-    assert {drain.starving for drain in core.drainer.drains.values()} == {BASE_PLACE}
+    assert {drain.starving for drain in core.drainer.drains.values()} == {BASE_KEY}
     core.cancel("x", 1.1)
     plan, _ = run(core, 1.1)
     assert "base" in ran(plan)
@@ -264,7 +264,7 @@ def test_one_placed_but_not_run_is_kept() -> None:
     core = busy(PARK)
     core.add(new("s", "c"), 0.0)
     settle(core, 0.5)
-    core.add(new("t", "d", priority=5), 0.5)
+    core.add(new("t", "d", priority=-5), 0.5)
     core.running_set.rows_max = len(core.running_set.running)  # c finds no row yet
     plan, _ = run(core, 5.0)
     assert "c" not in evicted(plan)

@@ -78,7 +78,7 @@ def test_without_overlap_the_batch_waits_and_then_runs_at_once() -> None:
 
 
 def test_a_cold_first_request_blocks_those_behind_it_where_told_so() -> None:
-    core = scheduler(switches=Switches(skip=False))
+    core = scheduler(switches=Switches(on_miss="block"))
     begin(core, new("warm", "b", max_tokens=60))
     core.add(new("cold", "a"), 0.0)
     core.add(new("behind", "b"), 0.0)
@@ -88,7 +88,7 @@ def test_a_cold_first_request_blocks_those_behind_it_where_told_so() -> None:
 
 
 def test_base_competes_for_a_slot_where_told_so() -> None:
-    core = scheduler(switches=Switches(base_pinned=False, overlap=False), slots=1)
+    core = scheduler(switches=Switches(base_slot="shared", overlap=False), slots=1)
     begin(core, new("x", "a", max_tokens=60))
     core.add(new("base"), 0.0)
     assert ran(run(core, 0.0)[0]) == ["x"]

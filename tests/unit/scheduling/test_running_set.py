@@ -46,7 +46,7 @@ def test_parked_rows_go_on_though_others_before_them_find_no_pages() -> None:
     run(core, 0.6)
     assert core.pages.free == 0
     for name in ("first", "second"):
-        core.add(new(name, priority=1), 0.6)
+        core.add(new(name, priority=-1), 0.6)
     core.loaded("a", 0.6)
     plan, _ = run(core, 0.6)
     assert ran(plan) == ["base", "x", "y"]
@@ -57,7 +57,7 @@ def test_one_that_waited_too_long_gets_the_next_pages_but_none_of_parked_rows() 
     core.add(new("base", prompt=4, max_tokens=12), 0.6)
     core.add(new("patient"), 0.6)
     run(core, 0.6)
-    core.add(new("urgent", priority=1), 3.0)
+    core.add(new("urgent", priority=-1), 3.0)
     plan, _ = run(core, 3.0)
     assert ran(plan) == ["base"] and list(core.running_set.parked) == ["x", "y"]
     core.cancel("base", 3.1)
@@ -121,7 +121,7 @@ def test_a_large_prompt_of_an_adapter_that_is_not_there_is_not_passed_over_for_e
     now_s, number = 0.0, 0
     while "large" not in core.running_set.running and now_s < 20.0:
         for digest in "ab":
-            if sum(r.place == digest for r in core.waiting) < 3:
+            if sum(r.adapter_key == digest for r in core.waiting) < 3:
                 core.add(new(f"{digest}{number}", digest, prompt=20, max_tokens=20), now_s)
                 number += 1
         settle(core, now_s)
@@ -141,7 +141,7 @@ def test_pages_saved_for_one_that_was_cancelled_are_free_for_all() -> None:
 
 
 def test_where_the_first_blocks_the_rest_nobody_passes() -> None:
-    core = scheduler(pages=4, switches=Switches(skip=False))
+    core = scheduler(pages=4, switches=Switches(on_miss="block"))
     begin(core, new("first", prompt=33, max_tokens=9))
     core.add(new("large", prompt=40), 0.0)
     core.add(new("short", prompt=10), 0.0)

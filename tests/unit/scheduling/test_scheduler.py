@@ -284,9 +284,9 @@ def test_a_prefix_outlives_its_adapter() -> None:
     assert [w.start for w in plan.rows] == [32]
 
 
-def test_a_higher_priority_goes_first() -> None:
+def test_a_lower_priority_goes_first() -> None:
     core = scheduler(rows=1)
-    for name, priority in (("first", 0), ("urgent", 2), ("soon", 1)):
+    for name, priority in (("first", 0), ("urgent", -2), ("soon", -1)):
         core.add(dataclasses.replace(new(name, max_tokens=1), priority=priority), 0.0)
     assert [ran(run(core)[0]) for _ in range(3)] == [["urgent"], ["soon"], ["first"]]
 

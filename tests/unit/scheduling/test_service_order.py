@@ -46,7 +46,7 @@ def test_loads_in_flight_are_bounded() -> None:
 def test_nothing_is_evicted_that_an_earlier_request_waits_for() -> None:
     core = scheduler(rows=1, arena=40, sharing=Sharing(park=False))
     begin(core, new("first", "a", max_tokens=2))
-    core.add(new("base", max_tokens=60, priority=1), 0.0)
+    core.add(new("base", max_tokens=60, priority=-1), 0.0)
     core.add(new("sooner", "a"), 0.0)
     core.add(new("later", "b"), 0.0)
     for _ in range(5):
@@ -60,9 +60,9 @@ def test_nothing_is_evicted_that_an_earlier_request_waits_for() -> None:
 def test_who_is_needed_later_gives_its_place_to_who_is_needed_sooner() -> None:
     core = scheduler(rows=1, arena=40, sharing=Sharing(park=False))
     begin(core, new("first", "a", max_tokens=2))
-    core.add(new("base", max_tokens=60, priority=2), 0.0)
+    core.add(new("base", max_tokens=60, priority=-2), 0.0)
     core.add(new("later", "a"), 0.0)
-    core.add(new("sooner", "b", priority=1), 0.0)
+    core.add(new("sooner", "b", priority=-1), 0.0)
     plans = [run(core, 1.0)[0] for _ in range(3)]
     assert [e for plan in plans for e in evicted(plan)] == ["a"]
 
@@ -84,7 +84,7 @@ def test_a_load_that_nobody_used_is_counted_as_wasted() -> None:
 def test_service_is_by_priority_then_by_who_starved_longest() -> None:
     core = scheduler()
     order = ServiceOrder(core.waiting, core.adapter_cache, head_start_s=0.0)
-    for at_s, digest, priority in ((2.0, "a", 0), (1.0, "b", 0), (3.0, "c", 1)):
+    for at_s, digest, priority in ((2.0, "a", 0), (1.0, "b", 0), (3.0, "c", -1)):
         core.add(new(f"for-{digest}", digest, priority=priority), at_s)
     assert list(order.digests()) == ["c", "b", "a"]
     order.check()

@@ -142,6 +142,6 @@ def test_a_priority_goes_before_every_share() -> None:
     core = both_resident(Share(on=True))
     core.share.served("a", 1000, sampled=False)
     core.add(new("low", "b", max_tokens=1), 0.0)
-    core.add(NewRequest("high", (1, 2), Sampling(max_tokens=1), "a", priority=1), 0.0)
+    core.add(NewRequest("high", (1, 2), Sampling(max_tokens=1), "a", priority=-1), 0.0)
     plan, _ = run(core)
     assert ran(plan) == ["high"]

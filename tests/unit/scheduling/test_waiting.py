@@ -14,18 +14,18 @@ def names(waiting: Waiting, *places: str | None) -> list[str]:
 
 def test_arrival_counts_across_adapters_and_priority_before_it() -> None:
     waiting = Waiting()
-    for name, place, priority in (("1", "a", 0), ("2", None, 0), ("3", "b", 5), ("4", "a", 0)):
+    for name, place, priority in (("1", "a", 0), ("2", None, 0), ("3", "b", -5), ("4", "a", 0)):
         waiting.add(request(name, place, priority))
     assert names(waiting) == ["3", "1", "2", "4"]
     assert names(waiting, None, "a") == ["1", "2", "4"]
-    assert waiting.head("a").id == "1" and sorted(waiting.places()) == ["a", "b"]
+    assert waiting.head("a").id == "1" and sorted(waiting.adapter_keys()) == ["a", "b"]
     assert len(waiting) == 4
 
 
 def test_less_of_a_share_goes_first_within_a_priority() -> None:
     waiting = Waiting()
     had = {"a": 5.0, "b": 1.0}
-    for name, place, priority in (("1", "a", 0), ("2", "b", 0), ("3", "a", 1)):
+    for name, place, priority in (("1", "a", 0), ("2", "b", 0), ("3", "a", -1)):
         waiting.add(request(name, place, priority))
     assert [r.id for r in waiting.in_order(None, lambda place: had[place or ""])] == ["3", "2", "1"]
 

@@ -1,6 +1,7 @@
 """The twin: the same run for the same seed, and nothing lost or made up on the way."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
 
@@ -36,7 +37,7 @@ class Device:
         return 0.0
 
 
-def simulator(mixed: bool = True, depth: int = 1, **switches: bool) -> Simulator:
+def simulator(mixed: bool = True, depth: int = 1, **switches: Any) -> Simulator:
     costs = Costs(copy_bytes_per_s=200.0, decode_s=0.01, prefill_token_s=1e-4)
     adapter_cache = AdapterCache(Extents(20, 1), 2, ORDERS["cost"], costs.copy_s, 1.0, 60.0)
     for adapter in ADAPTERS:
@@ -64,10 +65,10 @@ def lives(records: Sequence[RequestStats]) -> list[tuple[float | None, float, fl
 @pytest.mark.parametrize(("mixed", "depth"), [(True, 1), (True, 2), (False, 1), (False, 2)])
 @pytest.mark.parametrize(
     "switches",
-    [{}, {"park": False}, {"overlap": False, "park": False}, {"skip": False, "park": False}],
+    [{}, {"park": False}, {"overlap": False, "park": False}, {"on_miss": "block", "park": False}],
 )
 def test_every_arrival_ends_once_with_its_tokens(
-    seed: int, mixed: bool, depth: int, switches: dict[str, bool]
+    seed: int, mixed: bool, depth: int, switches: dict[str, Any]
 ) -> None:
     coming = arrivals(STREAMS, seed)
     run = simulator(mixed, depth, **switches)
