@@ -1,8 +1,9 @@
 """The published workloads at full size on the in-process engine, beside the published figures.
 
 The same lengths, rates, adapters and arrivals as `replica.simulation.upstream` simulates. At
-upstream's places (`places`), and with as much memory for adapters and keys and values together as the card leaves
-(`shared`). Adapters lie in host memory when the first request comes: a load is one copy.
+upstream's places (`places`), and with as much memory for adapters and keys and values together as
+the card leaves (`shared`). Adapters lie in host memory when the first request comes: a load is one
+copy.
 """
 
 import dataclasses
