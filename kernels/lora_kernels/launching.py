@@ -66,15 +66,17 @@ class Launcher:
         key = [device, *constants, *constants.values()]
         passed = []
         for argument, (by_value, by_alignment) in zip(arguments, self._counts, strict=True):
-            if type(argument) is int:
+            kind = type(argument)
+            if kind is int:
                 key.append(argument if by_value else max(argument, ~argument).bit_length() // 32)
                 passed.append(argument)
-            elif type(argument) is float:
+            elif kind is float:
                 key.append(float)
                 passed.append(argument)
             else:
                 address = argument.data_ptr()
-                key += argument.dtype, not by_alignment or address % 16 == 0
+                key.append(argument.dtype)
+                key.append(not by_alignment or address % 16 == 0)
                 # Of the host's memory Triton looks up the device's address, or refuses it.
                 passed.append(argument if argument.is_cpu else address)
         alike = tuple(key)
