@@ -58,9 +58,7 @@ class Launcher:
     def _as_triton(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> Any:
         return self.kernel[grid](*arguments, **self._bound, **constants)
 
-    def _launch_like_before(
-        self, grid: tuple[int, ...], *arguments: Any, **constants: Any
-    ) -> None:
+    def _launch_like_before(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         active = driver.active
         device = active.get_current_device()
         key = [device, *constants, *constants.values()]

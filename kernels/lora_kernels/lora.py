@@ -25,6 +25,10 @@ from lora_kernels.tilings import TILINGS, WIDE_ROWS, Tiling
 # As many small programs as run at once on the largest GPUs; more would be idle ones that real ones
 # wait for.
 PROGRAMS = 1024
+# A step of up to so many rows that is not captured waits for the host to launch it. So its shrinks
+# have no stream of their own, which takes two events a group; and one adapter alone is computed
+# here too, in 8 launches a layer: torch's matmuls, which suit many rows, are 14 and more.
+HOST_BOUND_ROWS = 512
 _CPU = torch.device("cpu")
 
 
@@ -37,8 +41,8 @@ class TritonLora:
     other rows, adapters and ranks, padded to the same number of rows.
 
     groups: as for `ops.Lora`; a group's projections follow each other in the directory, three at
-    most. overlap: `start` shrinks on a stream of its own, beside the base matmul; it may be turned
-    off between steps.
+    most. overlap: `start` shrinks on a stream of its own, beside the base matmul, unless a step
+    waits for the host anyway; it may be turned off between steps.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class TritonLora:
         # What `begin` decides for `start` and `add`.
         self._begun: tuple[list[int], list[int], int | None] | None = None
         self._alone: tuple[int, slice] | None = None
+        self._host_bound = False
         self._tiling = self._tilings[0][1]
         self._cuts: list[_Cut] = []
         self._tiles = self._blocks = 0
@@ -130,7 +135,9 @@ class TritonLora:
             return
         self._begun = slots, generations, rows
         self._followed.follow(active)
-        self._alone = self._run_of_one(slots, active) if rows is None else None
+        self._host_bound = rows is None and padded <= HOST_BOUND_ROWS
+        large = rows is None and not self._host_bound
+        self._alone = self._run_of_one(slots, active) if large else None
         self._tiling, self._cuts = next(
             (tiling, cuts)
             for limit, tiling, cuts in self._tiled
@@ -152,7 +159,7 @@ class TritonLora:
 
     def start(self, x: torch.Tensor, layer: int, group: int) -> None:
         """x [rows, inputs] must stay as it is until `add` has been called with it."""
-        if not self.overlap or self._alone is not None or not self._tiles:
+        if not self.overlap or self._host_bound or self._alone is not None or not self._tiles:
             return
         self._started = layer, group
         if self._side is None:

@@ -159,8 +159,8 @@ def bounded() -> None:
 
 def package() -> None:
     """Every kernel, as the package launches it, over whatever shapes, types and addresses."""
-    Launcher.__getitem__ = lambda self, grid: lambda *arguments, **constants: checked(
-        self, grid, *arguments, **constants
+    Launcher.__getitem__ = lambda self, grid: (
+        lambda *arguments, **constants: checked(self, grid, *arguments, **constants)
     )
     for number, dtype in product(range(6), (torch.float16, torch.bfloat16, torch.float32)):
         make = Make(random.Random(number), dtype)
