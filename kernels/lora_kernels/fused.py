@@ -113,9 +113,10 @@ def rotary_store(
     query_norm, key_norm: [head_dim]; where there are any, heads are normed before they turn.
     """
     tokens, all_heads, size = qkv.shape
-    kv_heads, page_tokens = keys.shape[1], keys.shape[2]
-    assert qkv.stride(2) == keys.stride(3) == values.stride(3) == 1
-    assert keys.stride() == values.stride() and keys.shape == values.shape
+    _, kv_heads, page_tokens, _ = keys.shape
+    strides = keys.stride()
+    assert strides == values.stride() and keys.shape == values.shape
+    assert qkv.stride(2) == strides[3] == 1
     assert cos.is_contiguous() and sin.is_contiguous() and size % 2 == 0
     assert (query_norm is None) == (key_norm is None)
     if not tokens:
@@ -134,9 +135,7 @@ def rotary_store(
         eps,
         qkv.stride(0),
         qkv.stride(1),
-        keys.stride(0),
-        keys.stride(1),
-        keys.stride(2),
+        *strides[:3],
         all_heads - 2 * kv_heads,
         kv_heads,
         page_tokens,
