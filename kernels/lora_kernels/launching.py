@@ -18,14 +18,15 @@ _TRITONS = ("3.6.", "3.7.")
 
 
 class Launcher:
-    """`launcher[grid](*arguments, **constants)`, as with what `triton.jit` made, which this
-    decorates; but constexprs come last in the signature, and by name in a launch, and nothing else
-    comes by name but Triton's options.
+    """Decorates what `triton.jit` made: `launcher[grid](*arguments, **constants)`.
+
+    arguments: tensors, int and float, in the signature's order. constants: constexprs, which come
+    last in the signature, and Triton's options.
 
     A wrong kernel would be silently wrong, so launches are alike only where all that Triton may
-    specialize on is: device, constants, types, and how pointers are aligned; integers are to be
-    equal, or of as many bits where Triton is told to specialize on no more. So integers that take
-    many values (rows, tokens) are to be left to `do_not_specialize`.
+    specialize on is: device, constants, types, how pointers are aligned, and each integer; of one
+    that Triton is told not to specialize on, how many bits it takes. Integers that take many values
+    (rows, tokens) must be such ones, for each value of another is kept.
 
     Triton's hooks, and what it reads of its environment, count for the first of launches alike.
     In the interpreter, and with another Triton, every launch is Triton's own.
