@@ -78,6 +78,7 @@ SHELLS = frozenset(
         "lora_kernels.device_tables",
         "lora_kernels.host_reads",
         "lora_kernels.fused",
+        "lora_kernels.launching",
         "lora_kernels.lora",
         "lora_kernels.matmuls",
         "lora_kernels.ops",
