@@ -160,7 +160,7 @@ def test_small_steps_that_are_not_captured_shrink_in_line(
 def test_one_adapter_alone_in_a_large_step_runs_as_plain_matmuls(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lora, "HOST_BOUND_ROWS", 2)
+    monkeypatch.setattr(lora, "ALONE_ROWS", 2)
     bench = Bench(device)
     placed(bench, [8, 3])
     bench.place(3, 20_000, 4, targets=())
