@@ -38,8 +38,8 @@ end=$(($(date +%s) + budget))
 limit() {
     case $1 in
     smoke) echo 60 ;;
-    check) echo 200 ;;
-    tests) echo 260 ;;
+    check) echo 120 ;;
+    tests) echo 250 ;;
     time) echo 150 ;;
     decode) echo 260 ;;
     trace) echo 270 ;;
