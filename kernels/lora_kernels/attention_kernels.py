@@ -7,7 +7,10 @@ and powers of two. Offsets into the cache are 64-bit.
 import triton
 import triton.language as tl
 
+from lora_kernels.launching import Launcher
 
+
+@Launcher
 @triton.jit(
     do_not_specialize=["keys_min", "table_row"],
     do_not_specialize_on_alignment=["table", "lengths", "totals", "peaks"],
@@ -99,6 +102,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         tl.store(peaks + part, peak, mask=packed < GROUP)
 
 
+@Launcher
 @triton.jit(
     do_not_specialize=["segments", "keys_min"],
     do_not_specialize_on_alignment=["lengths", "totals", "peaks"],
@@ -151,6 +155,7 @@ def _segment(  # type: ignore[no-untyped-def]
     return low, tl.cdiv(size, BLOCK_N) * BLOCK_N
 
 
+@Launcher
 @triton.jit(
     do_not_specialize=["rows", "table_row"],
     do_not_specialize_on_alignment=["table", "starts", "lengths"],

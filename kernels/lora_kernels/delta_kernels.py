@@ -5,6 +5,7 @@ import triton.language as tl
 
 from lora_kernels import segments
 from lora_kernels.device_tables import ENTRY
+from lora_kernels.launching import Launcher
 
 _ENTRY = tl.constexpr(ENTRY)
 _HEADER = tl.constexpr(segments.HEADER)
@@ -13,6 +14,7 @@ _TILE_FIELDS = tl.constexpr(segments.TILE_FIELDS)
 _RANK_UNIT = tl.constexpr(8)
 
 
+@Launcher
 @triton.jit(do_not_specialize=["layer"])
 def shrink_kernel(
     x: tl.tensor,
@@ -80,6 +82,7 @@ def shrink_kernel(
             tl.store(target, total.to(planes.dtype.element_ty), mask=mask)
 
 
+@Launcher
 @triton.jit(do_not_specialize=["layer"])
 def expand_kernel(
     y: tl.tensor,

@@ -9,12 +9,19 @@ import torch
 import triton
 import triton.language as tl
 
+from lora_kernels.launching import Launcher
+
 # Heads a program turns: few where there are few tokens, so that every multiprocessor has work.
 _HEADS_FEW, _HEADS_MANY = 4, 16
 _TOKENS_FEW = 256
 _GATED_BLOCK = 1024
 # Of the vocabulary, what one program surveys.
 _CHOICE_BLOCK = 2048
+
+
+def _power_of_2(size: int) -> int:
+    """From `size` on. Triton's own function of this takes the host as long as half a launch."""
+    return 1 << (size - 1).bit_length()
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -35,9 +42,9 @@ def _norm(
     rows, hidden = x.shape
     assert x.stride(1) == 1 and weight.is_contiguous()
     assert residual is None or (residual.stride(1) == 1 and residual.dtype == x.dtype)
-    out = torch.empty((rows, hidden), dtype=x.dtype, device=x.device)
+    out = x.new_empty(rows, hidden)
     if rows:
-        block = triton.next_power_of_2(hidden)
+        block = _power_of_2(hidden)
         held = x if residual is None else residual
         _norm_kernel[(rows,)](
             x,
@@ -55,6 +62,7 @@ def _norm(
     return out
 
 
+@Launcher
 @triton.jit
 def _norm_kernel(  # type: ignore[no-untyped-def]
     x,
@@ -105,15 +113,16 @@ def rotary_store(
     query_norm, key_norm: [head_dim]; where there are any, heads are normed before they turn.
     """
     tokens, all_heads, size = qkv.shape
-    kv_heads, page_tokens = keys.shape[1], keys.shape[2]
-    assert qkv.stride(2) == keys.stride(3) == values.stride(3) == 1
-    assert keys.stride() == values.stride() and keys.shape == values.shape
+    _, kv_heads, page_tokens, _ = keys.shape
+    strides = keys.stride()
+    assert strides == values.stride() and keys.shape == values.shape
+    assert qkv.stride(2) == strides[3] == 1
     assert cos.is_contiguous() and sin.is_contiguous() and size % 2 == 0
     assert (query_norm is None) == (key_norm is None)
     if not tokens:
         return
     heads = _HEADS_FEW if tokens <= _TOKENS_FEW else _HEADS_MANY
-    _rotary_kernel[(tokens, triton.cdiv(all_heads, heads))](
+    _rotary_kernel[tokens, -(-all_heads // heads)](
         qkv,
         positions,
         cos,
@@ -126,14 +135,12 @@ def rotary_store(
         eps,
         qkv.stride(0),
         qkv.stride(1),
-        keys.stride(0),
-        keys.stride(1),
-        keys.stride(2),
+        *strides[:3],
         all_heads - 2 * kv_heads,
         kv_heads,
         page_tokens,
         HALF=size // 2,
-        BLOCK=triton.next_power_of_2(size // 2),
+        BLOCK=_power_of_2(size // 2),
         HEADS=heads,
         NORMS=query_norm is not None,
         num_warps=1 if heads == _HEADS_FEW else 4,
@@ -141,6 +148,7 @@ def rotary_store(
 
 
 # Whoever packs a step's numbers into one tensor passes views at any offset: no variant for each.
+@Launcher
 @triton.jit(do_not_specialize_on_alignment=["positions", "targets"])
 def _rotary_kernel(  # type: ignore[no-untyped-def]
     qkv,
@@ -219,14 +227,15 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """[rows, 2 · inner], gates then ups → [rows, inner], a new tensor."""
     rows, inner = gate_up.shape[0], gate_up.shape[1] // 2
     assert gate_up.stride(1) == 1
-    out = torch.empty((rows, inner), dtype=gate_up.dtype, device=gate_up.device)
+    out = gate_up.new_empty(rows, inner)
     if rows:
-        _gated_kernel[(rows, triton.cdiv(inner, _GATED_BLOCK))](
+        _gated_kernel[rows, -(-inner // _GATED_BLOCK)](
             gate_up, out, gate_up.stride(0), inner, BLOCK=_GATED_BLOCK, num_warps=4
         )
     return out
 
 
+@Launcher
 @triton.jit
 def _gated_kernel(  # type: ignore[no-untyped-def]
     gate_up, out, stride, inner, BLOCK: tl.constexpr
@@ -252,7 +261,7 @@ def choose(logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tenso
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if not rows:
         return out
-    blocks = triton.cdiv(vocab, _CHOICE_BLOCK)
+    blocks = -(-vocab // _CHOICE_BLOCK)
     best = torch.empty((rows, blocks), dtype=torch.float32, device=logits.device)
     first = torch.empty((rows, blocks), dtype=torch.int32, device=logits.device)
     share = torch.empty((rows, blocks), dtype=torch.float32, device=logits.device)
@@ -280,12 +289,13 @@ def choose(logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tenso
         vocab,
         blocks,
         BLOCK=_CHOICE_BLOCK,
-        BLOCKS=triton.next_power_of_2(blocks),
+        BLOCKS=_power_of_2(blocks),
         num_warps=4,
     )
     return out
 
 
+@Launcher
 @triton.jit(do_not_specialize_on_alignment=["temperature"])
 def _survey_kernel(  # type: ignore[no-untyped-def]
     logits, temperature, best, first, share, stride, vocab, blocks, BLOCK: tl.constexpr
@@ -308,6 +318,7 @@ def _survey_kernel(  # type: ignore[no-untyped-def]
     tl.store(share + row * blocks + block, tl.sum(weights))
 
 
+@Launcher
 @triton.jit(do_not_specialize_on_alignment=["temperature", "uniform"])
 def _pick_kernel(  # type: ignore[no-untyped-def]
     logits,

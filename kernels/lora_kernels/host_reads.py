@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lora_kernels.launching import Launcher
+
 _BLOCK = 1024
 
 
@@ -23,10 +25,11 @@ def fetch(target: torch.Tensor, source: torch.Tensor) -> None:
         return
     assert source.is_pinned()
     count = source.numel()
-    fetch_kernel[(triton.cdiv(count, _BLOCK),)](target, source, count, BLOCK=_BLOCK)
+    fetch_kernel[(-(-count // _BLOCK),)](target, source, count, BLOCK=_BLOCK)
 
 
 # One variant for all, so that no batch waits for a compiler.
+@Launcher
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["target", "source"])
 def fetch_kernel(target, source, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

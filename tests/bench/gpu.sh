@@ -24,7 +24,7 @@ archive=$(echo "$what" | tr , -).tgz
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
 case $what in
-kernels) names="check tests time" ;;
+kernels) names="check time tests" ;;
 steps) names="decode trace" ;;
 upstream-1) names="14795 17913" ;;
 upstream-2) names="15512-large 15512-small" ;;
@@ -38,8 +38,8 @@ end=$(($(date +%s) + budget))
 limit() {
     case $1 in
     smoke) echo 60 ;;
-    check) echo 200 ;;
-    tests) echo 150 ;;
+    check) echo 120 ;;
+    tests) echo 250 ;;
     time) echo 150 ;;
     decode) echo 260 ;;
     trace) echo 270 ;;

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from lora_kernels import lora
+from lora_kernels.host_reads import fetch_kernel
+from lora_kernels.launching import Launcher
 from lora_kernels.lora import TritonLora
 from lora_kernels.tilings import TILINGS, Tiling
 from tests.kernels.lora_bench import SIZES, placed
@@ -116,7 +118,8 @@ def test_rows_in_another_order_give_the_same_bits(device: torch.device) -> None:
     assert torch.equal(results[0], results[2])
 
 
-def test_with_and_without_start(device: torch.device) -> None:
+def test_with_and_without_start(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora, "HOST_BOUND_ROWS", 0)
     for overlap in (True, False):
         bench = Bench(device, overlap=overlap)
         placed(bench, [8, 3])
@@ -139,17 +142,35 @@ def test_an_adapter_moved_replaced_and_gone(device: torch.device) -> None:
     bench.check([1, 0, 1, 0])
 
 
-def test_one_adapter_alone_runs_as_plain_matmuls(
+def test_small_steps_that_are_not_captured_shrink_in_line(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(lora, "HOST_BOUND_ROWS", 4)
+    bench = Bench(device)
+    placed(bench, [8, 3])
+    x, _ = bench.operands(6, 0)
+    recorded = record(monkeypatch)
+    for rows, padded, launches in ((4, None, 0), (5, None, 1), (4, 4, 1)):
+        bench.lora.begin(([1, 2] * rows)[:rows], padded)
+        bench.lora.start(x[:rows], 1, 0)
+        assert len(recorded) == launches, f"{rows} rows, {padded}"
+        recorded.clear()
+
+
+def test_one_adapter_alone_in_a_large_step_runs_as_plain_matmuls(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora, "ALONE_ROWS", 2)
     bench = Bench(device)
     placed(bench, [8, 3])
     bench.place(3, 20_000, 4, targets=())
     recorded = record(monkeypatch)
     bench.check([0, 1, 1, 1, 0, 3])
     assert not recorded
-    bench.check([1, 0, 1])
-    assert recorded
+    for slots in ([1, 0, 1], [1, 1]):
+        bench.check(slots)
+        assert recorded, slots
+        recorded.clear()
 
 
 def test_a_launch_once_captured_follows_any_batch(
@@ -247,35 +268,36 @@ def test_random_places_moves_clears_and_batches(device: torch.device, seed: int)
 class Launch:
     """One launch, to be repeated as it was."""
 
-    kernel: Any
+    launch: Callable[..., None]
     grid: tuple[int, ...]
     args: tuple[Any, ...]
     options: dict[str, Any]
 
     def run(self) -> None:
-        self.kernel[self.grid](*self.args, **self.options)
+        self.launch(*self.args, **self.options)
 
 
 def record(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    """The launches from now on."""
+    """LoRA's launches from now on."""
     launches: list[Launch] = []
 
-    class Recording:
-        def __init__(self, kernel: Any) -> None:
-            self._kernel = kernel
+    launch = Launcher.__getitem__
 
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            def launch(*args: Any, **options: Any) -> None:
-                launches.append(Launch(self._kernel, grid, args, options))
-                launches[-1].run()
+    def recording(kernel: Launcher, grid: tuple[int, ...]) -> Callable[..., None]:
+        if kernel.kernel is fetch_kernel.kernel:
+            return launch(kernel, grid)
 
-            return launch
+        def recorded(*args: Any, **options: Any) -> None:
+            launches.append(Launch(launch(kernel, grid), grid, args, options))
+            launches[-1].run()
 
-    for name in ("shrink_kernel", "expand_kernel"):
-        monkeypatch.setattr(lora, name, Recording(getattr(lora, name)))
+        return recorded
+
+    monkeypatch.setattr(Launcher, "__getitem__", recording)
     return launches
 
 
 def buffers(operation: TritonLora) -> list[torch.Tensor]:
     followed = operation._followed
-    return [operation._table.values, followed.ranks, *operation._planes.values()]
+    planes = [cuts[0].planes for _, _, cuts in operation._tiled]
+    return [operation._table.values, followed.ranks, *planes]

@@ -11,10 +11,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch.nn import functional as F
 
+from lora_kernels import lora
+from lora_kernels.launching import Launcher
 from replica.engine.runner import Runner
 from replica.model import graphs
 from replica.model.launch import Row
@@ -39,6 +42,9 @@ GOAL_DECODE_PERCENT, GOAL_PREFILL_PERCENT = 5.0, 8.0
 _KERNELS = 20
 _GREEDY = Sampling(max_tokens=2**20, temperature=0.0, ignore_eos=True)
 _TOP_P = replace(_GREEDY, temperature=0.8, top_p=0.9)
+_Measured = TypeVar("_Measured")
+_Seconds = Callable[[Sequence[Row]], float]
+_Way = Callable[[_Seconds, Sequence[Row]], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +133,7 @@ def _compared(
     made: dict[str, Callable[[str], None]] = {}
     shape, itemsize, count = setting.shape, setting.itemsize, sizes.lora_rows
     step = partial(_step_s, runner, steps=sizes.steps)
-    once = partial(_run_s, runner)
+    once, host = partial(_run_s, runner), partial(_launch_s, runner)
     over = partial(_over, setting, sizes.rounds)
     base, own = decoding(setting, sizes, count), slots[GOAL_LORA]
     for name, placed in slots.items():
@@ -150,18 +156,34 @@ def _compared(
         ]
         for placed in ([0], own)
     ]
-    made[f"LoRA in a step of {rows} decodes and {sizes.chunk} prompt tokens"] = partial(
-        over, measure=once, base=mixed[0], more=mixed[1]
-    )
+    both = f"a step of {rows} decodes and {sizes.chunk} prompt tokens"
+    made[f"LoRA in {both}"] = partial(over, measure=once, launch=host, base=mixed[0], more=mixed[1])
     for prompts, length in sizes.prefills:
         tokens = prompts * length
         made[f"LoRA in prefill of {prompts} × {length:,}"] = partial(
             over,
             measure=once,
+            launch=host if tokens <= 2048 else None,
             base=prompts_of(setting, prompts, length, [0]),
             more=prompts_of(setting, prompts, length, own),
             most=GOAL_PREFILL_PERCENT if tokens >= 2048 else None,
             matmuls=tokens,
+        )
+
+    def in_two_ways(batch: Sequence[Row], base: _Way, more: _Way) -> Callable[[str], None]:
+        measure, launch = (lambda way, of=of: way(of, batch) for of in (once, host))
+        return partial(over, measure=measure, launch=launch, base=base, more=more)
+
+    prompts, length = sizes.prefills[-1]
+    prefill = prompts_of(setting, prompts, length, own)
+    for what, batch in ((both, mixed[1]), (f"prefill of {prompts} × {length:,}", prefill)):
+        made[f"launches as Triton makes them, LoRA in {what}"] = in_two_ways(
+            batch, _directly, _by_triton
+        )
+        tokens, bound = sum(len(row.tokens) for row in batch), lora.HOST_BOUND_ROWS
+        other = 0 if tokens <= bound else tokens
+        made[f"up to {other} rows bound by the host, LoRA in {what}"] = in_two_ways(
+            batch, partial(_bounded, runner, bound), partial(_bounded, runner, other)
         )
     # The draw is behind the graph.
     made[f"top-p 0.9 instead of greedy in decode, {GOAL_LORA} at {count} rows"] = partial(
@@ -178,20 +200,23 @@ def _over(
     rounds: int,
     what: str,
     *,
-    measure: Callable[[Sequence[Row]], float],
-    base: Sequence[Row],
-    more: Sequence[Row],
+    measure: Callable[[_Measured], float],
+    launch: Callable[[_Measured], float] | None = None,
+    base: _Measured,
+    more: _Measured,
     most: float | None = None,
     beside: str = "",
     matmuls: int = 0,
 ) -> None:
     """They take turns, so that whatever drifts, drifts for both; the first two only warm up.
 
-    matmuls: tokens whose matmuls alone are told beside.
+    launch: how long the host takes of it. matmuls: tokens whose matmuls alone are told beside.
     """
     warm = 0 if setting.tiny else 2
     turns = [{"base": measure(base), "more": measure(more)} for _ in range(warm + rounds)][warm:]
     found = medians(turns)
+    if launch is not None:
+        beside += f", launched in {launch(more) * 1e3:.2f} ms, without {launch(base) * 1e3:.2f}"
     if matmuls:
         beside += f", matmuls alone {_matmuls_s(setting, matmuls) * 1e3:.2f} ms"
     setting.report.add(
@@ -444,6 +469,31 @@ def prompts_of(
         pages = range(page + i * held, page + (i + 1) * held)
         rows.append(Row(drawn, 0, pages, slots[i % len(slots)], _GREEDY, i, 0))
     return rows
+
+
+def _directly(measure: _Seconds, batch: Sequence[Row]) -> float:
+    return measure(batch)
+
+
+def _by_triton(measure: _Seconds, batch: Sequence[Row]) -> float:
+    """Every launch as Triton makes it."""
+    launch = Launcher.__getitem__
+    Launcher.__getitem__ = lambda kernel, grid: partial(kernel._as_triton, grid)
+    try:
+        return measure(batch)
+    finally:
+        Launcher.__getitem__ = launch
+
+
+def _bounded(runner: Runner, bound: int, measure: _Seconds, batch: Sequence[Row]) -> float:
+    """With another bound on the steps in which LoRA spares the host."""
+    kept, lora.HOST_BOUND_ROWS = lora.HOST_BOUND_ROWS, bound
+    runner._executor._lora._begun = None
+    try:
+        return measure(batch)
+    finally:
+        lora.HOST_BOUND_ROWS = kept
+        runner._executor._lora._begun = None
 
 
 def _run_s(runner: Runner, rows: Sequence[Row]) -> float:

@@ -33,9 +33,9 @@ VARIANTS = ("places", "shared")
 
 # Table → stream → figure → the most that it may be at upstream's places, in milliseconds.
 GOALS: Mapping[str, Mapping[str, Mapping[str, float]]] = {
-    "15512-large": {"lora": {"ttft_mean_ms": 200, "ttft_p99_ms": 700, "tpot_p50_ms": 6}},
+    "15512-large": {"lora": {"ttft_mean_ms": 200, "ttft_p99_ms": 700, "tpot_p50_ms": 25}},
     "15512-small": {"lora": {"ttft_p99_ms": 500}},
-    "17913": {"lora": {"ttft_p99_ms": 700, "ttft_p50_ms": 80}},
+    "17913": {"lora": {"ttft_p99_ms": 700, "ttft_p50_ms": 150}},
 }
 SHARED_TTFT_P99_MS = 150
 BESIDE_ADAPTERS = 1.2
