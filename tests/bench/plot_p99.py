@@ -4,8 +4,8 @@
     python -m tests.bench.plot_p99
 
 Published figures come from `replica/simulation/published.py`, measured ones from
-`results/upstream_h200.json`: the engine at the published places, by `tests/bench/gpu.sh`. The axis
-is logarithmic, so figures are dots: a bar would need a zero.
+`results/upstream_h200.json`: the engine in real time, by `tests/bench/gpu.sh`. The axis is
+logarithmic, so figures are dots: a bar would need a zero.
 """
 
 import json
@@ -57,8 +57,9 @@ def rows(
         yield f"SGLang {policy}, published", "published", published(table, policy, "lora")[FIGURE]
     yield "lorafleet, simulated", "simulated", simulated[table]["ours"][FIGURE]
     yield "… with one memory, simulated", "simulated", simulated[table]["shared"][FIGURE]
-    if table in measured:
-        yield "lorafleet, measured on an H200", "measured", measured[table][FIGURE]
+    for policy, label in (("ours", "lorafleet"), ("shared", "… with one memory")):
+        if policy in measured.get(table, {}):
+            yield f"{label}, measured on an H200", "measured", measured[table][policy][FIGURE]
 
 
 def draw(simulated: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
