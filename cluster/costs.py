@@ -18,7 +18,7 @@ _TRUSTED = 3
 
 @dataclass(slots=True)
 class Smoothed:
-    """An exponential moving average that begins as a plain one."""
+    """An exponential moving average that starts as an arithmetic mean."""
 
     value: float
     count: int = 0

@@ -285,7 +285,7 @@ def _pairs(
 ) -> dict[tuple[int, str], Pair]:
     sides: dict[tuple[int, str], dict[str, TensorSpan]] = {}
     for name, span in spans.items():
-        layer, projection, side = _place(name, shape, tensors_path)
+        layer, projection, side = _parsed_name(name, shape, tensors_path)
         if span.dtype not in DTYPES:
             raise _refused(
                 tensors_path, f"{name} is {span.dtype}, only {', '.join(DTYPES)} are supported"
@@ -323,7 +323,7 @@ def _check_shape(where: str, side: str, found: tuple[int, ...], wanted: tuple[in
         )
 
 
-def _place(name: str, shape: ModelShape, path: str) -> tuple[int, str, str]:
+def _parsed_name(name: str, shape: ModelShape, path: str) -> tuple[int, str, str]:
     """(layer, projection, A or B). Refuses unknown tensors."""
     match = _TENSOR_NAME.fullmatch(name)
     if match is None or _BLOCKS.get(match["projection"]) != match["block"]:

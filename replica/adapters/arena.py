@@ -43,7 +43,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Clear:
-    """The image of `slot` is gone."""
+    """Rows of `slot` use no adapter from now on."""
 
     slot: int
 

@@ -84,7 +84,7 @@ def read_image(
             check_ranks(files, rank_max)
         local = shape.divided(shard.ranks)
         parameters = files.parameters_of(local)
-        flat = _place(into, parameters, dtype)
+        flat = _memory_for(into, parameters, dtype)
         if len(flat) < parameters:
             raise AdapterFailed(f"{path}: the adapter is larger than when it was registered")
         layout = _layout(files, local)
@@ -97,7 +97,9 @@ def read_image(
     return Image(flat, layout, digest, into if isinstance(into, Piece) else None)
 
 
-def _place(into: torch.Tensor | Piece | None, parameters: int, dtype: torch.dtype) -> torch.Tensor:
+def _memory_for(
+    into: torch.Tensor | Piece | None, parameters: int, dtype: torch.dtype
+) -> torch.Tensor:
     """Memory for `parameters` elements, or fewer if `into` is too small."""
     if into is None:
         return torch.empty(parameters, dtype=dtype)
@@ -196,14 +198,14 @@ def _read_flat(
     header_bytes = matrices[0].span.begin
     for start in range(0, header_bytes, len(buffer)):
         view = buffer[: header_bytes - start]
-        _fill(file.readinto, view)  # type: ignore[attr-defined]
+        _read_into(file.readinto, view)  # type: ignore[attr-defined]
         digest.update(view)
     for matrix in matrices:
         stored = _STORED[matrix.span.dtype]
         for piece in matrix.pieces():
             height, width = (cut.stop - cut.start for cut in piece)
             view = buffer[: height * width * stored.itemsize]
-            _fill(file.readinto, view)  # type: ignore[attr-defined]
+            _read_into(file.readinto, view)  # type: ignore[attr-defined]
             digest.update(view)
             rows, own_rows = _overlap(piece[0], matrix.rows)
             columns, own_columns = _overlap(piece[1], matrix.columns)
@@ -227,7 +229,7 @@ def _check_finite(part: torch.Tensor, files: AdapterFiles, where: tuple[int, str
         )
 
 
-def _fill(readinto: Callable[[memoryview], int], view: memoryview) -> None:
+def _read_into(readinto: Callable[[memoryview], int], view: memoryview) -> None:
     done = 0
     while done < len(view):
         count = readinto(view[done:])

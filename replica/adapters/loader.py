@@ -96,14 +96,14 @@ class Loader:
         return pool.take(load.bytes) if keep and pool is not None else None
 
     def _run(self, load: Load, held: Image | Piece | None, keep: bool) -> None:
-        self._count(1)
+        self._change_active(1)
         try:
-            self._done.put(self._load(load, held, keep, self._pauses()))
+            self._done.put(self._load(load, held, keep, self._pause_function()))
         except BaseException as bug:
             self._bug = bug
             raise
         finally:
-            self._count(-1)
+            self._change_active(-1)
             self._wake()
 
     def _load(
@@ -150,11 +150,11 @@ class Loader:
         assert image.bytes <= load.bytes, f"{image.bytes} bytes in an extent of {load.bytes}"
         return image
 
-    def _count(self, change: int) -> None:
+    def _change_active(self, change: int) -> None:
         with self._lock:
             self._active += change
 
-    def _pauses(self) -> Callable[[], None]:
+    def _pause_function(self) -> Callable[[], None]:
         """A function that a load calls often. It rests while batches need the cores."""
         if not self._arena.in_place:
             return _no_pause

@@ -130,7 +130,7 @@ class EngineLink:
     async def generate(self, request: NewRequest) -> AsyncGenerator[Delta, None]:
         stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
         with self._lock:
-            assert request.id not in self._streams, f"{request.id} runs already"
+            assert request.id not in self._streams, f"{request.id} is already running"
             refusal: FleetError | None = None
             if not self._alive:
                 refusal = EngineFailed("the engine's process is gone")
@@ -237,7 +237,7 @@ class EngineLink:
         for loop, deltas in by_loop.items():
             _deliver(loop, deltas)
         for future, result in done:
-            _settle(future, result)
+            _resolve(future, result)
 
     def _update_states(self, entries: list[AdapterState]) -> None:
         with self._lock:
@@ -259,7 +259,7 @@ class EngineLink:
             error = EngineFailed(f"{reason} while the request ran")
             _deliver(stream.loop, [(stream, Delta(request_id, error=error))])
         for future in calls.values():
-            _settle(future, EngineFailed(reason))
+            _resolve(future, EngineFailed(reason))
 
 
 def _deliver(loop: asyncio.AbstractEventLoop, deltas: list[tuple[_Stream, Delta]]) -> None:
@@ -271,7 +271,7 @@ def _deliver(loop: asyncio.AbstractEventLoop, deltas: list[tuple[_Stream, Delta]
         loop.call_soon_threadsafe(put)
 
 
-def _settle(future: "Future[Any]", result: Result) -> None:
+def _resolve(future: "Future[Any]", result: Result) -> None:
     if not future.set_running_or_notify_cancel():
         return
     if isinstance(result, FleetError):

@@ -91,9 +91,9 @@ def on_gpu(
         pages = min(page_bytes, memory // 2)
     if adapters is None:
         assert pages is not None
-        adapters = _left("adapter_memory", memory, ("kv_memory", pages))
+        adapters = _remainder("adapter_memory", memory, ("kv_memory", pages))
     if pages is None:
-        pages = _left("kv_memory", memory, ("adapter_memory", adapters))
+        pages = _remainder("kv_memory", memory, ("adapter_memory", adapters))
     return dataclasses.replace(config, adapter_memory=adapters, kv_memory=pages)
 
 
@@ -195,7 +195,7 @@ def _replica_memory(config: EngineConfig, node: Node) -> int:
     return node.free if config.replica_memory is None else config.replica_memory
 
 
-def _left(field: str, memory: int, taken: tuple[str, int]) -> int:
+def _remainder(field: str, memory: int, taken: tuple[str, int]) -> int:
     if memory <= taken[1]:
         raise ConfigError(
             f"{field}: nothing is left for it of the {memory} bytes that the device has beside "

@@ -148,7 +148,7 @@ class TensorParallelWorkers:
             for process in self._processes:
                 process.pipe.send_bytes(message)
         except OSError:
-            self._fail()
+            self._raise_if_lost()
             raise
 
     def hear(self, *, wait: bool = False) -> tuple[int, Answer] | None:
@@ -175,7 +175,7 @@ class TensorParallelWorkers:
             self.check()
             yield
         except RuntimeError:
-            self._fail()  # the loss of a rank explains more than the error that it caused
+            self._raise_if_lost()  # the loss of a rank explains more than the error that it caused
             raise
         finally:
             self._waiting = False
@@ -203,7 +203,7 @@ class TensorParallelWorkers:
             assert heard is not None and isinstance(heard[1], kind), heard
             missing.remove(heard[0])
 
-    def _fail(self) -> None:
+    def _raise_if_lost(self) -> None:
         """Raises EngineFailed if a worker has ended. Waits for the news, which may lag an error."""
         self._failed.wait(_STOP_S)
         self.check()

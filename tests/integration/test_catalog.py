@@ -1,4 +1,4 @@
-"""The catalog in a real Redis: atomic changes, copies that miss nothing, and a Redis that is away."""
+"""The catalog in a real Redis: atomic changes, complete copies, and a Redis that is away."""
 
 import asyncio
 import contextlib

@@ -101,7 +101,7 @@ def driven(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def expected(model: str, versions: list[Version]) -> dict[tuple[str | None, int], list[int]]:
-    """Greedy tokens of each adapter for each prompt, one request at a time, all adapters resident."""
+    """Greedy tokens of each adapter for each prompt, one request at a time with all resident."""
     alone = engine(model, versions)
     answers = {}
     for digest in [None, *(v.digest for v in versions)]:

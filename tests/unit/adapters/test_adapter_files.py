@@ -201,7 +201,7 @@ def entry(begin: int, end: int, shape: Any = None, dtype: str = "F32") -> dict[s
         ({"t": 5}, b"", "needs dtype"),
         ({"t": entry(0, 8, dtype="F3")}, bytes(8), "dtype 'F3'"),
         ({"t": entry(0, 8, [2**60])}, bytes(8), "are invalid"),
-        ({"t": entry(0, 8, [2**40, 2**40])}, bytes(8), "hold 8"),
+        ({"t": entry(0, 8, [2**40, 2**40])}, bytes(8), "span 8"),
         ({"t": entry(0, 8, [-1])}, bytes(8), "are invalid"),
         ({"t": entry(0, 8, [True])}, bytes(8), "are invalid"),
         ({"t": entry(0, 80)}, bytes(8), "the file holds 8"),
@@ -224,7 +224,7 @@ def test_a_header_longer_than_its_file_or_than_reason(adapter: Path, shape: Mode
     with open(file, "wb") as sparse:
         sparse.write((HEADER_BYTES_MAX + 1).to_bytes(8, "little"))
         sparse.truncate(HEADER_BYTES_MAX * 2)
-    assert f"at most {HEADER_BYTES_MAX}" in refusal(adapter, shape)
+    assert f"the maximum is {HEADER_BYTES_MAX}" in refusal(adapter, shape)
 
 
 @pytest.mark.parametrize("size", [0, 3, 8, 200, -1])
