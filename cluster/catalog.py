@@ -1,10 +1,10 @@
-"""The book of names → versions kept in Redis, followed by every process.
+"""The book of names → versions in Redis. Every process keeps a copy up to date.
 
-lf:{fleet}:epoch              drawn anew when Redis starts from nothing, so that a reader can
-                              tell a sequence that began again from one it has passed
+lf:{fleet}:epoch              random id, new when Redis starts empty: a reader can tell a sequence
+                              that restarted from one it has passed
 lf:{fleet}:catalog            hash: name → version record (JSON)
-lf:{fleet}:catalog:sequence   changes so far
-lf:{fleet}:catalog:seeded     hash: name → the run of the fleet that applied it from its flags
+lf:{fleet}:catalog:sequence   number of changes so far
+lf:{fleet}:catalog:seeded     hash: name → id of the last run of the fleet whose flags set it
 lf:{fleet}:catalog:changes    channel: {epoch, sequence, name, version | null}
 """
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 LOOKUP_BATCH_MAX = 256
 
 # KEYS: epoch, catalog, sequence, seeded. ARGV: a fresh epoch, channel, the epoch the caller knows.
-# Whoever knows another epoch must look again first: what Redis lost may have to be put back.
+# A caller with another epoch must resync first, and may have to restore what Redis lost.
 _BEGIN = """
 local epoch = redis.call('GET', KEYS[1])
 if ARGV[3] ~= (epoch or '') then return {'lost', ''} end
@@ -45,7 +45,7 @@ local function commit(name, version)
 end
 """
 
-# ARGV: name, record, whether it may be re-pointed, run ('' when it comes through the API).
+# ARGV: name, record, '1' if an existing name may be replaced, run ('' for a change by the API).
 _PUT = (
     _BEGIN
     + """
@@ -80,7 +80,7 @@ return {redis.call('GET', KEYS[1]) or '', redis.call('GET', KEYS[3]) or '0',
   redis.call('HGETALL', KEYS[2])}
 """
 
-# ARGV: the sequence to go on after, then name, record, name, record ...
+# ARGV: the sequence to continue from, then name, record, name, record ...
 _RESTORE = (
     _BEGIN
     + """
@@ -99,7 +99,7 @@ def encode_version(version: Version) -> str:
 
 
 def decode_version(record: dict[str, Any]) -> Version:
-    """Fields that a newer process wrote are left out."""
+    """Ignores unknown fields: a newer process may have written them."""
     return Version(**{key: value for key, value in record.items() if key in _FIELDS})
 
 
@@ -108,10 +108,10 @@ def channel(fleet: str) -> str:
 
 
 class Catalog:
-    """One process's copy of the book, and the way to change everyone's.
+    """One process's copy of the book. Changes go to Redis, and from there to all processes.
 
-    Everything but reading `book` belongs to the event loop that `run` runs on.
-    restores: write the book back when Redis lost its data (a replica does, a router does not).
+    Any thread may read `book`; call everything else on the event loop of `run`.
+    restores: write the book back if Redis lost its data. Replicas do; routers do not.
     on_change: called after each change of the copy.
     """
 
@@ -151,7 +151,7 @@ class Catalog:
         await self._subscription.run()
 
     async def resync(self) -> None:
-        """Takes the whole book from Redis. Raises what Redis raises, or CatalogUnavailable."""
+        """Reads the whole book from Redis. Raises what Redis raises, or CatalogUnavailable."""
         epoch, sequence, items = await self._read()
         lost = int(sequence) == 0 and self.book.sequence > 0 and epoch != self._epoch
         if lost and self._restores:
@@ -168,22 +168,22 @@ class Catalog:
         self._on_change()
 
     async def read(self) -> tuple[int, list[Version]]:
-        """(sequence, versions by name) as Redis has them now."""
+        """(sequence, versions sorted by name), read from Redis now."""
         _, sequence, items = await self._read()
         return int(sequence), sorted(_decode_all(items), key=lambda version: version.name)
 
     async def seeded(self) -> dict[str, str]:
-        """Name → the run that applied it from its flags."""
+        """Name → id of the last run whose flags set it."""
         return dict(await call(self._redis.hgetall(self._keys[3])))
 
     async def put(
         self, version: Version, *, load_inplace: bool = False, run: str = ""
     ) -> tuple[int, bool]:
-        """The sequence of the change, and whether there was one.
+        """Returns the sequence after the change, and True if the book changed.
 
-        run: which start of the fleet brings the version from its flags. It re-points the name,
-        but only once a run: a replica that restarts does not undo what the API did since.
-        Raises BadRequest naming `lora_name`, CatalogUnavailable.
+        run: id of the fleet's run whose flags name the version; '' for a change by the API. A run
+        replaces the name only once, so that a restarted replica keeps later changes by the API.
+        Raises BadRequest naming `lora_name`, or CatalogUnavailable.
         """
         check_name(version.name, self.book.base_name)
         outcome, sequence = await self._run(
@@ -194,17 +194,17 @@ class Catalog:
         return int(sequence), outcome == "put"
 
     async def remove(self, name: str) -> tuple[int, str]:
-        """The sequence of the change and the digest it had. Raises ModelNotFound."""
+        """Returns the sequence of the change and the removed digest. Raises ModelNotFound."""
         record, sequence = await self._run(self._remove, name)
         if not record:
             raise not_found(name)
         return int(sequence), str(json.loads(record)["digest"])
 
     async def lookup(self, name: str) -> Version | None:
-        """Asks Redis for a name the copy does not know.
+        """Asks Redis for a name that the copy lacks.
 
-        At most one question is under way; names that come meanwhile share the next one, so that
-        a flood of unknown names costs Redis no more than a trickle.
+        One query runs at a time and carries all names that came since the last one. This bounds
+        what a flood of unknown names costs Redis.
         """
         future = self._lookups.get(name)
         if future is None:
@@ -222,7 +222,7 @@ class Catalog:
             except CatalogUnavailable as error:
                 for future in futures:
                     future.set_exception(error)
-                    future.exception()  # whoever asked may have gone away
+                    future.exception()  # marks it retrieved: the caller may be gone
                 continue
             for name, future, record in zip(names, futures, records, strict=True):
                 future.set_result(_decode(name, record) if record else None)
@@ -232,13 +232,13 @@ class Catalog:
         return epoch, sequence, items
 
     async def _run(self, script: Any, *args: str) -> tuple[str, str]:
-        """A change; it looks again, once, when Redis is not the one this copy was taken from."""
+        """Runs a change. It resyncs and retries once if Redis restarted empty since the copy."""
         outcome, sequence = await self._call(script, [self._channel, self._epoch, *args])
         if outcome == "lost":
             await self.resync()
             outcome, sequence = await self._call(script, [self._channel, self._epoch, *args])
         if outcome == "lost":
-            raise CatalogUnavailable("the fleet's Redis is starting anew", retry_after_s=1.0)
+            raise CatalogUnavailable("the fleet's Redis is restarting", retry_after_s=1.0)
         return outcome, sequence
 
     async def _call(self, script: Any, args: list[str]) -> tuple[str, str]:
@@ -266,5 +266,5 @@ def _decode(name: str, record: str) -> Version | None:
     try:
         return decode_version(json.loads(record))
     except (ValueError, TypeError, AttributeError):
-        log.warning("catalog: the record of %r cannot be read; left out", name)
+        log.warning("catalog: ignoring the record of %r, which cannot be read", name)
         return None

@@ -1,4 +1,4 @@
-"""What an operator may set: frozen values, every limit named, unknown keys refused when loaded."""
+"""The configuration: frozen dataclasses, and a loader that rejects unknown keys."""
 
 import dataclasses
 import re
@@ -29,96 +29,99 @@ def parse_bytes(text: str, field: str) -> int:
 class EngineConfig:
     """One engine on one device.
 
-    model: directory of an HF checkpoint. served_model_name: the base model's name on the API
-    (default: the directory's name). dtype auto: what the checkpoint says; on a CPU float32, unless
-    that is bfloat16 and the processor computes it natively. load_format dummy: random weights, made
-    on the device by `seed`; of the checkpoint only config.json is read.
-    kernels auto: triton on CUDA, torch on CPU. triton on CPU: where TRITON_INTERPRET=1 has it
-    interpreted, for tests. cuda_graphs: decode steps are captured when the engine starts; off,
-    each of their kernels is launched anew.
-    adapter_memory: bytes of device memory for adapter images. kv_memory: for keys and values.
-    device_memory: for both together, instead of those two (on a GPU): adapters take what pages
-    leave free and give it back. host_memory: bytes of host memory for images that left the device
-    (page-locked on CUDA), so that they come back without their files; 0: none. Those that are None
-    are chosen when the engine starts (replica/engine/sizing.py): on CUDA one device_memory, from
-    `memory_utilization` of what is free when the model is there and one largest step has run; on a
-    CPU, from as much of `replica_memory`.
-    replica_memory: bytes of the machine's memory that one replica may use, model and all; None: the
-    cgroup's limit, or what is free, divided by the replicas on this machine. rank_expected: memory
-    that is chosen has room for 16 adapters of this rank, where it can; None: the largest rank of
-    the adapters known at the start, else 64.
-    slots_max: how many adapters may be resident; None: as many as fit the bytes, up to
-    `directory_slots`.
-    headroom_pages: pages that adapters leave free for rows that run; None: one for each row of a
-    full batch, and those of one step's prompts.
-    step_tokens_max: prompt and decode tokens computed in one step (prefill is cut into chunks).
-    queue_max: requests beyond a full batch; when there are as many, new ones are answered 429.
-    threads: CPU threads for compute; None: what torch takes.
-    plan_depth: 2: the next step is planned and launched while this one runs; 1: when it has ended;
-    None: 2 on CUDA, 1 on the CPU.
-    tensor_parallel: how many devices (on a CPU, processes) share the model and each adapter. Sizes
-    of memory and threads are those of each.
-
-    How requests and adapters are scheduled; the defaults are the best known, the other settings are
-    there to be compared with. base_slot shared: the base model competes for a slot. on_miss block:
-    the first request that cannot run stops those behind it. overlap off: a load stops the batch.
-    prefetch_depth: adapters loaded ahead of the batch space for them. park: rows leave the batch,
-    with their KV pages, for an adapter that starves. quantum_s: the shortest time an adapter keeps
-    a place before that. head_start_s: how much longer a parked adapter may starve than one with a
-    request that has no token yet. parked_pages_max: pages that parked rows may hold; None: all.
-    drain_wait_threshold_s: without parking, how long an adapter starves before another is drained
-    for it; 0: never. eviction: which idle adapter leaves first. page_wait_max_s: how long a prompt
-    may be passed over for want of pages before pages are saved for it. growth_outputs: how far rows
-    are expected to grow, in mean outputs of late: as many pages are left free for them, so that
-    none has to be computed again; 0: none are. fair_share: adapters get
-    batch space in turn, by the tokens they were served. prefix_cache: prompts that begin alike, for
-    the same version of the same adapter, share the pages of what they have in common.
+    `replica/engine/sizing.py` chooses the sizes that are left open. The scheduling switches default
+    to the best known policy; their other values exist for comparison.
     """
 
     model: str
+    """Directory of a Hugging Face checkpoint."""
     served_model_name: str | None = None
+    """Name of the base model on the API. Default: the name of the checkpoint's directory."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto, cpu or cuda. auto takes a CUDA device if torch finds one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of weights, KV pages and images. auto takes the checkpoint's type on CUDA. On a CPU it
+    takes float32, or bfloat16 if the checkpoint has it and the CPU computes it natively."""
     load_format: Literal["auto", "dummy"] = "auto"
+    """auto reads the checkpoint. dummy makes random weights and reads config.json only."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
+    """auto, torch or triton. auto takes triton on CUDA and torch on a CPU."""
     cuda_graphs: bool = True
+    """Capture decode steps as CUDA graphs at startup. Off launches every kernel of a step."""
     adapter_memory: int | None = None
+    """Bytes of device memory for adapter images. Default: chosen at startup."""
     host_memory: int | None = None
+    """Bytes of host memory for evicted images; 0 keeps none. Default: chosen at startup."""
     rank_max: int = 256
+    """Largest adapter rank accepted."""
     slots_max: int | None = None
+    """Most adapters on the device at once. Default: what memory and `directory_slots` allow."""
     directory_slots: int = 256
+    """Rows of the table of resident adapters. The base model takes one."""
     kv_memory: int | None = None
+    """Bytes of device memory for KV pages. Default: chosen at startup."""
     device_memory: int | None = None
+    """Bytes that adapters and KV pages share; needs triton. Default: chosen at startup on a GPU."""
     memory_utilization: float = 0.9
+    """Fraction of the available memory that sizes chosen at startup may use."""
     replica_memory: int | None = None
+    """Bytes of host memory for one replica. Default: its share of the memory on the machine."""
     rank_expected: int | None = None
+    """Adapter rank that chosen sizes allow for. Default: largest known at startup, else 64."""
     headroom_pages: int | None = None
+    """KV pages that adapters leave free in `device_memory`. Default: enough for a full step."""
     page_tokens: int = 16
+    """Tokens per KV page."""
     context_tokens_max: int | None = None
+    """Longest prompt plus output, in tokens. Default: the model's limit, or what fits in memory."""
     batch_rows_max: int = 64
+    """Most requests computed in one step."""
     step_tokens_max: int = 512
+    """Most tokens computed in one step. Longer prompts are prefilled in chunks."""
     plan_depth: Literal[1, 2] | None = None
+    """2 launches a step while the last one runs; 1 waits for it. Default: 2 on CUDA, 1 on a CPU."""
     queue_max: int = 1024
+    """Requests that may wait beyond a full batch. Any more are answered 429."""
     load_retry_s: float = 1.0
+    """Seconds before a failed adapter load is retried. Doubles with each failure."""
     load_retry_max_s: float = 60.0
+    """Longest time in seconds between retries of an adapter load."""
     loads_in_flight_max: int = 2
+    """Most adapter loads at a time."""
     threads: int | None = None
+    """CPU threads for compute. Default: torch's choice."""
     tensor_parallel: int = 1
+    """Ranks (GPUs or CPU processes) that share the model. Memory sizes and threads are per rank."""
     seed: int | None = None
+    """Seed of dummy weights (default: 0) and of requests that give no seed (default: random)."""
     base_slot: Literal["pinned", "shared"] = "pinned"
+    """pinned always has the base model ready. shared makes it compete for a slot."""
     on_miss: Literal["skip", "block"] = "skip"
+    """skip passes over requests that cannot run yet. block stops at the first one."""
     overlap: bool = True
+    """Load adapters while the batch computes. Off stops the batch during a load."""
     prefetch_depth: int = 8
+    """Adapters to load ahead for requests that do not fit in the batch yet."""
     park: bool = True
+    """Park running rows, with their KV pages, so that a starving adapter gets their place."""
     quantum_s: float = 0.5
+    """Shortest time in seconds that an adapter keeps its place before its rows may be parked."""
     head_start_s: float = 0.2
+    """Seconds a parked adapter waits longer than one with a request that has no token yet."""
     parked_pages_max: int | None = None
+    """Most KV pages that parked rows may hold. Default: all."""
     drain_wait_threshold_s: float = 0.0
+    """Without `park`: seconds an adapter starves before another is drained. 0 never drains."""
     eviction: Literal["cost", "lru", "fifo"] = "cost"
+    """Idle adapter that leaves first: cost (cheapest to lose), lru (least recent) or fifo."""
     page_wait_max_s: float = 2.0
+    """Seconds a prompt may be passed over for lack of pages before pages are reserved for it."""
     growth_outputs: float = 2.0
+    """Growth of a row to keep pages free for, in recent mean outputs; 0 keeps none free."""
     fair_share: bool = False
+    """Give adapters batch space in turn, by the tokens they were served and their weights."""
     prefix_cache: bool = True
+    """Share the KV pages of common prompt prefixes between requests for one adapter version."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -168,21 +171,21 @@ class EngineConfig:
             if self.device_memory is not None and getattr(self, name) is not None:
                 raise ConfigError(
                     f"device_memory: {self.device_memory}, but {name} is {getattr(self, name)}: "
-                    "adapters and pages have one memory or one each",
+                    "set either device_memory, or adapter_memory and kv_memory",
                     field="device_memory",
                 )
-        slots = self.directory_slots - 1  # the base model has one
+        slots = self.directory_slots - 1  # the base model takes one
         if slots < (self.slots_max or 1):
             name = "slots_max" if slots else "directory_slots"
             raise ConfigError(
-                f"{name}: {getattr(self, name)}, but directory_slots {self.directory_slots} leave "
-                f"{slots} for adapters",
+                f"{name}: {getattr(self, name)}, but directory_slots {self.directory_slots} leaves "
+                f"{slots} slots for adapters",
                 field=name,
             )
 
     @property
     def sized(self) -> bool:
-        """Whether what adapters and KV pages take of the device is given."""
+        """True if the memory of adapters and KV pages is set."""
         apart = self.adapter_memory is not None and self.kv_memory is not None
         return apart or self.device_memory is not None
 
@@ -193,32 +196,40 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True)
 class FleetConfig:
-    """The whole fleet. adapters: name → path, registered when the fleet starts.
-
-    adapter_roots: directories under which the API may name adapter paths; none: the API may not.
-    redis_url: None starts an embedded Redis with its data under `directory`.
-    api_keys: when there are any, a request must carry one as `Authorization: Bearer`.
-    lease_s: how long a replica that went silent stays in the fleet's view.
-    drain_s: how long a stopping replica may go on with what it runs.
-    gpus_per_replica: None: one for each of `engine.tensor_parallel` ranks.
-    """
+    """The whole fleet."""
 
     engine: EngineConfig
+    """Configuration of each replica's engine."""
     name: str = "default"
+    """Name of the fleet; it separates fleets that share one Redis."""
     replicas: int = 1
+    """Number of replicas."""
     host: str = "127.0.0.1"
+    """Address to listen on."""
     port: int = 8000
+    """Port to listen on; 0 takes a free one."""
     adapters: Mapping[str, str] = field(default_factory=dict)
+    """Adapters registered at startup: name → path."""
     adapter_roots: tuple[str, ...] = ()
+    """Directories from which the API may load adapters. Default: none."""
     redis_url: str | None = None
+    """URL of the fleet's Redis. Default: an embedded Redis with its data in `directory`."""
     directory: str = ".fleet"
+    """Directory for logs, downloaded adapters and the embedded Redis."""
     api_keys: tuple[str, ...] = ()
+    """API keys; a request must carry one as a bearer token. Default: no key is needed."""
     lease_s: float = 3.0
+    """Seconds that a silent replica stays in the fleet's view."""
     report_s: float = 0.2
+    """Seconds between the load reports of a replica; at most half of `lease_s`."""
     drain_s: float = 1.0
+    """Seconds that a stopping replica may keep running its requests."""
     acknowledge_s: float = 5.0
+    """Seconds to wait for all replicas to apply a change of the catalog."""
     gpus_per_replica: float | None = None
+    """GPUs per replica. Default: one per rank of `tensor_parallel`."""
     cpus_per_replica: float = 1.0
+    """CPU cores that Ray reserves per replica."""
 
     def __post_init__(self) -> None:
         for name in ("replicas", "lease_s", "report_s", "acknowledge_s"):
@@ -227,9 +238,11 @@ class FleetConfig:
             _not_negative(name, getattr(self, name))
         _at_most("drain_s", self.drain_s, _DRAIN_MAX_S)
         if not self.host:
-            raise ConfigError("host: '' is no address; 0.0.0.0 is all of them", field="host")
+            raise ConfigError(
+                "host: '' is no address; 0.0.0.0 listens on every interface", field="host"
+            )
         if not all(self.api_keys):
-            raise ConfigError("api_keys: '' would let anybody in", field="api_keys")
+            raise ConfigError("api_keys: an empty key would match any request", field="api_keys")
         if self.gpus_per_replica is not None:
             _not_negative("gpus_per_replica", self.gpus_per_replica)
         if not 0 <= self.port <= 65535:
@@ -237,13 +250,14 @@ class FleetConfig:
         ranks, gpus = self.engine.tensor_parallel, self.gpus_per_replica
         if ranks > 1 and gpus not in (None, ranks):
             raise ConfigError(
-                f"gpus_per_replica: {gpus}, but with tensor_parallel {ranks} a replica needs as "
-                "many; leave it out",
+                f"gpus_per_replica: {gpus}, but tensor_parallel {ranks} needs {ranks} GPUs per "
+                "replica; leave gpus_per_replica out",
                 field="gpus_per_replica",
             )
         if self.report_s * 2 > self.lease_s:
             raise ConfigError(
-                f"report_s: {self.report_s} leaves no second try within lease_s {self.lease_s}",
+                f"report_s: {self.report_s} must be at most half of lease_s {self.lease_s}, so "
+                "that one lost report does not end the lease",
                 field="report_s",
             )
 
@@ -255,28 +269,28 @@ class FleetConfig:
 
 
 def _positive(name: str, value: float) -> None:
-    if not value > 0:  # nor NaN
+    if not value > 0:  # NaN fails too
         raise ConfigError(f"{name}: {value} must be more than 0", field=name)
 
 
 def _not_negative(name: str, value: float) -> None:
     if not value >= 0:
-        raise ConfigError(f"{name}: {value} must not be less than 0", field=name)
+        raise ConfigError(f"{name}: {value} must be at least 0", field=name)
 
 
 def _at_most(name: str, value: float, most: float) -> None:
     if not value <= most:
-        raise ConfigError(f"{name}: {value} must not be more than {most}", field=name)
+        raise ConfigError(f"{name}: {value} must be at most {most}", field=name)
 
 
 Config = TypeVar("Config")
 
 
 def load(kind: type[Config], data: Mapping[str, Any], where: str = "") -> Config:
-    """A frozen dataclass from parsed YAML or JSON.
+    """Builds a frozen dataclass from parsed YAML or JSON.
 
-    Sizes may be written '64MiB' where the field's name ends in `_memory`. Unknown keys and wrong
-    types raise ConfigError naming the key.
+    Fields whose name ends in `_memory` accept sizes such as '64MiB'. Unknown keys and wrong types
+    raise ConfigError naming the key.
     """
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where or 'configuration'}: {data!r} is not a mapping", field=where)

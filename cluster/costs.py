@@ -1,23 +1,24 @@
-"""Measured rates, smoothed: what a load, a step, an eviction costs.
+"""Smoothed measurements that predict what a load, a step or an eviction costs.
 
-A step of d decode rows and p prompt tokens is taken to last `decode_s + p × prefill_token_s`, a
-copy of b bytes b ÷ the rate from where they lie. Each starts from a prior and follows what is
-measured; until something was copied from a tier, the rate from the other one stands in.
+The model: a step with p prompt tokens takes `decode_s + p × prefill_token_s`; a copy of b bytes
+takes b ÷ the rate of their tier. Each rate starts from a prior and follows the measurements. A tier
+with no measured copy borrows the other tier's rate.
 """
 
 from dataclasses import dataclass
 
 from cluster.values import Tier
 
-# Weight of the newest measurement. After ten of them the prior counts for a third.
+# Weight of the newest measurement.
 _WEIGHT = 0.1
-# The first measurements replace the prior, which knows nothing of the machine.
+# So many measurements are averaged before smoothing starts. They replace the prior, which says
+# nothing about this machine.
 _TRUSTED = 3
 
 
 @dataclass(slots=True)
 class Smoothed:
-    """An exponential moving average that begins as a plain one."""
+    """An exponential moving average that starts as an arithmetic mean."""
 
     value: float
     count: int = 0
@@ -29,7 +30,7 @@ class Smoothed:
 
 
 class Costs:
-    """What the scheduler and the router believe of one device. Seconds and bytes."""
+    """The scheduler's and the router's estimates for one device, in seconds and bytes."""
 
     def __init__(
         self,
@@ -56,7 +57,7 @@ class Costs:
 
     @property
     def copy_bytes_per_s(self) -> float:
-        """From where most adapters lie that nobody used lately."""
+        """The rate from disk, where most adapters that were not used recently are."""
         return 1.0 / self._rate(Tier.DISK).value
 
     @property

@@ -1,27 +1,27 @@
-"""The exceptions of the project; each knows its HTTP status, its code and whether to try again.
+"""The project's exceptions. Each has an HTTP status, a code and, if it helps, a retry delay.
 
 FleetError
 ├── BadRequest                400  a field is wrong; `field` names it
-│   ├── ContextLengthExceeded 400  prompt + max_tokens over the context length
-│   └── AdapterRefused        400  an adapter that can never be served here
-├── Unauthorized              401  no API key or a wrong one
-├── ModelNotFound             404  no base model and no adapter of that name
-├── QueueFull                 429  the engine's bound on waiting requests (Retry-After)
-├── EngineFailed              500  the engine died under the request
-├── AdapterFailed             503  known, but its load failed; it is tried again later
-├── CatalogUnavailable        503  Redis cannot be reached, so nothing was changed
-├── ShuttingDown              503  no new requests, and none that outlasts the drain time
-└── StartupError                   nothing is served: the configuration or the model is at fault
+│   ├── ContextLengthExceeded 400  prompt + max_tokens exceeds the context length
+│   └── AdapterRefused        400  this fleet can never serve the adapter
+├── Unauthorized              401  the API key is missing or wrong
+├── ModelNotFound             404  neither the base model nor an adapter has that name
+├── QueueFull                 429  too many requests wait (Retry-After)
+├── EngineFailed              500  the engine died while the request ran
+├── AdapterFailed             503  the adapter is known but its load failed; it is retried later
+├── CatalogUnavailable        503  Redis cannot be reached; nothing was changed
+├── ShuttingDown              503  the replica stops: it takes no request and cuts off late ones
+└── StartupError                   nothing is served: the configuration or the model is wrong
     ├── ConfigError
     └── ModelUnsupported
 """
 
 
 class FleetError(Exception):
-    """An error that a client may be told about in these words.
+    """An error whose message clients may see.
 
-    field: the request field at fault, when there is one.
-    retry_after_s: how long to wait before the same request may do better.
+    field: the request field at fault, if there is one.
+    retry_after_s: seconds after which the same request may succeed.
     """
 
     status: int = 500
@@ -43,7 +43,7 @@ class FleetError(Exception):
 def _rebuild(
     kind: type[FleetError], message: str, field: str | None, retry_after_s: float | None
 ) -> FleetError:
-    """Pickling loses keyword arguments; errors cross the link to the engine's process."""
+    """Unpickles an error: errors cross processes, and pickling loses keyword arguments."""
     return kind(message, field=field, retry_after_s=retry_after_s)
 
 

@@ -1,4 +1,4 @@
-"""A replica's voice in the registry: its residency as it changes, its lease with each report."""
+"""Publishes a replica's adapter states, lease and load reports to the registry."""
 
 import asyncio
 import dataclasses
@@ -18,8 +18,8 @@ from cluster.values import AdapterState, LoadReport, Tier
 log = logging.getLogger(__name__)
 
 # KEYS: epoch, sequence, incarnations, catalog sequence, lease, residency.
-# ARGV: a fresh epoch, channel, incarnation, lease, lease_ms, 'whole' or 'change', how many
-# entries the hash must have before a change, entries set (JSON object), digests dropped (JSON
+# ARGV: a fresh epoch, channel, incarnation, lease, lease_ms, 'whole' or 'change', number of entries
+# that the hash must have before a change, entries to set (JSON object), digests to drop (JSON
 # array), then digest, entry, digest, entry ...
 _ANNOUNCE = """
 local epoch = redis.call('GET', KEYS[1])
@@ -54,7 +54,7 @@ redis.call('PUBLISH', ARGV[2], '{"epoch":"' .. epoch .. '","sequence":'
 return {'ok', catalog}
 """
 
-# KEYS and ARGV as above, up to incarnation.
+# KEYS as above. ARGV as above, up to incarnation.
 _WITHDRAW = """
 local epoch = redis.call('GET', KEYS[1])
 if not epoch then return end
@@ -68,14 +68,14 @@ redis.call('PUBLISH', ARGV[2], '{"epoch":"' .. epoch .. '","sequence":'
 
 
 class Publisher:
-    """One replica's voice: its residency as it changes, its lease with every report.
+    """Publishes one replica: adapter states when they change, the lease with every report.
 
-    Belongs to the event loop that `run` runs on. It compares what `residency` says with what it
-    published last, so a lost callback costs one report_s and never the truth.
+    Call it on the event loop of `run`. It compares `residency` with what it published last, so a
+    lost call of `wake` only delays a change by report_s.
 
-    residency, report: ask the engine. applied: the catalog sequence applied here.
-    alive: False ends `run` after withdrawing everything. on_catalog: told the sequence that
-    Redis is at, with each renewal.
+    residency, report: read the engine. applied: the catalog sequence applied here.
+    alive: False withdraws the replica and ends `run`.
+    on_catalog: called at each renewal with the catalog sequence in Redis.
     """
 
     def __init__(
@@ -118,15 +118,15 @@ class Publisher:
 
     @property
     def published(self) -> Mapping[str, AdapterState]:
-        """What Redis was told last; empty before and while it is away."""
+        """What Redis has of this replica; empty before the first report and while Redis is away."""
         return self._published or {}
 
     def wake(self) -> None:
-        """Something changed: publish now rather than at the next report."""
+        """Publishes now instead of at the next report."""
         self._wake.set()
 
     async def run(self) -> None:
-        """Until the engine is dead. Redis may come and go."""
+        """Returns once the engine is dead. Redis may come and go."""
         delay_s = RECONNECT_FIRST_S
         while self._alive():
             heed_cancellation()
@@ -145,27 +145,27 @@ class Publisher:
         await self.close()
 
     async def publish(self) -> None:
-        """What changed since the last time; everything when Redis has forgotten us."""
+        """Publishes what changed since the last call, or everything if Redis lost this replica."""
         held = {r.digest: r for r in self._residency() if r.tier is not Tier.ABSENT}
         before = self._published
         if before is not None:
             changed = [r for d, r in held.items() if before.get(d) != r]
             dropped = [digest for digest in before if digest not in held]
-            if await self._say("change", changed, dropped, len(before)):
+            if await self._send("change", changed, dropped, len(before)):
                 self._published = held
                 return
-            log.warning("%s: Redis had forgotten this replica", self.incarnation)
-        await self._say("whole", list(held.values()), [], 0)
+            log.warning("%s: Redis lost this replica's state", self.incarnation)
+        await self._send("whole", list(held.values()), [], 0)
         self._published = held
 
     async def close(self) -> None:
-        """Withdraws lease and residency; without Redis they run out by themselves."""
+        """Withdraws lease and adapter states. Without Redis they expire by themselves."""
         try:
             await call(self._withdraw(keys=self._keys, args=["", self._channel, self.incarnation]))
         except CatalogUnavailable:
-            log.warning("%s: could not withdraw; its lease runs out", self.incarnation)
+            log.warning("%s: cannot withdraw; its lease will expire", self.incarnation)
 
-    async def _say(
+    async def _send(
         self, kind: str, changed: list[AdapterState], dropped: list[str], count: int
     ) -> bool:
         lease = Lease(
@@ -181,10 +181,10 @@ class Publisher:
             pairs += [entry.digest, encode_residency(entry)]
         entries = ",".join(f'"{d}":{r}' for d, r in zip(pairs[::2], pairs[1::2], strict=True))
         head = [secrets.token_hex(8), self._channel, self.incarnation]
-        told = [json.dumps(dataclasses.asdict(lease)), str(int(self._lease_s * 1000)), kind]
+        terms = [json.dumps(dataclasses.asdict(lease)), str(int(self._lease_s * 1000)), kind]
         change = [str(count), "{" + entries + "}", json.dumps(dropped)]
         outcome, catalog = await call(
-            self._announce(keys=self._keys, args=head + told + change + pairs)
+            self._announce(keys=self._keys, args=head + terms + change + pairs)
         )
         self._on_catalog(int(catalog))
         return bool(outcome == "ok")

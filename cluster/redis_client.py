@@ -1,4 +1,4 @@
-"""Connections to Redis: bounded waits, one prefix, and a subscription that mends itself."""
+"""Connections to Redis: bounded waits, one key prefix, a subscription that reconnects itself."""
 
 import asyncio
 import json
@@ -22,12 +22,12 @@ CALL_TIMEOUT_S = 2.0
 RECONNECT_FIRST_S = 0.05
 RECONNECT_MAX_S = 1.0
 
-# What a Redis that is away, hung, loading its data or out of memory raises.
+# What redis-py raises if Redis is away, hung, loading its data or out of memory.
 Unreachable = (RedisError, OSError, TimeoutError)
 
 
 def connect(url: str) -> Redis:
-    """A client that fails soon rather than waits; who calls decides about trying again."""
+    """A client that fails fast. The caller decides whether to retry."""
     return Redis.from_url(
         url,
         decode_responses=True,
@@ -38,7 +38,7 @@ def connect(url: str) -> Redis:
 
 
 def check_reachable(url: str) -> None:
-    """Blocking. Raises ConfigError, without the URL: it may hold a password."""
+    """Blocking. Raises ConfigError. Its message omits the URL, which may hold a password."""
     try:
         client = SyncRedis.from_url(
             url, socket_timeout=CALL_TIMEOUT_S, socket_connect_timeout=CALL_TIMEOUT_S
@@ -60,8 +60,8 @@ def prefix(fleet: str) -> str:
 
 
 async def call(reply: Awaitable[Any]) -> Any:
-    """The reply, or CatalogUnavailable soon. The message never carries the URL: it may hold a
-    password."""
+    """Awaits the reply, or raises CatalogUnavailable within CALL_TIMEOUT_S. The message omits the
+    URL, which may hold a password."""
     try:
         async with asyncio.timeout(CALL_TIMEOUT_S):
             answer = await reply
@@ -74,15 +74,15 @@ async def call(reply: Awaitable[Any]) -> Any:
 
 
 def heed_cancellation() -> None:
-    """A cancellation that comes just before a timeout of 0, as redis-py uses to see whether a
-    connection is clean, is taken for that timeout (CPython 3.11) and would be lost."""
+    """Raises a cancellation that CPython 3.11 swallowed: one that comes just before a timeout of 0
+    is taken for the timeout. redis-py uses such a timeout to check a connection."""
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError
 
 
 class Subscription:
-    """Follows one channel of numbered JSON messages for ever.
+    """Follows one channel of numbered JSON messages until cancelled.
 
                      ┌── error, or silence longer than silence_s twice ──┐
                      v                                                   │
@@ -90,8 +90,9 @@ class Subscription:
                                        ^                       │
                                        └──── apply says gap ───┘
 
-    apply(message) returns False when it saw a gap; resync() then fetches the whole. It subscribes
-    before it fetches, so nothing falls between; what a snapshot already holds, apply must ignore.
+    apply(message) returns False if it sees a gap; then resync() reads the whole state. The
+    subscription comes before the snapshot, so no message is missed. apply must ignore messages that
+    the snapshot already covers.
     """
 
     def __init__(
@@ -119,8 +120,8 @@ class Subscription:
                 if self.connected:
                     delay_s = RECONNECT_FIRST_S
                     log.warning("%s: lost Redis (%s)", self._channel, type(error).__name__)
-            except Exception:  # a view that starts over is better than one that is dead
-                log.exception("%s: following broke", self._channel)
+            except Exception:  # it starts over: a dead view would be worse
+                log.exception("%s: the subscription failed", self._channel)
             finally:
                 self.connected = False
             heed_cancellation()
@@ -128,7 +129,7 @@ class Subscription:
             delay_s = min(delay_s * 2, RECONNECT_MAX_S)
 
     async def _follow(self) -> None:
-        """Returns never; raises when the connection is lost."""
+        """Never returns. Raises when the connection is lost."""
         async with self._redis.pubsub() as pubsub:
             await pubsub.subscribe(self._channel)
             await self._confirmed(pubsub)
@@ -154,7 +155,7 @@ class Subscription:
             raise TimeoutError("the subscription was not confirmed")
 
     def _understood(self, data: str) -> bool:
-        """A message that cannot be read is a gap: others may write to the same Redis."""
+        """An unreadable message counts as a gap: others may write to the same Redis."""
         try:
             return self._apply(json.loads(data))
         except (ValueError, KeyError, TypeError) as error:

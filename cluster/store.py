@@ -1,4 +1,4 @@
-"""Adapter files: plain paths used in place, URLs (s3://, hf:// …) kept on local disk by digest."""
+"""Adapter files: paths are used in place, URLs (s3://, hf:// …) are stored on disk by digest."""
 
 import os
 import shutil
@@ -17,19 +17,18 @@ def is_url(uri: str) -> bool:
 
 
 def local_path(uri: str) -> str:
-    """The absolute path of a plain path or a file:// URL. Not normalized: where `..` leads from
-    behind a symlink is for the kernel to say."""
+    """The absolute path of a path or a file:// URL. `..` stays in it, because only the kernel can
+    resolve it behind a symlink."""
     if uri.startswith("file://"):
         uri = unquote(urlsplit(uri).path)
     return os.path.join(os.getcwd(), uri).rstrip(os.sep) or os.sep
 
 
 def check_allowed(uri: str, roots: Sequence[str]) -> None:
-    """Raises BadRequest naming `lora_path` unless the files lie under one of the roots.
+    """Raises BadRequest naming `lora_path` unless the adapter's files are under one of the roots.
 
-    Symlinks and `..` are followed first, in the roots too, and the files in the directory must not
-    lead out of the roots either. What lies outside is refused in the same words whether it exists
-    or not. A URL must continue a root that is itself a URL.
+    Symlinks and `..` are resolved first, in roots, directory and files. The message is the same
+    whether or not a path outside exists. A URL needs a root that is a URL and a prefix of it.
     """
     if any(_lies_under(uri, root) for root in roots):
         return
@@ -47,8 +46,8 @@ def _lies_under(uri: str, root: str) -> bool:
         return plain and (uri + "/").startswith(root.rstrip("/") + "/")
     top = os.path.realpath(local_path(root))
     path = local_path(uri)
-    places = [path, *(os.path.join(path, name) for name in FILES)]
-    return all(_contains(top, os.path.realpath(place)) for place in places)
+    candidates = [path, *(os.path.join(path, name) for name in FILES)]
+    return all(_contains(top, os.path.realpath(candidate)) for candidate in candidates)
 
 
 def _contains(top: str, path: str) -> bool:
@@ -56,19 +55,20 @@ def _contains(top: str, path: str) -> bool:
 
 
 class Store:
-    """Blocking: call it on a thread. digest_of: checks the files in a directory and names them."""
+    """Blocking: call it on a thread. digest_of: checks the files in a directory and returns their
+    digest.
+    """
 
     def __init__(self, directory: str, digest_of: Callable[[str], str]) -> None:
         self._directory = Path(directory).absolute()
         self._digest_of = digest_of
 
     def fetch(self, uri: str, digest: str | None = None) -> str:
-        """The local directory of the files.
+        """Returns the local directory of the files.
 
-        A plain path is given back as it is: its digest is checked when the image is read. A URL
-        is downloaded beside its final place, checked, and renamed there, so that a directory
-        named by a digest is always whole. Raises AdapterRefused, or AdapterFailed when what is
-        there now is not the digest asked for.
+        A path is returned unchecked, because reading the image checks its digest. A URL is
+        downloaded to a temporary directory, checked, and renamed, so a directory named by a digest
+        is always complete. Raises AdapterRefused, or AdapterFailed if the digest differs.
         """
         if not is_url(uri):
             return local_path(uri)
@@ -85,19 +85,19 @@ class Store:
             return self._keep(new, found)
 
     def _keep(self, new: Path, digest: str) -> str:
-        place = self._directory / digest
+        target = self._directory / digest
         try:
-            new.rename(place)
+            new.rename(target)
         except OSError:
-            # Another replica on this machine was first; the digest says it is the same.
-            if not place.is_dir():
+            # Another replica on this machine was first. Same digest, same files.
+            if not target.is_dir():
                 raise
             shutil.rmtree(new)
-        return str(place)
+        return str(target)
 
 
 def _download(uri: str, target: Path) -> None:
-    import fsspec  # late: most fleets use plain paths
+    import fsspec  # most fleets use paths and need not import it
 
     try:
         files, top = fsspec.core.url_to_fs(uri)
@@ -106,6 +106,6 @@ def _download(uri: str, target: Path) -> None:
     except FileNotFoundError as error:
         raise AdapterRefused(f"{uri}: not found ({error})", field="lora_path") from error
     except (ImportError, ValueError) as error:
-        raise AdapterRefused(f"{uri}: cannot be read here ({error})", field="lora_path") from error
-    except Exception as error:  # each filesystem raises its own kinds
+        raise AdapterRefused(f"{uri}: cannot be read ({error})", field="lora_path") from error
+    except Exception as error:  # each filesystem raises its own exceptions
         raise AdapterFailed(f"{uri}: download failed ({error})") from error

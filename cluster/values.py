@@ -1,11 +1,11 @@
-"""Ids and values that every room speaks."""
+"""Ids and values that every package uses."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
 
 class Tier(StrEnum):
-    """Where a version is on one replica."""
+    """Where a replica has a version."""
 
     DEVICE = "device"
     LOADING = "loading"
@@ -19,11 +19,12 @@ class Tier(StrEnum):
 class Version:
     """One immutable content of an adapter.
 
-    digest: SHA-256 (hex) over the canonical adapter config and the tensors file.
-    uri: where the files are, as the operator named them (a path or a URL).
-    rank: the largest rank of any of its projections.
-    parameters: weights in its image; times the size of the dtype it is the image's bytes.
-    pinned: never evicted. weight: of its requests where the batch is shared fairly.
+    digest: SHA-256 (hex) of the canonical adapter config and the tensors file.
+    uri: path or URL of the files, as the operator gave it.
+    rank: the largest rank of its projections.
+    parameters: elements of its image.
+    pinned: never evicted.
+    weight: its share of the batch, relative to other adapters, with `fair_share`.
     """
 
     name: str
@@ -37,9 +38,9 @@ class Version:
 
 @dataclass(frozen=True, slots=True)
 class AdapterState:
-    """What one replica says of one version.
+    """The state of one version on one replica.
 
-    bytes: what the image takes in that tier. since_s: Unix time. reason: why it failed.
+    bytes: size of the image in that tier. since_s: Unix time. reason: why it failed.
     """
 
     digest: str
@@ -53,19 +54,21 @@ class AdapterState:
 class LoadReport:
     """How busy one replica is.
 
-    queued_tokens: prompt tokens not yet computed, of all requests waiting or running.
-    remaining_tokens: upper bound of what running and waiting requests may still generate.
-    step_s: smoothed duration of one step. copy_bytes_per_s: smoothed rate of adapter loads.
-    free_bytes: for adapters, without an eviction, of capacity_bytes. free_pages: that can be taken,
-    of capacity_pages. Where they share one memory, both capacities are what there is for each now.
-    steps: steps run since start, so that a reader can tell a stuck engine from an idle one.
-    capture_fallback: 0 as configured; 1: decode steps are captured without the shrink's own stream,
-    for the capture with it failed; 2: none is. host_locked_bytes: page-locked for adapter images,
-    less than `host_memory` where the system did not lock as much.
+    queued_tokens: prompt tokens that waiting and running requests still have to compute.
+    remaining_tokens: most tokens that waiting and running requests may still generate.
+    step_s: smoothed duration of a step. copy_bytes_per_s: smoothed rate of adapter loads.
+    free_bytes, capacity_bytes: adapter memory; free means without an eviction.
+    free_pages, capacity_pages: KV pages. If adapters and pages share memory, both capacities are
+    the current ones.
+    steps: steps since start. A reader can tell a stuck engine from an idle one by it.
+    capture_fallback: 0: decode steps run as configured. 1: they are captured without a separate
+    stream for the shrink kernel, because capturing with one failed. 2: they are not captured.
+    host_locked_bytes: page-locked memory for images. The system may lock less than `host_memory`.
 
-    Counted since start: requests for an adapter by where it was when they came (`hits_device`,
-    `hits_loading`, else `misses`), loads, evictions, loads that no row used, drains, rows parked,
-    resumed, and put back to compute their tokens again.
+    Counters since start:
+    hits_device, hits_loading, misses: requests by the tier of their adapter on arrival.
+    wasted_loads: loads that no row used.
+    parks, resumes, preemptions: rows. A preempted row computes its tokens again.
     """
 
     running: int = 0

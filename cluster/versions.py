@@ -1,4 +1,4 @@
-"""The book of names → versions; in memory it is all that `lorafleet replica` needs."""
+"""The book of names → versions, in memory. `lorafleet replica` needs nothing else."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -13,21 +13,22 @@ def check_name(name: str, base_name: str) -> None:
     """Raises BadRequest naming `lora_name`. Slashes are allowed, as in Hugging Face ids."""
     if not name or name != name.strip():
         raise BadRequest(
-            f"lora_name: {name!r} is empty or begins or ends with a space", field="lora_name"
+            f"lora_name: {name!r} is empty, or begins or ends with a space", field="lora_name"
         )
     if len(name) > NAME_LENGTH_MAX:
         raise BadRequest(
-            f"lora_name: {len(name)} characters, at most {NAME_LENGTH_MAX}", field="lora_name"
+            f"lora_name: has {len(name)} characters, the maximum is {NAME_LENGTH_MAX}",
+            field="lora_name",
         )
     if not name.isprintable():
-        raise BadRequest(f"lora_name: {name!r} has control characters", field="lora_name")
+        raise BadRequest(f"lora_name: {name!r} contains control characters", field="lora_name")
     if name == base_name:
         raise BadRequest(f"lora_name: {name!r} is the base model's name", field="lora_name")
 
 
 def taken(name: str) -> BadRequest:
     return BadRequest(
-        f"lora_name: {name!r} is already loaded; set load_inplace to point it elsewhere",
+        f"lora_name: {name!r} is already loaded; set load_inplace to replace it",
         field="lora_name",
     )
 
@@ -37,8 +38,8 @@ def not_found(name: str) -> ModelNotFound:
 
 
 def by_digest(versions: Iterable[Version]) -> dict[str, Version]:
-    """What an engine is to know of each digest, whose names may differ in pin and weight: pinned if
-    any of them is, with the largest weight.
+    """One version per digest, for the engine. Several names may point at a digest: it is pinned if
+    one of them is, and takes their largest weight.
     """
     found: dict[str, Version] = {}
     for version in versions:
@@ -52,10 +53,10 @@ def by_digest(versions: Iterable[Version]) -> dict[str, Version]:
 
 
 class Book:
-    """Which name points at which version, and how many changes that took.
+    """The version that each name points at. sequence: number of changes so far.
 
-    Every change makes a new dict, so that a reader on another thread sees it before or after and
-    never between. Several names may point at one digest.
+    A change replaces the whole dict, so a reader on another thread sees the state before or after
+    it. Several names may point at one digest.
     """
 
     def __init__(self, base_name: str, versions: Iterable[Version] = (), sequence: int = 0) -> None:
@@ -74,13 +75,13 @@ class Book:
         return frozenset(version.digest for version in self._versions.values())
 
     def check_add(self, name: str, *, load_inplace: bool) -> None:
-        """Raises BadRequest naming `lora_name` when `add` would."""
+        """Raises BadRequest naming `lora_name` if `add` would."""
         check_name(name, self.base_name)
         if name in self._versions and not load_inplace:
             raise taken(name)
 
     def add(self, version: Version, *, load_inplace: bool = False) -> bool:
-        """True when that changed the book; re-pointing a name to what it has does not."""
+        """False if the name already points at this version."""
         self.check_add(version.name, load_inplace=load_inplace)
         if self._versions.get(version.name) == version:
             return False
@@ -96,9 +97,9 @@ class Book:
         return version
 
     def apply(self, sequence: int, name: str, version: Version | None) -> bool:
-        """Follows a change that was decided elsewhere. False: something between was missed.
+        """Applies a change that another process made. Returns False if it missed one before it.
 
-        What the book holds already is ignored: a snapshot may be ahead of the messages.
+        It ignores changes that the book has already: a snapshot may be ahead of the messages.
         """
         if sequence <= self.sequence:
             return True
@@ -113,7 +114,9 @@ class Book:
         return True
 
     def replace(self, versions: Iterable[Version], sequence: int) -> None:
-        """Follows a whole snapshot, made perhaps for another base model: that one's name wins."""
+        """Takes over a snapshot. A version that has the base model's name is left out: the fleet
+        may have served another base model before.
+        """
         self._versions = {v.name: v for v in versions if v.name != self.base_name}
         self.sequence = sequence
 

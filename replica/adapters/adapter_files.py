@@ -1,8 +1,8 @@
-"""PEFT adapter files: what is in them, and whether this model can serve it; read without torch.
+"""Reads PEFT adapter files and checks that this model can serve them, without torch.
 
-What may be served is a LoRA over the seven projections of a decoder layer. The tensors decide which
-of them it touches; the configuration decides their scale. Anything else that would change the
-forward pass is refused by name: an adapter served half is a wrong answer.
+Accepted is LoRA on the seven projections of a decoder layer. The tensors decide which projections
+it targets; the configuration decides their scale. Any other setting that changes the forward pass
+is refused by name, because serving an adapter in part gives wrong answers.
 """
 
 import hashlib
@@ -26,12 +26,12 @@ PATTERNS_MAX = 4096
 DTYPES = ("F32", "F16", "BF16")
 
 # fmt: off
-# They decide the forward pass and are honoured.
+# Settings that change the forward pass and are supported.
 _HONOURED = frozenset((
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
     "target_modules", "exclude_modules", "layers_to_transform", "init_lora_weights",
 ))
-# They describe, or steer training or initialisation alone.
+# Settings that only describe, or that affect only training or initialization.
 _WITHOUT_EFFECT = frozenset((
     "auto_mapping", "base_model_name_or_path", "peft_version", "revision", "task_type",
     "inference_mode", "lora_dropout", "layers_pattern", "megatron_core", "loftq_config",
@@ -39,7 +39,7 @@ _WITHOUT_EFFECT = frozenset((
     "runtime_config", "ensure_weight_tying",
 ))
 # fmt: on
-# Initialisations after which the base weights are no longer those of the checkpoint.
+# Initializations that change the base weights.
 _BASE_CHANGING = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 _TENSOR_NAME = re.compile(
@@ -52,7 +52,7 @@ _BLOCKS |= {"o_proj": "self_attn", "gate_proj": "mlp", "up_proj": "mlp", "down_p
 
 @dataclass(frozen=True, slots=True)
 class AdapterInfo:
-    """digest: SHA-256 (hex). rank: the largest. parameters: elements of its flat image."""
+    """digest: SHA-256 (hex). rank: the largest. parameters: elements of its image."""
 
     digest: str
     rank: int
@@ -61,7 +61,7 @@ class AdapterInfo:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One projection's delta, scale · B · A. a: [rank, in]. b: [out, rank]."""
+    """The delta of one projection, scale · B · A. a: [rank, in]. b: [out, rank]."""
 
     a: TensorSpan
     b: TensorSpan
@@ -71,7 +71,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """A checked adapter. pairs: (layer, projection's name) → its matrices, in the image's order."""
+    """A checked adapter. pairs: (layer, projection) → matrices, in the order of the image."""
 
     tensors_path: str
     canonical_config: bytes
@@ -86,17 +86,17 @@ class AdapterFiles:
         return sum(pair.a.elements + pair.b.elements for pair in self.pairs.values())
 
     def parameters_of(self, shape: ModelShape) -> int:
-        """In the image of one rank. shape: the model's, divided by the ranks."""
+        """Elements of one rank's image. shape: of one rank."""
         widths = {name: sum(sizes) for name, sizes in shape.projections.items()}
         return sum(pair.rank * widths[name] for (_, name), pair in self.pairs.items())
 
     def hash(self) -> "hashlib._Hash":
-        """SHA-256 begun with the configuration: after the bytes of the tensors file, the digest."""
+        """SHA-256 of the configuration. Update it with the tensors file to get the digest."""
         return hashlib.sha256(b"%d:%b" % (len(self.canonical_config), self.canonical_config))
 
 
 def inspect(path: str, shape: ModelShape, rank_max: int) -> AdapterInfo:
-    """Raises AdapterRefused naming what and where. Reads the whole tensors file for its digest."""
+    """Raises AdapterRefused with file and reason. Reads the whole tensors file for the digest."""
     files = read_adapter(path, shape)
     check_ranks(files, rank_max)
     try:
@@ -117,7 +117,7 @@ def check_ranks(files: AdapterFiles, rank_max: int) -> None:
 
 
 def read_adapter(path: str, shape: ModelShape) -> AdapterFiles:
-    """Raises AdapterRefused. Reads the configuration and the header of the tensors file only."""
+    """Raises AdapterRefused. Reads only the configuration and the tensors file's header."""
     directory = Path(path)
     config_path, tensors_path = str(directory / CONFIG_FILE), str(directory / TENSORS_FILE)
     try:
@@ -136,7 +136,7 @@ def read_adapter(path: str, shape: ModelShape) -> AdapterFiles:
         _check_config(config, config_path)
         spans = read_header(tensors_path)
     except (OSError, ValueError) as error:
-        # ValueError: a path with a NUL character.
+        # ValueError: the path contains a NUL character.
         raise _refused(path, str(error)) from error
     except HeaderInvalid as error:
         raise _refused(tensors_path, str(error)) from error
@@ -155,7 +155,7 @@ def _read_config(path: str) -> dict[str, Any]:
     with open_regular(path) as file:
         text = file.read(CONFIG_BYTES_MAX + 1)
     if len(text) > CONFIG_BYTES_MAX:
-        raise _refused(path, f"more than {CONFIG_BYTES_MAX} bytes")
+        raise _refused(path, f"larger than {CONFIG_BYTES_MAX} bytes")
     try:
         config = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -166,7 +166,7 @@ def _read_config(path: str) -> dict[str, Any]:
 
 
 def _check_config(config: Mapping[str, Any], path: str) -> None:
-    """Types, ranges, and that no feature is on that would be left out."""
+    """Checks types and ranges, and refuses enabled features that are not supported."""
     if config.get("peft_type") != "LORA":
         raise _refused(path, f"peft_type {config.get('peft_type')!r} is not supported (only LORA)")
     for name, value in sorted(config.items()):
@@ -203,10 +203,14 @@ def _check_modules(config: Mapping[str, Any], path: str) -> None:
         if isinstance(value, str):
             _compile(value, path, name)
         elif value is not None and not _is_list_of(value, str):
-            raise _refused(path, f"{name} = {_short(value)} is neither text nor a list of texts")
+            raise _refused(
+                path, f"{name} = {_short(value)} is neither a string nor a list of strings"
+            )
     layers = config.get("layers_to_transform")
     if layers is not None and type(layers) is not int and not _is_list_of(layers, int):
-        raise _refused(path, f"layers_to_transform = {_short(layers)} names no layers")
+        raise _refused(
+            path, f"layers_to_transform = {_short(layers)} is neither an integer nor a list of them"
+        )
 
 
 def _check_number(path: str, name: str, value: Any, right: Callable[[Any], bool]) -> None:
@@ -232,23 +236,25 @@ def _short(value: Any) -> str:
 
 
 def _compile(pattern: str, path: str, name: str) -> re.Pattern[str]:
-    """The pattern comes from whoever wrote the file: what could match for minutes is refused."""
+    """Refuses patterns that could take minutes to match: the file's author is not trusted."""
     repeats = len(re.findall(r"[*+{]", pattern))
     if len(pattern) > PATTERN_CHARACTERS_MAX or repeats > 4 or re.search(r"\)[*+?{]", pattern):
         raise _refused(path, f"{name}: the pattern {_short(pattern)} is too complex")
     try:
         return re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        raise _refused(path, f"{name}: {_short(pattern)} is no pattern: {error}") from error
+        raise _refused(
+            path, f"{name}: {_short(pattern)} is not a regular expression: {error}"
+        ) from error
 
 
 def _canonical(config: Mapping[str, Any]) -> bytes:
-    """The fields that decide the output, so that a mere re-save keeps the digest."""
+    """The fields that affect the output, normalized: saving a file again keeps the digest."""
 
     def modules(value: Any) -> Any:
         return sorted(value) if isinstance(value, list) else value
 
-    # The first pattern that matches counts, so their order does too.
+    # Patterns keep their order, because the first match counts.
     fields = {
         "r": config.get("r", 8),
         "lora_alpha": config.get("lora_alpha", 8),
@@ -279,7 +285,7 @@ def _pairs(
 ) -> dict[tuple[int, str], Pair]:
     sides: dict[tuple[int, str], dict[str, TensorSpan]] = {}
     for name, span in spans.items():
-        layer, projection, side = _place(name, shape, tensors_path)
+        layer, projection, side = _parsed_name(name, shape, tensors_path)
         if span.dtype not in DTYPES:
             raise _refused(
                 tensors_path, f"{name} is {span.dtype}, only {', '.join(DTYPES)} are supported"
@@ -290,7 +296,7 @@ def _pairs(
     targeted = _Targets(config)
     scaling = _Scaling(config)
     pairs = {}
-    # In the order of the model's layers and projections: the image's order.
+    # The order of layers and projections in the model is the order of the image.
     for layer in range(shape.layers):
         for projection, (inputs, outputs) in shape.projections.items():
             both = sides.get((layer, projection))
@@ -300,7 +306,7 @@ def _pairs(
             where = f"{module} in {tensors_path}"
             if len(both) < 2:
                 (side,) = both
-                raise _refused(where, f"lora_{side} has no lora_{'AB'.replace(side, '')}")
+                raise _refused(where, f"has lora_{side} but no lora_{'AB'.replace(side, '')}")
             if not targeted(module, layer):
                 raise _refused(where, f"has tensors, but {config_path} does not target it")
             rank, scale = scaling(module)
@@ -317,8 +323,8 @@ def _check_shape(where: str, side: str, found: tuple[int, ...], wanted: tuple[in
         )
 
 
-def _place(name: str, shape: ModelShape, path: str) -> tuple[int, str, str]:
-    """(layer, projection, A or B). Every tensor must be understood."""
+def _parsed_name(name: str, shape: ModelShape, path: str) -> tuple[int, str, str]:
+    """(layer, projection, A or B). Refuses unknown tensors."""
     match = _TENSOR_NAME.fullmatch(name)
     if match is None or _BLOCKS.get(match["projection"]) != match["block"]:
         if "lora_magnitude_vector" in name:
@@ -331,7 +337,7 @@ def _place(name: str, shape: ModelShape, path: str) -> tuple[int, str, str]:
 
 
 class _Targets:
-    """Whether PEFT would touch a module: `inject_adapter`'s rules, for the modules we know."""
+    """Tells which modules PEFT would target, by the rules of `inject_adapter`."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._targets = _module_test(config.get("target_modules"))
@@ -360,7 +366,7 @@ def _module_test(value: str | list[str] | None) -> Callable[[str], bool]:
 
 
 class _Scaling:
-    """Rank and scale of a module, as `LoraModel._create_and_replace` finds them (PEFT 0.21)."""
+    """Rank and scale of a module, by the rules of `LoraModel._create_and_replace` (PEFT 0.21)."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._rank: int = config.get("r", 8)

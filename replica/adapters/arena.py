@@ -1,7 +1,7 @@
-"""Device memory for adapter images, and the directory that says where each slot's matrices lie.
+"""Device memory for adapter images, and the directory of each slot's matrices.
 
-Beside a GPU's batches, images come on a stream of copies (`streams.py`). Bytes that batches may
-still read, for they were queued before the bytes were given up, are guarded: a copy waits for them.
+On a GPU, images arrive on a copy stream while batches run (`streams.py`). Batches that are already
+queued may still read freed bytes. A guard on those bytes makes the next copy wait for the batches.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 ALIGNMENT_BYTES = 256
 SLIDE_ELEMENTS = 2**20
-# On a GPU each piece costs its launch, which is what the engine waits for.
+# Larger on a GPU, where the engine waits for the launch of each piece.
 QUEUED_SLIDE_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """From now on rows of `slot` use the image at byte `offset`."""
+    """Rows of `slot` use the image at byte `offset` from now on."""
 
     slot: int
     offset: int
@@ -43,7 +43,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Clear:
-    """The image of `slot` is gone."""
+    """Rows of `slot` use no adapter from now on."""
 
     slot: int
 
@@ -52,13 +52,14 @@ ArenaMessage = Place | Clear | Slide
 
 
 class Arena:
-    """`memory` is one flat tensor of the device's dtype. Slot 0 is the base model: rank 0, always.
+    """`memory` is one flat tensor of the engine's dtype. Slot 0 is the base model, with rank 0.
 
-    Which bytes are free is the scheduler's to know (`extents.py`); here it is only asserted that
-    nothing lands on a placed image. Everything but `copy_in` and `writing` belongs to the engine's
-    thread. tell: gets, first, each change that other ranks' arenas are to make as well.
-    copies: None on CPU, where a step has run when it returns. host_pool: page-locked memory for
-    images that are kept on the host, and are read to there.
+    The scheduler decides which bytes are free (`extents.py`). The arena only asserts that images do
+    not overlap. Call it on the engine's thread, except for `copy_in` and `writing`.
+
+    tell: called before each change, to send it to other ranks.
+    copies: None on a CPU, where a step has ended when it returns.
+    host_pool: page-locked memory for images that are kept on the host.
     """
 
     alignment = ALIGNMENT_BYTES
@@ -70,13 +71,13 @@ class Arena:
         slots: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
-        tell: Callable[[ArenaMessage], None] = lambda order: None,
+        tell: Callable[[ArenaMessage], None] = lambda message: None,
         copies: CopyStream | None = None,
         host_pool: HostPool | None = None,
         memory: torch.Tensor | None = None,
     ) -> None:
-        """memory: that others use too, from which the scheduler takes what it gives to images; the
-        capacity is then all of it.
+        """memory: shared with KV pages; the scheduler decides which bytes images take. Replaces
+        capacity_bytes. None: allocates its own.
         """
         if memory is not None:
             capacity_bytes = memory.nbytes
@@ -84,7 +85,7 @@ class Arena:
         self._streams = copies
         self.capacity_bytes = capacity_bytes - capacity_bytes % ALIGNMENT_BYTES
         self._projections = list(shape.projections.values())
-        # Not zeroed: pages of memory that no adapter has used yet cost nothing.
+        # Not zeroed: the system allocates pages on the first write.
         if memory is None:
             size = self.capacity_bytes // dtype.itemsize
             memory = torch.empty(size, dtype=dtype, device=device)
@@ -98,31 +99,31 @@ class Arena:
         self._tell = tell
 
     def lora(self) -> Lora:
-        """The operation that a runner adds deltas with; it follows the directory by itself."""
+        """The operation that adds deltas. It follows changes of the directory."""
         return Lora(self.directory, self.memory, self._groups())
 
     def triton_lora(self, rank_max: int) -> TritonLora:
-        """The same for a GPU, or for Triton's interpreter."""
-        # Not everybody who runs on CPU has Triton.
+        """The same with Triton kernels."""
+        # Triton may be missing on a CPU.
         from lora_kernels.lora import TritonLora
 
         return TritonLora(self.directory, self.memory, self._groups(), rank_max)
 
     def _groups(self) -> list[list[tuple[int, int, int]]]:
-        order = {name: index for index, name in enumerate(PROJECTIONS)}
+        index = {name: i for i, name in enumerate(PROJECTIONS)}
         sizes = self._projections
-        return [[(order[name], *sizes[order[name]]) for name in group] for group in GROUPS]
+        return [[(index[name], *sizes[index[name]]) for name in group] for group in GROUPS]
 
     @property
     def in_place(self) -> bool:
-        """Whether `writing` gives memory that a thread of the CPU may fill."""
+        """True if a CPU thread can fill the memory that `writing` gives."""
         return self._streams is None
 
     def copy_in(self, offset: int, image: Image, pause: Callable[[], None] = lambda: None) -> None:
-        """The image's bytes to `offset` bytes. Runs on the loader's thread beside steps, until they
-        are there.
+        """Copies the image to byte `offset`, and returns when it has arrived. Runs on a loader's
+        thread while batches run.
 
-        pause: called between the pieces that memory of the CPU is copied in.
+        pause: called between pieces of a copy on a CPU.
         """
         assert image.flat.dtype == self.memory.dtype
         with self.writing(offset, image.bytes) as target:
@@ -141,7 +142,7 @@ class Arena:
 
     @contextmanager
     def writing(self, offset: int, bytes: int) -> Iterator[torch.Tensor]:
-        """That much memory from `offset` bytes on, for a loader's thread to fill beside steps."""
+        """Memory from byte `offset` that a loader's thread fills while batches run."""
         span = (offset, bytes)
         with self._lock:
             self._assert_free(span, list(self._placed.values()) + self._copies)
@@ -154,7 +155,7 @@ class Arena:
                 self._copies.remove(span)
 
     def place(self, slot: int, offset: int, layout: Layout) -> None:
-        """From now on rows of `slot` use the image at `offset` bytes."""
+        """Rows of `slot` use the image at byte `offset` from now on."""
         self._tell(Place(slot, offset, layout))
         assert slot != 0, "slot 0 is the base model"
         assert slot not in self._placed, f"slot {slot} is taken"
@@ -178,9 +179,9 @@ class Arena:
         self.guard(*span)
 
     def guard(self, offset: int, bytes: int) -> None:
-        """Whatever was queued until now may still use these bytes; a load into them waits for it.
+        """Makes a later load into these bytes wait for all work queued until now.
 
-        To be called too when bytes come to the arena that something else was kept in.
+        Also call it for bytes that the arena takes over from KV pages.
         """
         if self._streams is not None:
             event = self._streams.given_up()
@@ -189,7 +190,7 @@ class Arena:
                 self._guards = [*waiting, ((offset, bytes), event)]
 
     def slide(self, slot: int, source: int, target: int, bytes: int) -> None:
-        """Slides a placed image from byte `source` to `target`; the two may overlap."""
+        """Moves a placed image from byte `source` to `target`. The ranges may overlap."""
         self._tell(Slide(slot, source, target, bytes))
         size = self._placed[slot][1]
         assert self._placed[slot][0] == source and size <= bytes
@@ -234,15 +235,16 @@ def _slide(
     size: int,
     buffered: int,
 ) -> None:
-    """Piece by piece from the end that the image moves towards. No piece is larger than the way it
-    goes, but for small ways: then each goes through a buffer, `buffered` elements at a time.
+    """Copies in pieces, starting at the end that the image moves towards. A piece no longer than
+    the distance cannot overlap its target. For a short distance, pieces of `buffered` elements go
+    through a buffer.
     """
     distance = abs(target - source)
-    most = max(distance, buffered)
+    length_max = max(distance, buffered)
     buffer = memory.new_empty(min(buffered, size) if distance < buffered else 0)
-    starts = range(0, size, most)
+    starts = range(0, size, length_max)
     for start in starts if target < source else reversed(starts):
-        length = min(most, size - start)
+        length = min(length_max, size - start)
         piece = memory[source + start : source + start + length]
         if distance < length:
             copy(buffer[:length], piece)

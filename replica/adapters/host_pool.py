@@ -1,8 +1,7 @@
-"""Page-locked host memory for adapter images, taken once: locking pages while batches run would
-hold them up.
+"""Page-locked host memory for adapter images, allocated once, because locking pages stalls batches.
 
-A piece is free again when nobody refers to it any more: the host tier refers to the images it
-keeps, a load to its own until the device has all of it.
+A piece is free again when its last reference is gone. The host tier refers to the images it keeps;
+a load refers to its image until the device has all of it.
 """
 
 import contextlib
@@ -18,20 +17,20 @@ from replica.scheduling.extents import Extents
 
 log = logging.getLogger(__name__)
 
-# As often as less is tried when the system does not lock as much as is wanted. Images beyond the
-# pool leave the host, so that much less would be worse than memory that is not locked.
+# So often the size is halved if the system cannot lock it. Images beyond the pool leave the host,
+# so a much smaller pool would be worse than unlocked memory.
 _HALVINGS = 3
 
 
 class Piece:
-    """memory: its bytes, flat."""
+    """memory: flat, bytes."""
 
     def __init__(self, memory: torch.Tensor) -> None:
         self.memory = memory
 
 
 class HostPool:
-    """memory: flat, bytes. One thread takes pieces; any may let go of them."""
+    """memory: flat, bytes. One thread takes pieces; any thread may drop them."""
 
     def __init__(self, memory: torch.Tensor) -> None:
         assert memory.dtype == torch.uint8
@@ -39,22 +38,22 @@ class HostPool:
         self.size = len(memory)
         self._extents = Extents(self.size)
         self._numbers = itertools.count()
-        # A finalizer runs anywhere, in the middle of `take` too: what it lets go of is queued.
-        self._let_go: deque[str] = deque()
+        # A finalizer may run at any time, even within `take`, so freed pieces are queued.
+        self._freed: deque[str] = deque()
 
     def fits(self, size: int) -> bool:
         self._collect()
         return self._extents.copy().take("", size) is not None
 
     def take(self, size: int) -> Piece | None:
-        """None when no hole is large enough."""
+        """None if no hole is large enough."""
         self._collect()
         name = str(next(self._numbers))
         offset = self._extents.take(name, size)
         if offset is None:
             return None
         piece = Piece(self._memory[offset : offset + size])
-        weakref.finalize(piece, self._let_go.append, name)
+        weakref.finalize(piece, self._freed.append, name)
         return piece
 
     def check(self) -> None:
@@ -67,31 +66,31 @@ class HostPool:
         return self._extents.free
 
     def _collect(self) -> None:
-        while self._let_go:
-            self._extents.give_back(self._let_go.popleft())
+        while self._freed:
+            self._extents.give_back(self._freed.popleft())
 
 
 def locked_pool(size: int, device: torch.device) -> HostPool | None:
-    """size: bytes. Smaller where the system does not lock that much; None where it locks too little
-    to be of use: images then lie wherever there is memory, and are copied in pieces.
+    """A pool of `size` bytes, or a smaller one if the system cannot lock that much. None if it can
+    lock too little: images are then in unlocked memory and are copied in pieces.
     """
-    for given in [size >> halving for halving in range(_HALVINGS + 1)]:
-        if not given:
+    for attempt in [size >> halving for halving in range(_HALVINGS + 1)]:
+        if not attempt:
             break
-        pool = _locked(given, device)
+        pool = _locked(attempt, device)
         if pool is not None:
-            if given < size:
-                log.warning("host_memory: %d of %d bytes are page-locked", given, size)
+            if attempt < size:
+                log.warning("host_memory: only %d of %d bytes are page-locked", attempt, size)
             return pool
     if size:
-        log.warning("host_memory: of %d bytes none is page-locked, so loads take longer", size)
+        log.warning("host_memory: %d bytes cannot be page-locked, so loads take longer", size)
     return None
 
 
 def _locked(size: int, device: torch.device) -> HostPool | None:
     try:
         memory = torch.empty(size, dtype=torch.uint8)
-        # Not `pin_memory=True`, whose allocator takes the next power of two.
+        # `pin_memory=True` would round the size up to a power of two.
         with torch.cuda.device(device):
             status = int(_cudart().cudaHostRegister(memory.data_ptr(), size, _PORTABLE))
     except (RuntimeError, MemoryError) as error:
@@ -99,17 +98,17 @@ def _locked(size: int, device: torch.device) -> HostPool | None:
         return None
     if status:
         log.warning("host_memory: %d bytes cannot be page-locked (cudaError %d)", size, status)
-        # CUDA would tell of it again at the next launch.
+        # Clears the error, which CUDA would report again at the next launch.
         with contextlib.suppress(RuntimeError):
             torch.zeros(1, device=device)
         return None
     pool = HostPool(memory)
-    # Kept by the finalizer: the memory must not go before it is unlocked.
+    # The finalizer refers to the memory, which must be unlocked before it is freed.
     weakref.finalize(pool, _unlock, memory).atexit = False
     return pool
 
 
-# Locked for every context of the process.
+# cudaHostRegisterPortable: locked for every CUDA context of the process.
 _PORTABLE = 1
 
 

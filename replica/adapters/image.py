@@ -1,10 +1,10 @@
-"""An adapter's weights as ONE flat tensor in the layout and dtype of the device.
+"""An adapter's weights as one flat tensor in the layout and dtype of the device.
 
     | layer 0: q A, q B, k A, k B, v A, v B, o …, down A, down B | layer 1: … |
 
-A is [rank, in], B is [out, rank], both row by row as PEFT stores them, each projection at its own
-rank; what an adapter leaves alone takes nothing. With tensor parallelism, a rank's image has B's
-rows of the outputs and A's columns of the inputs that the rank has; both whole, where it has all.
+A is [rank, in] and B is [out, rank], row-major as PEFT stores them. Each projection has its own
+rank; a projection without a delta takes no memory. With tensor parallelism, a rank's image has only
+the rows of B for its outputs, or the columns of A for its inputs (`ROW_PARALLEL`).
 """
 
 import math
@@ -22,8 +22,8 @@ from replica.adapters.host_pool import Piece
 from replica.adapters.safetensors_header import TensorSpan, open_regular
 from replica.model.shape import PROJECTIONS, ROW_PARALLEL, ModelShape, Shard
 
-# Below ATen's grain size: an operation on a piece runs on the calling thread alone. The pool of
-# compute threads belongs to the decoding loop, and a loader that entered it would stall a step.
+# Below ATen's grain size, so that an operation on a piece runs on the calling thread alone. A
+# loader that used torch's thread pool would stall the engine's steps.
 PIECE_ELEMENTS = 32_768 - 1024
 
 _STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -31,9 +31,9 @@ _STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where each projection's matrices lie in an image; all arrays are [layers, projections].
+    """Offsets, ranks and scales of each projection's matrices; arrays are [layers, projections].
 
-    Offsets are in elements from the image's start. rank 0: the projection is untouched.
+    Offsets are in elements from the start of the image. rank 0: the projection has no delta.
     """
 
     a_offset: npt.NDArray[np.int64]
@@ -44,8 +44,8 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """flat: 1-D, on the CPU, in the device's dtype. digest: of the files, as they were read.
-    piece: of page-locked memory, where `flat` lies in one; it is not given to others meanwhile.
+    """flat: 1-D, on the host, in the engine's dtype. digest: of the files that were read.
+    piece: the page-locked memory of `flat`, if it is in a pool. The reference keeps it allocated.
     """
 
     flat: torch.Tensor
@@ -72,11 +72,11 @@ def read_image(
     shard: Shard = Shard(),
     pause: Callable[[], None] = _nothing,
 ) -> Image:
-    """Meant for a loader's thread: reads, hashes and converts in pieces, on that thread alone.
+    """Reads, hashes and converts the files in pieces, on the calling thread alone.
 
-    into: where the image goes; None: memory of its own. shard: what to keep of it; `shape` is the
-    whole model's. pause: called after every piece.
-    Raises AdapterFailed when the files are broken, do not fit or hold values that are not finite.
+    shape: of the whole model. into: memory for the image; None allocates it. shard: the part to
+    keep. pause: called after every piece.
+    Raises AdapterFailed if the files are invalid, too large or contain values that are not finite.
     """
     try:
         files = read_adapter(path, shape)
@@ -84,9 +84,9 @@ def read_image(
             check_ranks(files, rank_max)
         local = shape.divided(shard.ranks)
         parameters = files.parameters_of(local)
-        flat = _place(into, parameters, dtype)
+        flat = _memory_for(into, parameters, dtype)
         if len(flat) < parameters:
-            raise AdapterFailed(f"{path}: larger than when it was registered")
+            raise AdapterFailed(f"{path}: the adapter is larger than when it was registered")
         layout = _layout(files, local)
         with open_regular(files.tensors_path) as file:
             digest = _read_flat(file, files, flat, shard, pause)
@@ -97,8 +97,10 @@ def read_image(
     return Image(flat, layout, digest, into if isinstance(into, Piece) else None)
 
 
-def _place(into: torch.Tensor | Piece | None, parameters: int, dtype: torch.dtype) -> torch.Tensor:
-    """As many parameters, or less where there is no room."""
+def _memory_for(
+    into: torch.Tensor | Piece | None, parameters: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Memory for `parameters` elements, or fewer if `into` is too small."""
     if into is None:
         return torch.empty(parameters, dtype=dtype)
     flat = into.memory.view(dtype) if isinstance(into, Piece) else into
@@ -106,7 +108,7 @@ def _place(into: torch.Tensor | Piece | None, parameters: int, dtype: torch.dtyp
 
 
 def _layout(files: AdapterFiles, shape: ModelShape) -> Layout:
-    """shape: of one rank."""
+    """shape: of one rank's part of the model."""
     size = (shape.layers, len(PROJECTIONS))
     layout = Layout(
         np.zeros(size, np.int64),
@@ -129,7 +131,7 @@ def _layout(files: AdapterFiles, shape: ModelShape) -> Layout:
 
 @dataclass(frozen=True, slots=True)
 class _Matrix:
-    """A or B of `where` in the file: `rows` and `columns` of it go to target [rows, columns]."""
+    """A or B of `where`. `rows` and `columns` of the stored matrix go to target [rows, columns]."""
 
     span: TensorSpan
     where: tuple[int, str]
@@ -138,7 +140,7 @@ class _Matrix:
     target: torch.Tensor
 
     def pieces(self) -> Iterator[tuple[slice, slice]]:
-        """Which rows and columns, in the file's order: some whole rows, or a part of one."""
+        """(rows, columns) of each piece, in file order: several whole rows, or part of a row."""
         rows, columns = self.span.shape
         height = max(1, PIECE_ELEMENTS // columns)
         for row in range(0, rows, height):
@@ -150,7 +152,7 @@ class _Matrix:
 
 
 def _matrices(files: AdapterFiles, flat: torch.Tensor, shard: Shard) -> list[_Matrix]:
-    """In the file's order; side by side in `flat` in the image's."""
+    """Sorted by their order in the file. In `flat` they have the order of the image."""
     matrices = []
     offset = 0
     for where, pair in files.pairs.items():
@@ -172,7 +174,7 @@ def _matrices(files: AdapterFiles, flat: torch.Tensor, shard: Shard) -> list[_Ma
 
 
 def _overlap(piece: slice, kept: slice) -> tuple[slice, slice]:
-    """What both have of a dimension: counted from the kept's start, and from the piece's."""
+    """The intersection, relative to the start of `kept` and to the start of `piece`."""
     begin = max(piece.start, kept.start)
     end = max(begin, min(piece.stop, kept.stop))
     return (
@@ -188,22 +190,22 @@ def _read_flat(
     shard: Shard,
     pause: Callable[[], None],
 ) -> str:
-    """The digest. Reads the file once, from its first byte to its last."""
+    """Reads the file once, from start to end, and returns the digest."""
     matrices = _matrices(files, flat, shard)
     digest = files.hash()
     buffer = memoryview(bytearray(PIECE_ELEMENTS * 4))
-    # There are no holes: the header ends where the first tensor begins.
+    # The file has no holes, so the header ends where the first tensor begins.
     header_bytes = matrices[0].span.begin
     for start in range(0, header_bytes, len(buffer)):
         view = buffer[: header_bytes - start]
-        _fill(file.readinto, view)  # type: ignore[attr-defined]
+        _read_into(file.readinto, view)  # type: ignore[attr-defined]
         digest.update(view)
     for matrix in matrices:
         stored = _STORED[matrix.span.dtype]
         for piece in matrix.pieces():
             height, width = (cut.stop - cut.start for cut in piece)
             view = buffer[: height * width * stored.itemsize]
-            _fill(file.readinto, view)  # type: ignore[attr-defined]
+            _read_into(file.readinto, view)  # type: ignore[attr-defined]
             digest.update(view)
             rows, own_rows = _overlap(piece[0], matrix.rows)
             columns, own_columns = _overlap(piece[1], matrix.columns)
@@ -217,8 +219,8 @@ def _read_flat(
 
 
 def _check_finite(part: torch.Tensor, files: AdapterFiles, where: tuple[int, str]) -> None:
-    """Such a value would reach other adapters' rows: one matmul covers them all, and 0 · inf is
-    nan. A sum is finite only if all its terms are.
+    """Raises AdapterFailed if a value is not finite. It would spread to other adapters' rows, which
+    share a matmul with it: 0 · inf is NaN. The sum is finite only if all values are.
     """
     if not math.isfinite(part.sum(dtype=torch.float32).item()):
         raise AdapterFailed(
@@ -227,7 +229,7 @@ def _check_finite(part: torch.Tensor, files: AdapterFiles, where: tuple[int, str
         )
 
 
-def _fill(readinto: Callable[[memoryview], int], view: memoryview) -> None:
+def _read_into(readinto: Callable[[memoryview], int], view: memoryview) -> None:
     done = 0
     while done < len(view):
         count = readinto(view[done:])

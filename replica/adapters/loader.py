@@ -1,4 +1,4 @@
-"""Loads adapter images beside the running batch: threads that read files and copy to the device."""
+"""Loads adapter images while batches run: threads read files and copy to the device."""
 
 import threading
 import time
@@ -16,18 +16,18 @@ from replica.adapters.image import Image, Layout, read_image
 from replica.model.shape import ModelShape, Shard
 from replica.scheduling.adapter import Load
 
-# While batches run, a load works this long and then rests. Every core computes, and where one core
-# is late the whole batch is. (A lower priority instead would be worse: a thread that waits for a
-# core while it holds the interpreter's lock holds up everybody.)
+# On a CPU, a load alternates work and rest while batches run: all cores compute, and one late core
+# delays the whole batch. A lower thread priority would be worse, because a loader that waits for a
+# core may hold the GIL.
 _WORK_S = 0.0003
 _REST_S = 0.002
-# A small image is there sooner than a step ends: the first so many seconds go without a rest.
+# A load starts without rests: a small image is done before a step ends.
 _HEAD_START_S = 0.004
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """How one load ended: with a layout, or with an error. image: when it was asked for."""
+    """A load that ended with a layout or with an error. image: set if it must be kept."""
 
     load: Load
     layout: Layout | None
@@ -37,10 +37,10 @@ class Loaded:
 
 
 class Loader:
-    """At most `threads` loads at a time.
+    """Runs at most `threads` loads at a time.
 
-    wake: called, on a loader thread, when one has ended. busy: whether batches run meanwhile.
-    shard: what this rank has of each image; `shape` is the whole model's.
+    shape: of the whole model. shard: the part of each image that this rank loads.
+    wake: called on a loader thread when a load has ended. busy: True while batches run.
     """
 
     def __init__(
@@ -68,16 +68,16 @@ class Loader:
         self._threads = ThreadPoolExecutor(threads, "adapter-loader")
 
     def begin(self, load: Load, image: Image | None, keep: bool) -> None:
-        """image: what host memory holds of it. keep: give the image back, to be kept there."""
-        self._threads.submit(self._run, load, image or self._room(load, keep), keep)
+        """image: the image, if host memory has it. keep: return the image in `Loaded`."""
+        self._threads.submit(self._run, load, image or self._host_piece(load, keep), keep)
 
     def run(self, load: Load, image: Image | None, keep: bool) -> Loaded:
-        """The same, while the caller waits."""
-        held = image or self._room(load, keep)
+        """Like `begin`, but waits for the load."""
+        held = image or self._host_piece(load, keep)
         return self._threads.submit(self._load, load, held, keep, _no_pause).result()
 
     def ended(self) -> list[Loaded]:
-        """The loads that ended since the last call. Raises what no load should: our own bugs."""
+        """The loads that ended since the last call. Raises an unexpected exception of a load."""
         if self._bug is not None:
             raise self._bug
         ended = []
@@ -90,20 +90,20 @@ class Loader:
     def close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _room(self, load: Load, keep: bool) -> Piece | None:
-        """Where an image that is to be kept is read to; None: where there is memory."""
+    def _host_piece(self, load: Load, keep: bool) -> Piece | None:
+        """Page-locked memory for an image that must be kept; None: use other memory."""
         pool = self._arena.host_pool
         return pool.take(load.bytes) if keep and pool is not None else None
 
     def _run(self, load: Load, held: Image | Piece | None, keep: bool) -> None:
-        self._count(1)
+        self._change_active(1)
         try:
-            self._done.put(self._load(load, held, keep, self._pauses()))
+            self._done.put(self._load(load, held, keep, self._pause_function()))
         except BaseException as bug:
             self._bug = bug
             raise
         finally:
-            self._count(-1)
+            self._change_active(-1)
             self._wake()
 
     def _load(
@@ -113,7 +113,7 @@ class Loader:
         keep: bool,
         pause: Callable[[], None],
     ) -> Loaded:
-        """held: the image, or where to read it to."""
+        """held: the image, or memory to read it into."""
         start_s = time.monotonic()
         try:
             if held is None and not keep and self._arena.in_place:
@@ -125,11 +125,11 @@ class Loader:
             seconds = time.monotonic() - start_s
             return Loaded(load, layout, seconds, image=image if keep else None)
         except (FleetError, OSError, MemoryError, RuntimeError) as error:
-            # Whatever one adapter's files or the device's memory do, only its requests suffer.
+            # A load's failure must affect only requests for that adapter.
             return Loaded(load, None, time.monotonic() - start_s, str(error) or repr(error))
 
     def _read_in_place(self, load: Load, pause: Callable[[], None]) -> Layout:
-        """Without a copy, and without memory that the system would have to give and take back."""
+        """Reads straight into the arena, without a copy or a temporary buffer."""
         with self._arena.writing(load.offset, load.bytes) as target:
             return self._read(load, target, pause).layout
 
@@ -147,15 +147,15 @@ class Loader:
         )
         if image.digest != load.digest:
             raise AdapterFailed(f"{load.path}: the files changed since they were registered")
-        assert image.bytes <= load.bytes, f"{image.bytes} bytes for a place of {load.bytes}"
+        assert image.bytes <= load.bytes, f"{image.bytes} bytes in an extent of {load.bytes}"
         return image
 
-    def _count(self, change: int) -> None:
+    def _change_active(self, change: int) -> None:
         with self._lock:
             self._active += change
 
-    def _pauses(self) -> Callable[[], None]:
-        """To be called often while one load works: rests for as long as batches need the cores."""
+    def _pause_function(self) -> Callable[[], None]:
+        """A function that a load calls often. It rests while batches need the cores."""
         if not self._arena.in_place:
             return _no_pause
         start_s = since_s = time.monotonic()

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read with suspicion: bounded, and checked against the file."""
+"""Reads the header of an untrusted safetensors file: bounded, and checked against the file."""
 
 import json
 import math
@@ -13,12 +13,12 @@ ELEMENT_BYTES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1
 
 
 class HeaderInvalid(Exception):
-    """The file is not what the format says."""
+    """The file violates the format."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpan:
-    """begin: byte of the FILE where its data starts."""
+    """begin: first byte of the data, counted from the start of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -34,7 +34,9 @@ class TensorSpan:
 
 
 def open_regular(path: str) -> BinaryIO:
-    """A file open for reading; a pipe, a device or a directory is refused without blocking."""
+    """Opens a regular file for reading. Raises OSError for a pipe, device or directory, without
+    blocking.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -46,9 +48,9 @@ def open_regular(path: str) -> BinaryIO:
 
 
 def read_header(path: str) -> dict[str, TensorSpan]:
-    """Name → where it lies. Raises OSError, HeaderInvalid.
+    """Tensor name → span. Raises OSError, HeaderInvalid.
 
-    The data must follow the header without holes, overlaps or a rest, as the format demands.
+    As the format demands, tensors must cover the data without gaps, overlaps or trailing bytes.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -58,7 +60,7 @@ def read_header(path: str) -> dict[str, TensorSpan]:
                 f"not a safetensors file: a header of {length} bytes in a file of {size}"
             )
         if length > HEADER_BYTES_MAX:
-            raise HeaderInvalid(f"a header of {length} bytes, at most {HEADER_BYTES_MAX}")
+            raise HeaderInvalid(f"the header has {length} bytes, the maximum is {HEADER_BYTES_MAX}")
         text = file.read(length)
     try:
         header = json.loads(text, object_pairs_hook=_unique)
@@ -91,13 +93,13 @@ def _span(name: str, entry: Any, data_start: int) -> tuple[int, int, TensorSpan]
     if not isinstance(dtype, str) or dtype not in ELEMENT_BYTES:
         raise HeaderInvalid(f"tensor {name[:120]!r}: dtype {str(dtype)[:40]!r} is not supported")
     if not _is_sizes(shape) or len(shape) > 8 or not _is_sizes(offsets) or len(offsets) != 2:
-        raise HeaderInvalid(f"tensor {name[:120]!r}: shape or data_offsets are not sizes")
+        raise HeaderInvalid(f"tensor {name[:120]!r}: shape or data_offsets are invalid")
     begin, end = offsets
     span = TensorSpan(dtype, tuple(shape), data_start + begin)
     if end - begin != span.bytes:
         raise HeaderInvalid(
             f"tensor {name[:120]!r}: {dtype} {shape} takes {span.bytes} bytes, "
-            f"its data_offsets hold {end - begin}"
+            f"its data_offsets span {end - begin}"
         )
     return begin, end, span
 

@@ -1,12 +1,12 @@
-"""Copies to the device beside what it computes, each waiting for the other where they touch.
+"""Copies to the device while it computes. Copies and forwards wait for each other by events.
 
-    compute   ── forward n ── given up ── forward n+1 ──────────── arrived ── forward that names it
+    compute   ── forward n ── given up ── forward n+1 ──────────── arrived ── forward that uses it
                                  └──────┐                             │
     copies    ──────────────────────── wait ── copy ── record ────────┤
-    host                       source is filled │                     └ the load has ended, and the
-                                                                        source may be filled anew
+    host                       source is filled │                     └ the load has ended; the
+                                                                        source may be reused
 
-Everything is queued and runs later; only an event tells how far the device has come.
+Calls only queue work. An event tells when the device has done it.
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ from typing import Protocol, Self
 
 import torch
 
-# What is copied from memory that is not page-locked goes through pieces that are.
+# Unlocked memory is copied through page-locked staging pieces.
 _STAGING_PIECES, _STAGING_BYTES = 4, 4 * 2**20
-# Page-locked memory is copied in pieces too, so many times as large and as many at once: what else
-# there is to copy waits for those that are queued, whatever the stream (see `host_reads`).
+# Page-locked memory is copied in pieces of so many times the size. The number of queued pieces is
+# bounded, because copies on any stream wait for those queued before (see `host_reads`).
 _LOCKED_TIMES = 8
 
 
 class Event(Protocol):
-    """A place in a queue."""
+    """A position in a queue of work."""
 
     def query(self) -> bool: ...
 
@@ -31,15 +31,15 @@ class Event(Protocol):
 
 
 class Stream(Protocol):
-    """A queue of work; each call puts something at its end and returns at once."""
+    """A queue of work. Each call appends to it and returns at once."""
 
     def wait(self, event: Event) -> None:
-        """What comes after waits until the event's queue has come to it."""
+        """Later work waits for the event."""
 
     def record(self) -> Event: ...
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Equally large, contiguous, of one dtype. Memory of the host is page-locked."""
+        """Tensors of equal size and dtype, contiguous. Host memory must be page-locked."""
 
 
 class CudaStream:
@@ -51,7 +51,7 @@ class CudaStream:
         self._stream.wait_event(event)
 
     def record(self) -> Event:
-        # Whoever waits for it sleeps, instead of asking for it all the time.
+        # blocking: a thread that waits for it sleeps instead of polling.
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(self._stream)
         return event
@@ -62,11 +62,11 @@ class CudaStream:
 
 
 class CopyStream:
-    """The two queues of a device. Any thread may call `copy`; the rest is for the thread that puts
-    forwards on `compute`.
+    """The two queues of a device. Any thread may call `copy`. Call the rest on the thread that
+    queues forwards on `compute`.
 
-    staging: pieces of page-locked memory, in bytes, for sources that are not; as many pieces of any
-    source are queued at once.
+    staging: page-locked pieces, in bytes, for unlocked sources. Their number also bounds the pieces
+    of any source that are queued at once.
     """
 
     def __init__(self, compute: Stream, copies: Stream, staging: Sequence[torch.Tensor]) -> None:
@@ -78,7 +78,7 @@ class CopyStream:
 
     @classmethod
     def on(cls, device: torch.device) -> Self:
-        """Beside the stream that is current here and now: forwards must go to that one."""
+        """Takes the current stream for `compute`: forwards must run on it."""
         with torch.cuda.device(device):
             return cls(
                 CudaStream(torch.cuda.current_stream()),
@@ -90,24 +90,24 @@ class CopyStream:
             )
 
     def given_up(self) -> Event:
-        """Comes when all that was put on the compute stream until now is done."""
+        """An event after all work queued on the compute stream until now."""
         return self._compute.record()
 
     def slide(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Within the device, between the forwards before and those after."""
+        """Copies within the device, between the forwards queued before and after."""
         self._compute.copy(target, source)
 
     def arrived(self, event: Event) -> None:
-        """Forwards from now on wait for what `copy` returned."""
+        """Later forwards wait for the event that `copy` returned."""
         self._compute.wait(event)
 
     def copy(
         self, target: torch.Tensor, source: torch.Tensor, after: Sequence[Event], locked: bool
     ) -> Event:
-        """Comes when the bytes are there; until then `source` must stay as it is.
+        """Returns the event of the copy's end, once all pieces are queued.
 
-        Returns when the last pieces are on their way. after: the events of `given_up` for what the
-        target held before. locked: the source is page-locked; else all of it has been read.
+        after: events of `given_up` for the target's bytes. locked: the source is page-locked and
+        must not change before the event. An unlocked source has been read on return.
         """
         for event in after:
             self._copies.wait(event)
@@ -131,7 +131,7 @@ class CopyStream:
                 finally:
                     self._pieces.put((memory, left))
         except BaseException:
-            # Whoever gets the target next may write it from elsewhere.
+            # Waits for queued pieces, because the target may be reused after the error.
             if arrived is not None:
                 arrived.synchronize()
             raise

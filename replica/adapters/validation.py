@@ -1,4 +1,4 @@
-"""May this adapter be served here? Path rules, files, shapes and sizes, before anything changes."""
+"""Checks that an adapter can be served: path rules, files, shapes and sizes."""
 
 import contextlib
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from replica.scheduling.adapter import no_room
 
 
 class Validation:
-    """Blocking: call it on a thread. config: with the engine's own dtype and sizes."""
+    """Blocking: call it on a thread. config: with the dtype and sizes that the engine chose."""
 
     def __init__(self, config: FleetConfig, shape: ModelShape) -> None:
         self._config = config
@@ -37,7 +37,7 @@ class Validation:
         weight: float = 1.0,
         trusted: bool = False,
     ) -> Version:
-        """Raises AdapterRefused, BadRequest or AdapterFailed, naming what and where."""
+        """Raises AdapterRefused, BadRequest or AdapterFailed with the path and the reason."""
         if not trusted:
             check_allowed(path, self._config.adapter_roots)
         engine = self._config.engine
@@ -47,7 +47,7 @@ class Validation:
         if image_bytes > self._arena_bytes:
             raise AdapterRefused(
                 f"lora_path: {path!r} takes {image_bytes} bytes of adapter memory in "
-                f"{engine.dtype}, all there is are {self._arena_bytes} "
+                f"{engine.dtype}, the total is {self._arena_bytes} "
                 f"({'adapter_memory' if engine.device_memory is None else 'device_memory'})",
                 field="lora_path",
             )
@@ -55,9 +55,7 @@ class Validation:
         return Version(name, info.digest, uri, info.rank, info.parameters, pinned, weight)
 
     def check_room(self, version: Version, versions: Iterable[Version]) -> None:
-        """Raises AdapterRefused when no replica can serve it beside what is pinned. Blocking, too:
-        it reads what it has not seen yet.
-        """
+        """Raises AdapterRefused if it does not fit beside the pinned adapters. May read files."""
         others: dict[str, tuple[int, bool]] = {}
         for other in versions:
             if other.digest != version.digest:
@@ -79,8 +77,8 @@ class Validation:
         return self._bytes(version.digest, version.parameters, path)
 
     def _bytes(self, digest: str, parameters: int, path: str | None) -> int:
-        """Of a rank's image, which is more than its share: one side of each pair is every rank's.
-        Where the files cannot be read: at least.
+        """Bytes of one rank's image. That is more than its share, because each rank has one matrix
+        of a pair whole. A lower bound if the files cannot be read.
         """
         ranks = self._config.engine.tensor_parallel
         if ranks == 1:
@@ -88,6 +86,6 @@ class Validation:
         if digest not in self._part_parameters and path is not None:
             with contextlib.suppress(AdapterRefused):
                 files = read_adapter(path, self._shape)
-                if files.parameters == parameters:  # else they are another version's by now
+                if files.parameters == parameters:  # else another version has replaced the files
                     self._part_parameters[digest] = files.parameters_of(self._part)
         return self._part_parameters.get(digest, parameters // ranks) * self._weight_bytes

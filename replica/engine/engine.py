@@ -1,7 +1,7 @@
 """The loop: plan → launch → commit. One engine drives one device from one thread.
 
-At depth 2 the next batch is planned and launched before the tokens of this one are taken, so that
-the device never waits for the plan.
+At depth 2 the engine launches the next batch before it reads the tokens of the current one, so the
+device never waits for a plan.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ def _nothing() -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    """since_s: when its plan was begun."""
+    """since_s: when its planning started."""
 
     plan: Plan
     ticket: Ticket
@@ -45,12 +45,13 @@ class _Launched:
 
 
 class Engine:
-    """Everything one device does. Not thread-safe: one thread calls it.
+    """Runs one device. Not thread-safe: one thread calls it.
 
-    wake: called from a loader thread when a load has ended, for whoever waits for work.
-    steps: batches run. idle: nothing ran in the last step, and nothing will until a request comes
-    or a load ends; wake_s: or, on the monotonic clock, this time comes. depth: batches in flight
-    when one is launched, that one included.
+    wake: called on a loader thread when a load has ended, for a caller that waits for work.
+    steps: batches run.
+    idle: the last step ran nothing, and no step will until a request comes, a load ends, or the
+    monotonic clock reaches `wake_s`.
+    depth: most batches in flight.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Engine:
             self.runner = Runner(config, self.shape)
         else:
             self.runner, self._workers = start_ranks(config, self.shape, wake)
-        # From here on with what it left open.
+        # The runner has filled in what the configuration left open.
         self.config = config = self.runner.config
         arena = self.runner.arena
         self.scheduler = assemble(
@@ -98,7 +99,7 @@ class Engine:
         self._committed_s = 0.0
 
     def register(self, version: Version, path: str) -> None:
-        """From now on requests may name `version.digest`. Raises AdapterRefused."""
+        """Accepts requests for `version.digest` from now on. Raises AdapterRefused."""
         size = self._parameters(version, path) * self.runner.image_dtype_bytes
         refusal = self.scheduler.adapter_cache.refusal(version.digest, size, version.pinned)
         if refusal is not None:
@@ -109,28 +110,28 @@ class Engine:
         self.scheduler.share.weigh(version.digest, version.weight)
 
     def forget(self, digest: str) -> None:
-        """No new requests for it. Those that were accepted still run with it."""
+        """Rejects new requests for it. Accepted ones still run."""
         self.scheduler.forget(digest)
 
     def add(self, request: NewRequest) -> None:
-        """Raises a FleetError when the request cannot be accepted."""
+        """Raises FleetError if the request cannot be accepted."""
         self.scheduler.add(request, time.monotonic())
         seed = request.sampling.seed
         self._seeds[request.id] = self._random.getrandbits(63) if seed is None else seed
 
     def cancel(self, request_id: str) -> None:
-        """Frees its pages and its claim on the adapter, once no batch in flight names them."""
+        """Frees its pages and its adapter as soon as no batch in flight uses them."""
         if self.scheduler.cancel(request_id, time.monotonic()):
             del self._seeds[request_id]
 
     @property
     def has_work(self) -> bool:
-        """A request, or a batch in flight, has not ended. It may wait for a load: see `step`."""
+        """True while a request or a batch has not ended. It may be waiting for a load."""
         return self.scheduler.has_work
 
     def step(self) -> list[Delta]:
-        """One step: at most one batch. Returns at once when there is nothing to run."""
-        self._take_in_loads()
+        """Runs at most one batch. Returns at once if nothing can run."""
+        self._finish_loads()
         start_s = time.monotonic()
         plan = self.scheduler.step(start_s)
         deltas = list(plan.failed)
@@ -151,14 +152,14 @@ class Engine:
         return deltas
 
     def timeline(self, request_id: str) -> list[TimelineEvent]:
-        """Why it waited: what happened to the request, and when (monotonic seconds)."""
+        """What happened to the request and when, in monotonic seconds."""
         return self.scheduler.timelines.timeline(request_id)
 
     def adapter_states(self) -> list[AdapterState]:
         return self.scheduler.adapter_cache.entries(_epoch_s())
 
     def changes(self) -> list[AdapterState]:
-        """What changed in `residency()` since the last call."""
+        """The adapter states that changed since the last call."""
         return self.scheduler.adapter_cache.changes(_epoch_s())
 
     def report(self) -> LoadReport:
@@ -202,9 +203,9 @@ class Engine:
             self._workers.close()
 
     def _parameters(self, version: Version, path: str) -> int:
-        """In the image that one rank has of it."""
+        """Elements of the image on one rank."""
         if self._workers is not None:
-            with contextlib.suppress(AdapterRefused):  # then its load will fail, and say why
+            with contextlib.suppress(AdapterRefused):  # its load will fail and give the reason
                 return read_adapter(path, self.shape).parameters_of(self.runner.shape)
         return version.parameters
 
@@ -215,19 +216,19 @@ class Engine:
         self._in_flight.append(_Launched(plan, self.runner.launch(rows), start_s))
 
     def _commit(self) -> list[Delta]:
-        """Takes the tokens of the oldest batch in flight."""
+        """Reads the tokens of the oldest batch in flight."""
         launched = self._in_flight.popleft()
         sampled = launched.ticket.results()
         now_s = time.monotonic()
         deltas = self.scheduler.commit(launched.plan, sampled, now_s)
         self.steps += 1
-        # One that was planned ahead began to run when the batch before it ended.
-        self._measured(launched.plan, now_s - max(launched.since_s, self._committed_s))
+        # A batch that was planned ahead started when the one before it ended.
+        self._record_step(launched.plan, now_s - max(launched.since_s, self._committed_s))
         self._committed_s = now_s
         return deltas
 
     def _row(self, work: Work, before: Mapping[str, int]) -> Row:
-        """before: where requests have their row in the batch in flight."""
+        """before: request id → index of its row in the previous batch."""
         request, start, end, slot, sample = work
         unknown = start >= len(request.prompt) + len(request.output)
         return Row(
@@ -242,10 +243,10 @@ class Engine:
         )
 
     def _apply_arena_changes(self, plan: Plan) -> list[Delta]:
-        """Without overlap the batch waits here; those whose adapter did not come have failed."""
+        """Returns the errors of requests whose load failed. Without overlap it waits for loads."""
         arena = self.runner.arena
         failed: list[Delta] = []
-        lost: set[int] = set()  # slots whose load has failed: what was planned with them is void
+        lost: set[int] = set()  # slots whose load failed; later changes planned for them are void
         for change in plan.arena_changes:
             for evict in change.evictions:
                 if evict.digest != BASE_KEY and evict.slot not in lost:
@@ -265,17 +266,17 @@ class Engine:
             else:
                 ended = self._loader.run(change.load, *self._from_host(change.load))
                 (lost.add if ended.layout is None else lost.discard)(change.load.slot)
-                failed += self._take_in_blocking(ended)
+                failed += self._finish_blocking_load(ended)
         return failed
 
-    def _take_in_blocking(self, ended: Loaded) -> list[Delta]:
-        """The scheduler has planned as if the load had succeeded."""
+    def _finish_blocking_load(self, ended: Loaded) -> list[Delta]:
+        """The scheduler planned on the assumption that the load succeeds."""
         if ended.layout is None:
             return self.scheduler.lost(ended.load.digest, ended.error or "", time.monotonic())
         self._place(ended, ended.layout)
         return []
 
-    def _take_in_loads(self) -> None:
+    def _finish_loads(self) -> None:
         now_s = time.monotonic()
         for ended in self._loader.ended():
             if ended.layout is None:
@@ -294,28 +295,29 @@ class Engine:
             self._images[load.digest] = ended.image
 
     def _from_host(self, load: Load) -> tuple[Image | None, bool]:
-        """What host memory holds of it, and whether it is to hold it from now on."""
+        """The image in host memory, and True if host memory must keep the image after the load."""
         adapter_cache, pool = self.scheduler.adapter_cache, self.runner.arena.host_pool
-        self._let_go_of_dropped()
+        self._release_dropped()
         image = self._images.get(load.digest)
         keep = image is None and adapter_cache.host.fits(load.bytes)
-        # It is read to where it will be kept, so what has to go for it goes now. One that is larger
-        # than what could be page-locked is kept elsewhere.
+        # The load reads the image into the pool, so older images must leave the pool now. An image
+        # larger than the whole pool is kept outside it.
         into = pool if keep and pool is not None and load.bytes <= pool.size else None
         while into is not None and not into.fits(load.bytes):
             if not adapter_cache.drop_from_host():
                 break
-            self._let_go_of_dropped()
+            self._release_dropped()
         return image, keep
 
-    def _let_go_of_dropped(self) -> None:
+    def _release_dropped(self) -> None:
+        """Frees the images that the host tier has dropped."""
         host = self.scheduler.adapter_cache.host
         for digest in [digest for digest in self._images if digest not in host]:
             del self._images[digest]
             if self._workers is not None:
                 self._workers.tell(Drop(digest))
 
-    def _measured(self, plan: Plan, seconds: float) -> None:
+    def _record_step(self, plan: Plan, seconds: float) -> None:
         prompt_tokens = sum(w.end - w.start for w in plan.rows if w.end - w.start > 1)
         self.scheduler.costs.stepped(prompt_tokens, seconds)
         self._step_s.take_in(seconds)
@@ -327,5 +329,5 @@ class Engine:
 
 
 def _epoch_s() -> float:
-    """The engine counts monotonic time; the fleet speaks Unix time."""
+    """Unix time of monotonic 0: the engine uses monotonic time, the fleet uses Unix time."""
     return time.time() - time.monotonic()

@@ -1,4 +1,4 @@
-"""The process around an engine: commands in, one message a step out (see `link.py`)."""
+"""The engine's process: it receives commands and sends one message per step (see `link.py`)."""
 
 import contextlib
 import gc
@@ -16,26 +16,26 @@ from replica.engine.messages import (
     Cancel,
     Command,
     Forget,
+    GetTimeline,
     Hangup,
     Message,
     Register,
     Submit,
-    Tell,
     Wake,
 )
 from replica.engine.sizing import described
 from replica.scheduling.request import Delta
 
-# How often an engine at work tells its load; a change of residency is told at once.
+# Interval between load reports of a busy engine. Changes of adapter states are sent at once.
 _REPORT_S = 0.05
-# An idle engine looks up now and then: a quarantined pinned adapter may be due.
+# An idle engine steps at this interval: the retry of a pinned adapter may be due.
 _IDLE_S = 1.0
-# Objects made and not freed before the collector looks for cycles: about those of 60 large steps.
-_GARBAGE = 50_000
+# Net allocations that trigger a garbage collection: about those of 60 large steps.
+_COLLECT_THRESHOLD = 50_000
 
 
 class Server:
-    """Steps the engine, and passes on what came and what it gave."""
+    """Steps the engine, executes commands and sends the results."""
 
     def __init__(self, pipe: Connection, engine: Engine, inbox: "SimpleQueue[Command]") -> None:
         self._pipe = pipe
@@ -46,7 +46,7 @@ class Server:
     def serve(self) -> None:
         while True:
             message = Message()
-            if self._take_in(message):
+            if self._receive(message):
                 return
             message.deltas += self._engine.step()
             message.residency = self._engine.changes()
@@ -58,26 +58,29 @@ class Server:
     def _report(self, message: Message) -> None:
         report = self._engine.report()
         message.report = report
-        # The next one after as many steps as fit into the interval.
+        # Counted in steps, so that a step need not read the clock.
         self._next_report = report.steps + max(int(_REPORT_S / max(report.step_s, 1e-6)), 1)
 
-    def _take_in(self, message: Message) -> bool:
-        """Carry out what has arrived; an idle engine waits for it. True: hang up."""
+    def _receive(self, message: Message) -> bool:
+        """Executes the commands that have arrived. An idle engine waits for one. Returns True on
+        Hangup.
+        """
         commands: list[Command] = []
         if self._engine.idle:
             with contextlib.suppress(Empty):
-                commands.append(self._inbox.get(timeout=self._nap_s()))
+                commands.append(self._inbox.get(timeout=self._idle_wait_s()))
         while not self._inbox.empty():
             commands.append(self._inbox.get())
-        hangups = [self._carry_out(command, message) for command in commands]
+        hangups = [self._execute(command, message) for command in commands]
         return any(hangups)
 
-    def _nap_s(self) -> float:
+    def _idle_wait_s(self) -> float:
         if self._engine.wake_s is None:
             return _IDLE_S
         return min(max(self._engine.wake_s - time.monotonic(), 0.0), _IDLE_S)
 
-    def _carry_out(self, command: Command, message: Message) -> bool:
+    def _execute(self, command: Command, message: Message) -> bool:
+        """Returns True on Hangup."""
         match command:
             case Submit(request):
                 try:
@@ -95,7 +98,7 @@ class Server:
             case Forget(call, digest):
                 self._engine.forget(digest)
                 message.done.append((call, None))
-            case Tell(call, request_id):
+            case GetTimeline(call, request_id):
                 message.done.append((call, self._engine.timeline(request_id)))
             case Wake():
                 pass
@@ -110,19 +113,20 @@ def _listen(pipe: Connection, inbox: "SimpleQueue[Command]") -> None:
             for command in pipe.recv():
                 inbox.put(command)
     except (EOFError, OSError):
-        # The server is gone: nobody waits for what a step under way would give.
-        os._exit(0)
+        os._exit(0)  # the server is gone, so nobody needs the current step
 
 
 def calm_collector() -> None:
-    """What is here stays, and steps leave hardly a cycle: the collector is to stop them seldom."""
+    """Makes garbage collection rare. Existing objects live as long as the process, and steps create
+    few cycles.
+    """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(_GARBAGE)
+    gc.set_threshold(_COLLECT_THRESHOLD)
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides when to stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server stops this process
     pipe = Connection(int(sys.argv[1]))
     inbox: SimpleQueue[Command] = SimpleQueue()
     try:
@@ -142,10 +146,10 @@ def main() -> None:
         except EngineFailed as error:
             print(f"lorafleet: {error.message}", file=sys.stderr, flush=True)
             pipe.send(error)
-            os._exit(1)  # what runs on the device may never end
+            os._exit(1)  # a kernel on the device may never end
         engine.close()
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the server went away
+        pass  # the server is gone
 
 
 if __name__ == "__main__":

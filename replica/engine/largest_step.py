@@ -1,7 +1,7 @@
-"""What one largest step takes of a GPU's memory: it is run once, before there are any pages.
+"""Measures the GPU memory of the largest step, before KV pages are allocated.
 
-Measured, not computed from the shape: kernels, libraries and, with several ranks, NCCL take memory
-of their own when they first run, which nothing here knows the size of.
+The shape alone cannot tell: kernels, libraries and NCCL allocate memory of unknown size when they
+first run.
 """
 
 import gc
@@ -19,8 +19,8 @@ from replica.scheduling.assembly import Division
 
 
 def free_beside(device: torch.device, step: Callable[[], None]) -> tuple[int, int]:
-    """Bytes that are free when `step` has run and has let go of all it took, and the most that it
-    had taken. step: leaves nothing behind that Python still knows of.
+    """Runs `step`. Returns the bytes that are free after it, and the most it had reserved. step:
+    must keep no reference to a tensor.
     """
     gc.collect()
     torch.cuda.empty_cache()
@@ -40,8 +40,8 @@ def run_largest_step(
     weights: Weights,
     cos_sin: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
-    """With all that an executor holds beside its pages; they are one, that nobody has."""
-    # What they import needs triton.
+    """Runs it on an executor with its usual buffers, but with the scratch page only."""
+    # These modules import triton.
     from replica.model.paged_decoder import paged_cache
     from replica.model.paged_executor import PagedExecutor
 

@@ -1,12 +1,12 @@
-"""The engine in its own process, so that no Python thread of the server slows its steps.
+"""Runs the engine in its own process, so that Python threads of the server cannot slow its steps.
 
     server's process                             engine's process
     any event loop ── generate ──┐          ┌──> reader ──> inbox ──> loop: plan → run → commit
     writer thread  <── outbox <──┘ ─ pipe ──┘                           │
     reader thread  <──────────────── pipe ── one message a step <───────┘
 
-Each side sends at most one message a step. The engine's process ends when its end of the pipe
-closes, whatever became of its parent; when the engine's process ends, every stream fails.
+Each side sends at most one message per step. The engine's process ends when the pipe closes, even
+if its parent was killed. When the engine's process ends, every stream fails.
 """
 
 import asyncio
@@ -31,12 +31,12 @@ from replica.engine.messages import (
     Cancel,
     Command,
     Forget,
+    GetTimeline,
     Hangup,
     Message,
     Register,
     Result,
     Submit,
-    Tell,
 )
 from replica.scheduling.request import Delta, NewRequest
 from replica.scheduling.timeline import TimelineEvent
@@ -51,7 +51,7 @@ class _Stream:
 
 
 class EngineLink:
-    """An engine in a process of its own; `front.Engine` as the server sees it."""
+    """An engine in its own process. Implements `Engine` of `replica/api/interfaces.py`."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
@@ -67,7 +67,7 @@ class EngineLink:
         self._callbacks: list[Callable[[list[AdapterState]], None]] = []
         self._threads: list[threading.Thread] = []
         self._alive = False
-        self._cut = ""
+        self._cut_reason = ""
 
     @property
     def alive(self) -> bool:
@@ -82,7 +82,7 @@ class EngineLink:
         return None if self._process is None else self._process.pid
 
     async def start(self) -> None:
-        """Returns when the model is loaded. Raises StartupError with the engine's own words."""
+        """Returns when the model is loaded. Raises the engine's StartupError."""
         await asyncio.to_thread(self._start)
 
     def _start(self) -> None:
@@ -112,7 +112,7 @@ class EngineLink:
             self._threads.append(thread)
 
     async def stop(self) -> None:
-        """Ends the engine's process; running requests fail with EngineFailed."""
+        """Ends the engine's process. Running requests fail with EngineFailed."""
         await asyncio.to_thread(self._stop)
 
     def _stop(self) -> None:
@@ -130,12 +130,12 @@ class EngineLink:
     async def generate(self, request: NewRequest) -> AsyncGenerator[Delta, None]:
         stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
         with self._lock:
-            assert request.id not in self._streams, f"{request.id} runs already"
+            assert request.id not in self._streams, f"{request.id} is already running"
             refusal: FleetError | None = None
             if not self._alive:
                 refusal = EngineFailed("the engine's process is gone")
-            elif self._cut:
-                refusal = ShuttingDown(self._cut, retry_after_s=1.0)
+            elif self._cut_reason:
+                refusal = ShuttingDown(self._cut_reason, retry_after_s=1.0)
             else:
                 self._streams[request.id] = stream
         if refusal is not None:
@@ -156,7 +156,7 @@ class EngineLink:
 
     def cut(self, reason: str) -> None:
         with self._lock:
-            self._cut = reason
+            self._cut_reason = reason
             streams, self._streams = self._streams, {}
         for request_id, stream in streams.items():
             self._outbox.put(Cancel(request_id))
@@ -170,8 +170,8 @@ class EngineLink:
         await self._ask(lambda call: Forget(call, digest))
 
     async def timeline(self, request_id: str) -> list[TimelineEvent]:
-        """Why it waited. Empty when the request is unknown or too long ago."""
-        timeline: list[TimelineEvent] = await self._ask(lambda call: Tell(call, request_id))
+        """What happened to the request. Empty if it is unknown or forgotten."""
+        timeline: list[TimelineEvent] = await self._ask(lambda call: GetTimeline(call, request_id))
         return timeline
 
     def adapter_states(self) -> list[AdapterState]:
@@ -205,7 +205,7 @@ class EngineLink:
                 if any(isinstance(command, Hangup) for command in commands):
                     return
         except OSError:
-            return  # the reader sees the same end and tells everyone
+            return  # the reader sees the same error and fails every stream
 
     def _read(self) -> None:
         assert self._pipe is not None
@@ -215,21 +215,21 @@ class EngineLink:
                 if isinstance(message, FleetError):
                     self._fail_everything(message.message)
                     return
-                self._take_in(message)
+                self._handle(message)
         except (EOFError, OSError, pickle.UnpicklingError):
             self._fail_everything("the engine's process ended")
 
-    def _take_in(self, message: Message) -> None:
+    def _handle(self, message: Message) -> None:
         if message.report is not None:
             self._report = message.report
         if message.residency:
-            self._take_in_residency(message.residency)
+            self._update_states(message.residency)
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, Delta]]] = {}
         with self._lock:
             for delta in message.deltas:
                 stream = self._streams.get(delta.request_id)
                 if stream is None:
-                    continue  # cancelled while this was on its way
+                    continue  # cancelled while the delta was in the pipe
                 if delta.last:
                     del self._streams[delta.request_id]
                 by_loop.setdefault(stream.loop, []).append((stream, delta))
@@ -237,9 +237,9 @@ class EngineLink:
         for loop, deltas in by_loop.items():
             _deliver(loop, deltas)
         for future, result in done:
-            _settle(future, result)
+            _resolve(future, result)
 
-    def _take_in_residency(self, entries: list[AdapterState]) -> None:
+    def _update_states(self, entries: list[AdapterState]) -> None:
         with self._lock:
             for entry in entries:
                 if entry.tier == "absent":
@@ -259,7 +259,7 @@ class EngineLink:
             error = EngineFailed(f"{reason} while the request ran")
             _deliver(stream.loop, [(stream, Delta(request_id, error=error))])
         for future in calls.values():
-            _settle(future, EngineFailed(reason))
+            _resolve(future, EngineFailed(reason))
 
 
 def _deliver(loop: asyncio.AbstractEventLoop, deltas: list[tuple[_Stream, Delta]]) -> None:
@@ -267,11 +267,11 @@ def _deliver(loop: asyncio.AbstractEventLoop, deltas: list[tuple[_Stream, Delta]
         for stream, delta in deltas:
             stream.deltas.put_nowait(delta)
 
-    with contextlib.suppress(RuntimeError):  # a closed loop: nobody waits there any more
+    with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits there
         loop.call_soon_threadsafe(put)
 
 
-def _settle(future: "Future[Any]", result: Result) -> None:
+def _resolve(future: "Future[Any]", result: Result) -> None:
     if not future.set_running_or_notify_cancel():
         return
     if isinstance(result, FleetError):

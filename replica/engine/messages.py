@@ -1,4 +1,4 @@
-"""What the server's process and the engine's process say to each other."""
+"""Messages between the server's process and the engine's process."""
 
 from dataclasses import dataclass, field
 
@@ -32,8 +32,8 @@ class Forget:
 
 
 @dataclass(frozen=True, slots=True)
-class Tell:
-    """The story of one request."""
+class GetTimeline:
+    """Asks for the timeline of one request."""
 
     call: int
     request_id: str
@@ -46,18 +46,16 @@ class Wake:
 
 @dataclass(frozen=True, slots=True)
 class Hangup:
-    """The other side is gone or wants no more."""
+    """The other side is gone or stops."""
 
 
-Command = Submit | Cancel | Register | Forget | Tell | Wake | Hangup
-
-
+Command = Submit | Cancel | Register | Forget | GetTimeline | Wake | Hangup
 Result = FleetError | list[TimelineEvent] | None
 
 
 @dataclass(slots=True)
 class Message:
-    """What the engine says after a step. done: calls carried out, each with its result or error."""
+    """What the engine sends after a step. done: finished calls, each with its result or error."""
 
     deltas: list[Delta] = field(default_factory=list)
     residency: list[AdapterState] = field(default_factory=list)

@@ -1,14 +1,14 @@
-"""What this machine has for a replica: how much memory, and whether it computes in bfloat16."""
+"""This machine's memory, and whether its CPU computes bfloat16 natively."""
 
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-# Of /proc/cpuinfo, on x86 and on Arm: instructions that multiply bfloat16. Others, such as
-# avx_ne_convert, only convert it.
+# Flags in /proc/cpuinfo (x86, Arm) for instructions that multiply bfloat16. Other flags, such as
+# avx_ne_convert, stand for conversion only.
 _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-# What these variables may hold oneDNN and torch to that is older than such instructions.
+# Values of oneDNN's and torch's ISA variables that exclude these instructions.
 _ONEDNN_WITHOUT = frozenset({"sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2"})
 _ONEDNN_WITHOUT |= frozenset({"avx512_core", "avx512_core_vnni"})
 _ATEN_WITHOUT = frozenset({"default", "avx2"})
@@ -16,8 +16,8 @@ _ATEN_WITHOUT = frozenset({"default", "avx2"})
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """memory: bytes that processes here may use: the least that a cgroup around this one allows,
-    else all there is. free: of these, what is free now. bf16: whether it is computed natively.
+    """memory: bytes that processes may use here: the lowest cgroup limit, or all memory. free:
+    bytes of them that are free now. bf16: the CPU computes bfloat16 natively.
     """
 
     memory: int
@@ -26,7 +26,7 @@ class Node:
 
 
 def read_node(root: str = "/", environment: Mapping[str, str] = os.environ) -> Node:
-    """root: where /proc and /sys are."""
+    """root: directory that has /proc and /sys."""
     found = dict(_meminfo(Path(root, "proc/meminfo")))
     memory = min([found["MemTotal"], *_cgroup_limits(Path(root))])
     free = min(memory, found.get("MemAvailable", memory))
@@ -41,8 +41,8 @@ def _meminfo(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def _cgroup_limits(root: Path) -> Iterator[int]:
-    """Of the group of this process and of those around it, in either version. In a container the
-    path is often the host's: what of it cannot be found here is passed over.
+    """Limits of this process's cgroup and its parents, in cgroup v1 or v2. In a container the path
+    is often the host's; folders that are missing here are skipped.
     """
     try:
         groups = Path(root, "proc/self/cgroup").read_text().splitlines()
@@ -66,12 +66,12 @@ def _limit(path: Path) -> Iterator[int]:
         text = path.read_text().strip()
     except OSError:
         return
-    if text.isdigit():  # else "max": none
+    if text.isdigit():  # "max" means no limit
         yield int(text)
 
 
 def _computes_bf16(cpuinfo: Path, environment: Mapping[str, str]) -> bool:
-    """oneDNN takes bfloat16 also where it emulates it, so it is not asked."""
+    """Reads the CPU's flags. oneDNN cannot tell: it also accepts bfloat16 where it emulates it."""
     onednn = environment.get("ONEDNN_MAX_CPU_ISA") or environment.get("DNNL_MAX_CPU_ISA", "")
     if onednn.lower() in _ONEDNN_WITHOUT:
         return False

@@ -30,7 +30,7 @@ from replica.scheduling.adapter import PageMove
 from replica.scheduling.request import Sampled
 
 _BETWEEN_BATCHES_S = 0.02
-"""Batches that follow each other within this are one piece of work to whoever works beside them."""
+"""The runner stays busy for this long after a batch, because the next one usually follows."""
 
 
 class Workers(Protocol):
@@ -39,15 +39,15 @@ class Workers(Protocol):
     def tell(self, command: Command) -> None: ...
 
     def leading(self, executor: Executor) -> Executor:
-        """One that launches on them what it launches here."""
+        """Wraps rank 0's executor into one that launches on all ranks."""
 
 
 class Runner:
     """Weights, KV pages and adapter arena of one device.
 
-    whole: the model's shape. ranks: with tensor parallelism, who computes the same rows with the
-    other parts of the model. workers: they do what is done here. `shape` is that of the part
-    which is here.
+    whole: shape of the whole model. ranks: the ranks that share it, with tensor parallelism.
+    workers: on rank 0, the other ranks, which repeat what this runner does.
+    shape: of this rank's part of the model.
     """
 
     def __init__(
@@ -69,12 +69,12 @@ class Runner:
         kernels = _kernels(config, self.device)
         if config.device_memory is not None and kernels == "torch":
             raise ConfigError(
-                "device_memory: adapters share the memory of KV pages only where Triton kernels "
-                "read those (on a GPU); set adapter_memory and kv_memory",
+                "device_memory: adapters share memory with KV pages only where Triton kernels "
+                "read the pages (on a GPU); set adapter_memory and kv_memory",
                 field="device_memory",
             )
         if config.sized:
-            divide(config, shape, self.image_dtype_bytes)  # refused before the model is read
+            divide(config, shape, self.image_dtype_bytes)  # raises before the weights are read
         weights = load_weights(
             config.model,
             whole,
@@ -94,16 +94,16 @@ class Runner:
         self.memory = divide(config, shape, self.image_dtype_bytes)
         assert config.host_memory is not None
         self._pages: PageMemory | None = None
-        self.capture_fallback = 0  # see `graphs.Captured`
+        self.capture_fallback = 0  # a value of `graphs.Captured`
         field = "kv_memory" if config.kv_memory is not None else "batch_rows_max"
         if self.memory.shared:
             field = "device_memory"
         page_bytes = self.memory.pages * self.memory.page_bytes
         if kernels == "triton":
-            with _asked_for(field, page_bytes):
+            with _allocating(field, page_bytes):
                 self._pages = PageMemory(self.memory, self.dtype, self.device)
         host_pool = locked_pool(config.host_memory, self.device) if on_gpu else None
-        with _asked_for("adapter_memory", self.memory.arena_bytes):
+        with _allocating("adapter_memory", self.memory.arena_bytes):
             self.arena = Arena(
                 shape,
                 self.memory.arena_bytes,
@@ -117,7 +117,7 @@ class Runner:
             )
         executor: Executor
         if self._pages is None:
-            with _asked_for(field, page_bytes):
+            with _allocating(field, page_bytes):
                 executor = GatherExecutor(
                     shape, weights, cos_sin, self.arena.lora(), self.memory.pages, self.page_tokens
                 )
@@ -129,7 +129,7 @@ class Runner:
         self._ran_s = float("-inf")
 
     def busy(self) -> bool:
-        """Whether batches run, one after the other. Any thread may ask."""
+        """True while batches follow each other. Any thread may call it."""
         return self._running or time.monotonic() - self._ran_s < _BETWEEN_BATCHES_S
 
     @property
@@ -143,7 +143,7 @@ class Runner:
         cos_sin: tuple[torch.Tensor, torch.Tensor],
         kernels: str,
     ) -> EngineConfig:
-        """On CUDA, with the sizes that are not given; the same on every rank."""
+        """Chooses the open sizes on CUDA, the same on every rank."""
         if config.sized:
             return config
         from replica.engine.largest_step import free_beside, run_largest_step
@@ -170,7 +170,7 @@ class Runner:
         cos_sin: tuple[torch.Tensor, torch.Tensor],
         pages: PageMemory,
     ) -> Executor:
-        # What they import needs triton.
+        # These modules import triton.
         from replica.model import graphs
         from replica.model.paged_decoder import paged_cache
         from replica.model.paged_executor import PagedExecutor
@@ -192,19 +192,17 @@ class Runner:
         return executor
 
     def move_pages(self, moves: Sequence[PageMove]) -> None:
-        """Where adapters share the memory of the pages: after the rows that were launched, and
-        before those to come.
-        """
+        """Moves KV pages in shared memory, between the batches launched before and after."""
         assert self._pages is not None
         self._tell(MovePages(tuple(moves)))
         self.arena.guard(*self._pages.move(moves))
 
     def run(self, rows: Sequence[Row]) -> list[Sampled | None]:
-        """One packed batch, prefill chunks and decodes mixed; a token where one is wanted."""
+        """Runs one batch of prefill chunks and decodes. Gives a token for each row that samples."""
         return self.launch(rows).results()
 
     def launch(self, rows: Sequence[Row]) -> Ticket:
-        """The same, without waiting for the tokens; batches run in the order of their launches."""
+        """Like `run`, without waiting for the tokens. Batches run in the order of their launch."""
         self._running = True
         try:
             return self._executor.launch(rows)
@@ -214,25 +212,25 @@ class Runner:
 
 
 @contextmanager
-def _asked_for(field: str, size: int) -> Iterator[None]:
-    """Memory that is not to be had is told with what asked for it."""
+def _allocating(field: str, size: int) -> Iterator[None]:
+    """Turns a failed allocation into a ConfigError that names the field."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # torch's errors of allocation are the former
+    except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError
         raise ConfigError(f"{field}: {size} bytes: {error}", field=field) from error
 
 
 def _kernels(config: EngineConfig, device: torch.device) -> str:
-    """Raises ConfigError when triton is asked for, or CUDA asks for it, and it cannot run."""
+    """Raises ConfigError if the configuration or CUDA needs triton and it cannot run."""
     kernels = config.kernels
     if kernels == "auto":
         kernels = "torch" if device.type == "cpu" else "triton"
     if kernels == "triton":
         if importlib.util.find_spec("triton") is None:
-            raise ConfigError("kernels: triton is not installed (the extra `gpu`)", field="kernels")
+            raise ConfigError("kernels: triton is not installed (extra `gpu`)", field="kernels")
         if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ConfigError(
-                "kernels: triton runs on CUDA; on a CPU only where TRITON_INTERPRET=1 is set",
+                "kernels: triton runs on CUDA; on a CPU it needs TRITON_INTERPRET=1",
                 field="kernels",
             )
     return kernels
@@ -240,7 +238,7 @@ def _kernels(config: EngineConfig, device: torch.device) -> str:
 
 def _device(config: EngineConfig) -> torch.device:
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: cuda, but torch finds no CUDA device here", field="device")
+        raise ConfigError("device: cuda, but torch finds no CUDA device", field="device")
     if config.device != "auto":
         return torch.device(config.device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,19 +1,20 @@
-"""What the configuration leaves open, decided: the dtype, and how much memory is for what.
+"""Chooses what the configuration leaves open: the dtype and the memory sizes.
 
-On a CPU, of the memory that one replica may use:
+On a CPU:
 
-    replica_memory · memory_utilization − its processes − weights − one step − sizes given = rest
-    adapters   as many as there are slots, of the largest rank expected: at most half of the rest,
-               or three quarters where 16 of them take as much
-    host tier  at most an eighth of the rest
-    KV pages   a full batch of sequences of 2,048 tokens: at most what is left
+    rest = replica_memory · memory_utilization − processes − weights − one step − sizes given
+    adapters   one of the expected rank for each slot; at most half of the rest, or three quarters
+               if 16 such adapters need it
+    host tier  an eighth of the rest
+    KV pages   a full batch of sequences of 2,048 tokens; at most what is left
 
-What nothing was written to yet costs nothing, but all of it may be. On CUDA adapters and pages are
-one memory: `memory_utilization` of what is free once the model is there and one largest step has
-run. The rest is for graphs, and for memory in pieces. The host tier there is page-locked, so taken
-at once: a quarter of the replica's memory, and no more than 32 GiB.
+The system allocates a page of this memory on the first write, but in the end all may be written.
 
-All sizes are those of one rank, where the model is shared.
+On CUDA adapters and pages share one memory: `memory_utilization` of what is free with the model
+loaded and one largest step run. The remainder is for graphs and fragmentation. The host tier is
+page-locked and therefore allocated at once: a quarter of the replica's memory, at most 32 GiB.
+
+With tensor parallelism all sizes are per rank.
 """
 
 import dataclasses
@@ -27,10 +28,10 @@ from replica.model.shape import ModelShape
 from replica.scheduling.assembly import Division
 
 _RANK_EXPECTED = 64
-# What Ray's own processes take on a node with replicas: about ten, of 100 to 150 MB.
+# Ray's own processes on a node with replicas: about ten of 100 to 150 MB.
 _RAY_BYTES = 10 * 2**27
 _ADAPTERS_LEAST = 16
-# The server's process and the engine's, with Python, torch and what they hold for requests.
+# The server's and the engine's processes: Python, torch and the state of requests.
 _PROCESSES_BYTES = 5 * 2**27
 _HOST_SHARE = 8
 _LOCKED_SHARE = 4
@@ -38,9 +39,9 @@ _LOCKED_MAX = 32 * 2**30
 
 
 def settled(config: EngineConfig, whole: ModelShape, device: str, node: Node) -> EngineConfig:
-    """All that `node` decides; on CUDA adapters and pages are still open (`on_gpu`). What is given
-    stays as it is, so that to settle it again changes nothing. whole: the shape before it is
-    shared. Raises ConfigError.
+    """Chooses what depends on `node` only. On CUDA, `on_gpu` later sizes adapters and pages. Values
+    that are set stay, so settling twice changes nothing. whole: shape of the whole model, before
+    tensor parallelism. Raises ConfigError.
     """
     dtype = chosen_dtype(config, whole.dtype, device, node.bf16)
     config = dataclasses.replace(config, device=device, dtype=dtype)  # type: ignore[arg-type]
@@ -53,7 +54,7 @@ def settled(config: EngineConfig, whole: ModelShape, device: str, node: Node) ->
 
 
 def share(memory: int, replicas: int) -> int:
-    """replica_memory of each of so many on one node, in a fleet."""
+    """replica_memory of each of a fleet's `replicas` on one node."""
     return max((memory - _RAY_BYTES) // replicas, 1)
 
 
@@ -68,17 +69,19 @@ def chosen_dtype(config: EngineConfig, checkpoint: str, device: str, bf16: bool)
 def on_gpu(
     config: EngineConfig, free: int, peak: int, page_bytes: int, *, shared: bool
 ) -> EngineConfig:
-    """free: bytes of the device with the model there and nothing else. peak: the most that one
-    step needs beside. page_bytes: all pages of a full batch. shared: whether kernels can read both
-    from one memory. Raises ConfigError.
+    """Sizes adapters and pages on CUDA. Raises ConfigError.
+
+    free: bytes free on the device with only the model loaded. peak: most bytes that one step
+    allocates. page_bytes: KV pages of a full batch. shared: the kernels can read adapters and pages
+    from one memory.
     """
     if config.sized:
         return config
     memory = int((free - peak) * config.memory_utilization)
     if memory <= 0:
         raise ConfigError(
-            f"device_memory: nothing is left for it: {free} bytes are free beside the model, and "
-            f"one step needs {peak}",
+            f"device_memory: nothing is left for it: with the model loaded {free} bytes are free "
+            f"and one step needs {peak}",
             field="device_memory",
         )
     adapters, pages = config.adapter_memory, config.kv_memory
@@ -88,15 +91,15 @@ def on_gpu(
         pages = min(page_bytes, memory // 2)
     if adapters is None:
         assert pages is not None
-        adapters = _left("adapter_memory", memory, ("kv_memory", pages))
+        adapters = _remainder("adapter_memory", memory, ("kv_memory", pages))
     if pages is None:
-        pages = _left("kv_memory", memory, ("adapter_memory", adapters))
+        pages = _remainder("kv_memory", memory, ("adapter_memory", adapters))
     return dataclasses.replace(config, adapter_memory=adapters, kv_memory=pages)
 
 
 def with_context_that_fits(config: EngineConfig, part: ModelShape) -> EngineConfig:
-    """On CUDA, after `on_gpu`: where no length is given, none that takes more than half of the one
-    memory, or adapters would have nothing left.
+    """Limits the context, if it is not set, so that one sequence takes at most half of the shared
+    memory and adapters keep the rest. On CUDA, after `on_gpu`.
     """
     if config.device_memory is None or config.context_tokens_max is not None:
         return config
@@ -112,19 +115,19 @@ def expected_rank(config: EngineConfig) -> int:
 
 
 def image_bytes(config: EngineConfig, part: ModelShape, rank: int) -> int:
-    """The image of an adapter of all projections. part: of the shape, one rank's."""
+    """Image of an adapter that targets all projections. part: shape of one rank."""
     width = sum(map(sum, part.projections.values())) * part.layers
     return width * rank * DTYPE_BYTES[config.dtype]
 
 
 def weight_bytes(config: EngineConfig, part: ModelShape) -> int:
-    """Of one rank. Embeddings are every rank's, and so is the head at most."""
+    """Upper bound for one rank. Each rank has all embeddings, and at most the whole head."""
     width = sum(i * o for i, o in part.projections.values()) * part.layers
     return (width + 2 * part.vocab * part.hidden) * DTYPE_BYTES[config.dtype]
 
 
 def step_bytes(config: EngineConfig, part: ModelShape) -> int:
-    """What the largest step needs in between, about: activations of one layer, logits in fp32."""
+    """Rough size of the largest step's intermediates: one layer's activations, logits in fp32."""
     widths = sum(map(sum, part.projections.values()))
     tokens = max(config.step_tokens_max, config.batch_rows_max)
     logits = config.batch_rows_max * part.vocab * 4
@@ -135,7 +138,7 @@ def _on_cpu(config: EngineConfig, whole: ModelShape, node: Node) -> EngineConfig
     part = whole.divided(config.tensor_parallel)
     adapters, pages, host = config.adapter_memory, config.kv_memory, config.host_memory
     if config.device_memory is not None:
-        adapters = pages = 0  # only Triton's interpreter has it here
+        adapters = pages = 0  # Triton's interpreter; only it accepts device_memory on a CPU
     if None not in (adapters, pages, host):
         return config
     memory = _replica_memory(config, node) // config.tensor_parallel
@@ -154,7 +157,7 @@ def _on_cpu(config: EngineConfig, whole: ModelShape, node: Node) -> EngineConfig
         field = "adapter_memory" if adapters is None else "kv_memory"
         raise ConfigError(
             f"{field}: nothing is left for it of {memory} bytes · memory_utilization "
-            f"{config.memory_utilization}: " + _listed(taken),
+            f"{config.memory_utilization}: " + _itemized(taken),
             field=field,
         )
     left = rest
@@ -173,7 +176,7 @@ def _on_cpu(config: EngineConfig, whole: ModelShape, node: Node) -> EngineConfig
 
 
 def _adapters_wanted(config: EngineConfig, part: ModelShape) -> int:
-    """Bytes. One of the largest rank accepted can be added later, too."""
+    """Bytes. Allows for at least one adapter of rank_max, which may come later."""
     slots = config.slots_max or config.directory_slots - 1
     count = max(slots, _ADAPTERS_LEAST)
     return max(
@@ -183,7 +186,7 @@ def _adapters_wanted(config: EngineConfig, part: ModelShape) -> int:
 
 
 def _adapters_share(config: EngineConfig, part: ModelShape, rest: int) -> int:
-    """A half; or up to three quarters, for the fewest that there is to be room for."""
+    """Half of the rest, or up to three quarters if `_ADAPTERS_LEAST` adapters need it."""
     fewest = _ADAPTERS_LEAST * image_bytes(config, part, expected_rank(config))
     return max(rest // 2, min(fewest, rest * 3 // 4))
 
@@ -192,42 +195,42 @@ def _replica_memory(config: EngineConfig, node: Node) -> int:
     return node.free if config.replica_memory is None else config.replica_memory
 
 
-def _left(field: str, memory: int, taken: tuple[str, int]) -> int:
+def _remainder(field: str, memory: int, taken: tuple[str, int]) -> int:
     if memory <= taken[1]:
         raise ConfigError(
             f"{field}: nothing is left for it of the {memory} bytes that the device has beside "
-            f"the model and one step: {_listed([taken])}",
+            f"the model and one step: {_itemized([taken])}",
             field=field,
         )
     return memory - taken[1]
 
 
-def _listed(taken: Iterable[tuple[str, int]]) -> str:
+def _itemized(taken: Iterable[tuple[str, int]]) -> str:
     return ", ".join(f"{name} {size}" for name, size in taken if size)
 
 
 def described(asked: EngineConfig, made: EngineConfig, whole: ModelShape) -> list[str]:
-    """What an engine has decided, a line each for the dtype and for memory."""
+    """The choices of an engine as lines for its log: dtype, memory, and a reduced context."""
     part = whole.divided(made.tensor_parallel)
     why = ""
     if asked.dtype == "auto" and made.dtype != whole.dtype:
         why = f": the checkpoint is {whole.dtype}, which this processor does not compute natively"
-    room = f"{made.memory_utilization:g} of what is free on the GPU for adapters and KV pages"
+    sizes = f"{made.memory_utilization:g} of what is free on the GPU for adapters and KV pages"
     if made.sized:
-        room = _room(made, divide(made, part, DTYPE_BYTES[made.dtype]), part)
+        sizes = _sizes(made, divide(made, part, DTYPE_BYTES[made.dtype]), part)
     lines = [
         f"dtype: {made.dtype} on {made.device}{why}",
-        f"memory: {room}, host tier {shown(made.host_memory or 0)}",
+        f"memory: {sizes}, host tier {shown(made.host_memory or 0)}",
     ]
     if made.context_tokens_max != asked.context_tokens_max:
         lines.append(
-            f"context: {made.context_tokens_max} tokens of the model's {whole.context}: longer "
-            "ones would leave adapters no memory (context_tokens_max)"
+            f"context: {made.context_tokens_max} tokens of the model's {whole.context}: a longer "
+            "sequence would take the adapters' memory (context_tokens_max)"
         )
     return lines
 
 
-def _room(made: EngineConfig, memory: Division, part: ModelShape) -> str:
+def _sizes(made: EngineConfig, memory: Division, part: ModelShape) -> str:
     rank = expected_rank(made)
     images = memory.arena_bytes // image_bytes(made, part, rank)
     adapters = f"{min(images, made.slots_max or made.directory_slots - 1)} of rank {rank}"

@@ -1,14 +1,14 @@
-"""Rank 0's side of a tensor-parallel engine: the other ranks are processes that do as it does.
+"""Rank 0 of a tensor-parallel engine. Each other rank is a worker process that repeats its steps.
 
-    engine's process (rank 0)                        a process for each other rank
-    scheduler ── Runner, Arena, Loader ── orders ──> Runner, Arena, Loader of its part
-                     ║                <── answers ── loads that ended
-                     ╚═══════════ sums and logits (gloo, NCCL) ═══════════╝
+    engine's process (rank 0)                          one process per worker
+    scheduler ── Runner, Arena, Loader ── commands ──> Runner, Arena, Loader of its part
+                     ║                <── answers ──── loads that ended
+                     ╚═══════════ sums and logits (gloo, NCCL) ═════════════╝
 
-Orders go through one pipe a process, in the order in which rank 0 carries them out itself. Only
-loads go on beside the others, so only they are answered: an image counts as loaded when every rank
-has its part of it. A process ends when rank 0's does, however that ends; when one of them ends, the
-engine is of no use any more, and the next call raises EngineFailed.
+Each worker has one pipe. It gets commands in the order in which rank 0 executes them. Only loads
+run concurrently, so only they are answered: an image is loaded when every rank has its part.
+Workers end when rank 0 ends, even if it is killed. When a worker ends, the engine is lost and its
+next call raises EngineFailed.
 """
 
 import contextlib
@@ -47,12 +47,14 @@ from replica.scheduling.adapter import Load
 from replica.scheduling.request import Sampled
 
 _STOP_S = 5.0
-# Without a rank the others never come back from a sum that they wait for together.
+# Time after the loss of a rank until rank 0, stuck in a collective operation, exits.
 _STUCK_S = 10.0
 
 
 class _Process:
-    """pipe: orders and answers. lifeline: nothing is sent; that it closes is the message."""
+    """A worker's process. pipe: commands and answers. lifeline: carries no data; closing it ends
+    the worker.
+    """
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -72,12 +74,12 @@ class _Process:
     def pid(self) -> int:
         return self._popen.pid
 
-    def how_it_ended(self) -> str:
-        """Once its end of the pipe is closed."""
+    def exit_reason(self) -> str:
+        """Call it after the pipe has closed."""
         try:
             status = self._popen.wait(_STOP_S)
         except subprocess.TimeoutExpired:
-            return "hung up"
+            return "closed its pipe"
         return f"ended by signal {-status}" if status < 0 else f"ended with status {status}"
 
     def end(self) -> None:
@@ -90,13 +92,13 @@ class _Process:
 
 
 class TensorParallelWorkers:
-    """Ranks 1, 2 … of an engine. But for what threads of its own do, one thread calls it.
+    """The workers of an engine: ranks 1, 2 … One thread calls it.
 
-    wake: called on any thread when one has answered or ended.
+    wake: called on any thread when a worker has answered or ended.
     """
 
     def __init__(self, config: EngineConfig, wake: Callable[[], None]) -> None:
-        """Raises StartupError when one of them does not come up."""
+        """Raises StartupError if a worker fails to start."""
         self._wake = wake
         self._answers: SimpleQueue[tuple[int, Answer | None]] = SimpleQueue()
         self._failure: EngineFailed | None = None
@@ -116,7 +118,7 @@ class TensorParallelWorkers:
         try:
             for process in self._processes:
                 process.pipe.send((config, process.rank, port))
-            self._hear_all(Hello)
+            self._await_all(Hello)
             with self.together():
                 self.ranks = Ranks(Shard(0, config.tensor_parallel), device, store)
         except (EngineFailed, OSError) as error:
@@ -135,22 +137,22 @@ class TensorParallelWorkers:
         return len(self._processes)
 
     def wait_ready(self) -> None:
-        """Until all have loaded the model. Raises EngineFailed when one has ended instead."""
-        self._hear_all(Ready)
+        """Returns when all workers have loaded the model. Raises EngineFailed if one has ended."""
+        self._await_all(Ready)
 
     def tell(self, command: Command) -> None:
-        """All of them, in turn, carry it out. Raises EngineFailed when one is gone."""
+        """Sends a command to all workers. Raises EngineFailed if one is gone."""
         self.check()
         message = ForkingPickler.dumps(command)
         try:
             for process in self._processes:
                 process.pipe.send_bytes(message)
         except OSError:
-            self._fail()
+            self._raise_if_lost()
             raise
 
     def hear(self, *, wait: bool = False) -> tuple[int, Answer] | None:
-        """What one of them answered; None when no one did. Raises EngineFailed when one is gone."""
+        """(rank, answer), or None if there is none. Raises EngineFailed if a rank is gone."""
         self.check()
         try:
             rank, answer = self._answers.get(block=wait)
@@ -167,20 +169,20 @@ class TensorParallelWorkers:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Around what waits for all ranks. Raises EngineFailed when one was gone meanwhile."""
-        self._waiting = True  # before the check: either this thread sees a loss, or the other this
+        """Wraps work that waits for all ranks. Raises EngineFailed if a rank is lost during it."""
+        self._waiting = True  # before the check, so that a loss is seen either here or in `_lost`
         try:
             self.check()
             yield
         except RuntimeError:
-            self._fail()  # what broke is more telling than what came of it
+            self._raise_if_lost()  # the loss of a rank explains more than the error that it caused
             raise
         finally:
             self._waiting = False
         self.check()
 
     def leading(self, executor: Executor) -> "LeadingExecutor":
-        """What launches on all ranks. executor: on this one."""
+        """An executor that launches on all ranks. executor: rank 0's."""
         return LeadingExecutor(executor, self)
 
     def close(self) -> None:
@@ -194,15 +196,15 @@ class TensorParallelWorkers:
         for thread in self._threads:
             thread.join()
 
-    def _hear_all(self, kind: type[Answer]) -> None:
+    def _await_all(self, kind: type[Answer]) -> None:
         missing = {process.rank for process in self._processes}
         while missing:
             heard = self.hear(wait=True)
             assert heard is not None and isinstance(heard[1], kind), heard
             missing.remove(heard[0])
 
-    def _fail(self) -> None:
-        """Something broke. Raises EngineFailed if that is because a process has ended."""
+    def _raise_if_lost(self) -> None:
+        """Raises EngineFailed if a worker has ended. Waits for the news, which may lag an error."""
         self._failed.wait(_STOP_S)
         self.check()
 
@@ -218,7 +220,7 @@ class TensorParallelWorkers:
                     self._wake()
         except (EOFError, OSError):
             if not self._closed.is_set():
-                self._lost(process, reason or process.how_it_ended())
+                self._lost(process, reason or process.exit_reason())
 
     def _lost(self, process: _Process, reason: str) -> None:
         with self._lock:
@@ -228,10 +230,10 @@ class TensorParallelWorkers:
         self._failed.set()
         self._answers.put((process.rank, None))
         self._wake()
-        self._leave_if_stuck()
+        self._exit_if_stuck()
 
-    def _leave_if_stuck(self) -> None:
-        """Gloo notices a lost peer; a kernel that waits for one does not, nor can it be stopped."""
+    def _exit_if_stuck(self) -> None:
+        """Gloo notices a lost peer. A GPU kernel waits for it without end and cannot be stopped."""
         if self._waiting and not self._closed.wait(_STUCK_S) and self._waiting:
             print(f"lorafleet: {self._failure}", file=sys.stderr, flush=True)
             os._exit(1)
@@ -240,9 +242,9 @@ class TensorParallelWorkers:
 def start_ranks(
     config: EngineConfig, shape: ModelShape, wake: Callable[[], None]
 ) -> tuple[Runner, TensorParallelWorkers]:
-    """Rank 0 and the others, once all have loaded the model. Raises StartupError."""
-    shape.divided(config.tensor_parallel)  # before anything is started for a model that is not
-    # Once, not by each rank for itself.
+    """Starts all ranks. Returns when all have loaded the model. Raises StartupError."""
+    shape.divided(config.tensor_parallel)  # raises before processes start
+    # Settled here once, so that all ranks have the same sizes.
     config = settled(config, shape, device_of(config, 0).type, read_node())
     workers = TensorParallelWorkers(config, wake)
     try:
@@ -281,12 +283,12 @@ class _SharedTicket:
 
 
 class JointLoader:
-    """To the engine what `Loader` is: a load has ended when it has on every rank."""
+    """A `Loader` for all ranks: a load has ended when it has ended on every rank."""
 
     def __init__(self, own: Loader, workers: TensorParallelWorkers) -> None:
         self._own = own
         self._workers = workers
-        self._missing: dict[str, int] = {}  # answers of other ranks
+        self._missing: dict[str, int] = {}  # digest → workers that have not answered
         self._errors: dict[str, str] = {}
         self._ended_here: dict[str, Loaded] = {}
 
@@ -302,7 +304,7 @@ class JointLoader:
         return self._joined(load.digest)
 
     def ended(self) -> list[Loaded]:
-        """Raises EngineFailed when a rank is gone."""
+        """Raises EngineFailed if a rank is gone."""
         while (heard := self._workers.hear()) is not None:
             self._take(heard)
         for ended in self._own.ended():
@@ -315,7 +317,7 @@ class JointLoader:
         self._own.close()
 
     def _tell(self, load: Load, image: Image | None, keep: bool) -> None:
-        assert load.digest not in self._missing, f"{load.digest} loads already"
+        assert load.digest not in self._missing, f"{load.digest} is already loading"
         self._missing[load.digest] = self._workers.count
         self._workers.tell(LoadAdapter(load, image is not None, keep))
 

@@ -1,4 +1,4 @@
-"""What rank 0 of a tensor-parallel engine tells the other ranks, and what they answer."""
+"""Commands from rank 0 of a tensor-parallel engine to its workers, and their answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from replica.model.launch import Row
 from replica.scheduling.adapter import Load, PageMove
 from replica.scheduling.request import Sampling
 
-# Only rank 0 draws: to the others it is enough to know that logits are wanted.
+# Only rank 0 samples. Workers only need to know that a row's logits are computed.
 _WANTED = Sampling(temperature=0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class PackedRow:
-    """A `Row` without what only a draw needs. pages: those after the first `kept` that `key` had in
-    the last step.
+    """A `Row` without what only sampling needs. wanted: the row samples. key: its seed. pages: the
+    ones after the first `kept` pages that the row with this key had in the last step.
     """
 
     tokens: Sequence[int]
@@ -35,7 +35,9 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class LoadAdapter:
-    """Begin a load; from_host: host memory has the image, else keep: it is to keep it."""
+    """Starts a load. from_host: copy the image from host memory. keep: keep the image there after
+    the load.
+    """
 
     load: Load
     from_host: bool
@@ -44,7 +46,7 @@ class LoadAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Host memory need not keep the image any more."""
+    """Drops the image from host memory."""
 
     digest: str
 
@@ -59,7 +61,7 @@ Command = Step | LoadAdapter | Drop | ArenaMessage | MovePages
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """The process runs; the others may count on it to join them."""
+    """The worker's process runs and will join the process group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,7 @@ class AdapterLoaded:
 
 @dataclass(frozen=True, slots=True)
 class WorkerFailed:
-    """The last word of a process that cannot go on."""
+    """The last message of a worker that cannot continue."""
 
     reason: str
 
@@ -86,9 +88,9 @@ Answer = Hello | Ready | AdapterLoaded | WorkerFailed
 
 
 class PageTables:
-    """The pages of the last step's rows, as both ends know them: a step adds few to them.
+    """The pages of the last step's rows. Both ends keep them, so that a step sends only new pages.
 
-    A row is known by its seed, which only says where to look: what is found must be the same.
+    Rows are matched by seed. Seeds may collide: `pack` compares pages before it omits any.
     """
 
     def __init__(self) -> None:
@@ -99,7 +101,7 @@ class PageTables:
         for row in rows:
             pages = self._tables.get(row.seed, [])
             kept = len(pages)
-            # Mostly they are the same, and to compare is much faster than to copy.
+            # Most rows have the same pages as before, and comparing is much faster than copying.
             if row.pages != pages:
                 if row.pages[:kept] != pages:
                     kept = 0

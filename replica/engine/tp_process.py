@@ -1,4 +1,4 @@
-"""The process of a rank other than 0: it does as rank 0 does (see `tensor_parallel.py`)."""
+"""A worker's process: it repeats the steps of rank 0 (see `tensor_parallel.py`)."""
 
 import contextlib
 import os
@@ -34,7 +34,7 @@ from replica.scheduling.adapter import Slide
 
 
 class TensorParallelWorker:
-    """Carries out orders on one thread; loads run beside it, and answer from their own."""
+    """Executes commands on one thread. Loads run on the loader's threads and answer from there."""
 
     def __init__(self, pipe: Connection, config: EngineConfig, ranks: Ranks) -> None:
         self._pipe = pipe
@@ -51,19 +51,19 @@ class TensorParallelWorker:
             self._runner.busy,
             ranks.shard,
         )
-        self._images: dict[str, Image] = {}  # the host tier; loads add to it
+        self._images: dict[str, Image] = {}  # the host tier
         self._tables = PageTables()
 
     def serve(self) -> None:
         self.answer(Ready())
         while True:
-            self._carry_out(self._pipe.recv())
+            self._execute(self._pipe.recv())
 
     def answer(self, answer: Answer) -> None:
         with self._sending:
             self._pipe.send(answer)
 
-    def _carry_out(self, command: Command) -> None:
+    def _execute(self, command: Command) -> None:
         match command:
             case Step():
                 self._runner.launch(self._tables.unpack(command))
@@ -86,30 +86,32 @@ class TensorParallelWorker:
                 if ended.image is not None:
                     self._images[ended.load.digest] = ended.image
                 self.answer(AdapterLoaded(ended.load.digest, ended.error))
-        except BaseException as error:  # nobody else would hear of it: this is the loader's thread
-            _break_off(self._pipe, error)
+        except BaseException as error:  # the loader's thread would swallow it
+            _exit_failed(self._pipe, error)
 
 
-def _die_with(lifeline: socket.socket) -> None:
-    """Rank 0 holds the other end, and its death closes it. The main thread may be anywhere by then,
-    in a sum that never ends too.
+def _exit_with_rank_0(lifeline: socket.socket) -> None:
+    """Waits for rank 0 to close its end of the lifeline or to die. The main thread may be stuck in
+    a collective operation, so this thread ends the process.
     """
     lifeline.recv(1)
     os._exit(0)
 
 
-def _break_off(pipe: Connection, error: BaseException) -> NoReturn:
-    with contextlib.suppress(OSError):  # rank 0 is gone: it is no news, and no fault, then
+def _exit_failed(pipe: Connection, error: BaseException) -> NoReturn:
+    with contextlib.suppress(OSError):  # rank 0 is gone, so the error is a consequence
         pipe.send(WorkerFailed(f"failed: {error!r}"))
         traceback.print_exception(error)
-    os._exit(1)  # what still waits for the others would wait for ever
+    os._exit(1)  # other threads may wait for ranks without end
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides when to stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 stops this process
     pipe = Connection(int(sys.argv[1]))
     lifeline = socket.socket(fileno=int(sys.argv[2]))
-    threading.Thread(target=_die_with, args=(lifeline,), name="lifeline", daemon=True).start()
+    threading.Thread(
+        target=_exit_with_rank_0, args=(lifeline,), name="lifeline", daemon=True
+    ).start()
     try:
         config, rank, port = pipe.recv()
         device = device_of(config, rank)
@@ -117,7 +119,7 @@ def main() -> None:
         ranks = Ranks(Shard(rank, config.tensor_parallel), device, open_store(port)[0])
         TensorParallelWorker(pipe, config, ranks).serve()
     except Exception as error:
-        _break_off(pipe, error)
+        _exit_failed(pipe, error)
 
 
 if __name__ == "__main__":

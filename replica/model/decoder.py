@@ -1,4 +1,6 @@
-"""The transformer over one packed batch of prefill chunks and decode rows, KV in pages."""
+"""The transformer over one packed batch of prefill chunks and decode rows, in torch operations.
+Keys and values are in pages.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +14,10 @@ from replica.model.weights import Layer, Weights
 
 
 class Deltas(Protocol):
-    """What adapters add to a group's output, in place and before the bias (`lora_kernels.ops`).
+    """Adds the adapters' deltas to a group's output, in place and before the bias
+    (`lora_kernels.ops`).
 
-    `start` comes before the base matmul of x, so that what needs only x can run beside it.
+    `start` is called before the base matmul of x, so that work on x alone can overlap it.
     """
 
     def start(self, x: torch.Tensor, layer: int, group: int) -> None: ...
@@ -24,13 +27,12 @@ class Deltas(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Sequences that attend together: `rows` of them with `queries` tokens each, next to each
-    other in the batch from token `start` on.
+    """Sequences that attend in one operation: `rows` of them with `queries` tokens each,
+    consecutive in the batch from token `start`. A span with more than one query has one row.
 
-    pages: [2 · kv_heads · rows · pages], where each lies in a layer's cache taken as
-    [2 · kv_heads · (pages + 1), page_tokens · head_dim]; rows are padded with the empty page.
-    masks: added to attention scores, 0 where seen and -inf elsewhere: window → [rows, queries,
-    keys]. Spans of more than one query have one row.
+    pages: [2 · kv_heads · rows · pages], indices into a layer's cache viewed as
+    [2 · kv_heads · (pages + 1), page_tokens · head_dim]. Rows are padded with the empty page.
+    masks: window → [rows, queries, keys], added to the scores: 0 for visible keys, else -inf.
     """
 
     start: int
@@ -42,9 +44,9 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class ModelInputs:
-    """tokens, positions: [tokens]. targets: [tokens], where each one's keys and values go (page ·
-    page_tokens + offset). fresh: pages that get their first token now.
-    wanted: [outputs], tokens whose logits are asked for.
+    """tokens, positions: [tokens]. targets: [tokens], where a token's keys and values are stored
+    (page · page_tokens + offset). fresh: pages that get their first token in this step.
+    wanted: [outputs], tokens whose logits are computed.
     """
 
     tokens: torch.Tensor
@@ -56,10 +58,10 @@ class ModelInputs:
 
 
 class Decoder:
-    """cache: [layers, 2, kv_heads, pages + 1, page_tokens, head_dim]; the last page stays empty.
+    """cache: [layers, 2, kv_heads, pages + 1, page_tokens, head_dim]. The last page stays empty.
 
-    Heads come before pages so that what `index_select` gathers is laid out for one `bmm` over
-    rows and heads.
+    Heads come before pages, so that the result of `index_select` fits one `bmm` over rows and
+    heads.
     """
 
     def __init__(
@@ -72,20 +74,20 @@ class Decoder:
     def forward(
         self, batch: ModelInputs, cache: torch.Tensor, deltas: Deltas | None
     ) -> torch.Tensor:
-        """Logits [outputs, vocab]. deltas: None when every row is the base model's."""
+        """Logits [outputs, vocab]. deltas: None if all rows use the base model."""
         weights = self._weights
-        # What a page's former owner left behind is masked, but 0 · NaN is not 0.
+        # Old values in a page are masked, but 0 · NaN is NaN.
         cache.index_fill_(3, batch.fresh, 0)
         cos = self._cos.index_select(0, batch.positions)[:, None]
         sin = self._sin.index_select(0, batch.positions)[:, None]
         page_size = cache.shape[4] * cache.shape[5]
-        # One for all layers: fresh memory each time would cost as much as the copy.
+        # One buffer for all layers: allocating one per layer costs as much as the copy.
         gathered = [cache.new_empty(len(span.pages), page_size) for span in batch.spans]
         hidden = F.embedding(batch.tokens, weights.embeddings)
         for index, layer in enumerate(weights.layers):
             x = self._norm(hidden, layer.attention_norm)
             qkv = _project(x, index, 0, layer, deltas).view(len(x), -1, self._shape.head_dim)
-            self._place(qkv, layer, (cos, sin), cache[index], batch.targets)
+            self._rotate_and_store(qkv, layer, (cos, sin), cache[index], batch.targets)
             parts = [
                 self._attend(qkv, span, cache[index], self._shape.windows[index], into)
                 for span, into in zip(batch.spans, gathered, strict=True)
@@ -101,7 +103,7 @@ class Decoder:
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, weight.shape, weight, self._shape.norm_eps)
 
-    def _place(
+    def _rotate_and_store(
         self,
         qkv: torch.Tensor,
         layer: Layer,
@@ -109,14 +111,14 @@ class Decoder:
         cache: torch.Tensor,
         targets: torch.Tensor,
     ) -> None:
-        """Turns queries and keys by their positions, in place, and stores keys and values."""
+        """Rotates queries and keys by their positions, in place, and stores keys and values."""
         heads, kv_heads = self._shape.heads, self._shape.kv_heads
         if layer.query_norm is not None and layer.key_norm is not None:
             queries, keys = qkv[:, :heads], qkv[:, heads:-kv_heads]
             queries.copy_(self._norm(queries, layer.query_norm))
             keys.copy_(self._norm(keys, layer.key_norm))
-        turned = qkv[:, :-kv_heads]
-        turned.copy_(_rotate(turned, *cos_sin))
+        rotated = qkv[:, :-kv_heads]
+        rotated.copy_(_rotate(rotated, *cos_sin))
         cache.flatten(2, 3).flatten(0, 1).index_copy_(1, targets, qkv[:, heads:].transpose(0, 1))
 
     def _attend(
@@ -127,7 +129,7 @@ class Decoder:
         window: int | None,
         gathered: torch.Tensor,
     ) -> torch.Tensor:
-        """[tokens of the span, heads · head_dim]. gathered: room for the span's pages."""
+        """[tokens of the span, heads · head_dim]. gathered: buffer for the span's pages."""
         kv_heads, size = self._shape.kv_heads, self._shape.head_dim
         group = self._shape.heads // kv_heads
         tokens, queries = span.rows * span.queries, span.queries
@@ -140,7 +142,7 @@ class Decoder:
             q = q.transpose(0, 1).reshape(-1, group, size)
             mixed = _attend_short(q, keys, values, mask, kv_heads)
             return mixed.view(kv_heads, tokens, -1).transpose(0, 1).reshape(tokens, -1)
-        # The heads that share a KV head go where a batch goes: the same keys for each.
+        # Heads that share a KV head form the batch dimension: each uses the same keys.
         mixed = F.scaled_dot_product_attention(
             q.permute(2, 1, 0, 3),
             keys.expand(group, -1, -1, -1),
@@ -153,7 +155,7 @@ class Decoder:
 def _attend_short(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, kv_heads: int
 ) -> torch.Tensor:
-    """With few queries a KV head, two matmuls beat the CPU's fused kernel by far.
+    """Two matmuls. With few queries per KV head they are far faster than the CPU's fused kernel.
 
     q: [kv_heads · rows, group, head_dim], mask: [rows, 1, keys].
     """
@@ -175,14 +177,14 @@ def _project(
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x: [tokens, heads, head_dim]. sin's first half is negative already."""
+    """x: [tokens, heads, head_dim]. The first half of sin is already negated."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def rotary_tables(
     shape: ModelShape, tokens: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, [tokens, head_dim] each, sin with its first half negated (see `_rotate`)."""
+    """cos and sin, [tokens, head_dim] each. The first half of sin is negated (see `_rotate`)."""
     frequencies, scale = _frequencies(shape)
     angles = torch.outer(torch.arange(tokens, dtype=torch.float32), frequencies)
     cos, sin = angles.cos() * scale, angles.sin() * scale

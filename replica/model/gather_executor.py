@@ -1,4 +1,4 @@
-"""Batches by torch's own operations: pages are gathered, and sequences attend in spans."""
+"""Runs batches with torch operations: it gathers pages, and sequences attend in spans."""
 
 import dataclasses
 import itertools
@@ -19,7 +19,7 @@ from replica.scheduling.request import Sampled
 
 
 class Computed:
-    """The ticket of a launch that has computed when it returns."""
+    """The ticket of a launch that computes before it returns."""
 
     def __init__(self, sampled: list[Sampled | None]) -> None:
         self._sampled = sampled
@@ -29,7 +29,7 @@ class Computed:
 
 
 class GatherExecutor:
-    """The way of a CPU; it runs on any device."""
+    """The executor of a CPU. It runs on any device."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class GatherExecutor:
         self._device, self._dtype = weights.embeddings.device, weights.embeddings.dtype
         self._page_count, self._page_tokens = page_count, page_tokens
         size = (shape.layers, 2, shape.kv_heads, page_count + 1, page_tokens, shape.head_dim)
-        # Zeros, for what is masked must be finite. One page more than is given out: padding.
+        # Zeros, because masked values must be finite. The additional page is for padding.
         self.cache = _zeros(size, self._dtype, self._device)
         self._previous: list[Sampled | None] = []
 
@@ -59,12 +59,12 @@ class GatherExecutor:
     def _carried(self, row: Row) -> Row:
         assert row.carry is not None
         sampled = self._previous[row.carry]
-        assert sampled is not None, "the row it carries from sampled nothing"
+        assert sampled is not None, "the row to carry from did not sample"
         return dataclasses.replace(row, tokens=[sampled.token, *row.tokens[1:]])
 
     @torch.inference_mode()
     def _run(self, rows: Sequence[Row]) -> list[Sampled | None]:
-        # Single tokens first, neighbours in length: they attend together.
+        # Single tokens first, sorted by length, so that neighbours attend in one span.
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i].tokens) > 1, rows[i].position))
         packed = [rows[i] for i in order]
         logits = self._decoder.forward(self._batch(packed), self.cache, self._deltas(packed))
@@ -77,7 +77,7 @@ class GatherExecutor:
         return results
 
     def _sample(self, logits: torch.Tensor, draws: Sequence[Draw]) -> list[Sampled]:
-        """Rank 0 draws and tells the others, whose next rows may carry on from it."""
+        """Rank 0 samples and broadcasts: the next rows of other ranks may carry these tokens."""
         ranks = self._ranks
         if ranks is None or not draws:
             return sample(logits, draws, self._shape.eos_tokens)
@@ -103,14 +103,14 @@ class GatherExecutor:
         positions = np.arange(len(owners)) + (first - starts)[owners]
         used = (first + counts - 1) // self._page_tokens + 1
         pages = self._pages(rows, used)
-        mine, offsets = pages[owners, positions // self._page_tokens], positions % self._page_tokens
+        own, offsets = pages[owners, positions // self._page_tokens], positions % self._page_tokens
         tokens = np.fromiter(itertools.chain.from_iterable(r.tokens for r in rows), np.int64)
         ends = [i for i, row in enumerate(rows) if row.sampling is not None]
         return ModelInputs(
             tokens=self._tensor(tokens),
             positions=self._tensor(positions),
-            targets=self._tensor(mine * self._page_tokens + offsets),
-            fresh=self._tensor(mine[offsets == 0]),
+            targets=self._tensor(own * self._page_tokens + offsets),
+            fresh=self._tensor(own[offsets == 0]),
             spans=[
                 self._span(int(starts[i]), first[i:j], int(counts[i]), pages[i:j])
                 for i, j in _cuts(counts, used)
@@ -119,7 +119,7 @@ class GatherExecutor:
         )
 
     def _pages(self, rows: Sequence[Row], used: NDArray[np.int64]) -> NDArray[np.int64]:
-        """[rows, pages], padded with the page that stays empty."""
+        """[rows, pages], padded with the empty page."""
         table = np.full((len(rows), int(used.max())), self._page_count)
         for own, row, count in zip(table, rows, used.tolist(), strict=True):
             own[:count] = row.pages[:count]
@@ -131,13 +131,13 @@ class GatherExecutor:
         """first: position of each row's first token."""
         windows = set(self._shape.windows)
         reach = max((w for w in windows if w is not None), default=0)
-        # Where every layer has a window, what lies before the widest is not even gathered.
+        # If every layer has a window, pages before the widest one are not gathered.
         begin = np.zeros_like(first) if None in windows else np.maximum(first - reach + 1, 0)
         begin //= self._page_tokens
         used = int(((first + queries - 1) // self._page_tokens - begin).max()) + 1
         columns = np.minimum(begin[:, None] + np.arange(used), pages.shape[1] - 1)
         held = np.take_along_axis(pages, columns, 1).ravel()
-        # For keys and values of each head, that page within the cache of one layer.
+        # Keys and values of each head have their own range of pages in a layer's cache.
         parts = np.arange(2 * self._shape.kv_heads) * (self._page_count + 1)
         seen = begin[:, None] * self._page_tokens + np.arange(used * self._page_tokens)
         distance = (first[:, None] + np.arange(queries))[:, :, None] - seen[:, None]
@@ -155,8 +155,8 @@ class GatherExecutor:
 
 
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """On a CPU torch writes them, and all of it is taken at once; the system has zeros for numpy,
-    and gives each page when it is first written to.
+    """On a CPU torch would write the zeros and so allocate all memory at once. numpy leaves zeroing
+    to the system, which allocates each page on its first write.
     """
     if device.type != "cpu":
         return torch.zeros(size, dtype=dtype, device=device)
@@ -165,8 +165,8 @@ def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
 
 
 def _cuts(counts: NDArray[np.int64], used: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Spans [begin, end) of rows: a chunk is one alone; single tokens go together as long as
-    padding all to the longest's pages costs less than another span would. used: pages a row.
+    """Spans [begin, end) of rows. A chunk is a span of its own. Single tokens share a span while
+    padding them to the longest row costs less than another span. used: pages per row.
     """
     begin = held = 0
     for row, (count, pages) in enumerate(zip(counts.tolist(), used.tolist(), strict=True)):
@@ -178,5 +178,5 @@ def _cuts(counts: NDArray[np.int64], used: NDArray[np.int64]) -> Iterator[tuple[
     yield begin, len(counts)
 
 
-# About the pages whose copying takes as long as the calls of one more span.
+# Copying about this many pages takes as long as the calls for one more span.
 _PADDING_PAGES = 64

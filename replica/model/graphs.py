@@ -1,4 +1,4 @@
-"""Decode steps captured once a bucket of rows, replayed over buffers that are written in place."""
+"""Captures a decode step for each bucket of rows, and replays it over buffers filled in place."""
 
 import contextlib
 import logging
@@ -23,22 +23,22 @@ log = logging.getLogger(__name__)
 
 Work = Callable[[], None]
 Capture = Callable[[Work], Work]
-"""Makes of work over fixed buffers a function that does it again, whatever they hold by then."""
+"""Turns work over fixed buffers into a function that repeats it on their current content."""
 
 
 def buckets(rows_max: int) -> list[int]:
-    """1, 2, 4, then multiples of 8, and the largest batch itself."""
+    """1, 2, 4, multiples of 8, and the largest batch."""
     return [rows for rows in (1, 2, 4, *range(8, rows_max, 8)) if rows < rows_max] + [rows_max]
 
 
 def keep(work: Work) -> Work:
-    """The capture of a device without graphs: the same work, over the same buffers."""
+    """The capture on a device without graphs: it returns the work itself."""
     return work
 
 
 class CudaCapture:
-    """CUDA graphs from one stream, their memory from one pool: they never run at once, so what a
-    large one needs in between serves the smaller ones that are captured after it.
+    """Captures CUDA graphs on one stream with one memory pool. Graphs never run concurrently, so
+    smaller graphs reuse the intermediates' memory of a larger one captured before.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -48,13 +48,13 @@ class CudaCapture:
     def __call__(self, work: Work) -> Work:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            # A capture must neither compile a kernel nor make a library's handle or workspace.
+            # Once without a capture, which must not compile kernels or create library handles.
             work()
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream()
         try:
-            # Of this thread's calls only: what other threads do meanwhile must not spoil it.
+            # thread_local: calls of other threads must not invalidate the capture.
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):
@@ -65,13 +65,11 @@ class CudaCapture:
         return graph.replay
 
     def _abandon(self, graph: torch.cuda.CUDAGraph, current: torch.cuda.Stream) -> None:
-        """CUDA has ended a capture that it is not content with; torch then leaves the capture's
-        stream current, and its pool open.
-        """
+        """Cleans up after an invalid capture: torch leaves its stream current and its pool open."""
         torch.cuda.set_stream(current)
-        # Torch's allocators still ask it which stream it captured.
+        # Torch's allocators still refer to the graph.
         _ABANDONED.append(graph)
-        with contextlib.suppress(RuntimeError):  # then torch had got as far as that
+        with contextlib.suppress(RuntimeError):  # torch may have closed the pool already
             torch._C._cuda_endAllocateToPool(current.device_index, self._pool)
 
 
@@ -79,7 +77,7 @@ _ABANDONED: list[torch.cuda.CUDAGraph] = []
 
 
 class Captured(IntEnum):
-    """What decode steps came to when the engine started."""
+    """How decode steps were captured when the engine started."""
 
     AS_CONFIGURED = 0
     WITHOUT_SHRINK_STREAM = 1
@@ -87,40 +85,43 @@ class Captured(IntEnum):
 
 
 class Capturing(Protocol):
-    """Whose decode steps are captured. capture: changes nothing where it raises."""
+    """An executor whose decode steps can be captured. capture: changes nothing if it raises."""
 
     def capture(self, capture: Capture) -> None: ...
 
     def shrink_in_line(self) -> None:
-        """From now on LoRA uses no stream of its own."""
+        """Runs LoRA's shrink on the main stream from now on."""
 
 
 def capture_what_can_be(steps: Capturing, device: torch.device) -> Captured:
-    """Slow is better than not at all, so any error counts, and is said. Raises StartupError where
-    CUDA is lost after one.
+    """Captures decode steps, and falls back to a slower way on any error, with a warning. Raises
+    StartupError if an error makes CUDA unusable.
     """
-    for captured, less in (
+    for captured, fallback in (
         (Captured.AS_CONFIGURED, "without the shrink's own stream"),
         (Captured.WITHOUT_SHRINK_STREAM, "kernel by kernel, without CUDA graphs"),
     ):
         try:
-            # A new one each time: nothing is shared with one that failed.
+            # A new capture for each try: the failed one may be in a bad state.
             steps.capture(CudaCapture(device) if device.type == "cuda" else keep)
             return captured
         except Exception as error:
             log.warning(
-                "decode steps cannot be captured, so they run %s: %s", less, error, exc_info=True
+                "decode steps cannot be captured, so they run %s: %s",
+                fallback,
+                error,
+                exc_info=True,
             )
         if device.type == "cuda":
-            _settle(device)
+            _recover(device)
         steps.shrink_in_line()
     return Captured.NOT_AT_ALL
 
 
-def _settle(device: torch.device) -> None:
-    """Leaves a failed capture behind. Raises StartupError where CUDA is lost to this process."""
+def _recover(device: torch.device) -> None:
+    """Clears the errors of a failed capture. Raises StartupError if CUDA stays unusable."""
     try:
-        # An error that nobody has asked for yet comes with the next launch, and goes with it.
+        # The next launch reports a pending error and thereby clears it.
         with contextlib.suppress(RuntimeError):
             torch.zeros(1, device=device)
         torch.cuda.synchronize(device)
@@ -128,16 +129,16 @@ def _settle(device: torch.device) -> None:
         torch.cuda.empty_cache()
     except RuntimeError as error:
         raise StartupError(
-            f"CUDA is lost to this process since a capture failed, and only a new process gets it "
-            f"back (cuda_graphs: false captures nothing): {error}"
+            f"CUDA is unusable since a capture failed; only a new process can use it again "
+            f"(cuda_graphs: false captures nothing): {error}"
         ) from error
 
 
 class DecodeGraphs:
-    """Steps in which every row is one token, in two families: base only, and with LoRA.
+    """Captured steps in which every row is one token, with LoRA and without.
 
-    All that a capture reads lies in `table` and in a buffer made here, as large as the largest
-    batch, so that a replay takes other rows, lengths and carried tokens than were there then.
+    A capture reads its inputs from `table` and from one buffer for the largest batch. A replay
+    reads whatever rows, lengths and carried tokens they contain then.
     """
 
     def __init__(self, rows_max: int, table: PageTable) -> None:
@@ -153,10 +154,10 @@ class DecodeGraphs:
         begin_lora: Callable[[int], None],
         capture: Capture,
     ) -> None:
-        """step: computes inputs with LoRA or without, and leaves what comes out in buffers too.
-        begin_lora: makes LoRA ready for so many rows, which is no part of the step.
+        """Captures all buckets over padding rows.
 
-        Captures compute rows that only pad.
+        step: computes inputs with LoRA or without, and writes its results to fixed buffers.
+        begin_lora: prepares LoRA for a number of rows. It is not captured.
         """
         lists = self._layout.cut(self._buffer)
         for rows in reversed(self.buckets):
@@ -166,7 +167,7 @@ class DecodeGraphs:
                 self._replays[rows, lora] = capture(partial(step, inputs, lora))
 
     def bucket(self, rows: int) -> int:
-        """How many rows a batch of so many is padded to."""
+        """Number of rows that a batch of `rows` is padded to."""
         return next(bucket for bucket in self.buckets if bucket >= rows)
 
     def replay(self, packed: PackedRows, lora: bool) -> None:

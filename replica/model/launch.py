@@ -1,4 +1,4 @@
-"""What one launch on the device is given, and what it gives."""
+"""The inputs and results of one launch on the device."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +9,14 @@ from replica.scheduling.request import Sampled, Sampling
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One request's share of one step.
+    """One request's part of one step.
 
-    tokens: one to decode, a chunk to prefill. position: of tokens[0]; everything before it lies in
-    `pages`, which also have room for `tokens`. slot: 0 is the base model. sampling: None when no
-    token is wanted, for the chunk does not end the prompt. generated: tokens generated so far.
-    carry: tokens[0] is whatever that row of the previous launch samples, and 0 here.
+    tokens: one for a decode row, several for a prefill chunk.
+    position: of tokens[0]. `pages` have all tokens before it, and space for `tokens`.
+    slot: 0 is the base model.
+    sampling: None if no token is sampled, because the chunk does not end the prompt.
+    generated: tokens generated so far.
+    carry: index of the row in the previous launch whose sampled token replaces tokens[0].
     """
 
     tokens: Sequence[int]
@@ -37,5 +39,5 @@ class Ticket(Protocol):
     """A batch that was launched."""
 
     def results(self) -> list[Sampled | None]:
-        """A token where one is wanted, in the order of the rows; waits for them."""
+        """Waits for the tokens. One entry per row; None for a row that does not sample."""
         ...

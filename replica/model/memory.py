@@ -1,4 +1,4 @@
-"""How the memory of one device is divided: KV pages, adapter images, or one memory for both."""
+"""Divides a device's memory between KV pages and adapter images, or shares it between them."""
 
 from cluster.config import EngineConfig
 from cluster.errors import ConfigError
@@ -9,21 +9,23 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def divide(config: EngineConfig, shape: ModelShape, dtype_bytes: int) -> Division:
-    """shape: of the part of the model that is on the device. Raises ConfigError."""
+    """shape: of this rank's part of the model. Raises ConfigError."""
     size = config.page_tokens
     page_bytes = kv_page_bytes(config, shape, dtype_bytes)
     context = _context(config, shape)
     if size > context:
         raise ConfigError(
-            f"page_tokens: {size}, but a sequence has {context} at most", field="page_tokens"
+            f"page_tokens: {size}, but a sequence has at most {context} tokens",
+            field="page_tokens",
         )
     context_pages = -(-context // size)
     if config.device_memory is not None:
         pages = config.device_memory // page_bytes - 1
         if pages <= context_pages:
             raise ConfigError(
-                f"device_memory: {config.device_memory} bytes leave adapters nothing: a sequence "
-                f"of {context} tokens takes {context_pages * page_bytes} (context_tokens_max)",
+                f"device_memory: {config.device_memory} bytes leave nothing for adapters: a "
+                f"sequence of {context} tokens takes {context_pages * page_bytes} bytes "
+                "(context_tokens_max)",
                 field="device_memory",
             )
         arena_bytes = (pages - context_pages) * page_bytes
@@ -36,18 +38,18 @@ def divide(config: EngineConfig, shape: ModelShape, dtype_bytes: int) -> Divisio
         raise ConfigError(
             f"kv_memory: {config.kv_memory} bytes hold no page of {page_bytes}", field="kv_memory"
         )
-    assert config.adapter_memory is not None, "not settled yet"
+    assert config.adapter_memory is not None, "the sizes are not chosen yet"
     return Division(pages, page_bytes, context_pages, config.adapter_memory, shared=False)
 
 
 def kv_page_bytes(config: EngineConfig, shape: ModelShape, dtype_bytes: int) -> int:
-    """Keys and values of all layers."""
+    """Bytes of one page: keys and values of all layers."""
     token = 2 * shape.layers * shape.kv_heads * shape.head_dim * dtype_bytes
     return token * config.page_tokens
 
 
 def batch_pages(config: EngineConfig, shape: ModelShape) -> int:
-    """Room for a full batch of sequences of 2,048 tokens, or as long as they can be."""
+    """Pages for a full batch of sequences of 2,048 tokens, or of the model's limit if lower."""
     longest = min(2048, _context(config, shape))
     return config.batch_rows_max * -(-longest // config.page_tokens)
 

@@ -1,4 +1,4 @@
-"""The device's memory where KV pages are pieces of it, one after another; images may share it."""
+"""Device memory as consecutive KV pages. Adapter images may share it."""
 
 from collections.abc import Sequence
 
@@ -7,12 +7,12 @@ import torch
 from replica.scheduling.adapter import PageMove
 from replica.scheduling.assembly import Division
 
-# Pages that are copied by way of one buffer; a page of an 8B model is 2 MiB.
+# Pages per copy, which bounds the buffer. A page of an 8B model is 2 MiB.
 _MOVED_AT_ONCE = 32
 
 
 class PageMemory:
-    """flat: pages from byte 0 on, the last of which is nobody's. It holds anything at first."""
+    """flat: the pages, from byte 0. The last one is the scratch page. Not initialized."""
 
     def __init__(self, division: Division, dtype: torch.dtype, device: torch.device) -> None:
         self._page_bytes = division.page_bytes
@@ -25,8 +25,8 @@ class PageMemory:
 
     @torch.inference_mode()
     def move(self, moves: Sequence[PageMove]) -> tuple[int, int]:
-        """Between the batches before and those after; no page is both copied and written. Gives
-        offset and size of the bytes that all of these came from.
+        """Copies pages, after batches launched before and before later ones. No page may be both a
+        source and a target. Returns offset and size of the bytes that span all sources.
         """
         for start in range(0, len(moves), _MOVED_AT_ONCE):
             some = moves[start : start + _MOVED_AT_ONCE]

@@ -1,4 +1,4 @@
-"""Rows of one step → one buffer of numbers on the host, brought to the device in one launch."""
+"""Packs the rows of one step into one host buffer, which reaches the device in one launch."""
 
 import dataclasses
 import itertools
@@ -18,20 +18,22 @@ from replica.scheduling.request import Sampling
 
 Array = TypeVar("Array", NDArray[np.int32], torch.Tensor)
 
-# Triton compiles a kernel once more for a pointer or a stride that is not a multiple of 16.
+# Triton compiles a separate kernel for pointers and strides that are not multiples of 16.
 _ALIGNED = 32
 _WIDTH_STEP = 16
 
 _UNREAD = Draw(Sampling(temperature=0.0), seed=0, position=0, generated=0)
-"""For a row whose token nobody asks for, but which has logits all the same."""
+"""For a row that has logits but does not sample."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lists(Generic[Array]):
-    """Views of a buffer of int32: four with an entry a token, then five with one a row, a table.
+    """Views of an int32 buffer: `ids` to `targets` per token, `lengths` to `uniform` per row, and
+    the table.
 
-    carry: -1, or the output of the launch before that this token is. temperature, uniform: the
-    bits of float32, an entry an output, as `wanted`. table: the rest of the buffer, flat.
+    carry: the output of the previous launch that replaces this token, or -1.
+    wanted, temperature, uniform: one per output. temperature, uniform: float32 bits.
+    table: the rest of the buffer, flat.
     """
 
     ids: Array
@@ -51,13 +53,13 @@ _LISTS = tuple(field.name for field in dataclasses.fields(Lists))[:-1]
 
 @dataclass(frozen=True, slots=True)
 class BufferLayout:
-    """How many tokens and rows a buffer is cut for; host and device cut theirs alike."""
+    """The numbers of tokens and rows that a buffer has space for, on the host and on the device."""
 
     tokens: int
     rows: int
 
     def size(self, table: int) -> int:
-        """Elements of a buffer with a table of so many."""
+        """Elements of a buffer. table: elements of its table."""
         return sum(self._sizes()) + table
 
     def cut(self, buffer: Array) -> Lists[Array]:
@@ -74,8 +76,8 @@ def round_up(count: int, step: int) -> int:
 
 
 class HostBuffers:
-    """Where steps are laid out on the host, two in turn: one can be filled while the device has not
-    read the other. They grow with what is asked for, and are page-locked for a GPU.
+    """Two alternating host buffers: one can be filled while the device still reads the other. They
+    grow on demand. For a GPU they are page-locked.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -96,7 +98,7 @@ class HostBuffers:
         return self._buffers[self._turn][:length]
 
     def bring(self, target: torch.Tensor) -> None:
-        """As much as `target` has room for of what `next` gave, on this stream."""
+        """Fills `target` from the buffer that `next` gave, on the current stream."""
         fetch(target, self._buffers[self._turn][: len(target)])
         if self._on_gpu:
             read = self._read[self._turn] = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -104,10 +106,10 @@ class HostBuffers:
 
 
 class PageTable:
-    """Which pages each row's keys lie in, [rows_max, pages of the longest sequence] on the device.
+    """The pages of each row: [rows_max, pages of the longest sequence], on the device.
 
-    It is wide so that kernels, which are chosen by its width, are the same in every step; what
-    goes over the bus is only as wide as a batch needs. host: where batches are laid out before.
+    Its width is fixed, because kernels are specialized by it. Copies to the device are only as wide
+    as the batch needs. host: buffers in which batches are packed.
     """
 
     def __init__(
@@ -118,7 +120,7 @@ class PageTable:
         dummy_page: int,
         device: torch.device,
     ) -> None:
-        """tokens_max: of the longest sequence. dummy_page: what rows that pad a batch write to."""
+        """tokens_max: of the longest sequence. dummy_page: the page that padding rows write to."""
         self.page_tokens, self.dummy_page = page_tokens, dummy_page
         self.host = HostBuffers(device)
         width = round_up(-(-tokens_max // page_tokens), _WIDTH_STEP)
@@ -129,11 +131,11 @@ class PageTable:
 
 
 class PackedRows:
-    """Rows in the order in which they are computed, single tokens first, and what they ask for.
+    """Rows in the order of computation, single tokens first, and what they need.
 
-    carries: for each row, the output of the launch before that is its token, or None.
-    outputs: rows whose logits are computed: all where all are single tokens, else those that
-    sample. draws: one an output.
+    carries: per row, the output of the previous launch that is its token, or None.
+    outputs: rows whose logits are computed: all rows if all are single tokens, else those that
+    sample. draws: one per output.
     """
 
     def __init__(
@@ -159,8 +161,8 @@ class PackedRows:
     def to_device(
         self, table: PageTable, layout: BufferLayout, rows: int, buffer: torch.Tensor | None = None
     ) -> Lists[torch.Tensor]:
-        """rows: of which those behind the batch's own pad it. buffer: to be filled, on the device;
-        None: a new one.
+        """rows: including padding rows after the batch's own. buffer: on the device; None makes a
+        new one.
         """
         device = table.pages.device
         length = layout.size(rows * self.width)
@@ -170,9 +172,9 @@ class PackedRows:
         if buffer is None:
             buffer = torch.empty(length, dtype=torch.int32, device=device)
         table.host.bring(buffer[:length])
-        there = layout.cut(buffer)
-        table.write(there.table, rows, self.width)
-        return there
+        on_device = layout.cut(buffer)
+        table.write(on_device.table, rows, self.width)
+        return on_device
 
     def _fill(self, lists: Lists[NDArray[np.int32]], dummy_page: int, height: int) -> None:
         count, tokens, outputs = len(self.rows), self.tokens, len(self.outputs)
@@ -204,7 +206,7 @@ class PackedRows:
 
 
 def _pad(lists: Lists[NDArray[np.int32]], begin: int, end: int, target: int) -> None:
-    """Single tokens that nobody reads: they see no key, and their own goes to `target`."""
+    """Makes rows [begin, end) padding: they attend to no key and store theirs at `target`."""
     rows = slice(begin, end)
     for ones in (lists.ids, lists.positions, lists.lengths, lists.temperature, lists.uniform):
         ones[rows] = 0
@@ -213,7 +215,7 @@ def _pad(lists: Lists[NDArray[np.int32]], begin: int, end: int, target: int) -> 
 
 
 def padding(table: PageTable, layout: BufferLayout) -> torch.Tensor:
-    """A buffer on the device in which every row pads."""
+    """A device buffer of padding rows only."""
     host = torch.zeros(layout.size(0) + table.pages.numel(), dtype=torch.int32)
     _pad(layout.cut(host.numpy()), 0, layout.rows, table.dummy_page * table.page_tokens)
     return host.to(table.pages.device)
@@ -221,7 +223,7 @@ def padding(table: PageTable, layout: BufferLayout) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What one step reads, all of it on the device. carry: [tokens]; None: no token is carried.
+    """What one step reads, on the device. carry: [tokens], or None if no token is carried.
 
     temperature, uniform: float32 [outputs], as `lora_kernels.fused.choose` takes them.
     """
@@ -233,7 +235,7 @@ class Inputs:
 
 
 def mixed_inputs(packed: PackedRows, lists: Lists[torch.Tensor], table: PageTable) -> Inputs:
-    """Of any batch, exactly as large as it is."""
+    """Inputs of any batch, without padding."""
     rows, tokens, outputs = len(packed.rows), packed.tokens, len(packed.outputs)
     return Inputs(
         batch=PagedBatch(
@@ -254,7 +256,7 @@ def mixed_inputs(packed: PackedRows, lists: Lists[torch.Tensor], table: PageTabl
 
 
 def decode_inputs(rows: int, lists: Lists[torch.Tensor], table: PageTable) -> Inputs:
-    """Of a batch of single tokens, padded to so many rows; the same views whatever it holds."""
+    """Inputs of a batch of single tokens, padded to `rows`. All batches have the same views."""
     return Inputs(
         batch=PagedBatch(
             tokens=lists.ids[:rows],

@@ -1,4 +1,4 @@
-"""The transformer over one packed batch by kernels that find keys and values by page tables."""
+"""The transformer over one packed batch, with kernels that read KV through page tables."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,7 +12,7 @@ from replica.model.weights import Layer, Weights
 
 
 class PagedDeltas(Protocol):
-    """What adapters add to a group's output. start: x is there, y is about to be computed."""
+    """Adds the adapters' deltas to a group's output. start: called before the base matmul of x."""
 
     def start(self, x: torch.Tensor, layer: int, group: int) -> None: ...
 
@@ -21,13 +21,13 @@ class PagedDeltas(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PagedBatch:
-    """Rows of one token first, `decodes` of them, then chunks; int32, on the device.
+    """`decodes` rows of one token, then chunks. All tensors are int32 and on the device.
 
-    tokens, positions: [tokens]. targets: [tokens], where each one's keys and values go (page ·
-    page_tokens + offset). table: [rows, pages], which pages each row's keys lie in. lengths:
-    [rows], how many keys those are, this step's included. starts: [chunks + 1], where each chunk
-    begins among the tokens of chunks. longest: tokens of the longest chunk.
-    wanted: [outputs], tokens whose logits are asked for; None: all.
+    tokens, positions: [tokens]. targets: [tokens], where a token's keys and values are stored
+    (page · page_tokens + offset). table: [rows, pages], the pages of each row. lengths: [rows],
+    number of keys including this step's. starts: [chunks + 1], where each chunk begins among the
+    chunks' tokens. longest: tokens of the longest chunk.
+    wanted: [outputs], tokens whose logits are computed; None: all.
     """
 
     tokens: torch.Tensor
@@ -42,14 +42,14 @@ class PagedBatch:
 
 
 def paged_cache(memory: torch.Tensor, shape: ModelShape, page_tokens: int) -> torch.Tensor:
-    """Flat memory as pages, one behind another, for a `PagedDecoder`. It may hold anything."""
+    """Views flat memory as consecutive pages for a `PagedDecoder`. It may be uninitialized."""
     size = (shape.layers, 2, shape.kv_heads, page_tokens, shape.head_dim)
     return memory.view(-1, *size)
 
 
 class PagedDecoder:
-    """cache: [pages + 1, layers, 2, kv_heads, page_tokens, head_dim]: a page is one piece of
-    memory, whatever it holds. The last page is written to by rows that only fill up a batch.
+    """cache: [pages + 1, layers, 2, kv_heads, page_tokens, head_dim]. A page is contiguous, so that
+    it can be moved. The last page is the scratch page that padding rows write to.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class PagedDecoder:
         )
 
     def forward(self, batch: PagedBatch, deltas: PagedDeltas | None) -> torch.Tensor:
-        """Logits [outputs, vocab]. deltas: None when every row is the base model's."""
+        """Logits [outputs, vocab]. deltas: None if all rows use the base model."""
         weights, shape = self._weights, self._shape
         norms = [layer.attention_norm for layer in weights.layers[1:]] + [weights.norm]
         hidden = F.embedding(batch.tokens, weights.embeddings)
@@ -89,7 +89,7 @@ class PagedDecoder:
     def _attend(
         self, qkv: torch.Tensor, index: int, layer: Layer, batch: PagedBatch
     ) -> torch.Tensor:
-        """Stores keys and values, turned, and gives [tokens, heads · head_dim]."""
+        """Rotates and stores keys and values. Returns [tokens, heads · head_dim]."""
         shape, keys, values = self._shape, self._keys[index], self._values[index]
         fused.rotary_store(
             qkv,

@@ -1,4 +1,4 @@
-"""Batches by Triton kernels: decode steps from graphs, tokens that stay on the device."""
+"""Runs batches with Triton kernels. Decode steps replay graphs; tokens stay on the device."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from replica.model.shape import ModelShape
 from replica.model.weights import Weights
 from replica.scheduling.request import Sampled, Sampling
 
-_ANY = Sampling(temperature=0.0)
+_GREEDY = Sampling(temperature=0.0)
 _NARROW = Draw(Sampling(temperature=1.0, top_k=2, top_p=0.5, logprobs=1), 0, 0, 0)
 
 
 class PagedTicket:
-    """choice: on its way to the host until `event`. places: the row that each output is of, None
-    where it is nobody's; rows: how many the launch had.
+    """choice: on the host after `event`. places: the row of each output; None if that row does not
+    sample. rows: number of rows in the launch.
     """
 
     def __init__(
@@ -47,11 +47,11 @@ class PagedTicket:
 
 
 class PagedExecutor:
-    """The way of a GPU. On CUDA `launch` waits for nothing the device does.
+    """The executor of a GPU. On CUDA `launch` never waits for the device.
 
-    A decode step's graph ends with the tokens of greedy rows and of those that draw from all of
-    the vocabulary, so that a replay is one launch on the host for most batches; what else a row
-    may ask for (top-k, logprobs …) is computed from the logits behind it.
+    The graph of a decode step includes greedy sampling and sampling from the whole vocabulary, so
+    most batches need one launch. Top-k, top-p and logprobs are computed after the graph, from its
+    logits.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class PagedExecutor:
         self._lora = lora
         self._tokens_max = max(tokens_max, rows_max)
         self._lora.reserve(self._tokens_max)
-        # Of the last launch, an entry an output, and which output is each row's.
+        # The last launch: a token per output, logits, and the output of each row.
         self._tokens = torch.zeros(rows_max, dtype=torch.int64, device=self._device)
         self._logits = cache.new_empty(rows_max, shape.vocab)
         self._output_of: list[int | None] = []
@@ -84,12 +84,12 @@ class PagedExecutor:
 
     @torch.inference_mode()
     def capture(self, capture: Capture) -> None:
-        """From now on decode steps are replayed; before any launch. They are not if it raises."""
+        """Captures decode steps, which are replayed from then on. Call it before any launch."""
 
         def step(inputs: Inputs, lora: bool) -> None:
             logits = self._step(inputs, lora)
-            # Kept in the graphs' own memory, those of every bucket would add up; the copy takes as
-            # long as it takes to read them once.
+            # One buffer for all buckets: logits in each graph's own memory would add up. The copy
+            # takes as long as reading them once.
             self._logits[: len(logits)].copy_(logits)
 
         graphs = DecodeGraphs(len(self._tokens), self._table)
@@ -101,26 +101,25 @@ class PagedExecutor:
 
     @torch.inference_mode()
     def warm(self) -> None:
-        """Has the kernels of batches with chunks compiled, and those that draw from some of the
-        vocabulary, before a request waits for it. The largest step is among them.
+        """Compiles the kernels of batches with chunks and of sampling with top-k and top-p, before
+        a request waits for them. It runs the largest step too.
 
-        Which of a kernel's forms runs depends on how many tokens there are. These go to the page
-        that nobody holds.
+        The number of tokens selects the variant of a kernel. All rows write to the scratch page.
         """
         page_tokens, dummy_page = self._table.page_tokens, self._table.dummy_page
         longest = min(self._tokens_max - 1, self._context)
         for length in sorted({min(4**n // 2, longest) for n in range(1, 12)}):
             pages = [dummy_page] * -(-length // page_tokens)
-            rows = [Row([0] * count, 0, pages, 0, _ANY, 0, 0) for count in (1, length)]
+            rows = [Row([0] * count, 0, pages, 0, _GREEDY, 0, 0) for count in (1, length)]
             packed = PackedRows(rows, [None, None], page_tokens)
             lists = packed.to_device(self._table, BufferLayout(packed.tokens, 2), 2)
             self._lora.begin([0] * packed.tokens, rows=packed.tokens)
             for lora in (True, False):
                 logits = self._step(mixed_inputs(packed, lists, self._table), lora)
         self._choice(logits, [_NARROW] * len(logits))
-        # As many as there can be, beside the logits of a step: nothing takes more memory.
-        every = self._logits.new_zeros(self._logits.shape)
-        self._choice(every, [_NARROW] * len(every))
+        # A full batch of rows with top-k and top-p needs more memory than any other sampling.
+        full = self._logits.new_zeros(self._logits.shape)
+        self._choice(full, [_NARROW] * len(full))
 
     @torch.inference_mode()
     def launch(self, rows: Sequence[Row]) -> PagedTicket:
@@ -136,7 +135,7 @@ class PagedExecutor:
                 self._output_of[place] = output
         choice = self._choice(logits, packed.draws).to_host()
         if self._ranks is not None and packed.draws:
-            # What rank 0 has chosen: the others do not even know what the requests ask for.
+            # Only rank 0 samples: the others lack the requests' sampling parameters.
             self._ranks.share(self._tokens[: len(packed.draws)])
         event = None
         if self._device.type == "cuda":
@@ -160,10 +159,10 @@ class PagedExecutor:
         return self._step(mixed_inputs(packed, lists, self._table), lora)
 
     def _step(self, inputs: Inputs, lora: bool) -> torch.Tensor:
-        """Logits [outputs, vocab], and `_tokens` of those rows; also what a graph captures."""
+        """Returns logits [outputs, vocab] and puts their tokens in `_tokens`. Graphs capture it."""
         batch = inputs.batch
         if inputs.carry is not None:
-            # Where none is carried -1 takes some token, which is then not taken.
+            # An index of -1 reads an arbitrary token, which `where` ignores.
             tokens = torch.where(inputs.carry < 0, batch.tokens, self._tokens[inputs.carry])
             batch = dataclasses.replace(batch, tokens=tokens)
         logits = self._decoder.forward(batch, self._lora if lora else None)
@@ -172,11 +171,11 @@ class PagedExecutor:
         return logits
 
     def _choice(self, logits: torch.Tensor, draws: Sequence[Draw]) -> Choice:
-        """What `_step` has chosen, or where it could not, what is chosen now."""
+        """The tokens that `_step` sampled, or new ones if a row needs more than `_step` does."""
         vocab = self._shape.vocab
         if all(_plain(draw, vocab) for draw in draws):
             tokens = self._tokens[: len(draws)]
-            # On a CPU nothing is copied to the host, and the next launch writes here again.
+            # A clone on a CPU, where `to_host` copies nothing and the next launch overwrites them.
             return Choice(tokens.clone() if tokens.is_cpu else tokens, None)
         rules = prepare(draws, self._shape.eos_tokens, vocab, self._device, kernel=True)
         choice = choose(logits, rules)
@@ -185,7 +184,7 @@ class PagedExecutor:
 
 
 def _plain(draw: Draw, vocab: int) -> bool:
-    """Whether the token depends on nothing but the temperature, and nothing else is asked for."""
+    """True if `_step` samples this row completely: by temperature only, without logprobs."""
     sampling = draw.sampling
     if sampling.logprobs is not None or draw.generated < sampling.min_tokens:
         return False

@@ -1,7 +1,7 @@
-"""Logits → tokens and logprobs; a draw depends on nothing but (seed, position).
+"""Logits → tokens and logprobs. The random number of a token depends only on (seed, position).
 
-In three parts, so that on a GPU nobody waits between them: what tokens are chosen by is prepared
-and sent ahead (`prepare`), they are chosen on the device (`choose`), and read when needed (`read`).
+Three parts, so that a GPU need not wait: `prepare` sends the sampling parameters to the device
+ahead, `choose` samples there, and `read` reads the tokens when they are needed.
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ from replica.scheduling.request import Sampled, Sampling, TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What one row's token is chosen by. position: of the token being drawn.
+    """Parameters for sampling one token. position: of the sampled token.
 
-    generated: tokens generated so far; below `sampling.min_tokens` nothing may end the request.
+    generated: tokens generated so far. Below `sampling.min_tokens` no stop token may be sampled.
     """
 
     sampling: Sampling
@@ -29,7 +29,7 @@ class Draw:
 
 
 def draw_of(row: Row) -> Draw | None:
-    """What the token behind the row's own is chosen by, if one is wanted."""
+    """The draw for the token after the row's own, or None if the row does not sample."""
     if row.sampling is None:
         return None
     return Draw(row.sampling, row.seed, row.position + len(row.tokens), row.generated)
@@ -37,11 +37,11 @@ def draw_of(row: Row) -> Draw | None:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """Rows that torch's own operations draw for; all tensors lie on the logits' device.
+    """Rows that torch operations sample. All tensors are on the logits' device.
 
-    rows: which of the logits. temperature, uniform: [rows, 1]. limited, bound: the rows, of these,
-    that keep the `limit_max` largest at most, and [limited, 1] the number of the last they keep.
-    narrow, top_p: the rows, of these, that keep the most probable up to top_p [narrow, 1].
+    rows: their indices in the logits; the other indices refer to `rows`. temperature, uniform:
+    [rows, 1]. limited: rows with top-k. limit_max: their largest k. bound: [limited, 1], k − 1.
+    narrow: rows with top-p. top_p: [narrow, 1].
     """
 
     rows: torch.Tensor
@@ -56,13 +56,14 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True)
 class SamplingMetadata:
-    """What the tokens of one step are chosen by, on the device before the logits are there.
+    """Sampling parameters of one step, on the device before the logits are.
 
-    barred: (rows, tokens), equally long, that must not be chosen.
-    temperature_uniform: float32 [2, rows], temperatures and numbers in [0, 1), for the kernel that
-    takes all rows in one launch; None where torch's own operations do.
-    drawn: rows with a temperature; beside the kernel only those that top-k or top-p narrows.
-    reported, logprobs_max: rows whose logprobs are asked for, and for how many tokens at most.
+    barred: (rows, tokens) of equal length: tokens that a row must not sample.
+    temperature_uniform: float32 [2, rows], temperatures and random numbers in [0, 1), for the
+    kernel that samples all rows; None if torch operations sample.
+    drawn: rows with a temperature that torch operations sample. With the kernel, only those with
+    top-k or top-p.
+    reported: rows that report logprobs. logprobs_max: most tokens that one of them reports.
     """
 
     barred: tuple[torch.Tensor, torch.Tensor] | None
@@ -74,16 +75,16 @@ class SamplingMetadata:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The tokens of one step, int64 [rows], and of the rows that report: the logprob of the token
-    [reported, 1], and the largest logprobs and their tokens, [reported, logprobs_max] each.
+    """tokens: int64 [rows]. logprobs: for rows that report, the token's logprob [reported, 1], the
+    largest logprobs, and their tokens, [reported, logprobs_max] each.
     """
 
     tokens: torch.Tensor
     logprobs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
 
     def to_host(self) -> "Choice":
-        """A copy into page-locked memory that does not wait: record an event after it, and `read`
-        it when that has come. On a CPU it is this one.
+        """An asynchronous copy in page-locked memory. Record an event after it, and wait for the
+        event before `read`. On a CPU the result shares the tensors.
         """
         tokens = self.tokens.to("cpu", non_blocking=True)
         if self.logprobs is None:
@@ -95,9 +96,9 @@ class Choice:
 def sample(
     logits: torch.Tensor, draws: Sequence[Draw], eos_tokens: frozenset[int]
 ) -> list[Sampled]:
-    """One token a row of logits [rows, vocab]: temperature, top-k, top-p, draw.
+    """Samples one token per row of logits [rows, vocab]: temperature, top-k, top-p, draw.
 
-    Logprobs are of the logits as they come in, before any of these.
+    Logprobs are those of the unmodified logits.
     """
     rules = prepare(draws, eos_tokens, logits.shape[1], logits.device)
     return read(choose(logits, rules), draws)
@@ -110,7 +111,7 @@ def prepare(
     device: torch.device,
     kernel: bool | None = None,
 ) -> SamplingMetadata:
-    """kernel: whether `lora_kernels.fused` chooses; None: on CUDA."""
+    """kernel: sample with `lora_kernels.fused`; None: on CUDA only."""
     if kernel is None:
         kernel = device.type == "cuda"
     barred = [
@@ -158,12 +159,12 @@ def _drawn(draws: Sequence[Draw], rows: list[int], vocab: int, device: torch.dev
 
 
 def choose(logits: torch.Tensor, rules: SamplingMetadata) -> Choice:
-    """Waits for nothing: on CUDA all is put on the current stream."""
+    """Samples without waiting: on CUDA all work goes to the current stream."""
     raw = logits
     if rules.barred is not None:
         logits = logits.index_put(rules.barred, logits.new_full((), float("-inf")))
     if rules.temperature_uniform is None:
-        # The first of the largest, as `argmax`, which takes four times as long on a CPU.
+        # The first maximum, like `argmax`, which takes four times as long on a CPU.
         tokens = logits.max(-1).indices
         if rules.drawn is not None:
             probabilities = _probabilities(logits, rules.drawn)
@@ -180,7 +181,7 @@ def choose(logits: torch.Tensor, rules: SamplingMetadata) -> Choice:
 
 
 def read(choice: Choice, draws: Sequence[Draw]) -> list[Sampled]:
-    """What was chosen, as values. draws: those that the rules were prepared from."""
+    """Reads the tokens and logprobs. draws: the ones given to `prepare`."""
     tokens = choice.tokens.tolist()
     if choice.logprobs is None:
         return [Sampled(token) for token in tokens]
@@ -200,7 +201,7 @@ def read(choice: Choice, draws: Sequence[Draw]) -> list[Sampled]:
 
 
 def _probabilities(logits: torch.Tensor, drawn: Drawn) -> torch.Tensor:
-    """[rows drawn for, vocab], 0 for what top-k and top-p leave out; they need not sum to 1."""
+    """[drawn.rows, vocab], 0 outside top-k and top-p. Rows need not sum to 1."""
     logits = logits[drawn.rows].float() / drawn.temperature
     if drawn.limited is not None:
         logits = _top_k(logits, drawn.limited, drawn.limit_max, drawn.bound)
@@ -215,18 +216,20 @@ def _narrows(sampling: Sampling, vocab: int) -> bool:
 
 
 def pick(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The token in whose share of the sum `uniform` [rows, 1] lies; never one of probability 0."""
+    """Samples by inverting the cumulative sum at `uniform` [rows, 1]. It never picks a token of
+    probability 0.
+    """
     sums = probabilities.cumsum(-1)
-    # With 24 bits, uniform · total < total in float32 too: the search ends before the end.
+    # uniform has 24 bits, so uniform · total < total in float32 and the index is in range.
     target = uniform * sums[:, -1:]
-    # But for a row that is not finite, which may give any token, as long as it is one.
+    # clamp: a row with values that are not finite may give any valid token.
     return torch.searchsorted(sums, target, right=True)[:, 0].clamp_(max=sums.shape[1] - 1)
 
 
 def _top_k(
     logits: torch.Tensor, limited: torch.Tensor, limit_max: int, bound: torch.Tensor
 ) -> torch.Tensor:
-    """Keeps the k largest of each limited row. Equals of the k-th stay too."""
+    """Keeps the k largest logits of each limited row, and those equal to the k-th."""
     last = logits[limited].topk(limit_max).values.gather(1, bound)
     least = torch.full_like(logits[:, :1], float("-inf"))
     least[limited] = last
@@ -234,7 +237,7 @@ def _top_k(
 
 
 def _top_p(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Keeps each row's most probable tokens up to the one that reaches top_p."""
+    """Keeps each row's most probable tokens up to the one at which their sum reaches top_p."""
     ordered, order = probabilities.sort(descending=True, stable=True)
     beyond = ordered.cumsum(-1) - ordered >= top_p
     beyond[:, 0] = False
@@ -243,10 +246,10 @@ def _top_p(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
 
 
 def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
-    """One number in [0, 1) a row, by hashing (seed, position) with splitmix64's finalizer."""
+    """One number in [0, 1) per row: a hash of (seed, position) by splitmix64's finalizer."""
     state = np.array([s % 2**64 for s in seeds], dtype=np.uint64)
     state = _mix(state + _GOLDEN) + np.array(positions, dtype=np.uint64) * _GOLDEN
-    # 24 bits are what a float32 in [0, 1) holds exactly.
+    # A float32 in [0, 1) represents 24 bits exactly.
     return (_mix(state) >> np.uint64(40)).astype(np.float64) / 2**24
 
 
@@ -283,7 +286,7 @@ def _pairs(
 def _tensor(
     values: Sequence[float] | NDArray[np.generic], dtype: type[np.generic], device: torch.device
 ) -> torch.Tensor:
-    """On CUDA from page-locked memory, for a copy from any other waits for the device."""
+    """On CUDA it copies from page-locked memory, because any other copy waits for the device."""
     tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=dtype))
     if device.type != "cuda":
         return tensor.to(device)

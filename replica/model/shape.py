@@ -1,4 +1,4 @@
-"""What a checkpoint's `config.json` says the model is; read without torch."""
+"""Reads the model's shape from a checkpoint's `config.json`, without torch."""
 
 import json
 import math
@@ -11,15 +11,16 @@ from cluster.errors import ConfigError, ModelUnsupported
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-"""Projections that share an input: one matmul, and one LoRA launch, covers a group."""
+"""Projections that share an input. One matmul and one LoRA launch compute a group."""
 ROW_PARALLEL = ("o_proj", "down_proj")
-"""With tensor parallelism each rank has a part of their inputs, and of all others' outputs."""
+"""With tensor parallelism a rank has a part of these projections' inputs, and a part of the outputs
+of all others."""
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-# `dynamic` and `longrope` turn the same position differently as a sequence grows: cached keys
-# would be wrong then.
+# `dynamic` and `longrope` change the rotation of a position as the sequence grows, so cached keys
+# would be wrong.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-# What transformers reads of them, beside `rope_theta`.
+# The parameters that transformers reads for each type, besides `rope_theta`.
 ROPE_NUMBERS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
@@ -38,13 +39,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Which part of the model this rank of `ranks` holds: whole heads, and a cut of the MLP."""
+    """The part of the model on one of `ranks` ranks: whole heads, and a slice of the MLP."""
 
     rank: int = 0
     ranks: int = 1
 
     def cut(self, size: int) -> slice:
-        """This rank's of `size` rows or columns that all ranks share equally."""
+        """This rank's slice of `size` rows or columns, which ranks share equally."""
         assert size % self.ranks == 0
         part = size // self.ranks
         return slice(self.rank * part, (self.rank + 1) * part)
@@ -52,12 +53,12 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """The dimensions and switches of one decoder.
+    """The dimensions and options of one decoder.
 
-    architecture: `model_type` in HF's words. context: longest sequence, in tokens.
-    eos_tokens: of `config.json` and `generation_config.json` together.
-    windows: per layer, how many tokens (itself included) a token sees; None sees all.
-    rope: `rope_parameters` as transformers 5 writes them.
+    architecture: `model_type` of the checkpoint. context: longest sequence, in tokens.
+    eos_tokens: union of `config.json` and `generation_config.json`.
+    windows: per layer, how many tokens (itself included) a token attends to; None means all.
+    rope: `rope_parameters` in the format of transformers 5.
     """
 
     architecture: str
@@ -95,8 +96,8 @@ class ModelShape:
         }
 
     def divided(self, ranks: int) -> "ModelShape":
-        """What one of `ranks` ranks computes: a model of its own, but for the sums that `o_proj`
-        and `down_proj` give (Shoeybi et al., Megatron-LM, 2019). Raises ConfigError.
+        """Shape of the part that one of `ranks` ranks computes. Only the outputs of `o_proj` and
+        `down_proj` are summed over ranks (Shoeybi et al., Megatron-LM, 2019). Raises ConfigError.
         """
         for name in ("heads", "kv_heads", "intermediate"):
             if getattr(self, name) % ranks:
@@ -177,7 +178,7 @@ def _shape(config: Mapping[str, Any], eos_tokens: frozenset[int], where: str) ->
 
 
 def _windows(config: Mapping[str, Any], where: str) -> tuple[int | None, ...]:
-    """As transformers' configurations of the four architectures decide it."""
+    """Follows transformers' configuration classes of the four architectures."""
     layers = _integer(config, "num_hidden_layers", where)
     if config["model_type"] == "llama":
         return (None,) * layers
@@ -205,7 +206,7 @@ def _windows(config: Mapping[str, Any], where: str) -> tuple[int | None, ...]:
 
 
 def _rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    # `rope_parameters` since transformers 5; `rope_scaling` beside `rope_theta` before it.
+    # transformers 5 writes `rope_parameters`; earlier ones write `rope_scaling` and `rope_theta`.
     name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     given = config.get(name) or {}
     if not isinstance(given, Mapping):
@@ -243,7 +244,7 @@ def _tokens(config: Mapping[str, Any], where: str) -> frozenset[int]:
 
 
 def _integer(config: Mapping[str, Any], name: str, where: str, default: int | None = None) -> int:
-    """A positive one; the default, where there is one, also for null."""
+    """A positive integer. The default, if given, also replaces null."""
     value = _given(config, name, where, default)
     if not _is_integer(value) or value < 1:
         raise _wrong(where, name, value, "a positive integer")
@@ -253,7 +254,7 @@ def _integer(config: Mapping[str, Any], name: str, where: str, default: int | No
 def _number(
     config: Mapping[str, Any], name: str, where: str, default: float | None = None
 ) -> float:
-    """A positive one; the default, where there is one, also for null."""
+    """A positive number. The default, if given, also replaces null."""
     value = _given(config, name, where, default)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (number and math.isfinite(value) and value > 0):
@@ -279,7 +280,7 @@ def _wrong(where: str, name: str, value: Any, wanted: str) -> ModelUnsupported:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object of a checkpoint's file. Raises ModelUnsupported naming the file."""
+    """Reads a JSON object. Raises ModelUnsupported naming the file."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

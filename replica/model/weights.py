@@ -1,4 +1,4 @@
-"""An HF checkpoint's safetensors → the decoder's tensors, q k v and gate up each in one."""
+"""An HF checkpoint's safetensors → the decoder's tensors, with q k v and gate up fused."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -18,20 +18,17 @@ from replica.model.ranks import Linear, Ranks
 from replica.model.shape import GROUPS, ROW_PARALLEL, ModelShape, Shard
 
 _MODULES = ("self_attn", "self_attn", "mlp", "mlp")
-"""Where the projections of each group lie in a layer of the checkpoint."""
+"""The checkpoint's module of each group's projections."""
 
 _DUMMY_STD = 0.02
-"""As models of these architectures are initialised: what comes out stays finite."""
-
-
-"""x [tokens, in_features] → [tokens, out_features], without the bias."""
+"""The usual initialization of these architectures, which keeps outputs finite."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One decoder block. matmuls and biases: one a group of `GROUPS`, in that order.
+    """One decoder block. matmuls, biases: one for each group of `GROUPS`, in that order.
 
-    ranks: who has the rest of it; None: nobody.
+    ranks: the ranks that share the layer; None: it is whole.
     """
 
     matmuls: tuple[Linear, ...]
@@ -43,8 +40,8 @@ class Layer:
     ranks: Ranks | None = None
 
     def complete(self, y: torch.Tensor, group: int) -> torch.Tensor:
-        """y: the group's matmul with the deltas added. In place: what the other ranks computed of
-        it, deltas and all, and once the bias.
+        """Sums y over ranks if needed, then adds the bias, in place. y: the group's matmul with
+        deltas added.
         """
         if self.ranks is not None and GROUPS[group][0] in ROW_PARALLEL:
             self.ranks.all_reduce(y)
@@ -54,7 +51,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """head: gives logits of the whole vocabulary. ranks: as in `Layer`."""
+    """head: computes logits of the whole vocabulary. ranks: as in `Layer`."""
 
     embeddings: torch.Tensor
     layers: tuple[Layer, ...]
@@ -64,9 +61,10 @@ class Weights:
 
 
 def linear(weight: torch.Tensor) -> Linear:
-    """On a CPU with bfloat16, oneDNN lays the weight out once instead of at every call.
+    """A matmul without bias: [tokens, in_features] → [tokens, out_features].
 
-    With 32 rows that takes a quarter off the matmuls of a 12 × 768 Llama.
+    For bfloat16 on a CPU, oneDNN reorders the weight once instead of at every call. With 32 rows
+    this saves a quarter of the matmul time of a 12 × 768 Llama.
     """
     mkldnn = torch.ops.mkldnn
     if weight.is_cpu and weight.dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported():
@@ -92,11 +90,12 @@ def load_weights(
     dummy_seed: int | None = None,
     ranks: Ranks | None = None,
 ) -> Weights:
-    """linear: makes a matmul of a weight [out_features, in_features]. dummy_seed: of random
-    weights, for which no file is read; None: the checkpoint's. ranks: with whom the model of this
-    shape is shared; None: it is all here.
+    """Raises ModelUnsupported naming a file or tensor that is missing, misshapen or unknown.
 
-    Raises ModelUnsupported naming a file or tensor that is missing, misshapen or unknown."""
+    shape: of the whole model. linear: makes a matmul of a weight [out_features, in_features].
+    dummy_seed: seed of random weights, which need no files; None reads the checkpoint. ranks: the
+    ranks that share the model; None: it is whole.
+    """
     if dummy_seed is not None:
         return _weights(_Dummy(dummy_seed, dtype, device), shape, linear, ranks)
     with _Checkpoint(Path(model_dir), dtype, device) as checkpoint:
@@ -118,7 +117,7 @@ def _weights(
     norm = source.take("model.norm.weight", (shape.hidden,))
     if shape.tied_embeddings:
         head = linear(embeddings[rows])
-        source.leave("lm_head.weight")
+        source.skip("lm_head.weight")
     else:
         head = linear(source.take("lm_head.weight", size, (rows,)))
     if ranks is not None:
@@ -150,7 +149,7 @@ def _layer(
                 bias_parts.append(source.take(f"{name}.bias", (outputs,), (rows,)))
         matmuls.append(linear(torch.cat(weights)))
         biases.append(torch.cat(bias_parts) if bias else None)
-    source.leave(f"{prefix}.self_attn.rotary_emb.inv_freq")  # Old Llamas store it: computed.
+    source.skip(f"{prefix}.self_attn.rotary_emb.inv_freq")  # in old Llamas; the decoder computes it
 
     def norm(name: str, size: int) -> torch.Tensor:
         return source.take(f"{prefix}.{name}.weight", (size,))
@@ -167,7 +166,7 @@ def _layer(
 
 
 class _Checkpoint:
-    """The tensors of a directory, each taken once, so that what is left over shows."""
+    """The tensors of a directory. Each is taken once, so that unknown tensors remain."""
 
     def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
         self._path, self._dtype, self._device = path, dtype, device
@@ -196,7 +195,7 @@ class _Checkpoint:
         self._files.close()
 
     def take(self, name: str, size: tuple[int, ...], part: tuple[slice, ...] = ()) -> torch.Tensor:
-        """size: of the whole tensor. part: what is wanted of it, by dimension."""
+        """size: expected size of the whole tensor. part: a slice per dimension; () takes all."""
         file = self._where.pop(name, None)
         if file is None:
             raise ModelUnsupported(f"{self._path}: no tensor {name!r}", field="model")
@@ -214,12 +213,14 @@ class _Checkpoint:
             tensor = stored[part]
         return tensor.to(self._device, self._dtype)
 
-    def leave(self, name: str) -> None:
-        """Not needed, if it is there at all."""
+    def skip(self, name: str) -> None:
+        """Marks a tensor, which may be absent, as known but unused."""
         self._where.pop(name, None)
 
     def check_empty(self) -> None:
-        """A tensor that this decoder does not apply would change the answers."""
+        """Raises ModelUnsupported if a tensor remains: this decoder would ignore it, and its
+        outputs would be wrong.
+        """
         if self._where:
             raise ModelUnsupported(
                 f"{self._path}: tensor {min(self._where)!r} is not part of the architecture",
@@ -228,14 +229,14 @@ class _Checkpoint:
 
 
 class _Dummy:
-    """Random tensors of any name and size, the same for the same seed and kind of device."""
+    """Random tensors of any name and size, determined by seed and device type."""
 
     def __init__(self, seed: int, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, device
         self._generator = torch.Generator(device).manual_seed(seed)
 
     def take(self, name: str, size: tuple[int, ...], part: tuple[slice, ...] = ()) -> torch.Tensor:
-        """All of it is drawn, so that ranks have parts of one model."""
+        """Draws the whole tensor, so that all ranks have parts of the same model."""
         tensor = torch.empty(size, dtype=self._dtype, device=self._device)
         if len(size) == 1:
             tensor.fill_(0.0 if name.endswith("bias") else 1.0)
@@ -243,8 +244,8 @@ class _Dummy:
             tensor.normal_(0.0, _DUMMY_STD, generator=self._generator)
         return tensor if _is_whole(part) else tensor[part].clone()
 
-    def leave(self, name: str) -> None:
-        """Nothing is there that is not taken."""
+    def skip(self, name: str) -> None:
+        pass
 
 
 def _is_whole(part: tuple[slice, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""One real redis-server for the tests that only read and write; a fleet name of its own each."""
+"""One real redis-server for tests that only read and write. Each test has its own fleet name."""
 
 import secrets
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from cluster.redis_server import RedisServer
 
 @pytest.fixture(scope="session")
 def shared_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Its URL. Tests that stop, hang or empty a Redis take `own_redis`."""
+    """Its URL. Tests that stop, hang or empty Redis use `own_redis`."""
     with RedisServer(tmp_path_factory.mktemp("redis")) as server:
         yield server.url
 

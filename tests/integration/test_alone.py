@@ -30,7 +30,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def alone(files: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str, Path]]:
-    """The process, its URL, and what it has written."""
+    """The process, its URL, and its log."""
     command = ["--adapter", f"fr={files / 'fr'}", "--adapter-root", str(files)]
     command += ["--dtype", "float32", "--adapter-memory", "4MiB", "--kv-memory", "64MiB"]
     command += ["--served-model-name", "base"]
@@ -179,7 +179,7 @@ def test_an_adapter_that_cannot_fit_is_refused_at_the_start_with_the_numbers(
 
 
 def besides(log: Path) -> list[str]:
-    """What it has written beside what it has chosen."""
+    """Lines of the log, without those about chosen sizes."""
     lines = log.read_text().splitlines()
     chosen = [line for line in lines if re.match("lorafleet: (dtype|memory): ", line)]
     assert len(chosen) == 2

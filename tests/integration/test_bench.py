@@ -1,4 +1,4 @@
-"""`tests.bench.upstream` on a few requests of a table."""
+"""`tests.bench.upstream` with a few requests of a table."""
 
 import dataclasses
 import io
@@ -33,7 +33,7 @@ def test_all_policies_give_the_same_tokens_and_figures_for_each_stream(
 
 
 def test_other_tokens_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where `ours` runs other adapters' requests than the rest do."""
+    """`ours` runs requests for other adapters than the other policies do."""
     monkeypatch.setitem(TABLES, "14795", FEW)
     run = bench._Server.run
 

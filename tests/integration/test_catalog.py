@@ -1,4 +1,4 @@
-"""The catalog in a real Redis: atomic changes, followers that miss nothing, life without Redis."""
+"""The catalog in a real Redis: atomic changes, complete copies, and a Redis that is away."""
 
 import asyncio
 import contextlib
@@ -28,7 +28,7 @@ def version(name: str, digest: str = "d1") -> Version:
 
 @pytest.fixture
 async def follow(fleet: str) -> AsyncIterator[Open]:
-    """Opens catalogs that follow until the test ends."""
+    """Opens catalogs that stay up to date until the test ends."""
     tasks: list[asyncio.Task[None]] = []
     clients: list[redis.asyncio.Redis] = []
 
@@ -49,7 +49,7 @@ async def follow(fleet: str) -> AsyncIterator[Open]:
         await client.aclose()
 
 
-async def test_a_change_reaches_every_follower(shared_redis: str, follow: Open) -> None:
+async def test_a_change_reaches_every_copy(shared_redis: str, follow: Open) -> None:
     one, other = await follow(shared_redis), await follow(shared_redis)
     assert await one.put(version("a")) == (1, True)
     await until(lambda: other.book.get("a") == version("a") and one.book.sequence == 1)
@@ -57,9 +57,7 @@ async def test_a_change_reaches_every_follower(shared_redis: str, follow: Open) 
     await until(lambda: one.book.get("a") is None and one.book.sequence == 2)
 
 
-async def test_a_follower_that_comes_late_has_the_whole_book(
-    shared_redis: str, follow: Open
-) -> None:
+async def test_a_copy_that_starts_late_has_the_whole_book(shared_redis: str, follow: Open) -> None:
     one = await follow(shared_redis)
     await one.put(version("a"))
     await one.put(version("b"))
@@ -190,7 +188,7 @@ async def test_the_flags_of_one_run_apply_once(shared_redis: str, follow: Open) 
 
 
 @pytest.mark.parametrize("junk", ["what is this", "[]", '{"epoch": 1}', '{"name": "a"}'])
-async def test_junk_in_redis_is_left_out_and_followers_live(
+async def test_junk_in_redis_is_ignored_and_copies_live(
     shared_redis: str, follow: Open, fleet: str, junk: str
 ) -> None:
     one = await follow(shared_redis)

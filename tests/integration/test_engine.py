@@ -1,4 +1,4 @@
-"""A real engine in this process under churn: every token is its own adapter's."""
+"""A real engine in this process under churn: every token comes from the right adapter."""
 
 import dataclasses
 import functools
@@ -56,7 +56,7 @@ def engine(model: str, versions: list[Version], **settings: object) -> Engine:
 
 
 def drive(engine: Engine, got: dict[str, list[int]]) -> None:
-    """Steps until all work has ended, with the invariants checked after each."""
+    """Steps until all work has ended. Checks the invariants after each step."""
     deadline = time.monotonic() + WORK_S
     while engine.has_work:
         assert time.monotonic() < deadline, engine.report()
@@ -67,7 +67,7 @@ def drive(engine: Engine, got: dict[str, list[int]]) -> None:
 
 
 class LoadsOnDemand:
-    """A loader's threads: each load is carried out when the test says."""
+    """A loader's threads: a load runs when the test says."""
 
     def __init__(self, threads: int, name: str) -> None:
         self._waiting: deque[Callable[[], object]] = deque()
@@ -85,10 +85,10 @@ class LoadsOnDemand:
 
 @pytest.fixture
 def driven(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing in the engines of a test depends on how fast the machine is.
+    """Makes a test's engines independent of the machine's speed.
 
-    Each look at the clock takes 50 ms, so steps are long; to loaders time stands still, so copies
-    cost nothing and parking is always worth them; loads end when the test says.
+    Each read of the clock takes 50 ms, so steps are long. Time stands still for loaders, so copies
+    cost nothing and parking is always worth it. Loads end when the test says.
     """
     looks = itertools.count(1.0, 0.05)
     slow = types.SimpleNamespace(monotonic=lambda: next(looks), time=time.time)
@@ -101,7 +101,7 @@ def driven(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def expected(model: str, versions: list[Version]) -> dict[tuple[str | None, int], list[int]]:
-    """Greedy tokens of each adapter for each prompt, one request at a time, all resident."""
+    """Greedy tokens of each adapter for each prompt, one request at a time with all resident."""
     alone = engine(model, versions)
     answers = {}
     for digest in [None, *(v.digest for v in versions)]:
@@ -117,7 +117,7 @@ def expected(model: str, versions: list[Version]) -> dict[tuple[str | None, int]
 def test_each_adapter_answers_differently(
     expected: dict[tuple[str | None, int], list[int]],
 ) -> None:
-    """Else a wrong adapter's token would go unseen below."""
+    """Otherwise the tests below could not detect a wrong adapter's token."""
     for i in range(len(PROMPTS)):
         answers = [tuple(tokens) for (_, prompt), tokens in expected.items() if prompt == i]
         assert len(set(answers)) == ADAPTERS + 1
@@ -135,8 +135,8 @@ def test_no_token_of_a_wrong_adapter_under_churn(
     depth: int,
     late: bool,
 ) -> None:
-    """Room for about three of twelve adapters, few pages, cancels in between. late: copies as on a
-    GPU, from locked host memory for about as many.
+    """Memory for about three of twelve adapters, few pages, and cancels. late: copies as on a GPU,
+    from locked host memory for about as many adapters.
     """
     rng = random.Random(churn_seed)
     largest = max(v.parameters for v in versions) * 4
@@ -427,7 +427,7 @@ def test_a_story_says_why_a_request_waited(model: str, versions: list[Version]) 
 def test_a_versions_weight_reaches_the_share_of_the_batch(
     model: str, versions: list[Version]
 ) -> None:
-    """One row, two adapters with as many requests each; one has thrice the other's weight."""
+    """One row, and two adapters with equally many requests. One has three times the weight."""
     made = engine(model, [], fair_share=True, batch_rows_max=1, context_tokens_max=64)
     for version, weight in zip(versions, (3.0, 1.0), strict=False):
         made.register(dataclasses.replace(version, weight=weight, pinned=True), version.uri)
@@ -450,10 +450,10 @@ def test_a_versions_weight_reaches_the_share_of_the_batch(
 def test_tokens_are_the_same_at_both_depths(
     model: str, versions: list[Version], temperature: float, pages_short: bool
 ) -> None:
-    """With stop tokens, draws by seed, logprobs, lengths from 1; rows parked, or pages short.
+    """Stop tokens, seeded sampling, logprobs, lengths from 1, and parked or preempted rows.
 
-    There are 12 adapters for 3 places, so some are parked; six rows of 33 tokens and more take 18
-    pages, of which there are 10, so some lose theirs.
+    12 adapters compete for 3 places, so some are parked. Six rows of 33 tokens or more need 18
+    pages, and there are 10, so some rows lose theirs.
     """
     rng = random.Random(2)
     asked = []
@@ -509,7 +509,7 @@ def test_tokens_are_the_same_at_both_depths(
 def test_a_bug_on_a_loaders_thread_ends_the_engine_instead_of_the_load(
     model: str, versions: list[Version], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its requests would wait for ever, and nobody would know why."""
+    """Otherwise its requests would wait without end and without a reason."""
     made = engine(model, versions[:1])
 
     def load(*_: object) -> None:

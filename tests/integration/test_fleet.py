@@ -1,4 +1,4 @@
-"""The whole way of a request, through a fleet of two replicas that the command line started."""
+"""Requests end to end, through a fleet of two replicas started by the command line."""
 
 import asyncio
 import contextlib
@@ -36,7 +36,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def running(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """Room for two adapters a replica, so that five of them do not all fit."""
+    """Two places per replica, so that five adapters do not fit."""
     arguments = ["--model", str(files / "tiny"), "--replicas", "2", "--device", "cpu"]
     for name in NAMES:
         arguments += ["--adapter", f"{name}={files / 'adapters' / name}"]
@@ -91,7 +91,7 @@ def test_chat_with_choices_logprobs_and_usage(client: openai.OpenAI) -> None:
 def test_a_prompt_that_hides_the_model_from_the_router_is_served_all_the_same(
     running: Fleet,
 ) -> None:
-    """HAProxy shows 64 KiB of a body; chunked bodies come without saying that they are cut."""
+    """HAProxy passes on 64 KiB of a body. It truncates chunked bodies without saying so."""
     body = b'{"stop": ["' + b"x" * 100_000 + b'"], "prompt": "hello", "max_tokens": 4, '
     body += b'"temperature": 0, "model": "a1"}'
     expected = running.complete("a1", temperature=0).json()["choices"][0]["text"]
@@ -126,7 +126,7 @@ def test_an_adapter_keeps_going_where_it_is(running: Fleet) -> None:
 
 
 def equals_engines(running: Fleet, replicas: list[ReplicaProcess]) -> bool:
-    """What Redis says of each replica is what its own engine says on its own port."""
+    """Redis has the same state of each replica as the replica's own port."""
     page = running.adapters()
     if [entry["id"] for entry in page["replicas"]] != [replica.id for replica in replicas]:
         return False
@@ -155,7 +155,7 @@ def test_residency_is_what_the_engines_report(running: Fleet, files: Path) -> No
         assert running.complete(name).status_code == 200
     eventually(lambda: equals_engines(running, replicas), "residency is right after evictions")
     assert sum(replica.api.metrics()["lorafleet_evictions_total"] for replica in replicas) > 0
-    assert sum(map(devices, NAMES)) <= 4  # how many it is depends on where the router sent them
+    assert sum(map(devices, NAMES)) <= 4  # the number depends on the router's choices
     body = {"lora_name": "extra", "lora_path": str(files / "adapters" / "extra")}
     loaded = httpx.post(f"{running.url}/v1/load_lora_adapter", json=body, timeout=ANSWER_S)
     assert loaded.status_code == 200, loaded.text
@@ -206,7 +206,7 @@ async def test_64_slow_requests_are_in_the_engines_at_once_and_the_bound_is_ours
         for task in [*opening, *more]:
             task.cancel()
         await asyncio.gather(*opening, *more, return_exceptions=True)
-    # The clients are gone: their requests must leave the engines at once.
+    # The clients are gone, so their requests must leave the engines at once.
     await asyncio.to_thread(eventually, lambda: inside() == 0, "the engines are empty")
 
 
@@ -275,7 +275,7 @@ def test_it_stops_quickly_and_leaves_nothing(running: Fleet) -> None:
     """The last test of this file: it ends the fleet."""
     status, took_s, left = running.stop(signal.SIGINT)
     assert (status, left) == (0, [])
-    assert took_s < 30  # that long Serve drains where nobody tells it not to
+    assert took_s < 30  # Serve's default drain time
     dtype, memory, ready = running.output().splitlines()
     assert dtype == "lorafleet: dtype: float32 on cpu"
     assert memory.startswith("lorafleet: memory: ") and "(2 of rank 8)" in memory

@@ -1,4 +1,4 @@
-"""The engine in its own process: streams, errors, and what happens when either side dies."""
+"""The engine in its own process: streams, errors, and the death of either side."""
 
 import asyncio
 import os
@@ -28,7 +28,7 @@ from tests.models import edit_config, make_adapter, make_model
 from tests.until import until, until_now
 
 GREEDY = Sampling(max_tokens=8, temperature=0.0, ignore_eos=True)
-# Longer than any test takes to end what runs.
+# More tokens than a request can generate before its test ends it.
 ENDLESS = Sampling(max_tokens=8000, temperature=0.0, ignore_eos=True)
 
 
@@ -113,7 +113,7 @@ async def test_closing_the_stream_frees_pages(link: EngineLink) -> None:
 
 
 async def test_a_full_queue_is_told_to_the_one_that_found_it_full(link: EngineLink) -> None:
-    """Two run and four wait."""
+    """Two requests run and four wait."""
 
     def ask(count: int) -> list[asyncio.Task[list[Delta]]]:
         names = (f"{count}-{i}" for i in range(count))

@@ -1,4 +1,4 @@
-"""A replica in a fleet, with a real Redis and a stub engine: one book, told truly, by all."""
+"""A replica in a fleet, with a real Redis and a stub engine: all replicas share one book."""
 
 import asyncio
 import dataclasses
@@ -35,12 +35,12 @@ from tests.small_files import settled_config, write_adapter, write_model_config
 from tests.stub_engine import StubEngine
 from tests.until import TIMEOUT_S, until
 
-# Many reports a lease: a replica that gets no core for a while is not taken for dead.
+# Many reports per lease, so that a replica without a core for a while is not taken for dead.
 LEASE_S, REPORT_S = 2.0, 0.05
 
 
 class GatedEngine(StubEngine):
-    """Takes a version in only when the gate is open."""
+    """Registers a version only when the gate is open."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class GatedEngine(StubEngine):
 
 
 class Fleet:
-    """Replicas that run until the test ends, and the files they may be pointed at."""
+    """Replicas that run until the test ends, and adapter files for them."""
 
     def __init__(self, name: str, directory: Path) -> None:
         self.directory = directory
@@ -89,14 +89,14 @@ class Fleet:
         await membership.start()
         return membership, engine
 
-    async def follower(self, url: str) -> FleetView:
-        follower = FleetView(url, self.config.name, silence_s=0.2)
-        self.tasks.append(asyncio.create_task(follower.run()))
-        await until(lambda: follower.connected)
-        return follower
+    async def view(self, url: str) -> FleetView:
+        view = FleetView(url, self.config.name, silence_s=0.2)
+        self.tasks.append(asyncio.create_task(view.run()))
+        await until(lambda: view.connected)
+        return view
 
     def silent(self, url: str, replica_id: str) -> None:
-        """A replica that lives and never applies a change."""
+        """A live replica that never applies a change."""
         self.clients.append(connect(url))
         publisher = Publisher(
             self.clients[-1],
@@ -154,12 +154,12 @@ async def test_the_configured_adapters_are_there_when_it_starts(
     shared_redis: str, running: Fleet
 ) -> None:
     adapters = {"a": running.adapter("a"), "b": running.adapter("b", seed=1)}
-    follower = await running.follower(shared_redis)
+    view = await running.view(shared_redis)
     one, engine = await running.replica(shared_redis, adapters=adapters, adapter_roots=())
     assert [version.name for version in one.versions()] == ["a", "b"]
-    await until(lambda: set(follower.names) == {"a", "b"})
-    await until(lambda: "r1" in follower.replicas)
-    assert set(follower.replicas["r1"].residency) == digests(engine)  # at first sight
+    await until(lambda: set(view.names) == {"a", "b"})
+    await until(lambda: "r1" in view.replicas)
+    assert set(view.replicas["r1"].residency) == digests(engine)  # at first sight
     assert len(digests(engine)) == 2
 
 
@@ -250,7 +250,7 @@ async def test_a_version_stays_while_any_name_points_at_it(
 
 
 class Patience:
-    """The clock by which a replica waits for the others: their time is over when the test says."""
+    """The clock of a replica that waits for others. It times out when the test says."""
 
     def __init__(self) -> None:
         self._looks_left = math.inf
@@ -263,11 +263,11 @@ class Patience:
         return math.inf
 
     async def pending(
-        self, change: Awaitable[Acknowledgement], follower: FleetView, sequence: int, *applied: str
+        self, change: Awaitable[Acknowledgement], view: FleetView, sequence: int, *applied: str
     ) -> tuple[str, ...]:
-        """Who is named when just those have applied the change, which has that sequence."""
+        """The replicas reported as pending when only `applied` have applied the change."""
         waiting = asyncio.ensure_future(change)
-        await until(lambda: all(follower.replicas[r].catalog_sequence >= sequence for r in applied))
+        await until(lambda: all(view.replicas[r].catalog_sequence >= sequence for r in applied))
         self._looks_left = 1  # what is known at the first one may be from before that
         return (await waiting).pending
 
@@ -284,12 +284,12 @@ async def test_a_silent_replica_is_named(
 ) -> None:
     one, _ = await running.replica(shared_redis, "r1")
     await running.replica(shared_redis, "r2")
-    follower = await running.follower(shared_redis)
+    view = await running.view(shared_redis)
     running.silent(shared_redis, "silent")
-    await until(lambda: set(follower.replicas) == {"r1", "r2", "silent"})
+    await until(lambda: set(view.replicas) == {"r1", "r2", "silent"})
     adding = one.add("a", running.adapter("a"))
-    assert await patience.pending(adding, follower, 1, "r1", "r2") == ("silent",)
-    assert await patience.pending(one.remove("a"), follower, 2, "r1", "r2") == ("silent",)
+    assert await patience.pending(adding, view, 1, "r1", "r2") == ("silent",)
+    assert await patience.pending(one.remove("a"), view, 2, "r1", "r2") == ("silent",)
 
 
 async def test_a_replica_acknowledges_only_what_its_engine_has(
@@ -298,10 +298,10 @@ async def test_a_replica_acknowledges_only_what_its_engine_has(
     one, _ = await running.replica(shared_redis, "r1")
     slow, engine = await running.replica(shared_redis, "r2", engine_kind=GatedEngine)
     assert isinstance(engine, GatedEngine)
-    follower = await running.follower(shared_redis)
-    await until(lambda: set(follower.replicas) == {"r1", "r2"})
+    view = await running.view(shared_redis)
+    await until(lambda: set(view.replicas) == {"r1", "r2"})
     adding = one.add("a", running.adapter("a"))
-    assert await patience.pending(adding, follower, 1, "r1") == ("r2",)
+    assert await patience.pending(adding, view, 1, "r1") == ("r2",)
     finding = asyncio.create_task(slow.find("a"))
     engine.gate.set()
     version = await finding
@@ -313,9 +313,9 @@ async def test_a_silent_replica_that_dies_holds_nobody_up(
     shared_redis: str, running: Fleet
 ) -> None:
     one, _ = await running.replica(shared_redis)
-    follower = await running.follower(shared_redis)
+    view = await running.view(shared_redis)
     running.silent(shared_redis, "silent")
-    await until(lambda: "silent" in follower.replicas)
+    await until(lambda: "silent" in view.replicas)
     adding = asyncio.create_task(one.add("a", running.adapter("a")))
     await until(lambda: bool(one.versions()))
     assert not adding.done()
@@ -328,17 +328,17 @@ async def test_a_replica_that_restarts_is_a_new_incarnation_and_undoes_nothing(
 ) -> None:
     flags = {"a": running.adapter("a"), "b": running.adapter("b", seed=1)}
     one, _ = await running.replica(shared_redis, run="run-1", adapters=flags)
-    follower = await running.follower(shared_redis)
-    await until(lambda: "r1" in follower.replicas)
+    view = await running.view(shared_redis)
+    await until(lambda: "r1" in view.replicas)
     api = await one.add("a", running.adapter("c", seed=2), load_inplace=True)
     await one.remove("b")
     await one.stop()
-    await until(lambda: not follower.replicas)
+    await until(lambda: not view.replicas)
 
     again, engine = await running.replica(shared_redis, run="run-1", adapters=flags)
     assert again.incarnation != one.incarnation
-    await until(lambda: "r1" in follower.replicas)
-    assert follower.replicas["r1"].incarnation == again.incarnation
+    await until(lambda: "r1" in view.replicas)
+    assert view.replicas["r1"].incarnation == again.incarnation
     assert [(v.name, v.digest) for v in again.versions()] == [("a", api.digest)]
     assert digests(engine) == {api.digest}
     await again.stop()
@@ -353,10 +353,10 @@ async def test_a_dead_engine_takes_its_replica_out_of_view_at_once(
     shared_redis: str, running: Fleet
 ) -> None:
     _, engine = await running.replica(shared_redis, lease_s=3600.0)
-    follower = await running.follower(shared_redis)
-    await until(lambda: "r1" in follower.replicas)
+    view = await running.view(shared_redis)
+    await until(lambda: "r1" in view.replicas)
     engine.stopped = True
-    await until(lambda: not follower.replicas)  # an hour before its lease runs out
+    await until(lambda: not view.replicas)  # an hour before its lease runs out
 
 
 async def test_what_is_described_is_what_the_engines_hold(
@@ -493,9 +493,9 @@ async def test_without_redis_it_serves_what_it_knows(
     own_redis: RedisServer, running: Fleet
 ) -> None:
     one, engine = await running.replica(own_redis.url)
-    follower = await running.follower(own_redis.url)
+    view = await running.view(own_redis.url)
     done = await one.add("a", running.adapter("a"))
-    await until(lambda: done.digest in follower.replicas["r1"].residency)
+    await until(lambda: done.digest in view.replicas["r1"].residency)
     own_redis.stop()
     version = await one.find("a")
     assert version is not None and version.digest == done.digest
@@ -509,12 +509,12 @@ async def test_without_redis_it_serves_what_it_knows(
     with pytest.raises(CatalogUnavailable):
         await asyncio.wait_for(one.describe(), TIMEOUT_S)
     await until(lambda: not one.connected)
-    assert "r1" in follower.replicas
+    assert "r1" in view.replicas
     own_redis.start()
-    await until(lambda: one.connected and follower.connected)
+    await until(lambda: one.connected and view.connected)
     assert (await one.add("b", path)).pending == ()
     assert len(digests(engine)) == 2
-    await until(lambda: set(follower.replicas["r1"].residency) == digests(engine))
+    await until(lambda: set(view.replicas["r1"].residency) == digests(engine))
 
 
 async def test_a_redis_that_is_killed_and_comes_back_hears_everything_again(

@@ -1,4 +1,4 @@
-"""Kernels, replayed decode steps and steps planned ahead on two ranks at once."""
+"""Kernels, replayed decode steps and steps planned ahead, together on two ranks."""
 
 from contextlib import closing
 from pathlib import Path
@@ -18,8 +18,8 @@ VOCAB = 320
 
 
 def told(engine: Engine, versions: list[Version]) -> dict[str, tuple[list[int], list[float]]]:
-    """Tokens, and log-probabilities of the most probable ones: greedy, drawn, and by other rules
-    than the graphs know, of which the other rank learns nothing.
+    """Tokens and top log-probabilities: greedy, sampled, and sampled with parameters that graphs do
+    not support and the other rank does not know.
     """
     for version in versions:
         engine.register(version, version.uri)

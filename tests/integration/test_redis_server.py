@@ -1,4 +1,4 @@
-"""The embedded Redis: its life is tied to its starter's, its data outlives both."""
+"""The embedded Redis: it ends with the process that started it, and its data stays."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ def answers(server: RedisServer) -> bool:
 
 
 def gone(pid: int) -> bool:
-    """Ended, whether or not somebody has collected it yet."""
+    """True if the process has ended, reaped or not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):

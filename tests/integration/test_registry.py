@@ -1,4 +1,4 @@
-"""AdapterState and leases in a real Redis: what replicas publish is what followers see."""
+"""Adapter states and leases in a real Redis: readers see what replicas publish."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ from cluster.registry import FleetView, Registry, channel
 from cluster.values import AdapterState, LoadReport, Tier
 from tests.until import TIMEOUT_S, until
 
-# Many reports a lease: a replica that gets no core for a while is not taken for dead.
+# Many reports per lease, so that a replica without a core for a while is not taken for dead.
 LEASE_S, REPORT_S = 2.0, 0.05
 
 LONELY = """
@@ -42,7 +42,7 @@ asyncio.run(main())
 
 @dataclass
 class Replica:
-    """What an engine would say, and the publisher that says it."""
+    """An engine's state, and its publisher."""
 
     held: dict[str, AdapterState] = field(default_factory=dict)
     load: LoadReport = field(default_factory=LoadReport)
@@ -55,7 +55,7 @@ class Replica:
 
 @dataclass
 class Clock:
-    """A follower's. It goes on when the test says, so that leases run out in its view only then."""
+    """A view's clock. It advances when the test says, so that leases expire only then."""
 
     now_s: float = 0.0
 
@@ -64,7 +64,7 @@ class Clock:
 
 
 class Fleet:
-    """Publishers and followers of one fleet that run until the test ends."""
+    """Publishers and views of one fleet that run until the test ends."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -92,10 +92,10 @@ class Fleet:
     async def follow(
         self, url: str, silence_s: float = 0.2, clock: Callable[[], float] = time.monotonic
     ) -> FleetView:
-        follower = FleetView(url, self.name, base_name="base", silence_s=silence_s, clock=clock)
-        self.tasks.append(asyncio.create_task(follower.run()))
-        await until(lambda: follower.connected)
-        return follower
+        view = FleetView(url, self.name, base_name="base", silence_s=silence_s, clock=clock)
+        self.tasks.append(asyncio.create_task(view.run()))
+        await until(lambda: view.connected)
+        return view
 
     async def close(self) -> None:
         for task in self.tasks:
@@ -115,7 +115,7 @@ async def running(fleet: str) -> AsyncIterator[Fleet]:
 
 
 async def keys(url: str, fleet: str) -> set[str]:
-    """Of replicas; what belongs to the whole fleet is left out."""
+    """Keys of replicas, without those of the fleet."""
     async with connect(url) as client:
         root = prefix(fleet)
         found = {key.removeprefix(root) async for key in client.scan_iter(root + "*")}
@@ -132,38 +132,38 @@ def gone(url: str, fleet: str) -> Callable[[], Awaitable[bool]]:
 async def test_what_a_replica_holds_is_seen_as_it_changes(
     shared_redis: str, running: Fleet
 ) -> None:
-    follower = await running.follow(shared_redis)
+    view = await running.follow(shared_redis)
     replica = Replica(load=LoadReport(running=3, step_s=0.5))
     replica.hold("d1")
     publisher = running.publish(shared_redis, replica)
-    await until(lambda: "r1" in follower.replicas)
-    looks = follower.resyncs
-    state = follower.replicas["r1"]
+    await until(lambda: "r1" in view.replicas)
+    before = view.resyncs
+    state = view.replicas["r1"]
     assert state.residency == replica.held
     assert (state.report, state.incarnation) == (replica.load, publisher.incarnation)
 
     replica.hold("d2", Tier.LOADING)
     replica.held["d1"] = AdapterState("d1", Tier.FAILED, 0, 2.0, "it broke")
     publisher.wake()
-    await until(lambda: follower.replicas["r1"].residency == replica.held)
+    await until(lambda: view.replicas["r1"].residency == replica.held)
     del replica.held["d1"]
     replica.held["d2"] = AdapterState("d2", Tier.ABSENT, 0, 3.0)
     publisher.wake()
-    await until(lambda: follower.replicas["r1"].residency == {})
-    assert follower.resyncs == looks  # messages did it
+    await until(lambda: view.replicas["r1"].residency == {})
+    assert view.resyncs == before  # messages did it
 
 
 async def test_load_reports_arrive_without_being_asked_for(
     shared_redis: str, running: Fleet
 ) -> None:
-    follower = await running.follow(shared_redis)
+    view = await running.follow(shared_redis)
     replica = Replica()
     running.publish(shared_redis, replica)
-    await until(lambda: "r1" in follower.replicas)
-    looks = follower.resyncs
+    await until(lambda: "r1" in view.replicas)
+    before = view.resyncs
     replica.load = LoadReport(waiting=7)
-    await until(lambda: follower.replicas["r1"].report.waiting == 7)
-    assert follower.resyncs == looks
+    await until(lambda: view.replicas["r1"].report.waiting == 7)
+    assert view.resyncs == before
 
 
 async def test_in_redis_lease_and_residency_run_out_together(
@@ -186,13 +186,13 @@ async def test_in_redis_lease_and_residency_run_out_together(
 async def test_a_replica_that_leaves_in_order_is_gone_at_once(
     shared_redis: str, running: Fleet
 ) -> None:
-    follower = await running.follow(shared_redis)
+    view = await running.follow(shared_redis)
     replica = Replica()
     replica.hold("d1")
     running.publish(shared_redis, replica, lease_s=3600.0)
-    await until(lambda: "r1" in follower.replicas)
+    await until(lambda: "r1" in view.replicas)
     replica.alive = False
-    await until(lambda: not follower.replicas)  # an hour before its lease runs out
+    await until(lambda: not view.replicas)  # an hour before its lease runs out
     assert await keys(shared_redis, running.name) == set()
 
 
@@ -200,41 +200,41 @@ async def test_a_killed_replica_is_gone_within_the_lease_time(
     shared_redis: str, running: Fleet
 ) -> None:
     clock = Clock()
-    follower = await running.follow(shared_redis, clock=clock)
+    view = await running.follow(shared_redis, clock=clock)
     child = subprocess.Popen(  # noqa: ASYNC220
         [sys.executable, "-c", LONELY, shared_redis, running.name, str(LEASE_S)],
         stdout=subprocess.PIPE,
     )
     try:
-        await until(lambda: "lonely" in follower.replicas)
+        await until(lambda: "lonely" in view.replicas)
         assert len(await keys(shared_redis, running.name)) == 2
-        looks = follower.resyncs
+        before = view.resyncs
     finally:
         child.kill()
         child.communicate()
     await until(gone(shared_redis, running.name))
-    assert set(follower.replicas) == {"lonely"}
+    assert set(view.replicas) == {"lonely"}
     clock.now_s += LEASE_S
-    assert not follower.replicas
-    assert follower.resyncs == looks  # it left by the clock, not by a look at Redis
+    assert not view.replicas
+    assert view.resyncs == before  # it left by the clock, not by a look at Redis
 
 
 async def test_of_two_incarnations_the_newer_counts(shared_redis: str, running: Fleet) -> None:
-    follower = await running.follow(shared_redis)
+    view = await running.follow(shared_redis)
     before, after = Replica(), Replica()
     before.hold("old")
     after.hold("new")
     first = running.publish(shared_redis, before)
-    await until(lambda: "r1" in follower.replicas)
+    await until(lambda: "r1" in view.replicas)
     second = running.publish(shared_redis, after)
     assert first.incarnation != second.incarnation
-    await until(lambda: set(follower.replicas["r1"].residency) == {"new"})
+    await until(lambda: set(view.replicas["r1"].residency) == {"new"})
     for report in range(3):  # the older one goes on reporting and changes nothing
         before.load = LoadReport(running=report)
         before.hold(f"old-{report}")
         first.wake()
         await until(lambda n=report: f"old-{n}" in first.published)  # type: ignore[misc]
-        assert set(follower.replicas["r1"].residency) == {"new"}
+        assert set(view.replicas["r1"].residency) == {"new"}
     registry = Registry(running.clients[0], running.name)
     assert [lease.incarnation for lease in await registry.leases()] == [second.incarnation]
 
@@ -242,50 +242,50 @@ async def test_of_two_incarnations_the_newer_counts(shared_redis: str, running: 
 async def test_a_lost_message_is_noticed_at_the_next_report(
     shared_redis: str, running: Fleet
 ) -> None:
-    follower = await running.follow(shared_redis)
+    view = await running.follow(shared_redis)
     replica = Replica()
     replica.hold("d1")
     publisher = running.publish(shared_redis, replica)
-    await until(lambda: "r1" in follower.replicas)
-    looks = follower.resyncs
+    await until(lambda: "r1" in view.replicas)
+    before = view.resyncs
     async with connect(shared_redis) as client:
         root = prefix(running.name)
         entry = json.dumps({"tier": "host", "bytes": 5, "since": 2.0, "reason": None})
         await client.hset(f"{root}residency:{publisher.incarnation}", "d1", entry)
         await client.incr(f"{root}residency:sequence")
-    await until(lambda: follower.replicas["r1"].residency["d1"].tier is Tier.HOST)
-    assert follower.resyncs == looks + 1
+    await until(lambda: view.replicas["r1"].residency["d1"].tier is Tier.HOST)
+    assert view.resyncs == before + 1
 
 
 @pytest.mark.parametrize("lost", ["lease", "residency"])
 async def test_a_replica_that_redis_forgot_says_everything_again(
     shared_redis: str, running: Fleet, lost: str
 ) -> None:
-    follower = await running.follow(shared_redis)
+    view = await running.follow(shared_redis)
     replica = Replica()
     replica.hold("d1")
     replica.hold("d2")
     publisher = running.publish(shared_redis, replica)
-    await until(lambda: "r1" in follower.replicas)
+    await until(lambda: "r1" in view.replicas)
     async with connect(shared_redis) as client:
         await client.delete(f"{prefix(running.name)}{lost}:{publisher.incarnation}")
     await until(lambda: _complete(shared_redis, running.name, publisher.incarnation, replica))
-    assert follower.replicas["r1"].residency == replica.held
+    assert view.replicas["r1"].residency == replica.held
 
 
 async def test_what_redis_says_of_a_replica_too_much_is_put_right(
     shared_redis: str, running: Fleet
 ) -> None:
-    follower = await running.follow(shared_redis)
+    view = await running.follow(shared_redis)
     replica = Replica()
     replica.hold("d1")
     publisher = running.publish(shared_redis, replica)
-    await until(lambda: "r1" in follower.replicas)
+    await until(lambda: "r1" in view.replicas)
     async with connect(shared_redis) as client:
         key = f"{prefix(running.name)}residency:{publisher.incarnation}"
         await client.hset(key, "never-held", await client.hget(key, "d1"))
     await until(lambda: _complete(shared_redis, running.name, publisher.incarnation, replica))
-    assert follower.replicas["r1"].residency == replica.held
+    assert view.replicas["r1"].residency == replica.held
 
 
 async def _complete(url: str, fleet: str, incarnation: str, replica: Replica) -> bool:
@@ -301,7 +301,7 @@ async def test_random_changes_of_several_replicas_end_in_the_same_view(
     shared_redis: str, running: Fleet, seed: int
 ) -> None:
     draw = random.Random(seed)
-    follower = await running.follow(shared_redis)
+    view = await running.follow(shared_redis)
     replicas = [Replica() for _ in range(3)]
     publishers = [running.publish(shared_redis, r, f"r{i}") for i, r in enumerate(replicas)]
     tiers = [tier for tier in Tier if tier is not Tier.ABSENT]
@@ -315,7 +315,7 @@ async def test_random_changes_of_several_replicas_end_in_the_same_view(
         publishers[who].wake()
         await asyncio.sleep(0)
     late = await running.follow(shared_redis)
-    for seen in (follower, late):
+    for seen in (view, late):
         await until(
             lambda seen=seen: all(  # type: ignore[misc]
                 f"r{i}" in seen.replicas and seen.replicas[f"r{i}"].residency == replica.held
@@ -325,85 +325,85 @@ async def test_random_changes_of_several_replicas_end_in_the_same_view(
 
 
 async def test_junk_on_the_channel_disturbs_no_view(shared_redis: str, running: Fleet) -> None:
-    follower = await running.follow(shared_redis)
+    view = await running.follow(shared_redis)
     replica = Replica()
     running.publish(shared_redis, replica)
-    await until(lambda: "r1" in follower.replicas)
+    await until(lambda: "r1" in view.replicas)
     async with connect(shared_redis) as client:
         for junk in ("what is this", "[]", "{}", '{"epoch": "", "sequence": "x", "kind": 1}'):
             await client.publish(channel(running.name), junk)
         await client.sadd(prefix(running.name) + "incarnations", "x:1")
         await client.set(prefix(running.name) + "lease:x:1", "junk")
     replica.hold("d1")
-    await until(lambda: "d1" in follower.replicas["r1"].residency)
+    await until(lambda: "d1" in view.replicas["r1"].residency)
 
 
 async def test_while_redis_is_away_the_view_stays_and_after_it_is_true_again(
     own_redis: RedisServer, running: Fleet
 ) -> None:
     clock = Clock()
-    follower = await running.follow(own_redis.url, clock=clock)
+    view = await running.follow(own_redis.url, clock=clock)
     staying, leaving = Replica(), Replica()
     staying.hold("d1")
     running.publish(own_redis.url, staying, "staying")
     running.publish(own_redis.url, leaving, "leaving")
-    await until(lambda: len(follower.replicas) == 2)
+    await until(lambda: len(view.replicas) == 2)
     own_redis.stop()
-    await until(lambda: not follower.connected)
+    await until(lambda: not view.connected)
     clock.now_s += 2 * LEASE_S
-    assert set(follower.replicas) == {"staying", "leaving"}
+    assert set(view.replicas) == {"staying", "leaving"}
     leaving.alive = False
     staying.hold("d2")
     await until(running.tasks[-1].done)  # it leaves without a word: Redis is away
     await asyncio.sleep(LEASE_S)  # at least: then no lease is left in the Redis that returns
     own_redis.start()
-    # Each has a lease time to be heard: whoever goes on is in the view all the while.
-    await until(lambda: set(follower.replicas["staying"].residency) == {"d1", "d2"})
-    assert set(follower.replicas) == {"staying", "leaving"}
+    # Each has one lease time to report: a live replica stays in the view.
+    await until(lambda: set(view.replicas["staying"].residency) == {"d1", "d2"})
+    assert set(view.replicas) == {"staying", "leaving"}
     clock.now_s += 0.6 * LEASE_S
-    await until(lambda: follower.replicas["staying"].seen_s == clock.now_s)
+    await until(lambda: view.replicas["staying"].seen_s == clock.now_s)
     clock.now_s += 0.6 * LEASE_S
-    assert set(follower.replicas) == {"staying"}
+    assert set(view.replicas) == {"staying"}
 
 
 async def test_a_killed_redis_is_filled_again_by_the_replicas(
     own_redis: RedisServer, running: Fleet
 ) -> None:
-    follower = await running.follow(own_redis.url)
+    view = await running.follow(own_redis.url)
     replica = Replica()
     replica.hold("d1")
     publisher = running.publish(own_redis.url, replica)
-    await until(lambda: "r1" in follower.replicas)
+    await until(lambda: "r1" in view.replicas)
     assert own_redis.pid is not None
     os.kill(own_redis.pid, signal.SIGKILL)
-    await until(lambda: not follower.connected)
-    await until(lambda: follower.connected and "r1" in follower.replicas)
+    await until(lambda: not view.connected)
+    await until(lambda: view.connected and "r1" in view.replicas)
     await until(lambda: _complete(own_redis.url, running.name, publisher.incarnation, replica))
     async with connect(own_redis.url) as client:
         await client.flushall()
     await until(lambda: _complete(own_redis.url, running.name, publisher.incarnation, replica))
     replica.hold("d2")
     await until(
-        lambda: "r1" in follower.replicas and set(follower.replicas["r1"].residency) == {"d1", "d2"}
+        lambda: "r1" in view.replicas and set(view.replicas["r1"].residency) == {"d1", "d2"}
     )
 
 
 async def test_a_hung_redis_empties_no_view(own_redis: RedisServer, running: Fleet) -> None:
     clock = Clock()
-    follower = await running.follow(own_redis.url, silence_s=0.1, clock=clock)
+    view = await running.follow(own_redis.url, silence_s=0.1, clock=clock)
     running.publish(own_redis.url, Replica())
-    await until(lambda: "r1" in follower.replicas)
+    await until(lambda: "r1" in view.replicas)
     assert own_redis.pid is not None
     os.kill(own_redis.pid, signal.SIGSTOP)
     try:
-        await until(lambda: not follower.connected)
+        await until(lambda: not view.connected)
         clock.now_s += 2 * LEASE_S
-        assert "r1" in follower.replicas
+        assert "r1" in view.replicas
     finally:
         os.kill(own_redis.pid, signal.SIGCONT)
-    await until(lambda: follower.connected and "r1" in follower.replicas)
+    await until(lambda: view.connected and "r1" in view.replicas)
 
 
 async def test_names_come_with_the_view(shared_redis: str, running: Fleet) -> None:
-    follower = await running.follow(shared_redis)
-    assert dict(follower.names) == {"base": None}
+    view = await running.follow(shared_redis)
+    assert dict(view.names) == {"base": None}

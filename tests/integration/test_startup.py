@@ -18,7 +18,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def said(arguments: Sequence[str], status: int, directory: Path) -> str:
-    """What it says before it ends with that status, beside what it has chosen."""
+    """Its output, without lines about chosen sizes. It must end with that status."""
     failing = Fleet(arguments, directory)
     try:
         assert failing.process.wait(timeout=START_S) == status, failing.output()

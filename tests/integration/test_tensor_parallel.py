@@ -1,4 +1,4 @@
-"""An engine over two ranks, each a process, gives what an engine on one gives."""
+"""An engine on two ranks, each a process, gives the results of an engine on one."""
 
 import os
 import random
@@ -31,14 +31,15 @@ from replica.scheduling.request import Delta, NewRequest, Sampling
 from tests.models import edit_tensors, make_adapter, make_model
 from tests.until import TIMEOUT_S, WORK_S, until, until_now
 
-# Of log-probabilities. Ranks sum in another order: that alters sums of 64 and 96 products by about
-# 1e-6 of their size, and three layers make ten times that of it. An adapter makes 0.1 and more.
+# Tolerance of log-probabilities. Ranks sum in another order, which changes sums of 64 and 96
+# products by about 1e-6 of their size; three layers make it ten times that. An adapter changes
+# log-probabilities by 0.1 or more.
 TOLERANCE = 1e-4
 VOCAB = 320
 PROMPTS = [tuple(range(5 + i, 25 + 3 * i)) for i in range(4)]
 LOGGED = Sampling(max_tokens=6, temperature=0.0, ignore_eos=True, logprobs=VOCAB)
 LONG = Sampling(max_tokens=400, temperature=0.0, ignore_eos=True)
-# Longer than any test takes to end what runs.
+# More tokens than a request can generate before its test ends it.
 ENDLESS = Sampling(max_tokens=8000, temperature=0.0, ignore_eos=True)
 ADAPTERS = (
     {"rank": 4, "targets": ("q_proj", "o_proj", "up_proj")},
@@ -85,7 +86,7 @@ def engine(model: str, ranks: int, versions: list[Version], **settings: object) 
 
 @pytest.fixture(scope="module")
 def parallel(model: str, versions: list[Version]) -> Iterator[Engine]:
-    """Without room for all four adapters."""
+    """Memory for fewer than all four adapters."""
     largest = max(v.parameters for v in versions) * 4
     made = engine(
         model, 2, versions, adapter_memory=largest * 5 // 4, batch_rows_max=6, kv_memory=2**20
@@ -95,7 +96,7 @@ def parallel(model: str, versions: list[Version]) -> Iterator[Engine]:
 
 
 def drive(engine: Engine) -> dict[str, list[Delta]]:
-    """Steps until all work has ended, with the invariants checked after each."""
+    """Steps until all work has ended. Checks the invariants after each step."""
     got: dict[str, list[Delta]] = {}
     deadline = time.monotonic() + WORK_S
     while engine.has_work:
@@ -107,7 +108,7 @@ def drive(engine: Engine) -> dict[str, list[Delta]]:
 
 
 def logprobs(deltas: list[Delta]) -> torch.Tensor:
-    """[tokens, vocab], and what was generated in front."""
+    """Log-probabilities [tokens, vocab], and the generated tokens before them."""
     rows = []
     for delta in deltas:
         assert delta.error is None, delta.error
@@ -121,7 +122,7 @@ def logprobs(deltas: list[Delta]) -> torch.Tensor:
 
 
 def answers(engine: Engine, digests: list[str | None]) -> dict[str, torch.Tensor]:
-    """A request for each, all at once."""
+    """One request for each, all at once."""
     for n, digest in enumerate(digests):
         engine.add(NewRequest(f"r{n}", PROMPTS[n % 4], LOGGED, digest))
     return {name: logprobs(deltas) for name, deltas in drive(engine).items()}
@@ -136,7 +137,7 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
 def test_biases_and_head_norms_of_other_architectures(architecture: str, tmp_path: Path) -> None:
-    """Before the others: a process has one engine over ranks at a time, and they share theirs."""
+    """Runs before the other tests: they share one engine, and a process can have only one."""
     model = make_model(tmp_path / "base", architecture)
     versions = versions_of(model, tmp_path)
     digests = [None, *(v.digest for v in versions)]
@@ -167,7 +168,7 @@ def test_logprobs_are_those_of_one_rank_while_adapters_come_and_go(
 def test_drawn_tokens_are_those_of_one_rank(
     model: str, versions: list[Version], parallel: Engine
 ) -> None:
-    """Only rank 0 draws; the others go on from its tokens."""
+    """Only rank 0 samples. The other ranks continue from its tokens."""
     sampling = Sampling(max_tokens=12, temperature=1.0, top_p=0.9, seed=7, ignore_eos=True)
     alone = engine(model, 1, versions)
     texts = []
@@ -213,7 +214,7 @@ def test_an_adapter_reloaded_and_a_name_pointed_elsewhere_while_others_run(
 
     for delta in parallel.step():
         got.setdefault(delta.request_id, []).append(delta)
-    # The name now means the third version; the first is gone once what runs with it is done.
+    # The name points at the third version. The first leaves when its requests have ended.
     assert digests[0] is not None
     parallel.forget(digests[0])
     parallel.add(NewRequest("r2", PROMPTS[2], LOGGED, versions[2].digest))
@@ -231,7 +232,7 @@ def test_an_adapter_reloaded_and_a_name_pointed_elsewhere_while_others_run(
 def test_an_adapter_that_one_rank_cannot_use_fails_on_all(
     model: str, versions: list[Version], parallel: Engine, tmp_path: Path
 ) -> None:
-    """The value that is not finite lies in the part of rank 1."""
+    """The value that is not finite is in rank 1's part."""
     path = make_adapter(tmp_path / "broken", model, rank=4, seed=9)
     name = "layers.2.self_attn.q_proj.lora_B.weight"
     (stored,) = [t for n, t in load_file(f"{path}/{TENSORS_FILE}").items() if n.endswith(name)]
@@ -260,10 +261,10 @@ def test_an_image_in_host_memory_comes_back_without_its_files(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    workers, orders = parallel._workers, list[Command]()
+    workers, commands = parallel._workers, list[Command]()
     assert workers is not None
     tell = workers.tell
-    monkeypatch.setattr(workers, "tell", lambda command: (orders.append(command), tell(command)))
+    monkeypatch.setattr(workers, "tell", lambda command: (commands.append(command), tell(command)))
     moved = Path(shutil.copytree(versions[1].uri, tmp_path / "moved"))
     digest = versions[1].digest
     for version in versions:
@@ -273,7 +274,7 @@ def test_an_image_in_host_memory_comes_back_without_its_files(
         parallel.register(version, version.uri)
     parallel.register(versions[1], str(moved))
     first = answers(parallel, [digest])
-    dropped = {command.digest for command in orders if isinstance(command, Drop)}
+    dropped = {command.digest for command in commands if isinstance(command, Drop)}
     assert dropped == {v.digest for v in versions}, "what was forgotten is kept nowhere"
     shutil.rmtree(moved)
     answers(parallel, [versions[2].digest, versions[3].digest])
@@ -317,7 +318,7 @@ def test_no_token_of_a_wrong_adapter_under_churn(
 def test_an_image_that_slid_is_used_where_it_lies_now(
     model: str, versions: list[Version], parallel: Engine
 ) -> None:
-    """After the others: it takes the device out of the scheduler's hands."""
+    """Runs after the other tests, because it changes the device without the scheduler."""
     for version in versions:
         parallel.forget(version.digest)
     parallel.step()
@@ -353,7 +354,7 @@ def test_a_model_that_ranks_cannot_share_is_refused_before_anything_starts(model
 
 
 async def test_a_model_that_cannot_be_loaded_ends_the_start(model: str, tmp_path: Path) -> None:
-    """Whichever rank fails first; nobody waits for ever."""
+    """Whichever rank fails first, no rank waits without end."""
     broken = Path(shutil.copytree(model, tmp_path / "model"))
     (broken / "model.safetensors").unlink()
     link = EngineLink(EngineConfig(str(broken), device="cpu", threads=1, tensor_parallel=2))
@@ -379,10 +380,10 @@ async def test_a_killed_rank_ends_the_engine_and_what_it_runs(model: str) -> Non
     link = EngineLink(EngineConfig(model, tensor_parallel=2, **settings))  # type: ignore[arg-type]
     await link.start()
     assert link.pid is not None
-    (follower,) = children(link.pid)
+    (worker,) = children(link.pid)
     stream = link.generate(NewRequest("r", (5, 6), ENDLESS))
     assert (await anext(stream)).tokens
-    os.kill(follower, signal.SIGKILL)
+    os.kill(worker, signal.SIGKILL)
     last = [delta async for delta in stream][-1]
     assert isinstance(last.error, EngineFailed)
     assert "rank 1 of 2 ended by signal 9" in last.error.message
@@ -422,7 +423,7 @@ sys.stdin.read()
 
 
 def test_a_rank_dies_with_rank_0_wherever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is told by a socket that nothing else holds; here, while it waits for a first order."""
+    """The lifeline's socket ends the worker. Here the worker waits for its first command."""
     monkeypatch.setattr(tensor_parallel, "_STOP_S", TIMEOUT_S)  # it may still be importing torch
     process = _Process(1)
     assert runs(process.pid)
@@ -432,7 +433,7 @@ def test_a_rank_dies_with_rank_0_wherever_it_is(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_an_engine_that_waits_for_a_lost_rank_for_ever_ends(model: str) -> None:
-    """As it does in a kernel that sums: nothing but the process's end gets it out of there."""
+    """A kernel of a collective operation cannot be interrupted, so the process must end."""
     script = f"""
 import os, signal, time
 from cluster.config import EngineConfig
@@ -440,9 +441,9 @@ from replica.engine import tensor_parallel
 from replica.model.shape import read_shape
 tensor_parallel._STUCK_S = 0.1
 config = EngineConfig({model!r}, device="cpu", threads=1, tensor_parallel=2)
-runner, followers = tensor_parallel.start_ranks(config, read_shape(config.model), lambda: None)
-with followers.together():
-    os.kill(followers.pids[0], signal.SIGKILL)
+runner, workers = tensor_parallel.start_ranks(config, read_shape(config.model), lambda: None)
+with workers.together():
+    os.kill(workers.pids[0], signal.SIGKILL)
     time.sleep(3600)
 """
     done = subprocess.run(

@@ -141,7 +141,7 @@ def test_rotary_store_is_what_the_decoder_does(
     cache = torch.zeros(2, kv_heads, 2, 4, size)
     cos_sin = tables[0][positions][:, None], tables[1][positions][:, None]
     theirs = qkv.clone()
-    Decoder(shape, weights, tables)._place(theirs, layer, cos_sin, cache, targets)
+    Decoder(shape, weights, tables)._rotate_and_store(theirs, layer, cos_sin, cache, targets)
     memory = torch.zeros(2, 2, kv_heads, 4, size, device=DEVICE)
     mine = qkv.to(DEVICE)
     fused.rotary_store(

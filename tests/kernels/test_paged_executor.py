@@ -234,7 +234,7 @@ def test_an_engine_does_not_start_where_a_failed_capture_has_lost_cuda(
 
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
     with pytest.raises(StartupError, match=r"only a new process .* illegal memory access"):
-        graphs._settle(torch.device("cpu"))
+        graphs._recover(torch.device("cpu"))
 
 
 @pytest.mark.gpu
@@ -257,7 +257,7 @@ def test_on_a_gpu_a_capture_that_failed_leaves_streams_and_memory_as_they_were(
     with pytest.raises(RuntimeError):
         CudaCapture(device)(unjoined)
     assert torch.cuda.current_stream() == before
-    graphs._settle(device)
+    graphs._recover(device)
     replay = CudaCapture(device)(lambda: x.add_(1))
     x.zero_()
     replay()

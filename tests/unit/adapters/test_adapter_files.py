@@ -1,4 +1,4 @@
-"""Which PEFT files are understood, and that every other is refused by name and harmlessly."""
+"""Which PEFT files are accepted, and that all others are refused by name."""
 
 import json
 import os
@@ -23,7 +23,7 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model and an adapter, made once: transformers and PEFT take their time."""
+    """A model and an adapter, made once because transformers and PEFT are slow."""
     directory = tmp_path_factory.mktemp("adapter-files")
     model = make_model(directory / "model")
     make_adapter(directory / "adapter", model, rank=8)
@@ -37,7 +37,7 @@ def shape(written: Path) -> ModelShape:
 
 @pytest.fixture
 def adapter(written: Path, tmp_path: Path) -> Path:
-    """A copy that the test may break."""
+    """A copy that the test may modify."""
     return Path(shutil.copytree(written / "adapter", tmp_path / "adapter"))
 
 
@@ -112,7 +112,7 @@ def test_the_order_of_patterns_decides(adapter: Path, shape: ModelShape) -> None
         ({"use_rslora": 1}, "use_rslora = 1"),
         ({"rank_pattern": [1]}, "rank_pattern"),
         ({"rank_pattern": {"q_proj": 1.5}}, "rank_pattern['q_proj'] = 1.5"),
-        ({"alpha_pattern": {"(": 2}}, "is no pattern"),
+        ({"alpha_pattern": {"(": 2}}, "is not a regular expression"),
         ({"alpha_pattern": {"(a+)+b": 2}}, "too complex"),
         ({"target_modules": "((.*)*)*x"}, "too complex"),
         ({"target_modules": [1]}, "target_modules"),
@@ -168,7 +168,7 @@ def test_a_tensor_that_is_not_understood(
 def test_half_a_pair(adapter: Path, shape: ModelShape) -> None:
     edit_tensors(adapter, TENSORS_FILE, **{"layers.1.mlp.up_proj.lora_B.weight": None})
     message = refusal(adapter, shape)
-    assert "layers.1.mlp.up_proj" in message and "lora_A has no lora_B" in message
+    assert "layers.1.mlp.up_proj" in message and "has lora_A but no lora_B" in message
 
 
 def test_a_dtype_that_is_not_one_of_three(adapter: Path, shape: ModelShape) -> None:
@@ -200,10 +200,10 @@ def entry(begin: int, end: int, shape: Any = None, dtype: str = "F32") -> dict[s
         (b"\xff\xfe", b"", "not a safetensors file"),
         ({"t": 5}, b"", "needs dtype"),
         ({"t": entry(0, 8, dtype="F3")}, bytes(8), "dtype 'F3'"),
-        ({"t": entry(0, 8, [2**60])}, bytes(8), "not sizes"),
-        ({"t": entry(0, 8, [2**40, 2**40])}, bytes(8), "hold 8"),
-        ({"t": entry(0, 8, [-1])}, bytes(8), "not sizes"),
-        ({"t": entry(0, 8, [True])}, bytes(8), "not sizes"),
+        ({"t": entry(0, 8, [2**60])}, bytes(8), "are invalid"),
+        ({"t": entry(0, 8, [2**40, 2**40])}, bytes(8), "span 8"),
+        ({"t": entry(0, 8, [-1])}, bytes(8), "are invalid"),
+        ({"t": entry(0, 8, [True])}, bytes(8), "are invalid"),
         ({"t": entry(0, 80)}, bytes(8), "the file holds 8"),
         ({"t": entry(0, 8)}, bytes(9), "the file holds 9"),
         ({"t": entry(0, 8), "u": entry(4, 12)}, bytes(12), "starts at byte 4"),
@@ -224,7 +224,7 @@ def test_a_header_longer_than_its_file_or_than_reason(adapter: Path, shape: Mode
     with open(file, "wb") as sparse:
         sparse.write((HEADER_BYTES_MAX + 1).to_bytes(8, "little"))
         sparse.truncate(HEADER_BYTES_MAX * 2)
-    assert f"at most {HEADER_BYTES_MAX}" in refusal(adapter, shape)
+    assert f"the maximum is {HEADER_BYTES_MAX}" in refusal(adapter, shape)
 
 
 @pytest.mark.parametrize("size", [0, 3, 8, 200, -1])
@@ -255,7 +255,7 @@ def test_files_that_are_not_there_or_not_files(
 
 
 def test_a_broken_file_fails_a_load_instead(adapter: Path, shape: ModelShape) -> None:
-    """What was accepted once may be overwritten later: then its requests alone fail."""
+    """Accepted files may be overwritten later. Then only requests for that adapter fail."""
     tensors = load_file(adapter / TENSORS_FILE)
     tensors[f"{Q0}.lora_B.weight"][3, 2] = float("inf")
     save_file(tensors, adapter / TENSORS_FILE)

@@ -1,4 +1,4 @@
-"""A mixed batch of base and adapters gives the log-probabilities of transformers with PEFT."""
+"""A mixed batch of base and adapter rows gives the log-probabilities of transformers with PEFT."""
 
 import itertools
 import warnings
@@ -17,7 +17,7 @@ from replica.model.shape import read_shape
 from replica.scheduling.request import Sampling
 from tests.models import make_adapter, make_model
 
-# Of log-probabilities: as in `test_decoder.py`. An adapter makes 0.1 and more.
+# Tolerance of log-probabilities, as in `test_decoder.py`. An adapter changes them by 0.1 or more.
 TOLERANCE = 1e-4
 VOCAB = 320
 DECODED = 6
@@ -71,10 +71,10 @@ def reference(model_dir: str, adapter: str | None, text: Sequence[int]) -> torch
 def run(
     runner: Runner, texts: Sequence[Sequence[int]], slots: Sequence[int], chunk: int, more: int = 0
 ) -> tuple[list[torch.Tensor], list[list[int]]]:
-    """Log-probabilities from each prompt's end on, and `more` greedy tokens; one batch.
+    """Log-probabilities after each prompt, and `more` greedy tokens, in one batch.
 
-    The last DECODED tokens of a text are decoded one by one. Each text starts a step after the
-    one before it, so that prefill and decode rows meet.
+    The last DECODED tokens of a text are decoded one by one. Each text starts one step after the
+    one before, so that batches mix prefill and decode rows.
     """
     sampling = Sampling(temperature=0.0, logprobs=VOCAB)
     widest = -(-(max(map(len, texts)) + more) // runner.page_tokens)
@@ -148,7 +148,7 @@ def test_greedy_text_is_the_same_one_by_one_and_batched(tmp_path: Path) -> None:
 
 
 def test_an_adapter_that_moved_or_gave_its_slot_to_another(tmp_path: Path) -> None:
-    """While others go on decoding: what a slot's tiles held before must not answer."""
+    """Other rows keep decoding meanwhile. The slot's old weights must not be used."""
     model_dir = make_model(tmp_path / "model")
     adapters = adapters_of(tmp_path, model_dir)
     runner, shape = load(model_dir, adapters), read_shape(model_dir)

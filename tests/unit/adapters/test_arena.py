@@ -1,4 +1,4 @@
-"""The arena keeps every placed image intact, whatever is loaded, moved and cleared around it."""
+"""The arena keeps placed images intact while others are loaded, moved and cleared."""
 
 import random
 import threading
@@ -20,7 +20,7 @@ def shape(tmp_path_factory: pytest.TempPathFactory) -> ModelShape:
 
 
 def image_of(shape: ModelShape, rank: int, seed: int) -> Image:
-    """Every projection at that rank, random weights."""
+    """All projections at that rank, with random weights."""
     size = (shape.layers, len(shape.projections))
     a, b = np.zeros(size, np.int64), np.zeros(size, np.int64)
     offset = 0
@@ -38,7 +38,7 @@ def taken(arena: Arena, image: Image) -> int:
 
 
 def held(arena: Arena, slot: int, image: Image) -> bool:
-    """Whether the directory leads to the image's bytes."""
+    """True if the directory points at the image's bytes."""
     start = int(arena.directory.a_offset[slot, 0, 0])
     same = torch.equal(arena.memory[start : start + image.flat.numel()], image.flat)
     offsets = arena.directory.b_offset[slot] - image.layout.b_offset
@@ -144,7 +144,7 @@ def test_copies_on_other_threads(shape: ModelShape) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_random_loads_moves_and_clears(seed: int, shape: ModelShape) -> None:
-    """The seed is in the test's name. Images are slid together, as the engine does."""
+    """The seed is in the test's name. Images slide together, as in the engine."""
     choice = random.Random(seed)
     arena = Arena(shape, 400_000, 10, torch.float32)
     images: dict[int, tuple[int, Image]] = {}

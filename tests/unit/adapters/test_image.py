@@ -1,4 +1,4 @@
-"""An image holds each projection's matrices where its layout says, at their own rank and scale."""
+"""An image has each projection's matrices at the layout's offsets, with their rank and scale."""
 
 import math
 from pathlib import Path
@@ -79,7 +79,7 @@ def test_a_value_too_large_for_the_device_dtype(tmp_path: Path) -> None:
 
 
 def test_a_load_works_in_pieces_too_small_for_the_pool() -> None:
-    """ATen spreads an operation over the decoding loop's threads from 32,768 elements on."""
+    """ATen uses its thread pool for operations on 32,768 elements or more."""
     assert PIECE_ELEMENTS < 32_768
 
 

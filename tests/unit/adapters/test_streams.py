@@ -1,5 +1,5 @@
-"""Copies beside batches, on a device that is late: no forward sees other bytes than those that lay
-there when it was queued, and nothing on the host is overwritten while it is read.
+"""Copies during batches, on a device that lags: a forward reads the bytes that were placed when it
+was queued, and host memory is not overwritten while it is read.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ def late_arena(
 
 
 def forward(device: LateDevice, arena: Arena, slot: int, image: Image) -> Callable[[], bool]:
-    """Queues one that reads the slot where it lies now; whether it saw that image."""
+    """Queues a forward that reads the slot. The result tells if it read that image."""
     start = int(arena.directory.a_offset[slot, 0, 0])
     seen: list[bool] = []
     span = arena.memory[start : start + image.flat.numel()]
@@ -114,7 +114,7 @@ def test_a_copy_into_bytes_that_nothing_used_waits_for_nothing(shape: ModelShape
 
 
 def test_a_forward_waits_for_its_image(shape: ModelShape, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where a load was taken for done too early."""
+    """Also if a load was reported too early."""
     monkeypatch.setattr("tests.late.LateEvent.synchronize", lambda event: None)
     device = LateDevice(lambda device: (device.compute, device.copies))
     arena = late_arena(shape, device, staging=2**20)
@@ -136,7 +136,7 @@ def test_staging_is_not_filled_anew_before_it_is_read(shape: ModelShape) -> None
 
 
 class Loads:
-    """Adapters on disk, and a loader with room for one image in locked memory."""
+    """Adapters on disk, and a loader with locked memory for one image."""
 
     def __init__(self, directory: Path, model_dir: str, shape: ModelShape) -> None:
         paths = [make_adapter(directory / f"{n}", model_dir, rank=4, seed=n) for n in range(2)]
@@ -169,7 +169,7 @@ def loads(tmp_path: Path, model_dir: str, shape: ModelShape) -> Loads:
 
 
 def test_locked_memory_is_not_filled_anew_before_it_is_read(loads: Loads) -> None:
-    """The first image is not kept after all, and the second is read to where it lay."""
+    """The first image is dropped, and the second is read into the same memory."""
     for load in loads.loads:
         assert loads.pool.fits(loads.size)
         ended = loads.loader.run(load, None, keep=True)
@@ -184,7 +184,7 @@ def test_locked_memory_is_not_filled_anew_before_it_is_read(loads: Loads) -> Non
 async def test_a_load_ends_when_its_bytes_are_there(loads: Loads) -> None:
     loads.device.turn(lambda device: (device.compute,))
     loads.loader.begin(loads.loads[0], None, keep=True)
-    # Two pieces, each with its event: what else is to be copied does not wait for the whole image.
+    # Two pieces with an event each: other copies need not wait for the whole image.
     await until(lambda: len(loads.device.copies.work) == 4)
     assert loads.loader.ended() == [] and not loads.woken and not loads.pool.fits(loads.size)
     loads.device.turn(lambda device: (device.copies,))
@@ -209,7 +209,7 @@ def churn(
     pool: HostPool,
     look: Callable[[int, Image], None],
 ) -> None:
-    """Random loads, from locked memory and not, moves and clears; and forwards that look."""
+    """Random loads from locked and unlocked memory, moves, clears, and forwards that check."""
     images: dict[int, tuple[int, Image]] = {}
     for step in range(150):
         end = max((offset + taken(arena, i) for offset, i in images.values()), default=0)
@@ -244,7 +244,7 @@ def churn(
 def test_random_loads_moves_clears_and_forwards(
     seed: int, shape: ModelShape, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The seed is in the test's name. What a forward was queued for is what it sees."""
+    """The seed is in the test's name. Each forward reads the images that it was queued with."""
     monkeypatch.setattr(arena_module, "QUEUED_SLIDE_ELEMENTS", 1000)
     choice = random.Random(seed)
 
@@ -267,7 +267,7 @@ def test_random_loads_moves_clears_and_forwards(
 
 
 class Cudart:
-    """Locks pages up to a size, as a system with a limit does."""
+    """Locks pages up to a limit."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -322,7 +322,7 @@ def test_no_pages_are_locked_when_none_are_wanted() -> None:
 def test_random_loads_beside_the_forwards_of_a_gpu(
     seed: int, shape: ModelShape, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each forward takes about a millisecond, so that copies come while some are queued."""
+    """Each forward takes about a millisecond, so copies arrive while forwards are queued."""
     monkeypatch.setattr(arena_module, "QUEUED_SLIDE_ELEMENTS", 1000)
     device = torch.device("cuda")
     pool = locked_pool(150_000, device)

@@ -1,4 +1,4 @@
-"""What is refused before anything changes."""
+"""Adapters are refused before anything changes."""
 
 import shutil
 from pathlib import Path
@@ -28,4 +28,4 @@ def test_room_is_that_of_a_ranks_image_which_is_more_than_its_share(tmp_path: Pa
         here.check_room(new, [old])
 
     shutil.rmtree(tmp_path / "a")
-    validation().check_room(new, [old])  # what cannot be known is no reason
+    validation().check_room(new, [old])  # an unknown size is no reason to refuse

@@ -1,4 +1,4 @@
-"""Configuration: what is unknown or wrong is refused naming the key."""
+"""The configuration: unknown keys and wrong values are refused by name."""
 
 import dataclasses
 import math

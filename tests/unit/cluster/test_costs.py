@@ -1,4 +1,4 @@
-"""Measured rates take the place of priors, and follow what is measured."""
+"""Rates start from a prior, which measurements replace."""
 
 import pytest
 
@@ -52,5 +52,5 @@ def test_nothing_is_learned_from_an_empty_image_and_nothing_becomes_free() -> No
     costs = Costs(copy_bytes_per_s=100.0)
     costs.copied(0, Tier.DISK, 5.0)
     assert costs.copy_s(100) == pytest.approx(1.0)
-    costs.stepped(10, 0.001)  # faster than a decode step is believed to be
+    costs.stepped(10, 0.001)  # faster than the estimate of a decode step
     assert costs.prefill_s(10) > costs.decode_s

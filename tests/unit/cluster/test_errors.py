@@ -1,4 +1,4 @@
-"""Every error of the tree: its place in HTTP, and its way through a pipe."""
+"""Every error class: its HTTP status and codes, and pickling."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""Where adapter files may lie, and how remote ones come to local disk."""
+"""Which paths adapters may be loaded from, and how remote files reach local disk."""
 
 import hashlib
 import threading
@@ -100,7 +100,7 @@ def digest_of(path: str) -> str:
 
 @pytest.fixture
 def remote() -> Iterator[str]:
-    """A URL with an adapter behind it."""
+    """The URL of an adapter."""
     files = fsspec.filesystem("memory")
     for name in FILES:
         files.pipe_file(f"/adapters/a/{name}", name.encode())
@@ -146,7 +146,7 @@ def test_what_cannot_be_had_is_refused_and_leaves_nothing(
 
 
 def test_replicas_that_fetch_the_same_at_once_end_with_one(tmp_path: Path) -> None:
-    # Not from memory://: its files are one object for all readers, with one position.
+    # memory:// does not work here: all readers of a file share one position.
     source, cache = tmp_path / "source", tmp_path / "cache"
     source.mkdir()
     for name in FILES:

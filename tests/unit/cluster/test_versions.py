@@ -1,4 +1,4 @@
-"""The book of names: what it takes, what it refuses, and that a refusal changes nothing."""
+"""The book of names: what it accepts and refuses, and that a refusal changes nothing."""
 
 import random
 
@@ -125,12 +125,12 @@ def test_a_reader_keeps_what_it_read_while_the_book_changes() -> None:
 
 def test_following_any_series_of_changes_gives_the_same_book(seed: int) -> None:
     draw = random.Random(seed)
-    book, follower = Book("base"), Book("base")
+    book, copy = Book("base"), Book("base")
     for _ in range(300):
         name = draw.choice("abcdef")
         if book.get(name) is not None and draw.random() < 0.4:
             book.remove(name)
         else:
             book.add(version(name, draw.choice(["d1", "d2", "d3"])), load_inplace=True)
-        assert follower.apply(book.sequence, name, book.get(name))
-        assert (follower.by_name(), follower.sequence) == (book.by_name(), book.sequence)
+        assert copy.apply(book.sequence, name, book.get(name))
+        assert (copy.by_name(), copy.sequence) == (book.by_name(), book.sequence)

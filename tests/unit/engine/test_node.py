@@ -1,4 +1,4 @@
-"""What is read of a machine: the limit of its memory, and whether it computes in bfloat16."""
+"""Reading a machine's memory limit, and whether its CPU computes bfloat16."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ UNLIMITED_V1 = 9223372036854771712
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A machine of 64 GiB, 40 of them free, with no cgroup and an old processor."""
+    """A machine with 64 GiB, 40 of them free, no cgroup and an old CPU."""
     write(tmp_path, "proc/meminfo", f"MemTotal: {64 * 2**20} kB\nMemAvailable: {40 * 2**20} kB\n")
     write(tmp_path, "proc/cpuinfo", "processor\t: 0\nflags\t\t: fpu avx2 avx512f\n")
     return tmp_path

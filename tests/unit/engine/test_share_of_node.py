@@ -1,4 +1,4 @@
-"""How many replicas share one node's memory, as Ray and the configuration have it; or a GPU's."""
+"""How many replicas share one node's memory or one GPU, by Ray's and the configured resources."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Where no size is given: what a machine's memory is taken for, and which dtype is computed in."""
+"""Sizes and dtype that the engine chooses when the configuration leaves them open."""
 
 import dataclasses
 from pathlib import Path
@@ -28,7 +28,7 @@ GIB = 2**30
 
 @pytest.fixture
 def small(tmp_path: Path) -> ModelShape:
-    """12 × 768, as the benchmarks have it."""
+    """12 layers × 768, as in the benchmarks."""
     read = read_shape(write_model_config(tmp_path / "model"))
     return dataclasses.replace(
         read,
@@ -61,7 +61,7 @@ def large(small: ModelShape) -> ModelShape:
 
 
 def made(shape: ModelShape, gib: float, *, bf16: bool = False, **settings: Any) -> EngineConfig:
-    """On a CPU, where so much is free."""
+    """Settled on a CPU with `gib` GiB free."""
     node = Node(int(gib * GIB), int(gib * GIB), bf16)
     return settled(EngineConfig("m", **settings), shape, "cpu", node)
 
@@ -251,7 +251,7 @@ def test_what_was_chosen_is_told(small: ModelShape) -> None:
 
 
 def test_a_context_that_a_small_card_cannot_hold_is_cut_and_said(large: ModelShape) -> None:
-    """6 GB beside an 8B model on a card of 24 GB; a whole context is 17 GB."""
+    """A 24 GB card has 6 GB free beside an 8B model. The model's whole context takes 17 GB."""
     asked = EngineConfig("m", device="cuda", dtype="bfloat16")
     open_ = dataclasses.replace(asked, host_memory=0)
     sized = on_gpu(open_, 7 * 10**9, 0, 10**12, shared=True)

@@ -1,4 +1,4 @@
-"""What ranks are told is what rank 0 does, in few bytes; and a load ends when it has everywhere."""
+"""Commands to workers are complete and short. A load ends when it has ended on every rank."""
 
 import pickle
 import random
@@ -25,14 +25,14 @@ def row(seed: int, position: int, pages: list[int], **fields: object) -> Row:
 
 
 def told(row: Row) -> tuple[object, ...]:
-    """All but what only a draw needs."""
+    """The row without what only sampling needs."""
     wanted = row.sampling is not None
     return (row.tokens, row.position, list(row.pages), row.slot, row.carry, wanted)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_rows_arrive_as_they_were_whatever_happened_to_their_pages(seed: int) -> None:
-    """Requests grow, lose their pages, get others, pause, and may share a seed."""
+    """Requests grow, lose their pages, get new ones, pause, and may share a seed."""
     rng = random.Random(seed)
     here, there = PageTables(), PageTables()
     requests = [(rng.randrange(6), [rng.randrange(99)]) for _ in range(8)]
@@ -62,8 +62,8 @@ def test_a_decode_step_of_long_sequences_is_a_short_message() -> None:
     assert again < 64 * 64
 
 
-class FakeFollowers(TensorParallelWorkers):
-    """Two of them, which answer what the test says."""
+class FakeWorkers(TensorParallelWorkers):
+    """Two workers that give the test's answers."""
 
     def __init__(self) -> None:
         self.told: list[Command] = []
@@ -103,8 +103,8 @@ def load_of(digest: str) -> Load:
 
 
 @pytest.fixture
-def workers() -> FakeFollowers:
-    return FakeFollowers()
+def workers() -> FakeWorkers:
+    return FakeWorkers()
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def own() -> FakeLoader:
 
 @pytest.mark.parametrize("last", [0, 1, 2])
 def test_a_load_has_ended_when_it_has_on_every_rank(
-    last: int, workers: FakeFollowers, own: FakeLoader
+    last: int, workers: FakeWorkers, own: FakeLoader
 ) -> None:
     loader, load = JointLoader(own, workers), load_of("a")
     loader.begin(load, None, True)
@@ -133,10 +133,10 @@ def test_a_load_has_ended_when_it_has_on_every_rank(
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
 def test_a_load_that_failed_on_one_rank_failed_on_all(
-    failing: int, workers: FakeFollowers, own: FakeLoader
+    failing: int, workers: FakeWorkers, own: FakeLoader
 ) -> None:
     loader, load = JointLoader(own, workers), load_of("a")
-    for _ in range(2):  # it may be tried again
+    for _ in range(2):  # it may be retried
         loader.begin(load, None, True)
         for rank in (1, 2):
             error = "broken" if rank == failing else None
@@ -153,7 +153,7 @@ def test_a_load_that_failed_on_one_rank_failed_on_all(
     assert [ended.error for ended in loader.ended()] == [None]
 
 
-def test_loads_beside_each_other_are_not_mixed_up(workers: FakeFollowers, own: FakeLoader) -> None:
+def test_loads_beside_each_other_are_not_mixed_up(workers: FakeWorkers, own: FakeLoader) -> None:
     loader = JointLoader(own, workers)
     for digest in "ab":
         loader.begin(load_of(digest), None, False)
@@ -161,7 +161,7 @@ def test_loads_beside_each_other_are_not_mixed_up(workers: FakeFollowers, own: F
     workers.answers.append((1, AdapterLoaded("a", None)))
     own.done.extend([Loaded(load_of("a"), LAYOUT, 1.0), Loaded(load_of("b"), LAYOUT, 1.0)])
     assert [ended.load.digest for ended in loader.ended()] == ["b"]
-    # Without overlap, a third waits for its own answers, and takes in what else comes.
+    # A third load, without overlap, waits for its own answers and records those of others.
     workers.answers.extend((2, AdapterLoaded(digest, None)) for digest in "ac")
     workers.answers.append((1, AdapterLoaded("c", "broken")))
     assert loader.run(load_of("c"), None, False).error == "rank 1: broken"
@@ -169,9 +169,9 @@ def test_loads_beside_each_other_are_not_mixed_up(workers: FakeFollowers, own: F
 
 
 def test_a_lost_rank_is_found_where_loads_are_looked_for(
-    workers: FakeFollowers, own: FakeLoader
+    workers: FakeWorkers, own: FakeLoader
 ) -> None:
-    """The engine looks in every step, also when it has nothing to run."""
+    """The engine polls in every step, even if it has nothing to run."""
     loader = JointLoader(own, workers)
     workers.gone = True
     with pytest.raises(EngineFailed):

@@ -1,4 +1,4 @@
-"""The decoder's logits are transformers' logits, however the tokens are cut and batched."""
+"""The decoder's logits equal transformers' logits, however tokens are chunked and batched."""
 
 import itertools
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from replica.model.shape import read_shape
 from replica.scheduling.request import Sampling, TokenLogprobs
 from tests.models import make_model
 
-# Of log-probabilities, which are up to 16: a unit in the last place is 1e-6, and sums of 96
-# products in another order, three layers deep, make some of these. A wrong mask makes 1e-2.
+# Tolerance of log-probabilities, which are up to 16, so that one unit in the last place is 1e-6.
+# Reordered sums of 96 products in three layers differ by a few units. A wrong mask gives 1e-2.
 TOLERANCE = 1e-4
 VOCAB = 320
 GREEDY = Sampling(temperature=0.0)
@@ -70,7 +70,7 @@ def load(model_dir: str, **settings: Any) -> Runner:
 
 
 def reference(model_dir: str, texts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Transformers' log-probabilities, [tokens, vocab] a text."""
+    """Transformers' log-probabilities, [tokens, vocab] per text."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="eager")
@@ -89,9 +89,10 @@ def all_logprobs(logprobs: TokenLogprobs | None) -> torch.Tensor:
 def replay(
     runner: Runner, texts: Sequence[Sequence[int]], decoded: int, chunk: int
 ) -> list[torch.Tensor]:
-    """Log-probabilities after each token from the prompt's last on, [tokens, vocab] a text.
+    """Log-probabilities after the prompt's last token and each later one, [tokens, vocab] per text.
 
-    Prefill in chunks of `chunk`, decode of the last `decoded`; one batch, pages scattered.
+    It prefills in chunks of `chunk` and decodes the last `decoded` tokens, in one batch with
+    scattered pages.
     """
     everything = Sampling(logprobs=VOCAB)
     ids = iter(range(runner.memory.pages - 1, -1, -1))
@@ -148,8 +149,8 @@ def test_logprobs_are_those_of_transformers(name: str, tmp_path: Path) -> None:
 def generate(
     runner: Runner, texts: Sequence[Sequence[int]], length: int, chunk: int, sampling: Sampling
 ) -> list[list[int]]:
-    """What follows each text, all in one batch; each starts its prompt a step after the last one,
-    so that prefill and decode rows meet."""
+    """The output for each text, all in one batch. Each prompt starts one step after the one before,
+    so that batches mix prefill and decode rows."""
     widest = -(-(max(map(len, texts)) + length) // runner.page_tokens)
     pages = [list(range(i * widest, (i + 1) * widest)) for i in range(len(texts))]
     done = [0] * len(texts)
@@ -191,7 +192,7 @@ def test_draws_are_the_same_however_prompts_are_cut_and_requests_resumed(tmp_pat
     found = generate(runner, texts, 12, 1000, warm)
     assert generate(runner, texts, 12, 4, warm) == found
     assert generate(runner, texts, 12, 1000, GREEDY) != found
-    # What was generated before the pages were lost is prompt now.
+    # Tokens generated before the pages were lost are now part of the prompt.
     resumed = [[*text, *own[:5]] for text, own in zip(texts, found, strict=True)]
     assert generate(runner, resumed, 7, 1000, warm) == [own[5:] for own in found]
 
@@ -200,7 +201,7 @@ def test_what_a_former_owner_left_in_a_page_does_not_matter(tmp_path: Path) -> N
     runner = load(make_model(tmp_path))
     texts = prompts(20, 5)
     before = replay(runner, texts, 3, 1000)
-    # All pages but the one that pads: an adapter gone wrong may leave anything.
+    # All pages except the padding page: a broken adapter may leave any value.
     assert isinstance(runner._executor, GatherExecutor)
     runner._executor.cache[:, :, :, : runner.memory.pages] = float("nan")
     for chunk in (1000, 2):
@@ -236,7 +237,7 @@ def test_where_a_batch_is_cut_into_spans(
 
 
 def test_bfloat16_is_as_near_as_that_of_transformers(tmp_path: Path) -> None:
-    """Rounded differently, but from the exact values neither is much further than the other."""
+    """Both round differently, but their distances from the exact values are similar."""
     from transformers import AutoModelForCausalLM
 
     model_dir = make_model(tmp_path, initializer_range=0.05)

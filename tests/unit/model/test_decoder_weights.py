@@ -1,4 +1,4 @@
-"""Checkpoints that do not hold what `config.json` says are refused, naming the tensor or file."""
+"""Checkpoints that contradict `config.json` are refused, naming the tensor or file."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_a_missing_or_misshapen_tensor(
 
 
 def test_a_tensor_that_would_not_be_applied(tmp_path: Path) -> None:
-    """Qwen2's biases under a config that calls it a Llama."""
+    """Qwen2's biases with a config that says Llama."""
     model_dir = make_model(tmp_path, "qwen2")
     edit_config(model_dir, model_type="llama")
     with pytest.raises(ModelUnsupported, match=r"_proj\.bias' is not part of the architecture"):
@@ -94,8 +94,8 @@ def test_a_weight_laid_out_anew_multiplies_the_same(dtype: torch.dtype, rows: in
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(96, 64, generator=generator).to(dtype)
     x = torch.randn(rows, 64, generator=generator).to(dtype)
-    # Sums of 64 products of size 1, in another order: within 64 roundings of 64 × 2 / π at worst.
-    # The result is rounded to a unit in the last place.
+    # Reordered sums of 64 products of size 1 differ by at most 64 roundings of 64 × 2 / π. The
+    # result is rounded to a unit in the last place.
     order, rounding = 64 * 41 * torch.finfo(torch.float32).eps / 2, torch.finfo(dtype).eps
     with torch.inference_mode():
         torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""How much of a device's memory is pages, and how much can be adapters'."""
+"""How a device's memory is divided between pages and adapters."""
 
 import dataclasses
 from pathlib import Path

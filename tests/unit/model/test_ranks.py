@@ -1,4 +1,4 @@
-"""A model cut into parts gives the whole one's logits; here the ranks are threads."""
+"""A model divided between ranks gives the logits of the whole model. Here ranks are threads."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class ThreadRanks(Ranks):
-    """Meets the others at a barrier."""
+    """Collective operations between threads, with a barrier."""
 
     def __init__(self, shard: Shard, meeting: threading.Barrier, table: list[Any]) -> None:
         self.shard = shard
@@ -98,7 +98,7 @@ class Group:
 
 
 def steps(group: Group, slots: Sequence[int]) -> list[torch.Tensor]:
-    """A prompt a slot, all in one batch, and then two single tokens each."""
+    """One prompt per slot in one batch, then two single tokens for each."""
     generator = torch.Generator().manual_seed(5)
     found = []
     texts = [torch.randint(6, VOCAB, (9 + 5 * n,), generator=generator).tolist() for n in slots]

@@ -1,4 +1,4 @@
-"""How tokens are drawn: what each switch keeps, and what a draw may depend on."""
+"""Sampling: which tokens each parameter keeps, and what a draw depends on."""
 
 import math
 from typing import Any
@@ -70,7 +70,7 @@ def test_top_p_keeps_at_least_one(top_p: float) -> None:
 
 
 def test_top_p_comes_after_top_k() -> None:
-    # Of 0.4, 0.3 and 0.2, made to sum to one, the best two reach 0.77; of all four, 0.7.
+    # The best two have 0.77 of the normalized 0.4, 0.3 and 0.2, but 0.7 of all four tokens.
     found = frequencies(logits(0.1, 0.2, 0.3, 0.4), 5_000, top_k=3, top_p=0.75)
     assert (found > 0).tolist() == [False, False, True, True]
 
@@ -108,7 +108,7 @@ def test_uniforms_are_spread_and_unlike_for_neighbours() -> None:
     for unlike in (others, shifted):
         assert abs(((values - 0.5) * (unlike - 0.5)).mean()) < 0.005
 
-    # No seed is another one's later positions.
+    # No seed repeats another seed's later positions.
     assert uniforms([0], [1]) != uniforms([0x9E3779B97F4A7C15], [0])
 
 

@@ -1,4 +1,4 @@
-"""What is read from `config.json`, and what is refused by name."""
+"""Reading `config.json`: what is supported, and what is refused by name."""
 
 import json
 import re
