@@ -466,6 +466,7 @@ async def test_why_did_this_wait(client: AsyncOpenAI, app: Server) -> None:
     async with client_of(app) as http:
         timeline = await http.get(f"/v1/requests/{answer.id}")
         unknown = await http.get("/v1/requests/nobody")
+    assert timeline.json()["object"] == "request.timeline"
     assert [len(choice) for choice in timeline.json()["choices"]] == [1, 1]
     assert timeline.json()["choices"][0][0]["event"] == "queued"
     assert unknown.status_code == 404 and "nobody" in unknown.text
