@@ -11,7 +11,7 @@ import pytest
 from cluster.config import FleetConfig
 from cluster.errors import AdapterRefused, BadRequest, ConfigError, ModelNotFound
 from cluster.values import Version
-from replica.serving.local_catalog import Standalone
+from replica.serving.local_catalog import LocalCatalog
 from tests.small_files import settled_config, write_adapter, write_model_config
 from tests.stub_engine import StubEngine
 
@@ -25,7 +25,7 @@ def config(tmp_path: Path) -> FleetConfig:
 
 async def test_adapters_come_and_go(config: FleetConfig, tmp_path: Path) -> None:
     engine = StubEngine()
-    adapters = Standalone(engine, config)
+    adapters = LocalCatalog(engine, config)
     done = await adapters.add("a", write_adapter(tmp_path / "adapters" / "a"))
     assert (done.name, done.sequence, done.pending) == ("a", 1, ())
     version = await adapters.find("a")
@@ -46,17 +46,17 @@ async def test_the_configured_ones_are_there_from_the_start(
     config: FleetConfig, tmp_path: Path
 ) -> None:
     flags = {"a": write_adapter(tmp_path / "outside")}
-    adapters = Standalone(StubEngine(), dataclasses.replace(config, adapters=flags))
+    adapters = LocalCatalog(StubEngine(), dataclasses.replace(config, adapters=flags))
     await adapters.start()
     assert [version.name for version in adapters.versions()] == ["a"]
     bad = dataclasses.replace(config, adapters={"b": str(tmp_path / "nothing")})
     with pytest.raises(ConfigError, match=r"adapters\.b"):
-        await Standalone(StubEngine(), bad).start()
+        await LocalCatalog(StubEngine(), bad).start()
 
 
 async def test_what_is_refused_changes_nothing(config: FleetConfig, tmp_path: Path) -> None:
     engine = StubEngine()
-    adapters = Standalone(engine, config)
+    adapters = LocalCatalog(engine, config)
     inside = write_adapter(tmp_path / "adapters" / "a")
     outside = write_adapter(tmp_path / "outside")
     with pytest.raises(BadRequest, match="outside the allowed adapter roots") as caught:
@@ -72,7 +72,7 @@ async def test_what_is_refused_changes_nothing(config: FleetConfig, tmp_path: Pa
 
 async def test_a_name_is_re_pointed_only_in_place(config: FleetConfig, tmp_path: Path) -> None:
     engine = StubEngine()
-    adapters = Standalone(engine, config)
+    adapters = LocalCatalog(engine, config)
     old = await adapters.add("a", write_adapter(tmp_path / "adapters" / "a"))
     path = write_adapter(tmp_path / "adapters" / "b", seed=1)
     with pytest.raises(BadRequest, match="already loaded"):
@@ -91,7 +91,7 @@ async def test_names_of_one_content_share_its_pin_and_weight(
             told.append((version.pinned, version.weight, path))
 
     told: list[tuple[bool, float, str]] = []
-    adapters = Standalone(Noting(), config)
+    adapters = LocalCatalog(Noting(), config)
     path = write_adapter(tmp_path / "adapters" / "a")
     await adapters.add("a", path, pinned=True, weight=2.0)
     await adapters.add("b", path, weight=3.0)
@@ -111,7 +111,7 @@ async def test_names_of_one_content_share_its_pin_and_weight(
 async def test_of_two_adds_of_one_name_at_once_one_wins(
     config: FleetConfig, tmp_path: Path
 ) -> None:
-    adapters = Standalone(StubEngine(), config)
+    adapters = LocalCatalog(StubEngine(), config)
     paths = [write_adapter(tmp_path / "adapters" / str(seed), seed=seed) for seed in range(2)]
     outcomes = await asyncio.gather(
         *(adapters.add("a", path) for path in paths), return_exceptions=True
@@ -120,7 +120,7 @@ async def test_of_two_adds_of_one_name_at_once_one_wins(
 
 
 async def test_it_describes_itself_as_a_fleet_of_one(config: FleetConfig, tmp_path: Path) -> None:
-    adapters = Standalone(StubEngine(), config, "local")
+    adapters = LocalCatalog(StubEngine(), config, "local")
     path = write_adapter(tmp_path / "adapters" / "a")
     done = await adapters.add("a", path, pinned=True, weight=2.0)
     page = await adapters.describe()
