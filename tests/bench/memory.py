@@ -1,10 +1,11 @@
-"""What memory that sizes itself costs: `lorafleet replica` without memory flags against 1 GiB.
+"""The cost of automatic memory sizing: `lorafleet replica` without memory flags and with 1 GiB.
 
     python -m tests.bench.memory [--rounds N] [--threads N] [--json]
 
-16 adapters of ranks 8 to 64 on a 12 × 768 model; 32 requests come at once over HTTP, two for each
-adapter. Each round starts both replicas anew, one after the other, and the order alternates, so
-that a busy machine slows both alike. What comes first after the start, loads among it, counts.
+16 adapters of ranks 8 to 64 on a model with 12 layers of 768. 32 requests arrive at once over HTTP,
+two for each adapter. Each round starts a new replica of each kind, one after the other, in
+alternating order, so that a busy machine slows both alike. The first requests after the start
+count too, with the loads that they cause.
 """
 
 import argparse
@@ -38,7 +39,7 @@ WAYS = {"no flags": (), "1 GiB": ("--adapter-memory", "1GiB")}
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """itl_max_s: between two tokens of one request."""
+    """Figures of one replica in one round. itl_max_s: the longest ITL of any request."""
 
     tokens_per_s: float
     itl_max_s: float
@@ -66,7 +67,7 @@ def main() -> None:
 def measure(
     args: argparse.Namespace, directory: Path
 ) -> tuple[dict[str, list[Run]], dict[str, list[str]]]:
-    """Runs, and what each way said of memory and dtype."""
+    """The runs of each way, and the lines on memory and dtype that its replica printed."""
     model = directory / "model"
     shape = toy_model(model, hidden=768, layers=12, context=2048)
     write_tokenizer(model)
@@ -101,9 +102,9 @@ def figures(found: dict[str, list[Run]]) -> dict[str, dict[str, float]]:
 
 
 def ratio(found: dict[str, list[Run]]) -> float:
-    """The median over rounds: both ways of a round had the same machine."""
-    free, fixed = (found[way] for way in WAYS)
-    pairs = zip(free, fixed, strict=True)
+    """The median over rounds. Both ways of a round ran under about the same machine load."""
+    automatic, fixed = (found[way] for way in WAYS)
+    pairs = zip(automatic, fixed, strict=True)
     return statistics.median(one.tokens_per_s / other.tokens_per_s for one, other in pairs)
 
 
@@ -168,7 +169,7 @@ async def _ask_all(url: str, args: argparse.Namespace, seed: int) -> Run:
 async def _ask(
     client: httpx.AsyncClient, name: str, prompt: Sequence[int], output: int
 ) -> list[float]:
-    """When each token came."""
+    """The arrival time of each token."""
     body = {"model": name, "prompt": prompt, "max_tokens": output, "temperature": 0.0}
     body |= {"ignore_eos": True, "stream": True, "return_token_ids": True}
     came: list[float] = []
