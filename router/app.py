@@ -47,26 +47,26 @@ def compose(config: FleetConfig, engine: str = ENGINE) -> serve.Application:
     """engine: import path of a function from EngineConfig to `replica.api.interfaces.Engine`."""
     environment.check(os.environ)
     environment.redis_url()
-    settled = dataclasses.replace(config, engine=settle(config))
+    resolved = dataclasses.replace(config, engine=settle(config))
     router_config = RequestRouterConfig(
         request_router_class="router.affinity:AdapterAffinityRouter",
         request_router_kwargs={
             "redis_variable": environment.REDIS_URL,
-            "fleet": settled.name,
-            "step_tokens": settled.engine.step_tokens_max,
-            "batch_rows": settled.engine.batch_rows_max,
+            "fleet": resolved.name,
+            "step_tokens": resolved.engine.step_tokens_max,
+            "batch_rows": resolved.engine.batch_rows_max,
         },
     )
-    on_gpu = settled.engine.device == "cuda"
+    on_gpu = resolved.engine.device == "cuda"
     replicas = serve.deployment(
         name="replica",
-        num_replicas=settled.replicas,
+        num_replicas=resolved.replicas,
         ray_actor_options={
-            "num_cpus": settled.cpus_per_replica,
+            "num_cpus": resolved.cpus_per_replica,
             # This one actor reserves the GPUs of all tensor-parallel ranks. Ray places them on one
             # node and sets CUDA_VISIBLE_DEVICES, which the ranks inherit as child processes. A
             # placement group would reserve its bundles for actors, and the ranks are none.
-            "num_gpus": settled.replica_gpus if on_gpu else 0,
+            "num_gpus": resolved.replica_gpus if on_gpu else 0,
         },
         max_ongoing_requests=UNBOUNDED,
         request_router_config=router_config,
@@ -74,10 +74,10 @@ def compose(config: FleetConfig, engine: str = ENGINE) -> serve.Application:
         health_check_timeout_s=10,
         max_constructor_retry_count=STARTS_MAX,
         graceful_shutdown_wait_loop_s=0.2,
-        graceful_shutdown_timeout_s=settled.drain_s + 5,
+        graceful_shutdown_timeout_s=resolved.drain_s + 5,
     )(serve.ingress()(Replica))
     run = secrets.token_hex(8)
-    bound = replicas.bind(settled, engine, run, environment.REDIS_URL, environment.API_KEYS)
+    bound = replicas.bind(resolved, engine, run, environment.REDIS_URL, environment.API_KEYS)
     ingress = serve.deployment(
         name="router",
         # Reserve no CPU, so that it fits on every node with a proxy.

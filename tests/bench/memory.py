@@ -56,12 +56,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the figures as JSON alone")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        found, said = measure(args, Path(directory))
+        found, logged = measure(args, Path(directory))
     result = figures(found)
     if args.json:
-        print(json.dumps({"ways": result, "ratio": ratio(found), "said": said}, indent=2))
+        print(json.dumps({"ways": result, "ratio": ratio(found), "said": logged}, indent=2))
     else:
-        _print(args, found, said)
+        _print(args, found, logged)
 
 
 def measure(
@@ -78,16 +78,16 @@ def measure(
         path = toy_adapter(directory / f"a{n}", shape, RANKS[n % len(RANKS)], n)
         common += ["--adapter", f"a{n}={path}"]
     found: dict[str, list[Run]] = {way: [] for way in WAYS}
-    said: dict[str, list[str]] = {}
+    logged: dict[str, list[str]] = {}
     for round_ in range(args.rounds):
         for way in WAYS if round_ % 2 == 0 else reversed(WAYS):
             log = directory / "log"
             with _replica(model, [*common, *WAYS[way]], log) as url:
                 found[way].append(asyncio.run(_ask_all(url, args, round_)))
-            said[way] = [line for line in log.read_text().splitlines() if "ready: " not in line]
+            logged[way] = [line for line in log.read_text().splitlines() if "ready: " not in line]
             run = found[way][-1]
             print(f"{way}: {run.tokens_per_s:.0f} tokens/s", file=sys.stderr, flush=True)
-    return found, said
+    return found, logged
 
 
 def figures(found: dict[str, list[Run]]) -> dict[str, dict[str, float]]:
@@ -109,13 +109,13 @@ def ratio(found: dict[str, list[Run]]) -> float:
 
 
 def _print(
-    args: argparse.Namespace, found: dict[str, list[Run]], said: dict[str, list[str]]
+    args: argparse.Namespace, found: dict[str, list[Run]], logged: dict[str, list[str]]
 ) -> None:
     print(
         f"{args.requests} requests at once, {args.prompt} tokens in, {args.output} out, "
         f"{ADAPTERS} adapters of ranks {', '.join(map(str, RANKS))}; {args.rounds} rounds"
     )
-    for way, lines in said.items():
+    for way, lines in logged.items():
         for line in lines:
             print(f"{way}: {line}")
     for way, of in figures(found).items():
@@ -172,7 +172,7 @@ async def _ask(
     """The arrival time of each token."""
     body = {"model": name, "prompt": prompt, "max_tokens": output, "temperature": 0.0}
     body |= {"ignore_eos": True, "stream": True, "return_token_ids": True}
-    came: list[float] = []
+    arrivals: list[float] = []
     async with client.stream("POST", "/v1/completions", json=body) as answer:
         assert answer.status_code == 200, await answer.aread()
         async for line in answer.aiter_lines():
@@ -180,8 +180,8 @@ async def _ask(
                 continue
             data = json.loads(line.removeprefix("data: "))
             for choice in data["choices"]:
-                came += [time.monotonic()] * len(choice.get("token_ids") or [])
-    return came
+                arrivals += [time.monotonic()] * len(choice.get("token_ids") or [])
+    return arrivals
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ async def tokens_per_s(port: int) -> float:
     start_s = time.perf_counter()
     answers = await asyncio.gather(*(stream.ask(ask) for stream in streams))
     tokens = sum(count for count, _ in answers)
-    assert tokens == STREAMS * STREAM_TOKENS, f"{tokens} tokens came"
+    assert tokens == STREAMS * STREAM_TOKENS, f"{tokens} tokens arrived"
     return tokens / (time.perf_counter() - start_s)
 
 

@@ -77,21 +77,21 @@ class Result:
 
 
 def upstream(
-    names: Sequence[str], runs: int, threads: int | None, tell: Callable[[str], None]
+    names: Sequence[str], runs: int, threads: int | None, report: Callable[[str], None]
 ) -> Iterator[Result]:
-    """Runs tables. The policies of a table take turns, run by run. tell: gets a progress line."""
+    """Runs tables. The policies of a table take turns, run by run. report: gets a progress line."""
     with _toys(AS_THE_CARD, threads) as toys:
         for name in names:
-            yield _result(name, TABLES[name], (*POLICIES, FAST), toys, runs, tell)
+            yield _result(name, TABLES[name], (*POLICIES, FAST), toys, runs, report)
 
 
-def beside(runs: int, threads: int | None, tell: Callable[[str], None]) -> Iterator[Result]:
+def beside(runs: int, threads: int | None, report: Callable[[str], None]) -> Iterator[Result]:
     """Runs base requests beside 16 adapters on 4 places, and the same requests all for base."""
     table = dataclasses.replace(TABLES["14795"], places=_BESIDE_PLACES)
     for size in (AS_THE_CARD, AS_FAST_AS_IT_GOES):
         title = f"{table.name} on {table.places} places"
         with _toys(size, threads) as toys:
-            yield _result(title, table, ("ours", ALL_BASE), toys, runs, tell)
+            yield _result(title, table, ("ours", ALL_BASE), toys, runs, report)
 
 
 def lines(result: Result) -> Iterator[str]:
@@ -255,7 +255,7 @@ def _result(
     policies: Sequence[str],
     toys: _Toys,
     runs: int,
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> Result:
     servers = {policy: _Server(table, policy, toys) for policy in policies}
     found: dict[str, list[Streams]] = {policy: [] for policy in policies}
@@ -266,7 +266,7 @@ def _result(
             streams, own = server.run(seed)
             found[policy].append(streams)
             tokens[policy].append(own)
-            tell(f"{title} {policy} run {seed + 1}: {time.monotonic() - start_s:.1f} s")
+            report(f"{title} {policy} run {seed + 1}: {time.monotonic() - start_s:.1f} s")
     outcomes = {
         policy: Outcome(
             _medians(found[policy]),
@@ -294,14 +294,14 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.tables) - TABLES.keys():
         parser.error(f"no such table: {', '.join(sorted(unknown))}")
-    for result in upstream(args.tables or list(TABLES), args.runs, args.threads, _tell):
+    for result in upstream(args.tables or list(TABLES), args.runs, args.threads, _report):
         print("", *lines(result), sep="\n", flush=True)
     if not args.tables or "14795" in args.tables:
-        for result in beside(args.runs, args.threads, _tell):
+        for result in beside(args.runs, args.threads, _report):
             print("", *lines(result), sep="\n", flush=True)
 
 
-def _tell(line: str) -> None:
+def _report(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
