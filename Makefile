@@ -1,6 +1,6 @@
-# Everything is made inside the checkout: packages in .venv, models and data in .fleet.
+# All files stay inside the checkout: packages in .venv, models and data in .fleet.
 
-# The first interpreter that runs and is new enough; `make PYTHON=/path/to/python3.12 install` chooses.
+# The first suitable interpreter on PATH; `make PYTHON=/path/to/python3.12 install` overrides it.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
 	2>/dev/null && echo $$python && break; done)
@@ -14,24 +14,24 @@ install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { \
-		echo "lorafleet needs Python 3.11 or 3.12: put one on PATH, or say make PYTHON=/path/to/it" >&2; \
+		echo "lorafleet needs Python 3.11 or 3.12: put one on PATH, or run make PYTHON=/path/to/python" >&2; \
 		exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || { \
-		echo "$(PYTHON) cannot make a virtual environment (on Debian: apt install python3-venv)" >&2; \
+		echo "$(PYTHON) cannot create a virtual environment (on Debian: apt install python3-venv)" >&2; \
 		exit 1; }
-	@echo "installing into .venv; the first time takes minutes"
+	@echo "installing into .venv; the first run takes minutes"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# Two replicas, one base model, three adapters: asks each the same question and stops everything.
+# Starts two replicas of one base model with three adapters, asks each model a question, and stops.
 demo: install
 	$(BIN)/python -m tests.demo.demo
 
-# The same fleet on port 8000 (or make serve PORT=…) until Ctrl-C; prints a curl line to try.
+# Runs the same fleet on port 8000 (or make serve PORT=…) until Ctrl-C; prints a curl line to try.
 serve: install
 	$(BIN)/python -m tests.demo.demo --serve $(if $(PORT),--port $(PORT))
 
-# Everything that runs without a GPU. ARGS goes to pytest: make test ARGS='-k policy -x'.
+# Runs all tests that need no GPU. ARGS goes to pytest: make test ARGS='-k policy -x'.
 test: install
 	$(BIN)/python -m pytest $(ARGS)
 

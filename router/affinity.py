@@ -1,4 +1,4 @@
-"""The Serve request router: asks the view and the policy, and never waits for anything."""
+"""The Serve request router: ranks replicas by the view and the policy, without ever blocking."""
 
 import asyncio
 import logging
@@ -21,46 +21,46 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # ray has no 
     def initialize_state(
         self, *, redis_variable: str, fleet: str, step_tokens: int, batch_rows: int
     ) -> None:
-        """`redis_variable` names the variable that holds the URL: Serve shows these arguments."""
+        """redis_variable: the environment variable with Redis' URL. Serve shows these arguments."""
         self._view = View()
-        self._costs = RoutingWeights(step_tokens=step_tokens, batch_rows=batch_rows)
-        self._follower = FleetView(os.environ[redis_variable], fleet)
-        self._following: asyncio.Task[None] | None = None
+        self._weights = RoutingWeights(step_tokens=step_tokens, batch_rows=batch_rows)
+        self._fleet_view = FleetView(os.environ[redis_variable], fleet)
+        self._fleet_view_task: asyncio.Task[None] | None = None
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Runs on the loop that routes, before the first request; the follower lives there too."""
-        if self._following is None:
-            self._following = asyncio.get_running_loop().create_task(self._follow())
+        """Serve calls this on the routing loop before the first request; starts the fleet view."""
+        if self._fleet_view_task is None:
+            self._fleet_view_task = asyncio.get_running_loop().create_task(self._run_fleet_view())
         super().update_replicas(replicas)
 
-    async def _follow(self) -> None:
+    async def _run_fleet_view(self) -> None:
         try:
-            await self._follower.run()
+            await self._fleet_view.run()
         except Exception:
-            # Routing goes on by what is known, and by our own picks.
-            logger.exception("the router follows the fleet no more")
+            # Routing continues with the last known states and this router's own picks.
+            logger.exception("the router's fleet view has stopped")
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None
     ) -> list[list[RunningReplica]]:
-        """Singletons, best first; the first is counted as picked."""
+        """One singleton rank a replica, best first. Counts the first as picked."""
         if pending_request is not None:
-            # Serve asks again at once, in a loop, unless a request says that it may wait.
+            # Without it, Serve retries in a busy loop.
             pending_request.routing_context.should_backoff = True
         if not candidate_replicas:
             return []
         model, tokens = _arguments(pending_request)
-        digest = self._follower.names.get(model) if model is not None else None
+        digest = self._fleet_view.names.get(model) if model is not None else None
         now_s = time.monotonic()
         by_id = {r.replica_id.to_full_id_str(): r for r in candidate_replicas}
-        candidates = self._view.candidates(by_id, self._follower.replicas, digest, now_s)
-        ranked = rank(candidates, digest or model or "", self._costs)
+        candidates = self._view.candidates(by_id, self._fleet_view.replicas, digest, now_s)
+        ranked = rank(candidates, digest or model or "", self._weights)
         self._view.picked(ranked[0].replica_id, digest, tokens, now_s)
         return [[by_id[candidate.replica_id]] for candidate in ranked]
 
 
 def _arguments(pending_request: PendingRequest | None) -> tuple[str | None, int]:
-    """Model and prompt tokens as the ingress passes them; others that hold a handle pass theirs."""
+    """The ingress' arguments, model and prompt tokens; (None, 0) for another caller's."""
     args: list[Any] = list(pending_request.args) if pending_request is not None else []
     match args:
         case [str() as model, int() as tokens]:

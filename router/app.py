@@ -1,4 +1,4 @@
-"""Composes the Serve application: replicas behind HAProxy, and the router that it asks."""
+"""Builds the Serve application: the replica deployment, and the router that HAProxy asks."""
 
 import dataclasses
 import os
@@ -16,53 +16,57 @@ from replica.serving.actor import Replica
 from router import environment
 from router.ingress import Ingress
 
-# Serve queues first-in first-out beyond this, in front of the scheduler and blind to adapters.
-# The only queue is the scheduler's, and its bound is `queue_max`.
+# Above this many ongoing requests, Serve would queue first-in first-out, regardless of adapters.
+# Only the scheduler may queue; `queue_max` bounds it.
 UNBOUNDED = 1_000_000
 
-# A replica that cannot start will not start the twentieth time either.
+# Serve's default is 20 attempts; what prevents a start rarely goes away by itself.
 STARTS_MAX = 3
 
 ENGINE = "replica.engine.link:EngineLink"
 
 
 def build(arguments: Mapping[str, Any]) -> serve.Application:
-    """From the arguments of `serve run` or of a manifest: the fields of FleetConfig."""
+    """Builds the application from the arguments of `serve run` or a manifest.
+
+    arguments: the fields of FleetConfig. Raises ConfigError.
+    """
     for field, variable in (
         ("redis_url", environment.REDIS_URL),
         ("api_keys", environment.API_KEYS),
     ):
         if arguments.get(field):
             raise ConfigError(
-                f"{field}: Serve would show it; set {variable} in the environment", field=field
+                f"{field}: Serve shows its arguments; set {variable} in the environment instead",
+                field=field,
             )
     return compose(load(FleetConfig, arguments))
 
 
 def compose(config: FleetConfig, engine: str = ENGINE) -> serve.Application:
-    """engine: import path of what makes a `replica.api.interfaces.Engine` from an EngineConfig."""
+    """engine: import path of a function from EngineConfig to `replica.api.interfaces.Engine`."""
     environment.check(os.environ)
     environment.redis_url()
-    settled = dataclasses.replace(config, engine=settle(config))
+    resolved = dataclasses.replace(config, engine=settle(config))
     router_config = RequestRouterConfig(
         request_router_class="router.affinity:AdapterAffinityRouter",
         request_router_kwargs={
             "redis_variable": environment.REDIS_URL,
-            "fleet": settled.name,
-            "step_tokens": settled.engine.step_tokens_max,
-            "batch_rows": settled.engine.batch_rows_max,
+            "fleet": resolved.name,
+            "step_tokens": resolved.engine.step_tokens_max,
+            "batch_rows": resolved.engine.batch_rows_max,
         },
     )
-    on_gpu = settled.engine.device == "cuda"
+    on_gpu = resolved.engine.device == "cuda"
     replicas = serve.deployment(
         name="replica",
-        num_replicas=settled.replicas,
+        num_replicas=resolved.replicas,
         ray_actor_options={
-            "num_cpus": settled.cpus_per_replica,
-            # All on this one actor, though ranks have a GPU each: Ray finds them on one node and
-            # names them to the replica's process, and ranks are its children, who inherit that. The
-            # bundles of a placement group would be kept for actors, of which there are none here.
-            "num_gpus": settled.replica_gpus if on_gpu else 0,
+            "num_cpus": resolved.cpus_per_replica,
+            # This one actor reserves the GPUs of all tensor-parallel ranks. Ray places them on one
+            # node and sets CUDA_VISIBLE_DEVICES, which the ranks inherit as child processes. A
+            # placement group would reserve its bundles for actors, and the ranks are none.
+            "num_gpus": resolved.replica_gpus if on_gpu else 0,
         },
         max_ongoing_requests=UNBOUNDED,
         request_router_config=router_config,
@@ -70,13 +74,13 @@ def compose(config: FleetConfig, engine: str = ENGINE) -> serve.Application:
         health_check_timeout_s=10,
         max_constructor_retry_count=STARTS_MAX,
         graceful_shutdown_wait_loop_s=0.2,
-        graceful_shutdown_timeout_s=settled.drain_s + 5,
+        graceful_shutdown_timeout_s=resolved.drain_s + 5,
     )(serve.ingress()(Replica))
     run = secrets.token_hex(8)
-    bound = replicas.bind(settled, engine, run, environment.REDIS_URL, environment.API_KEYS)
+    bound = replicas.bind(resolved, engine, run, environment.REDIS_URL, environment.API_KEYS)
     ingress = serve.deployment(
         name="router",
-        # Free of charge, so that it fits beside every proxy.
+        # Reserve no CPU, so that it fits on every node with a proxy.
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=UNBOUNDED,
         max_constructor_retry_count=STARTS_MAX,
@@ -87,8 +91,9 @@ def compose(config: FleetConfig, engine: str = ENGINE) -> serve.Application:
 
 
 def settle(config: FleetConfig) -> EngineConfig:
-    """What `auto` means of devices and threads is decided once, here, not by each replica for
-    itself. What memory and processor allow is not: the replicas may be on other nodes.
+    """Resolves `device: auto` and the thread count, once for all replicas.
+
+    Leaves memory and dtype open: they depend on each replica's node. Raises ConfigError.
     """
     engine = config.engine
     if engine.device == "auto":
@@ -97,8 +102,8 @@ def settle(config: FleetConfig) -> EngineConfig:
         engine = dataclasses.replace(engine, device="cuda" if enough else "cpu")
     if engine.device == "cuda" and 0 < config.replica_gpus < 1 and not engine.sized:
         raise ConfigError(
-            f"gpus_per_replica: {config.replica_gpus}: each of the replicas on a GPU would take "
-            "what is free; set engine.device_memory",
+            f"gpus_per_replica: {config.replica_gpus}: replicas that share a GPU would each take "
+            "all of its free memory; set engine.device_memory",
             field="gpus_per_replica",
         )
     if engine.device == "cpu" and engine.threads is None:

@@ -1,4 +1,4 @@
-"""What must be in the environment before Ray starts, and how secrets reach the replicas."""
+"""The environment variables that Ray Serve and HAProxy need, and those that carry secrets."""
 
 import os
 from collections.abc import Mapping, MutableMapping
@@ -6,19 +6,19 @@ from collections.abc import Mapping, MutableMapping
 from cluster.errors import ConfigError
 
 REDIS_URL = "LORAFLEET_REDIS_URL"
-"""Names the variable, never the URL: Serve shows the configuration of a deployment to anyone."""
+"""Holds Redis' URL. Arguments carry only the variable's name, since Serve shows them to anyone."""
 
 API_KEYS = "LORAFLEET_API_KEYS"
-"""Keys, separated by commas; here for the same reason."""
+"""Holds the API keys, separated by commas, for the same reason."""
 
 REQUIRED: Mapping[str, str] = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY": "1",
 }
-"""HAProxy streams straight from the replicas, and shows request bodies to the router."""
+"""Make HAProxy stream straight from the replicas, and forward request bodies to the router."""
 
 RECOMMENDED: Mapping[str, str] = {
-    # 8 MiB a connection by default; the router needs only the head of a body.
+    # The default is 8 MiB a connection; the router needs only the start of a body.
     "RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_BUFSIZE": "65536",
 }
 
@@ -26,7 +26,7 @@ RECOMMENDED: Mapping[str, str] = {
 def local(
     directory: str, stats_port: int, metrics_port: int, replica_ports: range, drain_s: float
 ) -> dict[str, str]:
-    """For a fleet on this machine alone: nothing shared with another fleet, and a quick end."""
+    """The variables of a local fleet: ports and files of its own, and a fast shutdown."""
     return {
         **REQUIRED,
         **RECOMMENDED,
@@ -45,14 +45,14 @@ def local(
 
 
 def check(environment: Mapping[str, str]) -> None:
-    """Raises ConfigError naming what is missing."""
+    """Raises ConfigError naming the first required variable that is missing."""
     for name, value in REQUIRED.items():
         if environment.get(name) != value:
             raise ConfigError(f"{name}={value} must be set before Ray starts", field=name)
 
 
 def apply(variables: Mapping[str, str], environment: MutableMapping[str, str]) -> None:
-    """What the operator has set wins, except for what cannot work otherwise."""
+    """Sets variables in `environment`. The operator's values win, except for REQUIRED ones."""
     for name, value in variables.items():
         if name in REQUIRED:
             environment[name] = value
@@ -61,7 +61,7 @@ def apply(variables: Mapping[str, str], environment: MutableMapping[str, str]) -
 
 
 def redis_url() -> str:
-    """Raises ConfigError when the variable is not set."""
+    """The URL of the fleet's Redis. Raises ConfigError if the variable is not set."""
     url = os.environ.get(REDIS_URL)
     if not url:
         raise ConfigError(f"{REDIS_URL} is not set: it must hold the URL of the fleet's Redis")

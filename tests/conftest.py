@@ -1,17 +1,17 @@
-"""What every test runs under: no Ray unless asked for, no network, a seed that a failure prints."""
+"""Settings of every test: offline, Ray only where a test is marked, a seed that failures print."""
 
 import importlib.util
 import os
 from collections.abc import Generator
 from typing import Any
 
-# Before anything imports the libraries that read them.
+# Set before any import of the libraries that read them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# Triton reads it where a kernel is decorated, its own library's while it is imported.
+# Triton reads it when a kernel is decorated, which for its own kernels is on import.
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -19,12 +19,12 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--seed", type=int, default=0, help="seed of the tests that draw at random")
+    parser.addoption("--seed", type=int, default=0, help="seed of randomized tests")
 
 
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
-    """For `random.Random(seed)` and the like; `pytest --seed N` repeats a failure."""
+    """The seed for `random.Random(seed)` and the like. `pytest --seed N` repeats a failure."""
     value: int = request.config.getoption("--seed")
     request.node.user_properties.append(("seed", value))
     return value
@@ -36,16 +36,16 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.failed:
-        drawn = [str(value) for name, value in item.user_properties if name == "seed"]
-        if drawn:
-            report.sections.append(("seed", f"repeat with --seed {drawn[0]}"))
+        seeds = [str(value) for name, value in item.user_properties if name == "seed"]
+        if seeds:
+            report.sections.append(("seed", f"repeat with --seed {seeds[0]}"))
     return report
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool | None, bool | None]:
-    """Around the whole test, so that fixtures of every scope are covered."""
-    # A GPU machine that has no Ray can run the kernels' tests all the same.
+    """Refuses to start Ray in tests without the mark `ray`, fixtures of every scope included."""
+    # The kernels' tests also run on a GPU machine without Ray.
     if item.get_closest_marker("ray") is not None or importlib.util.find_spec("ray") is None:
         return (yield)
 

@@ -1,7 +1,7 @@
-"""A scheduler of small numbers, and how tests drive it. No clock: the time is passed in.
+"""A small scheduler for tests, and functions that drive it. The time is passed in.
 
-Adapters a, b, c, d of 40 bytes; an arena of 100 bytes has two places for them. A copy of one takes
-10 ms, a decode step 50 ms.
+Adapters a, b, c and d have 40 bytes each; the arena's 100 bytes hold two of them. Copying one
+takes 10 ms, a decode step 50 ms.
 """
 
 from collections.abc import Callable, Mapping
@@ -49,8 +49,9 @@ def scheduler(
     headroom: int = 0,
     growth_outputs: float = 0.0,
 ) -> Scheduler:
-    """page_bytes: adapters share the memory of that many `pages`, instead of an `arena`.
-    growth_outputs: 0: rows get on the batch though it will lack pages for them to grow.
+    """page_bytes: adapters share the memory of the `pages`, instead of having an `arena`.
+
+    growth_outputs: 0 admits rows to the batch regardless of the pages that they will grow to.
     """
     limits = Limits(
         rows, tokens, queue, loads, context, frozenset({EOS}), parked_pages_max, page_wait_max_s
@@ -71,7 +72,7 @@ def new(
     name: str, digest: str | None = None, prompt: int = 4, priority: int = 0, **sampling: object
 ) -> NewRequest:
     fields: dict[str, object] = {"max_tokens": 4, **sampling}
-    first = 1000 * sum(map(ord, name))  # no two prompts begin alike
+    first = 1000 * sum(map(ord, name))  # so that prompts share no prefix
     tokens = tuple(range(first, first + prompt))
     return NewRequest(name, tokens, Sampling(**fields), digest, priority)  # type: ignore[arg-type]
 
@@ -79,7 +80,7 @@ def new(
 def run(
     core: Scheduler, now_s: float = 0.0, token: Callable[[str], int] = lambda _: 7
 ) -> tuple[Plan, list[Delta]]:
-    """One step, with every invariant checked."""
+    """Runs one step and checks every invariant."""
     plan = core.step(now_s)
     core.check()
     chosen = [Sampled(token(w.request.id)) if w.sample else None for w in plan.rows]
@@ -89,7 +90,7 @@ def run(
 
 
 def settle(core: Scheduler, now_s: float) -> tuple[Plan, list[Delta]]:
-    """One step; the loads that it begins are done after it."""
+    """Runs one step and completes the loads that it starts."""
     plan, deltas = run(core, now_s)
     for change in plan.arena_changes:
         if core.switches.overlap and change.load is not None:
@@ -99,14 +100,14 @@ def settle(core: Scheduler, now_s: float) -> tuple[Plan, list[Delta]]:
 
 
 def begin(core: Scheduler, *requests: NewRequest, now_s: float = 0.0) -> None:
-    """Accept them and step until each of them runs."""
+    """Adds requests and steps until all of them run."""
     for request in requests:
         core.add(request, now_s)
     for _ in range(10):
         if all(request.id in core.running_set.running for request in requests):
             return
         settle(core, now_s)
-    raise AssertionError("they do not run")
+    raise AssertionError("the requests do not run")
 
 
 def ran(plan: Plan) -> list[str]:

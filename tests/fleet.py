@@ -1,4 +1,4 @@
-"""A fleet for tests: started through the real command line, looked at from outside."""
+"""A fleet for tests: started with the real command line, observed from outside."""
 
 import contextlib
 import http.client
@@ -17,14 +17,14 @@ import httpx
 import psutil
 
 LORAFLEET = str(Path(sys.executable).with_name("lorafleet"))
-# These end a hang: on a busy machine everything takes many times what it takes alone.
+# These only end a hang. On a busy machine, everything takes many times as long.
 START_S = 300.0
 STOP_S = 60.0
 ANSWER_S = 60.0
 
 
 def eventually(condition: Callable[[], Any], what: str, timeout_s: float = ANSWER_S) -> Any:
-    """The first true value of `condition`, asked again and again until the deadline."""
+    """Polls `condition` and returns its first true value. Fails after `timeout_s`."""
     deadline_s = time.monotonic() + timeout_s
     while True:
         value = condition()
@@ -36,7 +36,7 @@ def eventually(condition: Callable[[], Any], what: str, timeout_s: float = ANSWE
 
 @dataclass(frozen=True, slots=True)
 class ReplicaProcess:
-    """One replica's server: its process, its own port and its id in the fleet."""
+    """One replica's server: the process, its port and its id in the fleet."""
 
     pid: int
     port: int
@@ -48,7 +48,7 @@ class ReplicaProcess:
 
 
 class Fleet:
-    """`lorafleet serve` and every process it has started."""
+    """`lorafleet serve` and the processes that it has started."""
 
     def __init__(self, arguments: Sequence[str], directory: Path) -> None:
         self.log = directory / "fleet.log"
@@ -99,7 +99,9 @@ class Fleet:
         return httpx.post(f"{self.url}/v1/completions", json=body, timeout=ANSWER_S)
 
     def stop(self, number: int = signal.SIGTERM) -> tuple[int, float, list[str]]:
-        """Exit status, seconds it took, and what it left running."""
+        """Stops the fleet. Returns the exit status, the seconds it took, and the command lines of
+        the processes that it left running.
+        """
         started = self.processes() if self.process.poll() is None else []
         start_s = time.monotonic()
         self.process.send_signal(number)
@@ -141,5 +143,5 @@ def _replica_at(port: int) -> str | None:
 
 
 def environment() -> dict[str, str]:
-    """Without what a developer's shell may have set for the command line."""
+    """The environment without the settings of lorafleet and Ray in a developer's shell."""
     return {k: v for k, v in os.environ.items() if not k.startswith(("LORAFLEET_", "RAY_"))}

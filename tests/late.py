@@ -1,4 +1,4 @@
-"""A device that does what it is given late: two queues, and a rule which of them goes first."""
+"""A fake device whose streams run late: two queues, and a rule for which one runs first."""
 
 import threading
 from collections import deque
@@ -33,11 +33,11 @@ class LateStream:
     def record(self) -> LateEvent:
         event = LateEvent(self._device)
 
-        def come() -> bool:
+        def complete() -> bool:
             event.done = True
             return True
 
-        self._put(come)
+        self._put(complete)
         return event
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
@@ -47,7 +47,7 @@ class LateStream:
         self.do(lambda: target.copy_(source))
 
     def do(self, work: Callable[[], object]) -> None:
-        """A forward, say."""
+        """Queues work, such as a forward."""
 
         def done() -> bool:
             work()
@@ -62,10 +62,10 @@ class LateStream:
 
 
 class _PromptStream(LateStream):
-    """Has done all it was given: what a CPU computes."""
+    """Runs work at once, as a CPU does."""
 
     def _put(self, work: Callable[[], bool]) -> None:
-        assert work(), "it cannot wait"
+        assert work(), "a prompt stream cannot wait"
 
 
 def copies_first(device: "LateDevice") -> list[LateStream]:
@@ -73,8 +73,10 @@ def copies_first(device: "LateDevice") -> list[LateStream]:
 
 
 class LateDevice:
-    """Works only while someone waits for it. order: gives the queues in the order in which they are
-    tried for each piece of work; what it leaves out stands still. prompt: only copies are late.
+    """Runs work only while a caller waits for it.
+
+    order: the streams in the order in which they are tried for each piece of work; a stream that
+    it omits does not advance. prompt: only copies are late.
     """
 
     def __init__(
@@ -89,7 +91,7 @@ class LateDevice:
         self.locked: set[int] = set()
 
     def lock(self, size: int) -> torch.Tensor:
-        """Bytes of the host that its copies may come from."""
+        """Page-locked host memory. The device copies only from such memory."""
         memory = torch.empty(size, dtype=torch.uint8)
         self.locked.add(memory.untyped_storage().data_ptr())
         return memory
@@ -99,7 +101,7 @@ class LateDevice:
         return CopyStream(self.compute, self.copies, staging)
 
     def run(self, until: Callable[[], bool] = lambda: False) -> None:
-        """Until that comes true; without one, until all is done."""
+        """Runs work until the condition is true; without one, until all work is done."""
         with self.changed:
             while not until():
                 if not any(self._advance(stream) for stream in self.order(self)):

@@ -1,4 +1,4 @@
-"""Random tiny checkpoints and adapters, written by transformers and PEFT themselves."""
+"""Tiny random checkpoints and adapters, written by transformers and PEFT."""
 
 import json
 import warnings
@@ -28,9 +28,10 @@ def make_model(
     shard_bytes: int | None = None,
     **overrides: Any,
 ) -> str:
-    """Writes an HF checkpoint with random weights and a byte-level tokenizer; gives its path.
+    """Writes an HF checkpoint with random weights and a byte-level tokenizer. Returns its path.
 
-    shard_bytes: cut the tensors into files of about that size. overrides: of the HF config.
+    shard_bytes: the size of the files that the tensors are split into. overrides: fields of the
+    HF config.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -47,20 +48,20 @@ def make_model(
         "eos_token_id": EOS,
         "pad_token_id": None,
         "tie_word_embeddings": False,
-        # Wide enough that the attention and the norms matter in the logits.
+        # Large enough for attention and norms to affect the logits.
         "initializer_range": 0.1,
     }
     if architecture == "mistral":
         settings["sliding_window"] = None
     settings |= overrides
     if architecture == "qwen2":
-        settings.pop("head_dim", None)  # It has none: always hidden / heads.
+        settings.pop("head_dim", None)  # Qwen2 has no such field: it is hidden / heads.
     config = AutoConfig.for_model(architecture, **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
         for name, weight in model.named_parameters():
-            # Transformers starts norms at one and biases at zero, where a mix-up would not show.
+            # Transformers initializes norms to 1 and biases to 0, which would hide a mix-up.
             if "norm" in name:
                 torch.nn.init.normal_(weight, 1.0, 0.2)
             elif name.endswith("bias"):
@@ -74,7 +75,7 @@ def make_model(
 
 
 def write_tokenizer(path: Path) -> None:
-    """Byte-level, with a chat template; what `make_model` puts beside the weights."""
+    """Writes the byte-level tokenizer and chat template of `make_model`'s checkpoints."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -108,7 +109,7 @@ def make_adapter(
     strength: float = 0.1,
     **settings: Any,
 ) -> str:
-    """Writes a PEFT adapter whose B is not zero, so that it visibly moves the logits.
+    """Writes a PEFT adapter with random A and B, so that it changes the logits. Returns its path.
 
     strength: standard deviation of A and B. settings: further fields of `LoraConfig`.
     """
@@ -127,7 +128,7 @@ def make_adapter(
         **settings,
     )
     with warnings.catch_warnings():
-        # PEFT 0.21 asks transformers 5.23 in words that those deprecate.
+        # PEFT 0.21 uses an attribute that transformers 5.23 deprecates.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         model = get_peft_model(base, config)
     generator = torch.Generator().manual_seed(seed)
@@ -141,7 +142,7 @@ def make_adapter(
 
 
 def edit_config(directory: str | Path, file: str = "config.json", **fields: Any) -> None:
-    """Changes fields of a JSON file in place; None removes one."""
+    """Changes fields of a JSON file in place. None removes a field."""
     path = Path(directory) / file
     data = json.loads(path.read_text())
     for key, value in fields.items():
@@ -153,7 +154,7 @@ def edit_config(directory: str | Path, file: str = "config.json", **fields: Any)
 
 
 def edit_tensors(directory: str | Path, file: str, **tensors: torch.Tensor | None) -> None:
-    """Replaces tensors of a safetensors file in place, by the end of their name; None removes."""
+    """Replaces tensors of a safetensors file in place, by name suffix. None removes a tensor."""
     path = Path(directory) / file
     data = load_file(path)
     for suffix, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""What the tests of the HTTP server share: a tokenizer, a book of adapters, a live server."""
+"""Shared by tests of the HTTP server: a tokenizer, an in-memory catalog, a live server."""
 
 import asyncio
 import functools
@@ -42,7 +42,7 @@ def tokens_of(words: str) -> tuple[int, ...]:
 
 
 class Book:
-    """`replica.api.interfaces.Adapters` in memory. refusal: what the next change raises."""
+    """`replica.api.interfaces.Adapters` in memory. refusal: the error that `add` raises."""
 
     def __init__(self, *versions: Version) -> None:
         self._versions = {version.name: version for version in versions}
@@ -93,7 +93,7 @@ async def app_with(
 
 @asynccontextmanager
 async def client_of(app: Server) -> AsyncIterator[httpx.AsyncClient]:
-    """Talks to the app in process."""
+    """A client of the app, in process."""
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
         yield client
@@ -101,7 +101,7 @@ async def client_of(app: Server) -> AsyncIterator[httpx.AsyncClient]:
 
 @asynccontextmanager
 async def live(app: Server) -> AsyncIterator[str]:
-    """The app under uvicorn, on a thread and a port of its own; gives its URL."""
+    """Runs the app under uvicorn on its own thread and port. Yields its URL."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)

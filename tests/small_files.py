@@ -1,4 +1,4 @@
-"""The smallest model configuration and adapters that pass validation, written without torch."""
+"""A minimal model configuration and minimal adapters that pass validation, without torch."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ LAYERS, HIDDEN = 2, 8
 
 
 def write_model_config(directory: Path) -> str:
-    """A Llama's config.json: enough for `read_shape`, not for an engine."""
+    """Writes a Llama's config.json, which suffices for `read_shape` but not for an engine."""
     directory.mkdir(parents=True, exist_ok=True)
     config = {
         "model_type": "llama",
@@ -30,22 +30,22 @@ def write_model_config(directory: Path) -> str:
 
 
 def settled_config(model: str, **settings: Any) -> EngineConfig:
-    """What an engine makes of one that leaves dtype and memory open."""
+    """An EngineConfig with dtype and memory set, as an engine resolves them."""
     decided = {"device": "cpu", "dtype": "float32", "adapter_memory": 2**26, "host_memory": 2**26}
     return EngineConfig(model, **decided | settings)
 
 
 def write_adapter(directory: Path, *, rank: int = 2, seed: int = 0) -> str:
-    """LoRA on q_proj of each layer: LAYERS × rank × 2 HIDDEN parameters."""
+    """Writes a LoRA on q_proj of each layer, with LAYERS × rank × 2 HIDDEN parameters."""
     directory.mkdir(parents=True, exist_ok=True)
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["q_proj"]}
     (directory / "adapter_config.json").write_text(json.dumps(config))
-    draw = numpy.random.default_rng(seed)
+    rng = numpy.random.default_rng(seed)
     tensors = {}
     for layer in range(LAYERS):
         module = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
         for side, shape in (("A", (rank, HIDDEN)), ("B", (HIDDEN, rank))):
-            weights = draw.standard_normal(shape).astype("float32")
+            weights = rng.standard_normal(shape).astype("float32")
             tensors[f"{module}.lora_{side}.weight"] = weights
     save_file(tensors, directory / "adapter_model.safetensors")
     return str(directory)

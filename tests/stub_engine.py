@@ -1,4 +1,4 @@
-"""An engine without a model, for HTTP tests and benches: replays a script at a set pace."""
+"""An engine without a model, for tests and benches: repeats scripted tokens at a set rate."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -13,7 +13,7 @@ from replica.scheduling.timeline import Event, TimelineEvent
 
 @dataclass(slots=True)
 class Row:
-    """One request in flight. sent: how many tokens of the script it was given."""
+    """One running request. sent: the number of tokens sent so far."""
 
     request: NewRequest
     script: Sequence[int]
@@ -24,14 +24,14 @@ class Row:
 class StubEngine:
     """Implements `replica.api.interfaces.Engine`.
 
-    Every `step_s` each running request gets `tokens_per_step` tokens: its rate is their quotient,
-    the engine's is that times the requests running (64 requests, step_s=0.0064: 10,000 tokens/s).
-    The first tokens come `first_token_s` after the request. A request's tokens are `script`, over
-    and over, or what `scripts` holds for its digest (None: the base model).
+    Every `step_s`, each running request gets `tokens_per_step` tokens: 64 requests and
+    step_s=0.0064 make 10,000 tokens/s. A request's first step starts `first_token_s` after its
+    arrival. Its tokens repeat the script of its digest in `scripts` (None: the base model), or else
+    `script`.
 
-    For tests: `seen` has every request, `running` those in flight, `ended` how each one left
-    ("finished", "failed", "cancelled"). While `hold` is set, no token is given. With `fail`, each
-    request fails after `fail_after` tokens.
+    For tests: `seen` lists every request, `running` those that run, and `ended` each one's end
+    ("finished", "failed", "cancelled"). `hold` stops all tokens. With `fail`, each request fails
+    after `fail_after` tokens.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class StubEngine:
         loop = asyncio.get_running_loop()
         due = loop.time()
         while self._rows:
-            due = max(due + self.step_s, loop.time() - self.step_s)  # late: catch up one step
+            due = max(due + self.step_s, loop.time() - self.step_s)  # if late, catch up one step
             await asyncio.sleep(max(0.0, due - loop.time()))
             if self.hold:
                 continue
@@ -189,6 +189,6 @@ class StubEngine:
 
 
 def _logprobs(token: int, count: int) -> TokenLogprobs:
-    """The chosen token is the likeliest; each next id is half as likely."""
+    """The sampled token is the likeliest. Each following id is half as likely as the one before."""
     top = tuple((token + i, -0.5 - 0.7 * i) for i in range(count))
     return TokenLogprobs(token, -0.5, top)

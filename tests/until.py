@@ -1,7 +1,7 @@
-"""Waiting for what must come true: no test sleeps and hopes.
+"""Waits for conditions, instead of sleeping for a guessed time.
 
-The deadline is there to end a hang. It says nothing about how fast anything is, so it is many times
-what a busy machine takes.
+The timeouts only end a hang. They do not measure speed: each is many times what a busy machine
+takes.
 """
 
 import asyncio
@@ -9,14 +9,17 @@ import time
 from collections.abc import Awaitable, Callable
 
 TIMEOUT_S = 60.0
-WORK_S = 1200.0  # where the test itself has much to compute
+WORK_S = 1200.0  # for tests with long computations
 POLL_S = 0.005
 
 
 async def until(
     condition: Callable[[], bool | Awaitable[bool]], timeout_s: float = TIMEOUT_S
 ) -> float:
-    """Seconds it took. The condition may be a coroutine function."""
+    """Waits until `condition` returns True, and returns the seconds it took.
+
+    condition: a function or a coroutine function.
+    """
     started_s = time.monotonic()
     while True:
         outcome = condition()
@@ -28,7 +31,7 @@ async def until(
 
 
 def until_now(condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> float:
-    """The same without an event loop."""
+    """Like `until`, without an event loop."""
     started_s = time.monotonic()
     while not condition():
         assert time.monotonic() - started_s < timeout_s, f"not within {timeout_s} s"

@@ -1,4 +1,4 @@
-"""What the kernels look things up in: device memory at one address for good, filled by the CPU."""
+"""The kernels' lookup tables: device memory at a fixed address, filled from the CPU."""
 
 import math
 from collections.abc import Sequence
@@ -11,14 +11,16 @@ from lora_kernels.host_reads import fetch
 from lora_kernels.reference import Directory
 
 ENTRY = 6
-"""int32 values an entry: A's and B's offset as int64, in units; the rank; the scale's bits."""
+"""int32 values an entry: A's and B's offsets as int64, in units; the rank; the scale as float32."""
 
 
 class DeviceDirectory:
-    """`offsets`, `ranks` and `scales` are one memory [slots, layers, projections, entry] as int64,
-    int32 and float32. unit: elements of the arena that every offset is a multiple of.
+    """A copy of the directory on the device. `follow` updates it.
 
-    `highest` [slots] is the highest rank of each slot as it was when last followed.
+    `offsets`, `ranks` and `scales` view one tensor [slots, layers, projections, entry] as int64,
+    int32 and float32. unit: every offset is a multiple of this many arena elements.
+
+    `highest` [slots]: each slot's highest rank at its last `follow`.
     """
 
     def __init__(
@@ -37,13 +39,13 @@ class DeviceDirectory:
         self._copied = event() if device.type == "cuda" else None
 
     def follow(self, slots: Sequence[int]) -> None:
-        """Brings what changed of these slots since they were last followed, on this stream."""
+        """Copies those of `slots` that changed since their last `follow`, on the current stream."""
         generations = self._directory.generation
         stale = [slot for slot in slots if self._followed[slot] != generations[slot]]
         if not stale:
             return
         if self._copied is not None:
-            # What was staged last may not have been read yet.
+            # The previous copy may still be reading the staging buffer.
             self._copied.synchronize()
         for slot in stale:
             self._stage(slot)
@@ -53,9 +55,9 @@ class DeviceDirectory:
             self._copied.record()
 
     def check(self) -> None:
-        """What was followed and has not changed since is on the device as the directory has it."""
-        known = self._directory.generation == self._followed
-        for slot in np.flatnonzero(known).tolist():
+        """Asserts that every slot unchanged since its last `follow` equals the directory."""
+        unchanged = self._directory.generation == self._followed
+        for slot in np.flatnonzero(unchanged).tolist():
             rank = self._directory.rank[slot]
             assert self.highest[slot] == rank.max()
             entries = self.ranks[slot].cpu()
@@ -70,7 +72,7 @@ class DeviceDirectory:
         rank = directory.rank[slot]
         used = rank > 0
         offsets = np.stack((directory.a_offset[slot], directory.b_offset[slot]), -1)
-        assert not (offsets[used] % self._unit).any(), f"slot {slot}: not at multiples of a unit"
+        assert not (offsets[used] % self._unit).any(), f"slot {slot}: unaligned offset"
         assert rank.max() <= self._rank_max, f"slot {slot}: rank {rank.max()}"
         staged = self._staged[slot]
         staged.view(torch.int64).numpy()[..., :2] = np.where(used[..., None], offsets, 0)
@@ -81,10 +83,10 @@ class DeviceDirectory:
 
 
 class DeviceTable:
-    """int32 values; each time `next` gives memory to fill and `send` brings what was filled.
+    """int32 values on the device. `next` returns a host array to fill; `send` copies it over.
 
-    Two buffers in turn, so that the CPU can prepare a step while that of the one before waits for
-    the device.
+    Two host buffers alternate, so the CPU can prepare a step while the previous step's copy waits
+    for the device.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
@@ -102,14 +104,17 @@ class DeviceTable:
         return array
 
     def send(self, used: int) -> None:
-        """The first `used` values of what `next` gave, on this stream."""
+        """Copies the first `used` values of the array from `next`, on the current stream."""
         fetch(self.values[:used], self._buffers[self._turn][:used])
         if self._copied is not None:
             self._copied[self._turn].record()
 
 
 def offset_unit(groups: Sequence[Sequence[tuple[int, int, int]]]) -> int:
-    """Images begin at multiples of more than 16 elements, and A and B are whole rows."""
+    """The largest unit, up to 16 elements, that divides every offset of A and B.
+
+    Images are aligned to more than 16 elements, and A and B consist of whole rows.
+    """
     widths = [width for group in groups for _, *widths in group for width in widths]
     return math.gcd(16, *widths)
 

@@ -1,4 +1,4 @@
-"""LoRA for many rows of one adapter: two matmuls a projection, on views of the arena."""
+"""LoRA for an adapter with many rows: two matmuls a projection, on views of the arena."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ _Views = list[tuple[torch.Tensor, torch.Tensor, float] | None]
 
 
 class Matmuls:
-    """groups: for each, (index, inputs, outputs) of its projections."""
+    """groups: (index, inputs, outputs) of each group's projections."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class Matmuls:
         layer: int,
         group: int,
     ) -> None:
-        """Adds the delta of the slot's adapter to those rows of y, in place."""
+        """Adds the delta of the slot's adapter to `rows` of y, in place."""
         views = self._slot_views(slot)[layer]
         own = x[rows]
         start = 0
@@ -48,7 +48,7 @@ class Matmuls:
             start += outputs
 
     def _slot_views(self, slot: int) -> list[_Views]:
-        """[layer][projection] → A, B, scale; views of the arena, made once a generation."""
+        """[layer][projection] → A, B, scale. Views of the arena, cached for a slot's generation."""
         generation = int(self._directory.generation[slot])
         kept = self._views.get(slot)
         if kept is None or kept[0] != generation:
@@ -70,7 +70,7 @@ class Matmuls:
 
 
 def index_of(rows: Sequence[int], device: torch.device) -> torch.Tensor | slice:
-    """Those rows as a slice where they follow each other. rows: in order."""
+    """An index for `rows`, which are sorted: a slice if they are contiguous, else a tensor."""
     if rows[-1] - rows[0] == len(rows) - 1:
         return slice(rows[0], rows[-1] + 1)
     return torch.tensor(rows, device=device)

@@ -1,8 +1,9 @@
-"""LoRA deltas in plain torch, chosen by the shape of the batch; on a GPU, see `lora.py`.
+"""LoRA deltas in plain torch, by matmuls or tiles depending on the batch; `lora.py` is for GPUs.
 
-Many rows an adapter (prefill): two matmuls a projection (`matmuls.py`). Few (decode): tiles
-(`tiles.py`), for adapters that stay in the batch. An adapter comes into the tiles in its second
-step of few rows and leaves them when it has not run for some; what does not fit goes as with many.
+An adapter with many rows (prefill) takes two matmuls a projection (`matmuls.py`). An adapter with
+few rows (decode) runs from tiles (`tiles.py`). It is packed into tiles in its second consecutive
+step of few rows, and dropped after IDLE_STEPS_MAX steps without rows. An adapter that does not fit
+into the tiles takes matmuls.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,24 +14,26 @@ from lora_kernels.matmuls import Matmuls, index_of
 from lora_kernels.reference import Directory
 from lora_kernels.tiles import TILE_RANK, TilePack
 
-# Measured with a 12-layer, 768-wide model in bf16; the unit is one adapter of rank 30 by itself.
-ALONE_COST, ALONE_RANK_COST = 0.8, 1 / 128
-# Using tiles at all, each tile, and each row of a tile.
+# Costs of one adapter's matmuls: fixed, and per rank. Measured with a 12-layer, 768-wide model in
+# bf16; the unit is the cost of a rank-30 adapter.
+MATMULS_COST, MATMULS_RANK_COST = 0.8, 1 / 128
+# Costs of tiles: fixed, per tile, and per row of a tile.
 TILES_COST, TILE_COST, TILE_ROW_COST = 0.7, 0.12, 0.024
-# Copying one tile takes about as long as computing it three times for nobody.
+# Copying a tile takes about as long as computing an idle one three times.
 IDLE_STEPS_MAX = 4
-# A step packs about this many (those of an adapter together), for the batch waits meanwhile.
+# A step packs about this many tiles, never splitting an adapter, since packing delays the batch.
 TILES_PACKED_A_STEP = 16
-# Above it, an adapter's own matmuls are large enough to be worth their overhead.
+# At higher ranks, an adapter's matmuls are large enough to outweigh their overhead.
 TILED_RANK_MAX = 128
 
 
 class Lora:
-    """One step at a time: `begin` with the rows' slots, then `add` for each layer and group.
+    """Adds the deltas of one step at a time: `begin` with the rows' slots, then `add` for each
+    layer and group.
 
-    groups: for each launch, (index, inputs, outputs) of its projections, in the order in which
-    their outputs lie in y. They share their input. On CPU the tiles take up to `tile_bytes_max`
-    beside the arena; None: as much as the arena.
+    groups: for each launch, (index, inputs, outputs) of its projections, in the order of their
+    outputs in y. The projections of a group share their input. tile_bytes_max: memory for tiles on
+    a CPU, in addition to the arena; None: as much as the arena.
     """
 
     def __init__(
@@ -48,11 +51,12 @@ class Lora:
         if arena.device.type == "cpu":
             if tile_bytes_max is None:
                 tile_bytes_max = arena.numel() * arena.element_size()
-            self._packs = _share(directory, arena, self._groups, tile_bytes_max)
+            self._packs = _tile_packs(directory, arena, self._groups, tile_bytes_max)
         self._step = 0
         self._row_slots: list[int] = []
         self._generations: list[int] = []
-        self._settled = False
+        # True if another step with the same rows would arrange the same tiles.
+        self._stable = False
         self._few_before: set[int] = set()
         self._segments: list[tuple[int, torch.Tensor | slice]] = []
 
@@ -62,14 +66,14 @@ class Lora:
         active = sorted(set(slots) - {0})
         generations = [int(self._directory.generation[slot]) for slot in active]
         same = slots == self._row_slots and generations == self._generations
-        if same and self._settled:
+        if same and self._stable:
             return
         self._row_slots, self._generations = slots, generations
         rows: dict[int, list[int]] = {slot: [] for slot in active}
         for row, slot in enumerate(slots):
             if slot:
                 rows[slot].append(row)
-        few = self._few(rows)
+        few = self._few_row_slots(rows)
         tiled = self._arrange(few)
         for pack in self._packs:
             pack.begin({slot: rows[slot] for slot in tiled})
@@ -80,7 +84,7 @@ class Lora:
         ]
 
     def start(self, x: torch.Tensor, layer: int, group: int) -> None:
-        """Before the base matmul of x; nothing can be done beside it on CPU."""
+        """Called before the base matmul of x. Does nothing: a CPU has no second stream."""
 
     def add(self, x: torch.Tensor, y: torch.Tensor, layer: int, group: int) -> None:
         """Adds the deltas to y [rows, outputs of the group], in place, before the bias."""
@@ -93,8 +97,8 @@ class Lora:
         for pack in self._packs:
             pack.check()
 
-    def _few(self, rows: Mapping[int, Sequence[int]]) -> list[int]:
-        """The adapters to be tiled: all up to some number of rows, where the sum costs least."""
+    def _few_row_slots(self, rows: Mapping[int, Sequence[int]]) -> list[int]:
+        """The slots to tile: those of at most n rows, for the n with the least total cost."""
         if not self._packs:
             return []
         ranks = {slot: int(self._directory.rank[slot].max()) for slot in rows}
@@ -104,18 +108,18 @@ class Lora:
             tiles = sum(
                 -(-ranks[slot] // TILE_RANK) for slot, own in small.items() if own <= height
             )
-            alone = sum(
-                ALONE_COST + ranks[slot] * ALONE_RANK_COST
+            matmuls = sum(
+                MATMULS_COST + ranks[slot] * MATMULS_RANK_COST
                 for slot, own in small.items()
                 if own > height
             )
-            return alone + (tiles and TILES_COST + tiles * (TILE_COST + height * TILE_ROW_COST))
+            return matmuls + (tiles and TILES_COST + tiles * (TILE_COST + height * TILE_ROW_COST))
 
         best = min(sorted({0, *small.values()}), key=cost)
         return [slot for slot, own in small.items() if own <= best]
 
     def _arrange(self, few: list[int]) -> set[int]:
-        """Brings tiles up to date; gives the adapters that can be run from them."""
+        """Drops and packs tiles for this step. Returns the slots that can run from tiles."""
         if not self._packs:
             return set()
         for pack in self._packs:
@@ -126,12 +130,12 @@ class Lora:
                 pack.touch(few, self._step)
         budget = TILES_PACKED_A_STEP
         tiled: set[int] = set()
-        self._settled = True
+        self._stable = True
         for slot in few:
             missing = [pack for pack in self._packs if not pack.holds(slot)]
             needed = sum(pack.tiles_needed(slot) for pack in missing)
             if missing and (slot not in self._few_before or budget <= 0):
-                self._settled = False
+                self._stable = False
             elif all(pack.pack(slot, self._step) for pack in missing):
                 tiled.add(slot)
                 budget -= needed
@@ -140,17 +144,20 @@ class Lora:
             idle = pack.drop_idle(self._step - IDLE_STEPS_MAX, self._step)
             while (gap := pack.close_gap()) and budget > 0:
                 budget -= 1
-            self._settled = self._settled and not idle and not gap
+            self._stable = self._stable and not idle and not gap
         return tiled
 
 
-def _share(
+def _tile_packs(
     directory: Directory,
     arena: torch.Tensor,
     groups: Sequence[Sequence[tuple[int, int, int]]],
     bytes_max: int,
 ) -> list[TilePack]:
-    """One pack a group, so that what an adapter leaves alone takes and costs nothing."""
+    """One pack a group: a group that an adapter does not target takes no tiles and no time.
+
+    Divides `bytes_max` between the groups in proportion to their inputs and outputs.
+    """
     widths = [sum(inputs + outputs for _, inputs, outputs in group) for group in groups]
     return [
         TilePack(directory, arena, group, bytes_max * width // sum(widths))

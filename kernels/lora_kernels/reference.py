@@ -1,4 +1,4 @@
-"""The specification in plain torch: what a launch computes, row by row."""
+"""The kernels' specification in plain torch: what a launch computes, row by row."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,11 @@ import torch
 
 
 class Directory:
-    """Where each slot's matrices lie in the arena; arrays are [slots, layers, projections].
+    """Locates each slot's matrices in the arena. Its arrays are [slots, layers, projections].
 
-    A is [rank, in] at `a_offset`, B is [out, rank] at `b_offset`, both row by row, in elements of
-    the arena. rank 0: the projection is untouched. `generation[slot]` goes up with each change of
-    the slot, so that whoever keeps a copy of its weights can tell a stale one.
+    A is [rank, in] at `a_offset` and B is [out, rank] at `b_offset`, both row-major; offsets count
+    elements of the arena. rank 0: the adapter does not change the projection. Each change of a
+    slot increments `generation[slot]`, which invalidates copies of its weights.
     """
 
     def __init__(self, slots: int, layers: int, projections: int) -> None:
@@ -32,7 +32,7 @@ class Directory:
         rank: npt.NDArray[np.int32],
         scale: npt.NDArray[np.float32],
     ) -> None:
-        """The offsets count from `start`, the element of the arena where the image begins."""
+        """Fills a slot. start: the image's first element in the arena; offsets count from it."""
         self.a_offset[slot] = a_offset + start
         self.b_offset[slot] = b_offset + start
         self.rank[slot] = rank
@@ -60,8 +60,8 @@ def lora(
 ) -> None:
     """Adds every row's delta to `y` in place, before the bias.
 
-    x: [rows, in]. y: [rows, sum of the group's outputs]. group: (projection's index, its outputs),
-    in the order in which they lie in y.
+    x: [rows, in]. y: [rows, sum of the group's outputs]. group: (index, outputs) of each
+    projection, in the order of the outputs in y.
     """
     for row, slot in enumerate(row_slots):
         start = 0
@@ -105,12 +105,12 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Causal attention of each row's last queries over its keys, which lie in pages.
+    """Causal attention over paged keys and values. A row's queries are its last tokens.
 
-    q: [tokens, heads, head_dim], row r's are starts[r] to starts[r + 1]. keys, values: [pages,
-    kv_heads, page_tokens, head_dim]. table: [rows, pages_max]. lengths: keys of each row, those of
-    its queries included. window: how many tokens, itself included, a token sees. A query that
-    sees no key gives zeros.
+    q: [tokens, heads, head_dim]; row r's queries are starts[r] to starts[r + 1]. keys, values:
+    [pages, kv_heads, page_tokens, head_dim]. table: [rows, pages_max]. lengths: each row's number
+    of keys, including those of its queries. window: how many tokens a token attends to, itself
+    included. A query without keys gives zeros.
     """
     out = torch.zeros_like(q)
     kv_heads, page_tokens, head_dim = keys.shape[1:]
@@ -133,7 +133,7 @@ def attention(
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x: [..., hidden]. All in float32, rounded once to x's type."""
+    """x: [..., hidden]. Computes in float32 and rounds once, to x's dtype."""
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * scale * weight.float()).to(x.dtype)
@@ -142,7 +142,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    """Adds x to `residual` in place, and gives the norm of what that is now."""
+    """Adds x to `residual` in place and returns the norm of the sum."""
     residual += x
     return rms_norm(residual, weight, eps)
 
@@ -159,41 +159,44 @@ def rotary_store(
     key_norm: torch.Tensor | None = None,
     eps: float = 0.0,
 ) -> None:
-    """Turns the queries in `qkv` in place; turned keys, and values as they are, go to the cache.
+    """Rotates the queries in `qkv` in place; writes the rotated keys and the values to the cache.
 
-    qkv: [tokens, heads + 2 · kv_heads, head_dim]. positions, targets: [tokens]; targets: page ·
-    page_tokens + offset. cos, sin: [context, head_dim], sin with its first half negated.
-    keys, values: [pages, kv_heads, page_tokens, head_dim].
+    qkv: [tokens, heads + 2 · kv_heads, head_dim]. positions: [tokens]. targets: [tokens], each
+    page · page_tokens + offset. cos, sin: [context, head_dim], sin with its first half negated.
+    keys, values: [pages, kv_heads, page_tokens, head_dim]. query_norm, key_norm: weights of an RMS
+    norm over head_dim before the rotation.
     """
     kv_heads, page_tokens = keys.shape[1], keys.shape[2]
     queries, own_keys = qkv[:, : -2 * kv_heads], qkv[:, -2 * kv_heads : -kv_heads]
     if query_norm is not None and key_norm is not None:
         queries.copy_(rms_norm(queries, query_norm, eps))
         own_keys = rms_norm(own_keys, key_norm, eps)
-    queries.copy_(_turned(queries, cos[positions], sin[positions]))
+    queries.copy_(_rotated(queries, cos[positions], sin[positions]))
     pages, offsets = targets // page_tokens, targets % page_tokens
-    keys[pages, :, offsets] = _turned(own_keys, cos[positions], sin[positions])
+    keys[pages, :, offsets] = _rotated(own_keys, cos[positions], sin[positions])
     values[pages, :, offsets] = qkv[:, -kv_heads:]
 
 
-def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x: [tokens, heads, head_dim]. In float32, rounded once."""
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x: [tokens, heads, head_dim]. Computes in float32 and rounds once."""
     wide, across = x.float(), x.roll(x.shape[-1] // 2, -1).float()
     return (wide * cos[:, None].float() + across * sin[:, None].float()).to(x.dtype)
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """[rows, 2 · inner], gates then ups → [rows, inner]. In float32, rounded once."""
+    """[rows, 2 · inner], gate then up → [rows, inner]. Computes in float32 and rounds once."""
     gate, up = gate_up.float().chunk(2, -1)
     return (gate * gate.sigmoid() * up).to(gate_up.dtype)
 
 
 def choose(logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """A token a row: where temperature [rows] is 0 the first of the largest, else the one in whose
-    share of softmax(logits / temperature) `uniform` [rows] lies.
+    """Samples a token for each row.
+
+    Where temperature [rows] is 0: the first token with the largest logit. Elsewhere: the token
+    whose interval of the cumulative softmax(logits / temperature) contains `uniform` [rows].
     """
-    heat = torch.where(temperature > 0, temperature, 1.0)[:, None]
-    sums = (logits.float() / heat).softmax(-1).cumsum(-1)
+    divisor = torch.where(temperature > 0, temperature, 1.0)[:, None]
+    sums = (logits.float() / divisor).softmax(-1).cumsum(-1)
     drawn = torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)[:, 0]
     greedy = logits.max(-1).indices
     return torch.where(temperature > 0, drawn.clamp(max=logits.shape[1] - 1), greedy)

@@ -1,11 +1,11 @@
-"""A batch's rows sorted by adapter and cut into tiles of rows: what a LoRA launch works through.
+"""A LoRA launch's work list: the batch's rows, sorted by adapter and cut into tiles of rows.
 
     | tiles, blocks, 0, 0 | slot, first, end, 0 | … tiles_max of them | row | … rows_max of them |
 
-A tile is the places first … end - 1 of the sorted rows, all one adapter's. `blocks` is how many
-pieces of ranks the highest rank among them takes. Rows of the base model are left out. The table
-is int32 and of one size, so that a captured CUDA graph finds any batch where it found the first;
-what lies behind `tiles` is never read.
+A tile is the sorted rows first … end - 1, all of one adapter. `blocks` is the number of rank
+blocks that the batch's highest rank takes. Rows of the base model are omitted. The table is int32
+and has a fixed size, so that a captured CUDA graph can read any batch at the same address. Kernels
+read only the first `tiles` tiles.
 """
 
 from collections.abc import Sequence
@@ -18,13 +18,15 @@ TILE_FIELDS = 4
 
 
 def tiles_max(rows: int, slots: int, tile_rows: int) -> int:
-    """The most tiles that so many rows can be: every adapter in the batch, most of them short."""
+    """The most tiles that `rows` rows can take: with every adapter in the batch, most of them
+    with one row.
+    """
     adapters = min(rows, slots - 1)
     return adapters + (rows - adapters) // tile_rows
 
 
 def rows_at(tiles: int) -> int:
-    """Where the sorted rows begin in a table with room for so many tiles."""
+    """The index of the first sorted row in a table with room for `tiles` tiles."""
     return HEADER + tiles * TILE_FIELDS
 
 
@@ -36,9 +38,10 @@ def fill(
     tile_rows: int,
     block_ranks: int,
 ) -> int:
-    """Gives how many values of `table` are in use.
+    """Fills the table and returns how many of its values are in use.
 
-    ranks: [slots], the highest of each adapter's; rows of rank 0 are left out. tiles: the room.
+    ranks: [slots], each adapter's highest rank; omits rows whose rank is 0. tiles: the table's
+    capacity.
     """
     slots = np.array(row_slots, np.int32)
     own = np.flatnonzero(ranks[slots])

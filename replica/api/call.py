@@ -1,4 +1,4 @@
-"""A checked HTTP request → a call: names resolved, text tokenized, lengths held to the context."""
+"""Turns a validated HTTP request into a `Call`: resolves the model, tokenizes, checks lengths."""
 
 import uuid
 from collections.abc import Sequence
@@ -18,11 +18,15 @@ from replica.api.openai_protocol import (
 from replica.api.text import Text
 from replica.scheduling.request import Sampling
 
+# OpenAI's default of `max_tokens` for /v1/completions.
 COMPLETION_TOKENS = 16
 
 
 class CallReader:
-    """Knows the names, the tokenizer and the limits of one replica."""
+    """Builds calls with one replica's adapter names, tokenizer and limits.
+
+    base: the base model's name. context, vocab: the model's limits, in tokens.
+    """
 
     def __init__(self, adapters: Adapters, text: Text, base: str, context: int, vocab: int) -> None:
         self._adapters = adapters
@@ -40,11 +44,11 @@ class CallReader:
             continue_final_message=resume,
             template_arguments=request.chat_template_kwargs,
         )
-        # The template writes the special tokens itself.
+        # The template writes the special tokens, so the tokenizer adds none unless asked to.
         prompt = await self._encode(rendered, bool(request.add_special_tokens), "messages")
         top = (request.top_logprobs or 0) if request.logprobs else None
-        wanted = request.max_completion_tokens or request.max_tokens
-        return self._call(request, "chatcmpl", digest, (prompt,), (), wanted, self._context, top)
+        requested = request.max_completion_tokens or request.max_tokens
+        return self._call(request, "chatcmpl", digest, (prompt,), (), requested, self._context, top)
 
     async def completion(self, request: CompletionRequest) -> Call:
         digest = await self._digest(request.model)
@@ -74,10 +78,10 @@ class CallReader:
         )
 
     async def _encode(self, text: str, special: bool, field: str) -> tuple[int, ...]:
-        least = self._text.tokens_min(text)
-        if least > self._context:  # Known without the work of tokenizing it.
+        tokens_min = self._text.tokens_min(text)
+        if tokens_min > self._context:  # Refuse it before the cost of tokenizing it.
             raise ContextLengthExceeded(
-                f"{field}: at least {least} tokens are more than the context length of "
+                f"{field}: at least {tokens_min} tokens, over the context length of "
                 f"{self._context}",
                 field=field,
             )
@@ -98,21 +102,22 @@ class CallReader:
         digest: str | None,
         prompts: tuple[tuple[int, ...], ...],
         echoes: tuple[str, ...],
-        wanted: int | None,
+        requested: int | None,
         default: int,
         logprobs: int | None,
     ) -> Call:
+        """requested: the client's max_tokens. default: used where the client gives none."""
         choices = len(prompts) * (request.n or 1)
         if choices > CHOICES_MAX:
             raise BadRequest(
-                f"n: {choices} choices (n times prompts) are more than {CHOICES_MAX}", field="n"
+                f"n: {choices} choices (n × prompts), over the limit of {CHOICES_MAX}", field="n"
             )
         longest = max(len(prompt) for prompt in prompts)
         for prompt in prompts:
             if not prompt:
                 raise BadRequest(f"{request.prompt_field}: is empty", field=request.prompt_field)
             self._check_vocabulary(prompt, request.prompt_field)
-        max_tokens = self._max_tokens(request, longest, wanted, default)
+        max_tokens = self._max_tokens(request, longest, requested, default)
         stop_tokens = request.stop_token_ids or []
         self._check_vocabulary(stop_tokens, "stop_token_ids")
         min_tokens = request.min_tokens or 0
@@ -146,8 +151,9 @@ class CallReader:
         )
 
     def _max_tokens(
-        self, request: GenerationRequest, prompt: int, wanted: int | None, default: int
+        self, request: GenerationRequest, prompt: int, requested: int | None, default: int
     ) -> int:
+        """prompt: tokens of the longest prompt. Raises ContextLengthExceeded."""
         left = self._context - prompt
         if left < 1:
             raise ContextLengthExceeded(
@@ -155,15 +161,15 @@ class CallReader:
                 f"context length of {self._context}",
                 field=request.prompt_field,
             )
-        if wanted is None:
+        if requested is None:
             return min(default, left)
-        if wanted > left:
+        if requested > left:
             raise ContextLengthExceeded(
-                f"{request.prompt_field}: {prompt} prompt tokens + max_tokens {wanted} = "
-                f"{prompt + wanted} are more than the context length of {self._context}",
+                f"{request.prompt_field}: {prompt} prompt tokens + max_tokens {requested} = "
+                f"{prompt + requested}, over the context length of {self._context}",
                 field=request.prompt_field,
             )
-        return wanted
+        return requested
 
     def _check_vocabulary(self, tokens: Sequence[int], field: str) -> None:
         if not tokens or (min(tokens) >= 0 and max(tokens) < self._vocab):

@@ -1,4 +1,4 @@
-"""The body of GET /v1/adapters, the same for one replica and for a fleet."""
+"""Builds the body of GET /v1/adapters, for a single replica and for a fleet."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,7 +12,7 @@ def catalog_page(
     residency: Mapping[str, Mapping[str, AdapterState]],
     replicas: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """residency: replica id → digest → what it says."""
+    """residency: replica id → digest → the state that this replica reports."""
     return {
         "object": "list",
         "sequence": sequence,
@@ -31,17 +31,17 @@ def _entry(version: Version, residency: Mapping[str, Mapping[str, AdapterState]]
         "pinned": version.pinned,
         "weight": version.weight,
         "residency": {
-            replica_id: _where(held[version.digest])
+            replica_id: _state(held[version.digest])
             for replica_id, held in sorted(residency.items())
             if version.digest in held
         },
     }
 
 
-def _where(entry: AdapterState) -> dict[str, Any]:
+def _state(state: AdapterState) -> dict[str, Any]:
     return {
-        "tier": entry.tier.value,
-        "bytes": entry.bytes,
-        "since": entry.since_s,
-        "reason": entry.reason,
+        "tier": state.tier.value,
+        "bytes": state.bytes,
+        "since": state.since_s,
+        "reason": state.reason,
     }

@@ -1,4 +1,4 @@
-"""From a checked call to pieces of text: choices run side by side, each ends or is cancelled."""
+"""Runs a call's choices concurrently on the engine and yields their text piece by piece."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
@@ -16,9 +16,10 @@ SEED_RANGE = 2**63
 class Call:
     """One HTTP request, ready to run.
 
-    model: the name that was asked for. digest: of its adapter, None for the base model.
+    model: the name in the request. digest: its adapter's; None for the base model.
     prompts: each gets `n` choices; choice i continues prompt i // n.
-    echoes: for each prompt the text to repeat before the answer. priority: lower goes first.
+    echoes: the text to put before each prompt's answer; empty without `echo`.
+    priority: lower runs first.
     """
 
     id: str
@@ -42,7 +43,9 @@ class Call:
         return sum(len(prompt) for prompt in self.prompts)
 
     def request(self, index: int) -> NewRequest:
-        """Choice `index` as the engine sees it. With a seed, each choice has its own."""
+        """The engine's request for choice `index`. Choices of one seeded call get distinct seeds,
+        wrapped to the int64 range.
+        """
         sampling = self.sampling
         if sampling.seed is not None and index % self.n:
             seed = (sampling.seed + index % self.n + SEED_RANGE) % (2 * SEED_RANGE) - SEED_RANGE
@@ -58,9 +61,9 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one step gave one choice. The last one has `finish`.
+    """The output of one choice in one step. `finish` is set on a choice's last piece.
 
-    stop_reason: the stop string or stop token that ended it, as vLLM reports it.
+    stop_reason: the stop string or stop token that ended the choice, as vLLM reports it.
     """
 
     index: int
@@ -73,9 +76,10 @@ class Piece:
 
 
 async def run(engine: Engine, text: Text, call: Call) -> AsyncGenerator[Piece, None]:
-    """Pieces of all choices as they come. Raises the first FleetError and cancels the rest.
+    """Yields the pieces of all choices in order of arrival.
 
-    Closed early it cancels everything it started in the engine.
+    Raises the first choice's FleetError and cancels the other choices. Closing the generator
+    early cancels all of the call's requests in the engine.
     """
     if call.choices == 1:
         async with aclosing(_choice(engine, text, call, 0)) as pieces:
@@ -84,7 +88,7 @@ async def run(engine: Engine, text: Text, call: Call) -> AsyncGenerator[Piece, N
         return
     queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
     tasks = [
-        asyncio.create_task(_feed(queue, _choice(engine, text, call, index)))
+        asyncio.create_task(_forward(queue, _choice(engine, text, call, index)))
         for index in range(call.choices)
     ]
     running = len(tasks)
@@ -103,14 +107,15 @@ async def run(engine: Engine, text: Text, call: Call) -> AsyncGenerator[Piece, N
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _feed(
+async def _forward(
     queue: asyncio.Queue[Piece | BaseException | None], pieces: AsyncGenerator[Piece, None]
 ) -> None:
+    """Puts one choice's pieces on the queue, then None at its end or the exception it raised."""
     try:
         async with aclosing(pieces):
             async for piece in pieces:
                 queue.put_nowait(piece)
-    except Exception as error:  # Handed to the reader, who raises it.
+    except Exception as error:  # `run` raises it.
         queue.put_nowait(error)
     else:
         queue.put_nowait(None)
@@ -133,7 +138,7 @@ async def _choice(
 
 
 class _Writer:
-    """Deltas of one choice → pieces."""
+    """Converts one choice's deltas to pieces: detokenizes, and looks for stop strings."""
 
     def __init__(self, call: Call, index: int, detokenizer: Detokenizer) -> None:
         self._call = call
@@ -154,7 +159,7 @@ class _Writer:
             if finish is not None:
                 text += self._detokenizer.flush()
         else:
-            text, used = self._look_for_stops(self._stops, tokens, finish)
+            text, used = self._push_until_stop(self._stops, tokens, finish)
             if self._stops.found is not None:
                 tokens, logprobs = tokens[:used], logprobs[:used]
                 finish, reason = Finish.STOP, self._stops.found
@@ -164,12 +169,12 @@ class _Writer:
             self._index, echo + text, tokens, logprobs, finish, reason, delta.cached_tokens
         )
 
-    def _look_for_stops(
+    def _push_until_stop(
         self, stops: StopStrings, tokens: Sequence[int], finish: Finish | None
     ) -> tuple[str, int]:
-        """Text to give out, and how many tokens came up to a stop string.
+        """The text to emit, and the number of tokens up to and including the stop string.
 
-        Token by token, so that those after the stop are not counted.
+        Detokenizes one token at a time, to leave tokens after the stop out of the count.
         """
         text = ""
         visible = self._visible(tokens, finish)
@@ -190,13 +195,13 @@ class _Writer:
         return text, len(tokens)
 
     def _visible(self, tokens: Sequence[int], finish: Finish | None) -> Sequence[int]:
-        """Without the token that ended the request: it is not part of the answer's text."""
+        """The tokens whose text belongs to the answer: all but the stop token that ended it."""
         if finish is Finish.STOP and not self._call.include_stop:
             return tokens[:-1]
         return tokens
 
     def _stop_token(self, tokens: Sequence[int]) -> int | None:
-        """The last token when it was one of the request's own stop tokens."""
+        """The last token if it is one of the request's `stop_token_ids`."""
         if tokens and tokens[-1] in self._call.sampling.stop_tokens:
             return tokens[-1]
         return None

@@ -1,4 +1,4 @@
-"""What the HTTP server needs: an engine and a book of adapters, each with two implementations."""
+"""The API's interfaces: the engine and the adapter catalog that the HTTP server works with."""
 
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
@@ -11,37 +11,38 @@ from replica.scheduling.timeline import TimelineEvent
 
 
 class Engine(Protocol):
-    """An engine that runs elsewhere: in its own process (`link.py`), or a stub in benchmarks."""
+    """An asynchronous engine: `EngineLink` to the engine's process, or a stub in tests."""
 
     @property
     def alive(self) -> bool:
-        """False once the engine can answer nothing more."""
+        """False once the engine can serve no more requests."""
 
     @property
     def config(self) -> EngineConfig:
-        """With all decided that was left open, once it has started."""
+        """The configuration. After `start`, every `auto` and None that it resolves has a value."""
 
     async def start(self) -> None: ...
 
     async def stop(self) -> None: ...
 
     def generate(self, request: NewRequest) -> AsyncGenerator[Delta, None]:
-        """Deltas up to the one that is `last`. Closed before that, the request is cancelled.
+        """Yields deltas; the final one is `last`. Closing the generator earlier cancels the
+        request.
 
-        Errors come as `Delta.error`. May be called from any event loop.
+        An error arrives as `Delta.error`. May be called from any event loop.
         """
 
     def cut(self, reason: str) -> None:
-        """Requests that run, and any that still come, fail with ShuttingDown."""
+        """Fails running requests, and all later ones, with ShuttingDown."""
 
     async def register(self, version: Version, path: str) -> None:
-        """From now on `version.digest` may be asked for; its files are under `path`."""
+        """Makes `version.digest` available to requests. path: the directory of its files."""
 
     async def forget(self, digest: str) -> None:
-        """No new requests for it; it is unloaded when the last running one is done."""
+        """Refuses new requests for the version and unloads it after its last running request."""
 
     async def timeline(self, request_id: str) -> list[TimelineEvent]:
-        """What happened to a request, and when; empty when it is unknown or too long ago."""
+        """A request's events in order; empty if the request is unknown or no longer kept."""
 
     def adapter_states(self) -> list[AdapterState]:
         """The last known state of every registered version."""
@@ -49,12 +50,12 @@ class Engine(Protocol):
     def report(self) -> LoadReport: ...
 
     def on_residency(self, callback: Callable[[list[AdapterState]], None]) -> None:
-        """Called with the changed entries, on whatever thread learns of them."""
+        """Registers a callback for changed adapter states. It may run on any thread."""
 
 
 @dataclass(frozen=True, slots=True)
 class Acknowledgement:
-    """A change of the catalog. pending: replicas that have not confirmed it in time."""
+    """A completed catalog change. pending: replicas that did not confirm it in time."""
 
     name: str
     digest: str
@@ -63,12 +64,12 @@ class Acknowledgement:
 
 
 class Adapters(Protocol):
-    """Names → versions: in memory for one replica alone, in Redis for a fleet."""
+    """The catalog of adapter names: in memory for a single process, in Redis for a fleet."""
 
     async def find(self, name: str) -> Version | None: ...
 
     def versions(self) -> list[Version]:
-        """By name."""
+        """All versions, sorted by name."""
 
     async def add(
         self,
@@ -80,13 +81,14 @@ class Adapters(Protocol):
         weight: float = 1.0,
         trusted: bool = False,
     ) -> Acknowledgement:
-        """Raises AdapterRefused, BadRequest or CatalogUnavailable; then nothing has changed.
+        """Adds an adapter. Raises AdapterRefused, BadRequest or CatalogUnavailable, and changes
+        nothing in that case.
 
-        trusted: the path comes from the operator's own flags, not through the API.
+        trusted: the path is from the operator's configuration, so it may lie outside the roots.
         """
 
     async def remove(self, name: str) -> Acknowledgement:
         """Raises ModelNotFound or CatalogUnavailable."""
 
     async def describe(self) -> dict[str, Any]:
-        """The catalog with what each replica holds, as GET /v1/adapters answers it."""
+        """The body of GET /v1/adapters: the catalog and each replica's residency."""

@@ -1,4 +1,4 @@
-"""A replica's state in Prometheus' text format."""
+"""Renders a replica's state in Prometheus' text format."""
 
 import dataclasses
 from collections import Counter
@@ -25,7 +25,7 @@ COUNTERS = frozenset(
 
 
 def render(report: LoadReport, residency: Sequence[AdapterState], active: int) -> str:
-    """active: HTTP requests being answered."""
+    """active: HTTP requests in progress."""
     lines = []
     for name, value in [*dataclasses.asdict(report).items(), ("http_requests_active", active)]:
         metric = f"lorafleet_{name}" + ("_total" if name in COUNTERS else "")

@@ -1,7 +1,7 @@
-"""What clients may send: OpenAI's requests with vLLM's extra fields, checked field by field.
+"""Request models: OpenAI's fields and vLLM's extra ones, validated field by field.
 
-Field names and defaults follow OpenAI's API reference and vLLM's `protocol.py`. Unknown fields are
-ignored, as there. A known field that would change the answer and is not supported is refused.
+Names and defaults follow OpenAI's API reference and vLLM's `protocol.py`. Unknown fields are
+ignored, as in vLLM. A known but unsupported field is refused if its value would change the answer.
 """
 
 from collections.abc import Mapping
@@ -15,11 +15,11 @@ from cluster.errors import BadRequest
 CHOICES_MAX = 128
 STOPS_MAX = 32
 TOP_LOGPROBS_MAX = 20
-# Shares are sums of tokens divided by weights: beyond this they would lose tokens to rounding.
+# The fair share is a running sum of tokens / weight; larger weights would round tokens away.
 WEIGHT_MAX = 1e6
 SHOWN_VALUE_MAX = 80
 
-# Known field → the values that ask for nothing. Anything else is refused by name.
+# Known field → its neutral values. Any other value is refused, naming the field.
 UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
@@ -60,7 +60,7 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
 
 
 def _as_list(value: object) -> object:
-    """OpenAI's `stop` is a string or a list of them."""
+    """OpenAI's `stop` is a string or a list of strings."""
     if value is None:
         return []
     if isinstance(value, str):
@@ -86,7 +86,7 @@ class StreamOptions(BaseModel):
 
 
 class GenerationRequest(BaseModel):
-    """What chat and plain completions have in common."""
+    """The fields that chat completions and completions share."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
     prompt_field: ClassVar[str]
@@ -102,7 +102,7 @@ class GenerationRequest(BaseModel):
     seed: Seed | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
-    priority: int | None = None  # as in vLLM: lower is handled earlier
+    priority: int | None = None  # as in vLLM: lower runs earlier
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
@@ -161,7 +161,7 @@ Request = TypeVar("Request", bound=BaseModel)
 
 
 def parse(kind: type[Request], body: bytes) -> Request:
-    """Raises BadRequest naming the field and its value."""
+    """Parses and validates a body. Raises BadRequest with the field's name and value."""
     try:
         data = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -175,21 +175,21 @@ def parse(kind: type[Request], body: bytes) -> Request:
     except ValidationError as error:
         raise _bad_request(error) from error
     if isinstance(request, GenerationRequest):
-        _check_together(request)
+        _check_combinations(request)
     return request
 
 
 def shown(value: object) -> str:
-    """A value as JSON, cut short."""
+    """A value as JSON, truncated to SHOWN_VALUE_MAX characters."""
     try:
         text = orjson.dumps(value, default=repr).decode()
-    except TypeError:  # orjson reads deeper nesting than it writes
+    except TypeError:  # orjson parses deeper nesting than it serializes
         text = f"a {type(value).__name__} nested too deep to show"
     return text if len(text) <= SHOWN_VALUE_MAX else f"{text[:SHOWN_VALUE_MAX]}…"
 
 
 def _bad_request(error: ValidationError) -> BadRequest:
-    """The first thing that is wrong, as `temperature: should be … (got 3)`."""
+    """The first validation error, as `temperature: should be … (got 3)`."""
     first = error.errors(include_url=False, include_context=False)[0]
     field = ""
     for part in first["loc"]:
@@ -208,8 +208,8 @@ def _refuse_unsupported(data: Mapping[str, Any]) -> None:
             raise BadRequest(f"{field}: not supported (got {shown(value)})", field=field)
 
 
-def _check_together(request: GenerationRequest) -> None:
-    """What concerns two fields at once."""
+def _check_combinations(request: GenerationRequest) -> None:
+    """Checks that depend on two fields."""
     if request.stream_options is not None and not request.stream:
         raise BadRequest("stream_options: only with stream: true", field="stream_options")
     if isinstance(request, ChatRequest):
@@ -226,12 +226,14 @@ def _check_together(request: GenerationRequest) -> None:
             )
     if isinstance(request, CompletionRequest) and request.echo and request.logprobs is not None:
         raise BadRequest(
-            "echo: with logprobs it would need the prompt's, which are not supported", field="echo"
+            "echo: not supported with logprobs, which would need prompt logprobs", field="echo"
         )
 
 
 def read_messages(request: ChatRequest) -> list[dict[str, Any]]:
-    """Messages with plain string content, checked. Other keys go to the template as they are."""
+    """The validated messages, their content as plain strings. Other keys reach the chat template
+    unchanged.
+    """
     messages = []
     for i, message in enumerate(request.messages):
         where = f"messages[{i}]"
@@ -247,7 +249,7 @@ def read_messages(request: ChatRequest) -> list[dict[str, Any]]:
 def _read_content(content: object, where: str) -> str:
     where = f"{where}.content"
     if content is None:
-        return ""  # As in an assistant's turn that only called a tool.
+        return ""  # OpenAI omits it in an assistant message that only calls tools.
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -273,7 +275,7 @@ def _read_content(content: object, where: str) -> str:
 
 
 def read_prompts(prompt: object) -> list[str] | list[list[int]]:
-    """The four shapes of `prompt`, as a list of texts or a list of token lists."""
+    """Normalizes the four forms of `prompt` to a list of texts or a list of token lists."""
     wrong = BadRequest(
         "prompt: should be a string, a list of strings, a list of token ids or a list of lists "
         f"of token ids (got {shown(prompt)})",
@@ -289,7 +291,7 @@ def read_prompts(prompt: object) -> list[str] | list[list[int]]:
         prompt = [prompt]
     if len(prompt) > CHOICES_MAX:
         raise BadRequest(
-            f"prompt: {len(prompt)} prompts are more than {CHOICES_MAX}", field="prompt"
+            f"prompt: {len(prompt)} prompts, over the limit of {CHOICES_MAX}", field="prompt"
         )
     if all(isinstance(text, str) for text in prompt):
         return prompt

@@ -1,4 +1,4 @@
-"""Pieces → OpenAI's JSON: whole bodies, and chunks of a stream, constant parts prebuilt."""
+"""Encodes pieces as OpenAI's JSON: bodies, and stream chunks built around cached fixed parts."""
 
 import time
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ DONE = b"data: [DONE]\n\n"
 
 @dataclass(slots=True)
 class Usage:
-    """Tokens of all choices of a call. Prompt tokens count once a prompt, not once a choice."""
+    """Token counts over all choices of a call. Each prompt counts once, whatever `n` is."""
 
     prompt_tokens: int
     completion_tokens: int = 0
@@ -37,7 +37,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class ResponseOptions:
-    """What the client wants to see beside the text."""
+    """What the client asked to receive beside the text."""
 
     logprobs: bool = False
     token_ids: bool = False
@@ -48,7 +48,7 @@ class ResponseOptions:
 
 @dataclass(slots=True)
 class Answer:
-    """One choice put together from its pieces."""
+    """One choice, accumulated from its pieces."""
 
     text: list[str] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
@@ -63,7 +63,7 @@ class Answer:
 
 
 class ResponseEncoder(Protocol):
-    """How one call is answered."""
+    """Encodes the response to one call."""
 
     def chunk(self, piece: Piece, usage: Usage) -> bytes: ...
 
@@ -73,17 +73,17 @@ class ResponseEncoder(Protocol):
 
 
 class _Frame:
-    """What is the same in every chunk of a stream: all before its choices, and all after.
+    """The fixed parts of a stream's chunks: `head` before the choices, `tail` after them.
 
-    plain: a chunk shows nothing but text, so that it can be put together without a dict.
+    plain: chunks carry only text, so they can be built by concatenation.
     """
 
-    def __init__(self, call: Call, wanted: ResponseOptions, kind: str) -> None:
+    def __init__(self, call: Call, options: ResponseOptions, kind: str) -> None:
         constant = {"id": call.id, "object": kind, "created": int(time.time()), "model": call.model}
         self.head = b"data: " + orjson.dumps(constant)[:-1] + b',"choices":'
-        self.tail = (b',"usage":null' if wanted.include_usage else b"") + b"}\n\n"
-        self.plain = not (wanted.logprobs or wanted.token_ids or wanted.continuous_usage)
-        self._continuous = wanted.continuous_usage
+        self.tail = (b',"usage":null' if options.include_usage else b"") + b"}\n\n"
+        self.plain = not (options.logprobs or options.token_ids or options.continuous_usage)
+        self._continuous = options.continuous_usage
 
     def chunk(self, choice: dict[str, Any], usage: Usage) -> bytes:
         choices = orjson.dumps([choice])
@@ -95,11 +95,11 @@ class _Frame:
         return self.head + b'[],"usage":' + orjson.dumps(usage.json()) + b"}\n\n"
 
 
-class ChatWire:
-    def __init__(self, call: Call, wanted: ResponseOptions, text: Text) -> None:
-        self._call, self._wanted, self._text = call, wanted, text
-        self._frame = _Frame(call, wanted, "chat.completion.chunk")
-        self._begun: set[int] = set()
+class ChatEncoder:
+    def __init__(self, call: Call, options: ResponseOptions, text: Text) -> None:
+        self._call, self._options, self._text = call, options, text
+        self._frame = _Frame(call, options, "chat.completion.chunk")
+        self._started: set[int] = set()
         self._prefixes = [
             self._frame.head + b'[{"index":%d,"delta":{"content":' % index
             for index in range(call.choices)
@@ -108,8 +108,8 @@ class ChatWire:
 
     def chunk(self, piece: Piece, usage: Usage) -> bytes:
         start = b""
-        if piece.index not in self._begun:
-            self._begun.add(piece.index)
+        if piece.index not in self._started:
+            self._started.add(piece.index)
             start = self._first(piece.index)
         if self._frame.plain and piece.finish is None:
             if not piece.text:
@@ -123,7 +123,7 @@ class ChatWire:
         }
         if piece.finish is not None:
             choice["stop_reason"] = piece.stop_reason
-        if self._wanted.token_ids:
+        if self._options.token_ids:
             choice["token_ids"] = piece.tokens
         return start + self._frame.chunk(choice, usage)
 
@@ -135,7 +135,7 @@ class ChatWire:
             "finish_reason": None,
         }
         prompt = b""
-        if self._wanted.token_ids:
+        if self._options.token_ids:
             prompt = b',"prompt_token_ids":' + orjson.dumps(self._call.prompts[0])
         return self._frame.head + orjson.dumps([choice]) + prompt + self._frame.tail
 
@@ -157,16 +157,16 @@ class ChatWire:
                 "finish_reason": answer.last.finish,
                 "stop_reason": answer.last.stop_reason,
             }
-            if self._wanted.token_ids:
+            if self._options.token_ids:
                 choice["token_ids"] = answer.tokens
             choices.append(choice)
         body = _envelope(self._call, "chat.completion", choices, usage)
-        if self._wanted.token_ids:
+        if self._options.token_ids:
             body["prompt_token_ids"] = self._call.prompts[0]
         return orjson.dumps(body)
 
     def _logprobs(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
-        if not self._wanted.logprobs:
+        if not self._options.logprobs:
             return None
         return {
             "content": [
@@ -180,15 +180,15 @@ class ChatWire:
         }
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        name, data = _token_name(self._text, token, self._wanted)
+        name, data = _token_name(self._text, token, self._options)
         return {"token": name, "logprob": logprob, "bytes": list(data)}
 
 
-class CompletionWire:
-    def __init__(self, call: Call, wanted: ResponseOptions, text: Text) -> None:
-        self._call, self._wanted, self._text = call, wanted, text
-        self._frame = _Frame(call, wanted, "text_completion")
-        self._begun: set[int] = set()
+class CompletionEncoder:
+    def __init__(self, call: Call, options: ResponseOptions, text: Text) -> None:
+        self._call, self._options, self._text = call, options, text
+        self._frame = _Frame(call, options, "text_completion")
+        self._started: set[int] = set()
         self._offsets = [len(echo) for echo in call.echoes for _ in range(call.n)]
         self._offsets = self._offsets or [0] * call.choices
         self._prefixes = [
@@ -202,8 +202,8 @@ class CompletionWire:
                 return b""
             return self._prefixes[piece.index] + orjson.dumps(piece.text) + self._suffix
         choice = self._choice(piece.index, piece.text, piece.tokens, piece.logprobs, piece)
-        if self._wanted.token_ids and piece.index not in self._begun:
-            self._begun.add(piece.index)
+        if self._options.token_ids and piece.index not in self._started:
+            self._started.add(piece.index)
             choice["prompt_token_ids"] = self._call.prompts[piece.index // self._call.n]
         return self._frame.chunk(choice, usage)
 
@@ -216,7 +216,7 @@ class CompletionWire:
             assert answer.last is not None
             text = "".join(answer.text)
             choice = self._choice(index, text, answer.tokens, answer.logprobs, answer.last)
-            if self._wanted.token_ids:
+            if self._options.token_ids:
                 choice["prompt_token_ids"] = self._call.prompts[index // self._call.n]
             choices.append(choice)
         return orjson.dumps(_envelope(self._call, "text_completion", choices, usage))
@@ -237,14 +237,14 @@ class CompletionWire:
         }
         if end.finish is not None:
             choice["stop_reason"] = end.stop_reason
-        if self._wanted.token_ids:
+        if self._options.token_ids:
             choice["token_ids"] = tokens
         return choice
 
     def _logprobs(self, index: int, entries: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
-        if not self._wanted.logprobs:
+        if not self._options.logprobs:
             return None
-        names = [_token_name(self._text, entry.token, self._wanted)[0] for entry in entries]
+        names = [_token_name(self._text, entry.token, self._options)[0] for entry in entries]
         offsets = []
         for name in names:
             offsets.append(self._offsets[index])
@@ -255,7 +255,7 @@ class CompletionWire:
             "tokens": names,
             "top_logprobs": [
                 {name: entry.logprob}
-                | {_token_name(self._text, token, self._wanted)[0]: p for token, p in entry.top}
+                | {_token_name(self._text, token, self._options)[0]: p for token, p in entry.top}
                 for name, entry in zip(names, entries, strict=True)
             ],
         }
@@ -272,9 +272,13 @@ def _envelope(call: Call, kind: str, choices: list[dict[str, Any]], usage: Usage
     }
 
 
-def _token_name(text: Text, token: int, wanted: ResponseOptions) -> tuple[str, bytes]:
-    """How a token is shown beside its logprob, and the bytes it stands for."""
+def _token_name(text: Text, token: int, options: ResponseOptions) -> tuple[str, bytes]:
+    """A token's display name in logprobs, and its bytes."""
     data = text.token_bytes(token)
-    if wanted.tokens_as_ids:
+    if options.tokens_as_ids:
         return f"token_id:{token}", data
     return data.decode(errors="replace"), data
+
+
+# The names that server.py still imports.
+ChatWire, CompletionWire = ChatEncoder, CompletionEncoder

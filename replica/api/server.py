@@ -331,7 +331,8 @@ class Server:
             )
         if not choices:
             raise asgi.NoSuchRoute(f"this replica remembers no request {response_id!r}")
-        await asgi.send_json(send, {"id": response_id, "object": "story", "choices": choices})
+        body = {"id": response_id, "object": "request.timeline", "choices": choices}
+        await asgi.send_json(send, body)
 
     async def _load_adapter(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = parse(LoadAdapterRequest, await self._body(receive))

@@ -1,4 +1,4 @@
-"""Text and tokens: tokenizer, chat template, incremental detokenization, stop strings."""
+"""Converts between text and tokens: tokenizer, chat template, detokenizer, stop strings."""
 
 import asyncio
 import inspect
@@ -12,20 +12,20 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from cluster.errors import BadRequest, ModelUnsupported
 from replica.model.shape import read_json
 
-# A character takes at most four bytes, so at most four tokens; tokens that add no text may come
-# between. Text that still ends in U+FFFD after this many tokens is taken to be meant so.
+# A character has at most four bytes, hence at most four tokens, with tokens without text possible
+# in between. If text still ends in U+FFFD after this many tokens, the model produced it on purpose.
 HELD_TOKENS_MAX = 16
-# Enough of the prompt to know whether the first token starts with a space.
+# Prompt tokens needed to tell whether the first output token starts with a space.
 CONTEXT_TOKENS = 6
 REPLACEMENT = "\ufffd"
-# Longer texts are tokenized on another thread: 240 kB take 0.2 s, and streams would stand still.
+# Longer texts are tokenized on another thread: 240 kB take 0.2 s, which would stall every stream.
 INLINE_CHARACTERS = 8192
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Text:
-    """The model's tokenizer and chat template. Stateless: shared by all requests."""
+    """The model's tokenizer and chat template. Stateless, so all requests share one."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -40,15 +40,15 @@ class Text:
 
     @classmethod
     def read(cls, model_dir: str) -> "Text":
-        """From the tokenizer files in a model directory. Raises ModelUnsupported."""
-        # Not AutoTokenizer: it imports torch, which the HTTP process does not need.
+        """Reads the tokenizer files in a model directory. Raises ModelUnsupported."""
+        # AutoTokenizer would import torch, which the HTTP process can do without.
         from transformers import PreTrainedTokenizerFast
 
         if not (Path(model_dir) / "tokenizer.json").is_file():
             raise ModelUnsupported(f"{model_dir}: has no tokenizer.json")
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir, local_files_only=True)
-        except Exception as error:  # Of many kinds; tokenizers raises Exception itself.
+        except Exception as error:  # tokenizers raises plain Exception, and libraries vary.
             reason = " ".join(_broken_file(Path(model_dir), error).split())
             raise ModelUnsupported(reason) from error
         _check_template(tokenizer, model_dir)
@@ -58,14 +58,14 @@ class Text:
         if len(text) <= INLINE_CHARACTERS:
             encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
         else:
-            # Unlike `encode`, the batch call lets other threads run.
+            # The batch call releases the GIL; `encode` holds it.
             (encoding,) = await asyncio.to_thread(
                 self._backend.encode_batch, [text], add_special_tokens=add_special_tokens
             )
         return tuple(encoding.ids)
 
     def tokens_min(self, text: str) -> int:
-        """A lower bound of the tokens in `text`, at no cost."""
+        """A lower bound on the number of tokens in `text`, from its length alone."""
         return len(text) // self._token_characters_max
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -74,7 +74,7 @@ class Text:
         return str(self._backend.decode(tokens, skip_special_tokens=False))
 
     def token_bytes(self, token: int) -> bytes:
-        """What one token stands for: perhaps a part of a character. b"" for an id of no token."""
+        """A token's bytes, possibly part of a character. b"" for an id outside the vocabulary."""
         if token in self._added:
             return self._added[token].encode()
         piece: str | None = self._backend.id_to_token(token)
@@ -95,11 +95,11 @@ class Text:
         continue_final_message: bool = False,
         template_arguments: Mapping[str, Any] | None = None,
     ) -> str:
-        """The messages as the model expects them. Raises BadRequest naming `messages`."""
+        """Renders messages with the model's chat template. Raises BadRequest for `messages`."""
         arguments = dict(template_arguments or {})
         for name in sorted(self._template_reserved & set(arguments)):
             raise BadRequest(
-                f"chat_template_kwargs.{name}: may not be set", field=f"chat_template_kwargs.{name}"
+                f"chat_template_kwargs.{name}: reserved", field=f"chat_template_kwargs.{name}"
             )
         if self._tokenizer.chat_template is None:
             raise BadRequest(
@@ -115,9 +115,9 @@ class Text:
                 **arguments,
             )
         except (TemplateError, ValueError, TypeError, LookupError, AttributeError) as error:
-            # The template is the model's; what it refuses is in the messages.
+            # `read` has checked the template, so the cause is in the messages.
             raise BadRequest(
-                f"messages: the model's chat template refuses them: {error}", field="messages"
+                f"messages: refused by the model's chat template: {error}", field="messages"
             ) from error
         return str(rendered)
 
@@ -128,7 +128,7 @@ class Text:
 
 
 def _broken_file(directory: Path, error: Exception) -> str:
-    """Which of the tokenizer's files is at fault for `error`, and why."""
+    """Names the tokenizer file that caused `error`, and the reason."""
     from tokenizers import Tokenizer
 
     for path in sorted(directory.glob("*.jinja")):
@@ -148,11 +148,11 @@ def _broken_file(directory: Path, error: Exception) -> str:
             return reason.message
         except Exception as reason:
             return f"{path}: {reason}"
-    return f"{directory}: its tokenizer cannot be read: {type(error).__name__}: {error}"
+    return f"{directory}: cannot read its tokenizer: {type(error).__name__}: {error}"
 
 
 def _check_template(tokenizer: Any, model_dir: str) -> None:
-    """Raises ModelUnsupported for a chat template that is not Jinja's language."""
+    """Raises ModelUnsupported if the chat template has a Jinja syntax error."""
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
     except TemplateSyntaxError as error:
@@ -160,11 +160,11 @@ def _check_template(tokenizer: Any, model_dir: str) -> None:
             f"{model_dir}: its chat template, line {error.lineno}: {error.message}"
         ) from error
     except Exception:
-        pass  # It may well refuse these messages, or there is none.
+        pass  # A valid template may refuse this message, and a model may have none.
 
 
 def _byte_alphabet() -> dict[str, bytes]:
-    """The characters that byte-level BPE (GPT-2) writes for each byte."""
+    """Byte-level BPE's (GPT-2) character for each byte, inverted."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     alphabet = {chr(byte): bytes([byte]) for byte in printable}
@@ -177,15 +177,16 @@ def _named_parameters(function: Any) -> frozenset[str]:
 
 
 class Detokenizer:
-    """One choice's tokens → text, as they come.
+    """Converts one choice's tokens to text incrementally.
 
     Decoding tokens one by one would lose the spaces that some tokenizers write only between
-    tokens, and break characters whose bytes are spread over several tokens. So a window of the
-    last tokens is decoded with and without the new ones, and the difference is the new text:
+    tokens, and break characters whose bytes span several tokens. Instead, a window of the latest
+    tokens is decoded with and without the new ones, and the difference is the new text:
 
-        [ context: text given out | held: no text yet ]
+        [ context: text emitted | held: no text yet ]
 
-    What ends in an unfinished character is held. The window is bounded, so a token costs O(1).
+    Tokens that end in an incomplete character are held. The window is bounded, so each token
+    costs O(1).
     """
 
     def __init__(self, text: Text, prompt: Sequence[int], *, skip_special_tokens: bool) -> None:
@@ -196,8 +197,8 @@ class Detokenizer:
         self._known_text = self._decode().rstrip(REPLACEMENT)
 
     def push(self, tokens: Sequence[int]) -> str:
-        """The text that `tokens` complete; "" while there is none."""
-        # One by one: the window then ends at every character, not only where a step ends.
+        """The text that `tokens` complete, or "" if they complete none."""
+        # Token by token, so that the result does not depend on how many tokens a step brings.
         return "".join([self._push(token) for token in tokens if token not in self._skip])
 
     def _push(self, token: int) -> str:
@@ -215,7 +216,7 @@ class Detokenizer:
         return new
 
     def flush(self) -> str:
-        """At the end: what was held, with U+FFFD for the character that never got finished."""
+        """The held text at the end of the answer; an incomplete character becomes U+FFFD."""
         new = self._decode()[len(self._known_text) :]
         self._known = len(self._window)
         self._known_text += new
@@ -226,38 +227,38 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Looks for stop strings in text that comes in pieces.
+    """Finds stop strings in text that arrives in pieces.
 
-    Text that may be the beginning of a stop string is held back until it is clear.
+    Text that may begin a stop string is held until later text decides it.
     """
 
     def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
-        assert all(stops), "an empty stop string would stop everything"
+        assert all(stops), "an empty stop string matches any text"
         self._stops = tuple(stops)
         self._include = include
         self._held = ""
         self.found: str | None = None
 
     def push(self, piece: str) -> str:
-        """The text that may be given out. `found` is set when it ends there."""
-        assert self.found is None, "text after the stop"
+        """The text that can be emitted. Sets `found` when a stop string ends the answer."""
+        assert self.found is None, "text after the stop string"
         text = self._held + piece
         hits = [(text.find(stop), -len(stop), stop) for stop in self._stops if stop in text]
         if hits:
             start, _, self.found = min(hits)
             self._held = ""
             return text[: start + len(self.found)] if self._include else text[:start]
-        keep = self._beginning(text)
+        keep = self._partial_match(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
     def release(self, piece: str) -> str:
-        """Gives out `piece` and what was held, without looking for stops in it."""
+        """The held text and `piece`, emitted without a search for stop strings."""
         held, self._held = self._held, ""
         return held + piece
 
-    def _beginning(self, text: str) -> int:
-        """Length of the longest end of `text` that begins a stop string."""
+    def _partial_match(self, text: str) -> int:
+        """Length of the longest suffix of `text` that is a proper prefix of a stop string."""
         longest = 0
         for stop in self._stops:
             for length in range(min(len(stop) - 1, len(text)), longest, -1):

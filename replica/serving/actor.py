@@ -1,4 +1,4 @@
-"""The Serve deployment around one replica: engine, tokenizer, membership and HTTP server."""
+"""The Ray Serve actor of one replica: engine, tokenizer, membership and HTTP server."""
 
 import dataclasses
 import importlib
@@ -21,11 +21,11 @@ from replica.serving.single_process import server_config
 
 
 class Replica:
-    """One replica. Serve awaits the ASGI app after `__init__`, on the loop that runs it then.
+    """One replica. After `__init__`, Serve builds the ASGI app on the event loop that serves it.
 
-    engine: import path of what makes the engine. run: which start of the fleet this is.
-    redis_variable, keys_variable: names of the environment variables with the URL of Redis and
-    the API keys, which Serve's own records must not hold.
+    engine: import path of the engine's constructor. run: an id of this start of the fleet.
+    redis_variable, keys_variable: names of the environment variables that hold Redis' URL and the
+    API keys. Serve records a deployment's arguments, so these carry no secrets.
     """
 
     def __init__(
@@ -57,27 +57,28 @@ class Replica:
         return closing
 
     async def check_health(self) -> None:
-        """Serve replaces a replica that raises here three times."""
+        """Serve replaces a replica after this has raised three times."""
         if not self._engine.alive:
             raise RuntimeError("the engine's process has ended")
 
     async def _close(self) -> None:
-        # First out of every router's view, then the engine.
+        # Leave every router's view before the engine stops.
         if self._membership is not None:
             await self._membership.stop()
         await self._engine.stop()
 
 
 def _resources() -> Mapping[str, float]:
-    """What Ray has on this node."""
+    """This node's resources, as Ray counts them."""
     own = ray.get_runtime_context().get_node_id()
     return next(node["Resources"] for node in ray.nodes() if node["NodeID"] == own)
 
 
 def with_share(config: FleetConfig, resources: Mapping[str, float], node: Node) -> EngineConfig:
-    """The engine's configuration with this replica's share of the node's memory.
+    """The engine configuration, with this replica's share of the node's memory.
 
-    The same for all that Ray may put here, whoever starts first: what is free now is not asked.
+    The share is of the node's total memory, so every replica that Ray places here computes the
+    same one, in whatever order they start.
     """
     engine = config.engine
     if engine.replica_memory is not None:
@@ -94,6 +95,6 @@ def with_share(config: FleetConfig, resources: Mapping[str, float], node: Node) 
 
 
 def _imported(path: str) -> Any:
-    """'package.module:attribute' → the attribute."""
+    """Imports 'package.module:attribute'."""
     module, _, attribute = path.partition(":")
     return getattr(importlib.import_module(module), attribute)

@@ -1,4 +1,4 @@
-"""The book of adapters of one replica alone: `front.Adapters` in memory, without Redis."""
+"""The adapter catalog of a single process: `interfaces.Adapters` in memory, without Redis."""
 
 import asyncio
 import dataclasses
@@ -14,8 +14,8 @@ from replica.api.interfaces import Acknowledgement, Engine
 from replica.model.shape import ModelShape, read_shape
 
 
-class Standalone:
-    """Changes come one at a time; the engine knows a version before its name is in the book."""
+class LocalCatalog:
+    """Serializes changes. A version is registered with the engine before its name is published."""
 
     def __init__(
         self,
@@ -30,11 +30,11 @@ class Standalone:
         self._replica_id = replica_id
         self._validation = Validation(config, shape or read_shape(config.engine.model))
         self._book = Book(config.engine.base_name)
-        self._paths: dict[str, str] = {}  # of what the engine knows, by digest
+        self._paths: dict[str, str] = {}  # digest → files, for versions the engine has
         self._change = asyncio.Lock()
 
     async def start(self) -> None:
-        """Registers the adapters of the configuration. Raises ConfigError naming the one."""
+        """Registers the configured adapters. Raises ConfigError naming the one that failed."""
         for name, path in self._config.adapters.items():
             try:
                 await self.add(name, path, load_inplace=True, trusted=True)
@@ -43,7 +43,7 @@ class Standalone:
                 raise ConfigError(f"{key}: {error.message}", field=key) from error
 
     async def stop(self) -> None:
-        """Nothing to give back; the engine is its owner's."""
+        """Releases nothing: the engine belongs to the caller."""
 
     async def find(self, name: str) -> Version | None:
         return self._book.get(name)
@@ -76,16 +76,16 @@ class Standalone:
             )
             before = self._book.get(name)
             others = [other for other in self._book.by_name() if other.name != name]
-            await self._tell(by_digest([version, *others])[version.digest], local)
+            await self._register(by_digest([version, *others])[version.digest], local)
             self._book.add(version, load_inplace=load_inplace)
             if before is not None and before.digest != version.digest:
-                await self._settle(before.digest)
+                await self._name_removed(before.digest)
             return Acknowledgement(name, version.digest, self._book.sequence)
 
     async def remove(self, name: str) -> Acknowledgement:
         async with self._change:
             version = self._book.remove(name)
-            await self._settle(version.digest)
+            await self._name_removed(version.digest)
             return Acknowledgement(name, version.digest, self._book.sequence)
 
     async def describe(self) -> dict[str, Any]:
@@ -95,15 +95,15 @@ class Standalone:
         replica = {"id": self._replica_id, "incarnation": self._replica_id, "load": load}
         return catalog_page(self._book.by_name(), self._book.sequence, residency, [replica])
 
-    async def _settle(self, digest: str) -> None:
-        """A name of it is gone."""
-        left = by_digest(self._book.by_name()).get(digest)
-        if left is not None:
-            await self._tell(left, self._paths[digest])
+    async def _name_removed(self, digest: str) -> None:
+        """Forgets the version with its last name; else its pin and weight may have changed."""
+        remaining = by_digest(self._book.by_name()).get(digest)
+        if remaining is not None:
+            await self._register(remaining, self._paths[digest])
         else:
             await self._engine.forget(digest)
             del self._paths[digest]
 
-    async def _tell(self, version: Version, path: str) -> None:
+    async def _register(self, version: Version, path: str) -> None:
         await self._engine.register(version, path)
         self._paths[version.digest] = path

@@ -1,12 +1,13 @@
-"""One replica's place in the fleet: publishes what is true here, follows what is decided.
+"""One replica's membership of the fleet: follows the catalog, publishes its residency and load.
 
-    any event loop ── find, add, remove ──┐        ┌── Catalog (follows) ──> Settling ──> engine
+    any event loop ── find, add, remove ──┐        ┌── Catalog ──> Reconciler ──> engine
                                           v        │
                              the membership's own thread and loop
                                                    │
     engine's thread ── residency changed ──────────┴── Publisher ──> Redis
 
-A thread of its own, so that neither a busy server nor the loop of whoever calls holds up the lease.
+The thread is the membership's own, so that neither a busy HTTP server nor a caller's event loop
+delays the lease's renewal.
 """
 
 import asyncio
@@ -38,7 +39,7 @@ from replica.adapters.validation import Validation
 from replica.api.catalog_page import catalog_page
 from replica.api.interfaces import Acknowledgement, Engine
 from replica.model.shape import ModelShape, read_shape
-from replica.serving.reconciler import Settling
+from replica.serving.reconciler import Reconciler
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +51,10 @@ Result = TypeVar("Result")
 
 
 class Membership:
-    """`front.Adapters` of one replica of a fleet. Its coroutines may be awaited on any loop.
+    """`interfaces.Adapters` for a replica of a fleet. Any event loop may await its coroutines.
 
-    run: which start of the fleet this replica belongs to. The adapters of the configuration are
-    applied once a run, so that a replica that restarts does not undo what the API did since;
-    None: this replica's start is a run of its own.
+    run: an id of the fleet's start. The configured adapters are applied once a run, so a replica
+    that restarts keeps the API's later changes. None: this replica's start is its own run.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Membership:
             on_change=self._catalog_changed,
         )
         self._registry = Registry(self._redis, config.name)
-        self._settling = Settling(
+        self._reconciler = Reconciler(
             engine, self._validation.store, config.engine, lambda: self._publisher.wake()
         )
         self._publisher = Publisher(
@@ -92,7 +92,7 @@ class Membership:
             report_s=config.report_s,
             residency=self._residency,
             report=engine.report,
-            applied=lambda: self._settling.applied,
+            applied=lambda: self._reconciler.applied,
             alive=lambda: engine.alive,
             on_catalog=self._check_behind,
         )
@@ -110,25 +110,25 @@ class Membership:
 
     @property
     def connected(self) -> bool:
-        """Whether this replica hears of changes to the catalog."""
+        """True while this replica is subscribed to catalog changes."""
         return self._catalog.connected
 
-    # For any loop.
+    # Callable from any event loop.
 
     async def start(self) -> None:
-        """Returns when the fleet sees this replica with all adapters of the catalog.
+        """Returns when the fleet sees this replica with all of the catalog's adapters.
 
-        Raises ConfigError naming an adapter of the configuration, CatalogUnavailable.
+        Raises ConfigError naming the configured adapter that failed, or CatalogUnavailable.
         """
         self._thread.start()
         try:
-            await self._there(self._start())
+            await self._on_own_loop(self._start())
         except BaseException:
             await self.stop()
             raise
 
     async def stop(self) -> None:
-        """Out of every view at once. The engine is its owner's. Twice does no harm."""
+        """Removes this replica from every view at once. Idempotent. Does not stop the engine."""
         if self._stopping:
             return
         self._stopping = True
@@ -140,12 +140,13 @@ class Membership:
         self._loop.close()
 
     async def find(self, name: str) -> Version | None:
-        """Raises AdapterFailed while its files cannot be fetched, CatalogUnavailable before the
-        catalog was ever read."""
+        """Raises AdapterFailed while the files cannot be fetched, and CatalogUnavailable if the
+        catalog has never been read.
+        """
         version = self._catalog.book.get(name)
-        if version is not None and self._settling.has(version.digest):
+        if version is not None and self._reconciler.has(version.digest):
             return version
-        return await self._there(self._find(name))
+        return await self._on_own_loop(self._find(name))
 
     def versions(self) -> list[Version]:
         return self._catalog.book.by_name()
@@ -164,15 +165,15 @@ class Membership:
         check = partial(
             self._validation.version, name, path, pinned=pinned, weight=weight, trusted=trusted
         )
-        return await self._there(self._add(check, load_inplace))
+        return await self._on_own_loop(self._add(check, load_inplace))
 
     async def remove(self, name: str) -> Acknowledgement:
-        return await self._there(self._remove(name))
+        return await self._on_own_loop(self._remove(name))
 
     async def describe(self) -> dict[str, Any]:
-        return await self._there(self._describe())
+        return await self._on_own_loop(self._describe())
 
-    async def _there(self, work: Coroutine[Any, Any, Result]) -> Result:
+    async def _on_own_loop(self, work: Coroutine[Any, Any, Result]) -> Result:
         if self._stopping:
             work.close()
             raise ShuttingDown("the replica is stopping")
@@ -185,14 +186,14 @@ class Membership:
                 raise ShuttingDown("the replica is stopping") from None
             raise
 
-    # From here on everything runs on the loop of the membership's thread.
+    # Everything below runs on the membership's own loop.
 
     async def _start(self) -> None:
         self._engine.on_residency(self._engine_changed)
         await self._first_sync()
         self._keep(self._catalog.run())
         await self._seed()
-        await self._settling.settled(self._config.acknowledge_s)
+        await self._reconciler.wait_idle(self._config.acknowledge_s)
         await self._publisher.publish()
         self._keep(self._publisher.run())
 
@@ -212,7 +213,7 @@ class Membership:
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            log.error("membership: a task broke", exc_info=task.exception())
+            log.error("membership: a background task failed", exc_info=task.exception())
 
     async def _first_sync(self) -> None:
         deadline_s = time.monotonic() + self._config.acknowledge_s
@@ -226,7 +227,7 @@ class Membership:
                 await asyncio.sleep(START_POLL_S)
 
     async def _seed(self) -> None:
-        """The adapters of the configuration, unless another replica of this run was first."""
+        """Adds the configured adapters that no other replica of this run has added."""
         if not self._config.adapters:
             return
         seeded = await self._catalog.seeded()
@@ -252,14 +253,14 @@ class Membership:
             version = await self._look_up(name)
         if version is None:
             return None
-        await self._settling.arrival(name, version.digest)
+        await self._reconciler.wait_registered(name, version.digest)
         return version
 
     async def _look_up(self, name: str) -> Version | None:
         try:
             check_name(name, self._config.engine.base_name)
         except BadRequest:
-            return None  # no adapter can have it
+            return None  # an invalid name has no adapter
         try:
             if await self._catalog.lookup(name) is None:
                 return None
@@ -267,7 +268,7 @@ class Membership:
         except CatalogUnavailable:
             if not self._catalog.synced:
                 raise
-            # The fleet goes on with what it knows.
+            # Without Redis, the last catalog that was read stays in force.
         return self._catalog.book.get(name)
 
     async def _add(self, check: Callable[[], Version], load_inplace: bool) -> Acknowledgement:
@@ -283,7 +284,7 @@ class Membership:
         return Acknowledgement(name, digest, sequence, await self._pending(sequence))
 
     async def _pending(self, sequence: int) -> tuple[str, ...]:
-        """The live replicas that have not applied the change in time."""
+        """Waits for live replicas to apply the change; returns the ids of those that are late."""
         deadline_s = time.monotonic() + self._config.acknowledge_s
         pending: tuple[str, ...] = (self._replica_id,)
         while True:
@@ -291,7 +292,7 @@ class Membership:
                 leases = await self._registry.leases()
                 pending = tuple(i.replica_id for i in leases if i.catalog_sequence < sequence)
             except CatalogUnavailable:
-                pass  # the change is made; who has it is not known
+                pass  # the change is in Redis; which replicas have applied it is unknown
             if not pending or time.monotonic() >= deadline_s:
                 return pending
             await asyncio.sleep(ACKNOWLEDGED_POLL_S)
@@ -315,19 +316,19 @@ class Membership:
     # The engine.
 
     def _engine_changed(self, entries: list[AdapterState]) -> None:
-        """On whatever thread learnt of it."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+        """May be called on any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the membership has stopped
             self._loop.call_soon_threadsafe(self._publisher.wake)
 
     def _residency(self) -> list[AdapterState]:
-        return self._engine.adapter_states() + self._settling.failures()
+        return self._engine.adapter_states() + self._reconciler.failures()
 
     def _catalog_changed(self) -> None:
-        self._settling.follow(self._catalog.book.by_name(), self._catalog.book.sequence)
+        self._reconciler.update(self._catalog.book.by_name(), self._catalog.book.sequence)
         self._publisher.wake()
 
     def _check_behind(self, sequence: int) -> None:
-        """Redis has a change that no message told us of, at two renewals in a row: fetch it."""
+        """Resyncs if Redis' sequence differs from ours at two renewals in a row: a lost message."""
         here = self._catalog.book.sequence
         if sequence == here:
             self._behind_at = None
@@ -338,5 +339,5 @@ class Membership:
             self._keep(self._resync())
 
     async def _resync(self) -> None:
-        with contextlib.suppress(CatalogUnavailable):  # the subscription will find out
+        with contextlib.suppress(CatalogUnavailable):  # the subscription notices and reconnects
             await self._catalog.resync()

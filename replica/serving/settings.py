@@ -1,4 +1,4 @@
-"""The operator's settings: a file, then flags, checked against the model and the adapters."""
+"""Reads the operator's settings from a file and flags, and checks the files they name."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ from replica.simulation.workload_file import parse as parse_workload
 
 
 def read_settings(flags: Mapping[str, Any]) -> FleetConfig:
-    """The file of --config, then the flags that were given. Raises ConfigError."""
+    """The settings of the --config file, overridden by the given flags. Raises ConfigError."""
     data: dict[str, Any] = {}
     if flags["config"] is not None:
         data = _read_yaml(flags["config"], f"--config {flags['config']}")
@@ -41,7 +41,7 @@ def read_settings(flags: Mapping[str, Any]) -> FleetConfig:
     settings = load(FleetConfig, {**data, "engine": {"model": "", **engine}})
     if not settings.engine.model:
         raise ConfigError("--model: required: the directory of a Hugging Face checkpoint")
-    # The replicas run in other directories.
+    # Replicas run with other working directories.
     return dataclasses.replace(
         settings,
         engine=dataclasses.replace(settings.engine, model=absolute(settings.engine.model)),
@@ -52,8 +52,9 @@ def read_settings(flags: Mapping[str, Any]) -> FleetConfig:
 
 
 def read_workload(path: Path) -> tuple[Workload, list[Recorded]]:
-    """The file of `simulate workload`, and its slice of the trace that it names, if it does. The
-    trace's path is relative to the file. Raises ConfigError.
+    """A workload file and the slice of the trace that it names; without a trace, an empty list.
+
+    A relative trace path is relative to the workload file. Raises ConfigError.
     """
     workload = parse_workload(_read_yaml(path, str(path)))
     arrivals = workload.arrivals
@@ -108,7 +109,7 @@ def _named_paths(texts: Sequence[str]) -> dict[str, str]:
 
 
 def check_files(settings: FleetConfig) -> None:
-    """What is wrong with the model or an adapter is said before anything is started."""
+    """Checks the model's and the adapters' files before anything starts. Raises ConfigError."""
     engine = settings.engine
     if not Path(engine.model).is_dir():
         raise ConfigError(f"--model {engine.model}: no such directory", field="model")
@@ -132,8 +133,10 @@ def check_files(settings: FleetConfig) -> None:
 
 
 def with_rank_expected(settings: FleetConfig) -> EngineConfig:
-    """The largest rank of the adapters that are here, unless it is given. Reads headers only; what
-    is wrong with an adapter others say.
+    """The engine configuration, with `rank_expected` set to the largest local adapter's rank
+    unless it is given.
+
+    Reads headers only. Skips adapters that it cannot read: other checks report them.
     """
     engine = settings.engine
     if engine.rank_expected is not None:
@@ -147,5 +150,5 @@ def with_rank_expected(settings: FleetConfig) -> EngineConfig:
 
 
 def absolute(path: str) -> str:
-    """Paths are relative to where the command was typed; URLs stay as they are."""
+    """Makes a path absolute, from the current directory; leaves a URL unchanged."""
     return path if "://" in path else os.path.abspath(os.path.expanduser(path))

@@ -1,4 +1,4 @@
-"""One replica by itself: engine, adapters in memory, HTTP server. No Ray, no Redis."""
+"""`lorafleet replica`: engine, local catalog and HTTP server, without Ray or Redis."""
 
 import asyncio
 import dataclasses
@@ -14,13 +14,14 @@ from replica.api.server import Server, ServerConfig, build_app
 from replica.api.text import Text
 from replica.engine.link import EngineLink
 from replica.model.shape import read_shape
-from replica.serving.local_catalog import Standalone
+from replica.serving.local_catalog import LocalCatalog
 
-_LAST_WORDS_S = 0.5
+# Time for the final errors to reach clients before their connections are closed.
+_FINAL_SEND_S = 0.5
 
 
 def server_config(config: FleetConfig, replica_id: str) -> ServerConfig:
-    """What the HTTP server needs of the fleet's configuration."""
+    """The HTTP server's part of the fleet's configuration."""
     engine = config.engine
     shape = read_shape(engine.model)
     return ServerConfig(
@@ -34,10 +35,10 @@ def server_config(config: FleetConfig, replica_id: str) -> ServerConfig:
 
 
 class Listening(uvicorn.Server):
-    """Ends also with its engine: whoever started it may start another.
+    """Also exits when its engine has died, so that a supervisor can restart the process.
 
-    Stopped, it lets requests run for `drain_s`; then those that are left are told that it ends,
-    and soon after it hangs up on clients that do not read that.
+    On shutdown, requests may run for another `drain_s`. Then the remaining ones get an error, and
+    clients that do not read it are disconnected.
     """
 
     def __init__(self, app: Server, engine: Engine, drain_s: float) -> None:
@@ -46,8 +47,8 @@ class Listening(uvicorn.Server):
                 app,
                 log_level="warning",
                 access_log=False,
-                # Above what we take ourselves: uvicorn cancels without an answer.
-                timeout_graceful_shutdown=math.ceil(drain_s + _LAST_WORDS_S) + 1,
+                # Longer than our own shutdown, since uvicorn cancels requests without an answer.
+                timeout_graceful_shutdown=math.ceil(drain_s + _FINAL_SEND_S) + 1,
             )
         )
         self._app = app
@@ -71,21 +72,22 @@ class Listening(uvicorn.Server):
     async def _cut(self) -> None:
         await asyncio.sleep(self._drain_s)
         self._app.cut()
-        await asyncio.sleep(_LAST_WORDS_S)
+        await asyncio.sleep(_FINAL_SEND_S)
         for connection in list(self.server_state.connections):
             connection.transport.abort()
 
 
 async def run(config: FleetConfig, listener: socket.socket) -> None:
-    """Until SIGINT or SIGTERM. Prints a line when requests are answered. Raises FleetError, also
-    when the engine has ended by itself.
+    """Serves until SIGINT or SIGTERM. Prints a `ready` line when it accepts requests.
+
+    Raises FleetError, including EngineFailed when the engine process dies.
     """
     engine = EngineLink(config.engine)
     text = Text.read(config.engine.model)
     try:
         await engine.start()
         config = dataclasses.replace(config, engine=engine.config)
-        adapters = Standalone(engine, config)
+        adapters = LocalCatalog(engine, config)
         await adapters.start()
         app = build_app(engine, adapters, text, server_config(config, "local"))
         server = Listening(app, engine, config.drain_s)

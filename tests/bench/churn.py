@@ -1,10 +1,10 @@
 """Churn on a real engine: no token may come from another adapter's weights, or from old ones.
 
-Run with `python -m tests.bench.churn`. Names are drawn at random: by turns from all, most of them
-cold, for the arena has room for a tenth of the adapters, and from few, which park each other's
-rows. Requests are cancelled, names re-pointed to new weights and back
-while requests run, parked and resumed. Every version's answers are computed first, one request at
-a time; every token of the churn is compared with them.
+Run with `python -m tests.bench.churn`. Requests name random adapters, in alternating spells: all
+adapters, most of them cold since the arena holds a tenth of them; then a few hot ones, which park
+each other's rows. Meanwhile requests are cancelled, and names re-pointed to other weights and back.
+The bench first computes every version's answers, one request at a time, and compares every token
+of the churn with them.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from tests.bench.toys import toy_adapter, toy_model
 RANKS = (4, 8, 16, 32)
 PROMPTS = [tuple(range(3 + 7 * i, 23 + 12 * i)) for i in range(3)]
 TOKENS = 96
-# So many requests in a row are for any adapter, or for the first so many.
+# Requests in a spell, and adapters in a spell of hot ones.
 SPELL, HOT = 100, 20
 
 Answers = dict[tuple[str | None, int], list[int]]
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=60)
     parser.add_argument("--places", type=int, default=6, help="largest images the arena holds")
     parser.add_argument("--plan-depth", type=int, choices=(1, 2), default=1)
-    parser.add_argument("--kv-memory", type=int, default=2**24, help="bytes; 2**20 are too few")
+    parser.add_argument("--kv-memory", type=int, default=2**24, help="bytes; 2**20 is too little")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
@@ -92,7 +92,7 @@ def churn(args: argparse.Namespace, directory: Path) -> None:
 
 
 def answers(model: str, versions: Sequence[Version]) -> Answers:
-    """What each version says to each prompt, asked alone."""
+    """Each version's answer to each prompt, with one request at a time."""
     engine = Engine(EngineConfig(model, threads=1, adapter_memory=256 * 2**20))
     found: Answers = {}
     for version in versions:
@@ -112,7 +112,7 @@ def drive(
     engine: Engine, versions: Sequence[Version], args: argparse.Namespace, expected: Answers
 ) -> Counter[str]:
     rng = random.Random(args.seed)
-    # Each name has two versions; it points at one of them, and the other is not registered.
+    # Name → its current version, which is registered, and another, which is not.
     names = {f"n{i}": (versions[2 * i], versions[2 * i + 1]) for i in range(args.adapters)}
     for current, _ in names.values():
         engine.register(current, current.uri)
@@ -122,8 +122,8 @@ def drive(
     sent = 0
     while sent < args.requests or engine.has_work:
         while sent < args.requests and len(asked) < 40:
-            among = list(names)[: HOT if sent // SPELL % 2 else None]
-            name = rng.choice([None, *among])
+            spell = list(names)[: HOT if sent // SPELL % 2 else None]
+            name = rng.choice([None, *spell])
             digest = None if name is None else names[name][0].digest
             asked[f"r{sent}"] = (digest, rng.randrange(len(PROMPTS)))
             got[f"r{sent}"] = []
@@ -147,8 +147,8 @@ def drive(
                 raise delta.error
             got[delta.request_id] += delta.tokens
             if delta.last:
-                about = asked.pop(delta.request_id)
-                compare(about, got.pop(delta.request_id), expected, counts)
+                key = asked.pop(delta.request_id)
+                compare(key, got.pop(delta.request_id), expected, counts)
                 counts["finished"] += 1
         if sent % 100 == 0:
             engine.scheduler.check()
@@ -156,10 +156,11 @@ def drive(
 
 
 def compare(
-    about: tuple[str | None, int], tokens: list[int], expected: Answers, counts: Counter[str]
+    key: tuple[str | None, int], tokens: list[int], expected: Answers, counts: Counter[str]
 ) -> None:
+    """Counts the tokens, and the wrong ones among them. key: (digest, index of the prompt)."""
     counts["tokens"] += len(tokens)
-    counts["wrong"] += sum(a != b for a, b in zip(tokens, expected[about], strict=False))
+    counts["wrong"] += sum(a != b for a, b in zip(tokens, expected[key], strict=False))
 
 
 if __name__ == "__main__":

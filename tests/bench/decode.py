@@ -1,7 +1,7 @@
-"""Decode tokens/s: the engine over its matmuls alone, and 16 adapters over base only.
+"""Decode tokens/s as ratios: the engine to its matmuls alone, and 16 adapters to the base model.
 
-Run with `python -m tests.bench.decode`. One process; what is compared takes turns step by step, so
-that a busy machine slows all of it alike. Ratios are medians over neighbouring steps.
+Run with `python -m tests.bench.decode`. The compared variants take turns step by step in one
+process, so that a busy machine slows all of them alike. A ratio is the median over such turns.
 """
 
 import argparse
@@ -51,9 +51,9 @@ def main() -> None:
         "--dtype",
         choices=("auto", *DTYPE_BYTES),
         default="auto",
-        help="default: what an engine takes here for a bfloat16 checkpoint",
+        help="default: the engine's choice on this machine for a bfloat16 checkpoint",
     )
-    parser.add_argument("--profile", action="store_true", help="print where base steps go")
+    parser.add_argument("--profile", action="store_true", help="print a profile of base steps")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         measure(args, Path(directory))
@@ -75,15 +75,15 @@ def measure(args: argparse.Namespace, directory: Path) -> None:
         _register(mixed, directory / f"adapter-{n}", model_dir, RANKS[n % len(RANKS)], n)
         for n in range(args.adapters)
     ]
-    alone = _matmuls(model_dir, args.rows, base.runner.dtype)
-    times: dict[str, list[float]] = {"alone": [], "base": [], "mixed": []}
+    matmuls = _matmuls(model_dir, args.rows, base.runner.dtype)
+    times: dict[str, list[float]] = {"matmuls": [], "base": [], "mixed": []}
     for round_ in range(args.rounds + 1):
         _fill(base, [None] * args.rows)
         _fill(mixed, [digests[i % len(digests)] for i in range(args.rows)])
         for _ in range(args.steps):
-            for name, step in (("alone", alone), ("base", base.step), ("mixed", mixed.step)):
+            for name, step in (("matmuls", matmuls), ("base", base.step), ("mixed", mixed.step)):
                 elapsed_s = _timed(step)
-                if round_:  # The first warms up.
+                if round_:  # The first round warms up.
                     times[name].append(elapsed_s)
         _empty(base, args)
         _empty(mixed, args)
@@ -102,13 +102,13 @@ def _print(args: argparse.Namespace, dtype: str, times: dict[str, list[float]]) 
         f"{torch.get_num_threads()} threads, {len(times['base'])} steps each"
     )
     for name, text in (
-        ("alone", "matmuls alone"),
+        ("matmuls", "matmuls alone"),
         ("base", "engine, base only"),
         ("mixed", f"engine, {args.adapters} adapters"),
     ):
         middle = statistics.median(times[name])
         print(f"{text:22} {middle * 1e3:7.1f} ms a step {args.rows / middle:8.0f} tokens/s")
-    print(f"base only / matmuls alone: {ratio('base', 'alone'):.2f} (target 0.50)")
+    print(f"base only / matmuls alone: {ratio('base', 'matmuls'):.2f} (target 0.50)")
     print(
         f"{args.adapters} adapters of ranks {', '.join(map(str, RANKS))} / base only: "
         f"{ratio('mixed', 'base'):.2f} (target 0.75)"
@@ -143,7 +143,7 @@ def _register(engine: Engine, path: Path, model_dir: str, rank: int, seed: int) 
 
 
 def _fill(engine: Engine, digests: Sequence[str | None]) -> None:
-    """Requests up to their first tokens: from here on every step decodes all of them."""
+    """Adds requests and steps until each has its first token, so that later steps only decode."""
     generator = torch.Generator().manual_seed(0)
     for i, digest in enumerate(digests):
         prompt = torch.randint(6, engine.shape.vocab, (PROMPT_TOKENS,), generator=generator)

@@ -1,19 +1,19 @@
 """On a GPU: checks the kernels, times them, and measures the whole engine at Llama-3.1-8B's size.
 
-    sh tests/bench/gpu.sh all DIR                     on the GPU machine, what is worth most first
+    sh tests/bench/gpu.sh all DIR                     on a GPU machine, most valuable parts first
     python tests/bench/gpu.py --only decode --out DIR     one section
-    python tests/bench/gpu.py --device cpu --tiny     that it runs, in Triton's interpreter
+    python tests/bench/gpu.py --device cpu --tiny     a trial run in Triton's interpreter
 
-Needs torch, triton, transformers, numpy and safetensors, and no network: weights and adapters are
-random, made on the device. Sections, each by itself with --only:
+Needs torch, triton, transformers, numpy and safetensors, but no network: it makes random weights
+and adapters on the device. Sections, chosen with --only:
 
-    smoke     a minute: each thing that may fail on a GPU in a process of its own; only by itself
+    smoke     a minute: each feature that may fail on a GPU, in its own process; excludes the others
     check     kernels against the reference, by relative error
-    time      kernels over their own floor of bytes or operations
-    decode    what LoRA adds to decode, mixed steps and prefill; decode over its bandwidth floor;
-              the engine's steps over the runner's
-    upstream  the published workloads, beside the published figures
-    trace     how long the device waits while large adapters are copied in
+    time      kernels against their floors of bytes or operations
+    decode    LoRA's cost in decode, mixed steps and prefill; decode against its bandwidth floor;
+              the engine's steps against the runner's
+    upstream  the published workloads, next to the published figures
+    trace     the device's idle time while large adapters are copied in
 """
 
 import argparse
@@ -56,9 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
             setting.until_s = time.monotonic() + args.budget_s
             probes.run(args.probe, setting, _heading(device, args))
         return 0
-    # Of tiny shapes on a processor only the sums can be right or wrong.
+    # With tiny shapes on a CPU, only the kernels' results mean anything.
     report = Report(args.out, claims=("check",) if args.tiny else _claims(args.device))
-    # Whoever's time is up still gets the table.
+    # When gpu.sh ends a section at its time limit, still write the table.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with scratch(2**20) as directory:
         setting = Setting(device, args.tiny, directory, report, args.seed)
@@ -97,7 +97,7 @@ def _smoke(args: argparse.Namespace) -> int:
 
 
 def _claims(device: str) -> tuple[str, ...]:
-    """Milliseconds of published workloads are claimed of the card that they were worked out for."""
+    """The sections whose limits apply. Those of `upstream` are milliseconds on an H200."""
     import torch
 
     published = device == "cuda" and "H200" in torch.cuda.get_device_name()
@@ -108,19 +108,19 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", type=_names, default=SECTIONS, help="sections, with commas")
+    parser.add_argument("--only", type=_names, default=SECTIONS, help="sections, comma-separated")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, few requests")
     parser.add_argument(
-        "--budget-s", type=float, default=540.0, help="no section begins anything new after it"
+        "--budget-s", type=float, default=540.0, help="after it, a section starts nothing new"
     )
-    parser.add_argument("--out", type=Path, help="for results.jsonl and table.md")
-    parser.add_argument("--kernels", type=_words, default=(), help="of check, with commas")
-    parser.add_argument("--dtypes", type=_words, default=(), help="of check, with commas")
-    parser.add_argument("--tables", type=_words, default=(), help="upstream's, with commas")
-    parser.add_argument("--variants", type=_words, default=(), help="places, shared")
+    parser.add_argument("--out", type=Path, help="directory for results.jsonl and table.md")
+    parser.add_argument("--kernels", type=_words, default=(), help="for check, comma-separated")
+    parser.add_argument("--dtypes", type=_words, default=(), help="for check, comma-separated")
+    parser.add_argument("--tables", type=_words, default=(), help="for upstream, comma-separated")
+    parser.add_argument("--variants", type=_words, default=(), help="of places, shared")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--probe", help=argparse.SUPPRESS)  # what smoke starts
+    parser.add_argument("--probe", help=argparse.SUPPRESS)  # used by smoke
     args = parser.parse_args(arguments)
     if args.device == "cpu" and not args.tiny:
         parser.error("--device cpu: only with --tiny")
@@ -141,18 +141,18 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _prepare(device: str) -> None:
-    """Before torch and triton are imported."""
+    """Sets the environment and sys.path. Call it before torch and triton are imported."""
     if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
-    # A profiler that is taken down between two profiles does not live with captured graphs.
+    # Profiling fails with captured CUDA graphs if CUPTI is torn down between two profiles.
     os.environ.setdefault("TEARDOWN_CUPTI", "0")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
-    # This file's own directory comes first by default, and holds a router.py and a scheduler.py.
+    # Python puts this file's directory first, and its router.py would shadow the router package.
     sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != ROOT / "tests/bench"]
     sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
     if "tests" not in sys.modules:
-        # Ours has no __init__.py: any installed package of that name would be found instead.
+        # Our tests/ has no __init__.py, so an installed package of that name would take precedence.
         package = types.ModuleType("tests")
         package.__path__ = [str(ROOT / "tests")]
         sys.modules["tests"] = package
@@ -171,12 +171,12 @@ def _heading(device: "object", args: argparse.Namespace) -> list[str]:
 
 
 def _ptxas() -> str:
-    """The assembler that Triton uses: some wrong sums are its own."""
+    """The version of Triton's assembler, since some wrong results are its bugs."""
     try:
         from triton import knobs
 
         return str(knobs.nvidia.ptxas.version)
-    except Exception:  # differs from version to version of Triton, and is only told
+    except Exception:  # the attribute varies with Triton's version, and is only printed
         return "unknown"
 
 

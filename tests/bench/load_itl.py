@@ -1,9 +1,9 @@
-"""The longest gap between tokens while a large adapter loads, over the median gap without.
+"""The longest ITL while a large adapter loads, over the median ITL without a load.
 
-Run with `python -m tests.bench.load_itl`. An r=256 adapter stored in fp32 (167 MB) for a 12-layer,
-768-wide bf16 model is loaded while requests decode in the same engine. Gaps are between the ends of
-steps, as the engine sees them; the loads come five times, each after the adapter was unloaded. It
-is pinned, so that it comes without a request, whose prompt would be one more thing that takes time.
+Run with `python -m tests.bench.load_itl`. The adapter has rank 256 and is stored in fp32 (167 MB);
+the model has 12 layers, is 768 wide and runs in bf16. The adapter is loaded and unloaded five times
+while requests decode in the same engine. ITL is measured in the engine, between the ends of steps.
+The adapter is pinned, so it loads without a request, whose prefill would take time of its own.
 """
 
 import argparse
@@ -27,9 +27,9 @@ _ENDLESS = Sampling(max_tokens=1900, temperature=0.0, ignore_eos=True)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=8, help="requests that decode meanwhile")
+    parser.add_argument("--rows", type=int, default=8, help="requests that decode during the loads")
     parser.add_argument("--loads", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=60, help="steps without a load before each")
+    parser.add_argument("--steps", type=int, default=60, help="steps before each load")
     parser.add_argument("--threads", type=int, default=None)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
@@ -48,23 +48,24 @@ def measure(args: argparse.Namespace, directory: Path) -> None:
     for i in range(args.rows):
         engine.add(NewRequest(f"{i}", tuple(range(10, 74)), _ENDLESS))
     gaps(engine, 20)
-    calm, longest, seconds = [], [], []
+    medians, longest, seconds = [], [], []
     for n in range(args.loads + 1):
         before = gaps(engine, args.steps)
         during, load_s = one_load(engine, version)
-        if n:  # The first warms up.
-            calm.append(statistics.median(before))
+        if n:  # The first load warms up.
+            medians.append(statistics.median(before))
             longest.append(max(during))
             seconds.append(load_s)
     print(
         f"{args.rows} rows decoding, {torch.get_num_threads()} threads, {megabytes:.0f} MB on disk"
     )
-    for median_s, longest_s, load_s in zip(calm, longest, seconds, strict=True):
+    for median_s, longest_s, load_s in zip(medians, longest, seconds, strict=True):
         print(
             f"median ITL {median_s * 1e3:6.1f} ms; "
             f"longest during a load of {load_s:.2f} s {longest_s * 1e3:6.1f} ms"
         )
-    ratio = statistics.median(most / usual for most, usual in zip(longest, calm, strict=True))
+    pairs = zip(longest, medians, strict=True)
+    ratio = statistics.median(longest_s / median_s for longest_s, median_s in pairs)
     print(f"longest during a load / median without: {ratio:.2f} (target 2.00 at most)")
     engine.close()
 
@@ -79,7 +80,7 @@ def gaps(engine: Engine, steps: int) -> list[float]:
 
 
 def one_load(engine: Engine, version: Version) -> tuple[list[float], float]:
-    """Gaps until the adapter is on the device; then it goes."""
+    """Loads the adapter, then unloads it. Returns the gaps during the load, and its duration."""
     engine.register(version, version.uri)
     found: list[float] = []
     start_s = time.perf_counter()

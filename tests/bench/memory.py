@@ -1,10 +1,11 @@
-"""What memory that sizes itself costs: `lorafleet replica` without memory flags against 1 GiB.
+"""The cost of automatic memory sizing: `lorafleet replica` without memory flags and with 1 GiB.
 
     python -m tests.bench.memory [--rounds N] [--threads N] [--json]
 
-16 adapters of ranks 8 to 64 on a 12 × 768 model; 32 requests come at once over HTTP, two for each
-adapter. Each round starts both replicas anew, one after the other, and the order alternates, so
-that a busy machine slows both alike. What comes first after the start, loads among it, counts.
+16 adapters of ranks 8 to 64 on a model with 12 layers of 768. 32 requests arrive at once over HTTP,
+two for each adapter. Each round starts a new replica of each kind, one after the other, in
+alternating order, so that a busy machine slows both alike. The first requests after the start
+count too, with the loads that they cause.
 """
 
 import argparse
@@ -38,7 +39,7 @@ WAYS = {"no flags": (), "1 GiB": ("--adapter-memory", "1GiB")}
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """itl_max_s: between two tokens of one request."""
+    """Figures of one replica in one round. itl_max_s: the longest ITL of any request."""
 
     tokens_per_s: float
     itl_max_s: float
@@ -55,18 +56,18 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the figures as JSON alone")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        found, said = measure(args, Path(directory))
+        found, logged = measure(args, Path(directory))
     result = figures(found)
     if args.json:
-        print(json.dumps({"ways": result, "ratio": ratio(found), "said": said}, indent=2))
+        print(json.dumps({"ways": result, "ratio": ratio(found), "said": logged}, indent=2))
     else:
-        _print(args, found, said)
+        _print(args, found, logged)
 
 
 def measure(
     args: argparse.Namespace, directory: Path
 ) -> tuple[dict[str, list[Run]], dict[str, list[str]]]:
-    """Runs, and what each way said of memory and dtype."""
+    """The runs of each way, and the lines on memory and dtype that its replica printed."""
     model = directory / "model"
     shape = toy_model(model, hidden=768, layers=12, context=2048)
     write_tokenizer(model)
@@ -77,16 +78,16 @@ def measure(
         path = toy_adapter(directory / f"a{n}", shape, RANKS[n % len(RANKS)], n)
         common += ["--adapter", f"a{n}={path}"]
     found: dict[str, list[Run]] = {way: [] for way in WAYS}
-    said: dict[str, list[str]] = {}
+    logged: dict[str, list[str]] = {}
     for round_ in range(args.rounds):
         for way in WAYS if round_ % 2 == 0 else reversed(WAYS):
             log = directory / "log"
             with _replica(model, [*common, *WAYS[way]], log) as url:
                 found[way].append(asyncio.run(_ask_all(url, args, round_)))
-            said[way] = [line for line in log.read_text().splitlines() if "ready: " not in line]
+            logged[way] = [line for line in log.read_text().splitlines() if "ready: " not in line]
             run = found[way][-1]
             print(f"{way}: {run.tokens_per_s:.0f} tokens/s", file=sys.stderr, flush=True)
-    return found, said
+    return found, logged
 
 
 def figures(found: dict[str, list[Run]]) -> dict[str, dict[str, float]]:
@@ -101,20 +102,20 @@ def figures(found: dict[str, list[Run]]) -> dict[str, dict[str, float]]:
 
 
 def ratio(found: dict[str, list[Run]]) -> float:
-    """The median over rounds: both ways of a round had the same machine."""
-    free, fixed = (found[way] for way in WAYS)
-    pairs = zip(free, fixed, strict=True)
+    """The median over rounds. Both ways of a round ran under about the same machine load."""
+    automatic, fixed = (found[way] for way in WAYS)
+    pairs = zip(automatic, fixed, strict=True)
     return statistics.median(one.tokens_per_s / other.tokens_per_s for one, other in pairs)
 
 
 def _print(
-    args: argparse.Namespace, found: dict[str, list[Run]], said: dict[str, list[str]]
+    args: argparse.Namespace, found: dict[str, list[Run]], logged: dict[str, list[str]]
 ) -> None:
     print(
         f"{args.requests} requests at once, {args.prompt} tokens in, {args.output} out, "
         f"{ADAPTERS} adapters of ranks {', '.join(map(str, RANKS))}; {args.rounds} rounds"
     )
-    for way, lines in said.items():
+    for way, lines in logged.items():
         for line in lines:
             print(f"{way}: {line}")
     for way, of in figures(found).items():
@@ -168,10 +169,10 @@ async def _ask_all(url: str, args: argparse.Namespace, seed: int) -> Run:
 async def _ask(
     client: httpx.AsyncClient, name: str, prompt: Sequence[int], output: int
 ) -> list[float]:
-    """When each token came."""
+    """The arrival time of each token."""
     body = {"model": name, "prompt": prompt, "max_tokens": output, "temperature": 0.0}
     body |= {"ignore_eos": True, "stream": True, "return_token_ids": True}
-    came: list[float] = []
+    arrivals: list[float] = []
     async with client.stream("POST", "/v1/completions", json=body) as answer:
         assert answer.status_code == 200, await answer.aread()
         async for line in answer.aiter_lines():
@@ -179,8 +180,8 @@ async def _ask(
                 continue
             data = json.loads(line.removeprefix("data: "))
             for choice in data["choices"]:
-                came += [time.monotonic()] * len(choice.get("token_ids") or [])
-    return came
+                arrivals += [time.monotonic()] * len(choice.get("token_ids") or [])
+    return arrivals
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""An engine as slow as another device: steps and loads last at least what they would there.
+"""Slows an engine down to another device's pace: steps and loads last at least as long as there.
 
-The engine itself computes as fast as it can; what is handed back is held until it is due.
+The engine computes at full speed. Results are withheld until the time they are due.
 """
 
 import dataclasses
@@ -32,9 +32,10 @@ class _HeldTicket:
 
 
 class PacedSteps:
-    """step_s: what a batch takes at least, its plan included, but not the loads it waited for.
+    """Paces an engine's steps. step_s: the least time of a batch, including its plan, excluding
+    the loads that it waited for.
 
-    late: batches that took longer.
+    late: the number of batches that took longer.
     """
 
     def __init__(self, engine: Engine, step_s: Callable[[Sequence[Work]], float]) -> None:
@@ -70,7 +71,7 @@ class PacedSteps:
 
 
 class PacedLoads:
-    """Loads together go no faster than `bytes_per_s`."""
+    """Limits the total rate of an engine's loads to `bytes_per_s`."""
 
     def __init__(self, engine: Engine, bytes_per_s: float) -> None:
         self._bytes_per_s = bytes_per_s

@@ -1,9 +1,9 @@
-"""Parking against doing nothing clever, simulated: `python -m tests.bench.policies --traces DIR`.
+"""Simulates parking against a baseline without it: `python -m tests.bench.policies --traces DIR`.
 
-DIR has Azure's LLM inference traces of 2023 as they are published. The first table plays slices of
-them, and loads made to bring parking down, under `skip` and `ours`; what ours has to keep to is
-marked ✓ or ✗. The second plays a slice on one memory for adapters and KV pages, and on the same
-bytes divided between the two. Markdown; the same seeds print the same.
+DIR contains Azure's LLM inference traces of 2023, as published. The first table runs slices of
+them, and workloads that are hard on parking, under the policies `skip` and `ours`; ✓ and ✗ mark
+whether `ours` meets its goals. The second table compares one memory for adapters and KV pages with
+fixed divisions of the same bytes. Prints Markdown, the same for the same seeds.
 """
 
 import argparse
@@ -32,7 +32,7 @@ MEMORY = 6 * 10**9
 
 
 def traced(kind: str, rate: float, start: int = 4000, **changed: Any) -> dict[str, Any]:
-    """400 requests from number `start` on."""
+    """A workload of 400 requests of a trace, starting at number `start`."""
     arrivals = {"trace": kind, "start": start, "requests": 400, "rate": rate}
     return {**BASE, "arrivals": arrivals, **changed}
 
@@ -58,13 +58,13 @@ WORKLOADS: Mapping[str, Mapping[str, Any]] = {
     "conv 1.3": traced("conv", 1.3, **APART),
     "conv 1.8": traced("conv", 1.8, **APART),
     "code 1.8": traced("code", 1.8, **APART),
-    # Other places of the two traces.
+    # Other parts of the two traces.
     "conv@0 1.3": traced("conv", 1.3, 0, **APART),
     "conv@9000 1.5": traced("conv", 1.5, 9000, **APART),
     "conv@15000 1.1": traced("conv", 1.1, 15000, **APART),
     "code@1000 2.5": traced("code", 2.5, 1000, **APART),
     "code@6000 1.5": traced("code", 1.5, 6000, **APART),
-    # Places are short, pages are not.
+    # Places are scarce, pages are plentiful.
     "z1.1-4/32": poisson(
         0.55,
         500,
@@ -83,7 +83,7 @@ WORKLOADS: Mapping[str, Mapping[str, Any]] = {
         kv_pages=4000,
         **adapters(64, 64) | {"popularity": "uniform", "base_share": 0.0},
     ),
-    # A parked row that loses its pages has 15,000 tokens to compute again.
+    # A parked row that loses its pages must compute 15,000 tokens again.
     "moon15k": poisson(
         3.0,
         250,
@@ -93,7 +93,7 @@ WORKLOADS: Mapping[str, Mapping[str, Any]] = {
         kv_pages=28_000,
         **adapters(64) | {"card": "h200-llama8b"},
     ),
-    # Rows grow far beyond the pages that they began with.
+    # Rows grow far beyond their first pages.
     "long-out": poisson(
         0.35,
         150,
@@ -104,7 +104,7 @@ WORKLOADS: Mapping[str, Mapping[str, Any]] = {
         popularity={"zipf": 0.5},
     ),
     "short-many": poisson(6.0, 600, (20, 100), (5, 30), places=8, kv_pages=2146),
-    # Most adapters come from files, at a twentieth of the rate.
+    # Most adapters load from files, at a twentieth of the rate of host memory.
     "slowcopy": poisson(
         0.8,
         300,
@@ -119,12 +119,12 @@ WORKLOADS: Mapping[str, Mapping[str, Any]] = {
     "burst": poisson(20.0, 200, (200, 1000), (100, 300), places=8, kv_pages=2146),
 }
 SPLIT_RATES = (1.0, 1.2, 1.4)
-SPLITS = (0.25, 0.5, 0.75)  # of the memory to adapters
+SPLITS = (0.25, 0.5, 0.75)  # adapters' share of the memory
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """Of `figure`, the most that ours may have: `times` what skip has, or `most`."""
+    """An upper bound on a figure of `ours`: `times` the figure of `skip`, or else `most`."""
 
     figure: str
     times: float | None = None
@@ -155,7 +155,7 @@ COLUMNS = {
 
 
 def played(traces: Path, seeds: int, job: tuple[Mapping[str, Any], str]) -> WorkloadFigures:
-    """job: a workload's file and a policy."""
+    """Simulates one job: a workload file's content and a policy."""
     file, policy = job
     workload = dataclasses.replace(parse(file), seeds=seeds)
     return simulate(workload, policy, recorded(workload, traces), Slo())
@@ -172,7 +172,7 @@ def recorded(workload: Workload, traces: Path) -> Sequence[Any]:
 
 
 def split(rate: float, to_adapters: float | None) -> dict[str, Any]:
-    """to_adapters: their share of the memory; None: one memory for both."""
+    """to_adapters: adapters' share of the memory; None: adapters and pages share it."""
     file = traced("conv", rate, **adapters(64) | {"popularity": {"zipf": 1.0}})
     if to_adapters is None:
         return file | {"memory": MEMORY}
@@ -213,7 +213,7 @@ def split_row(rate: float, one: WorkloadFigures, *apart: WorkloadFigures) -> str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--traces", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--seeds", type=int, default=1, help="of which the median is taken")
+    parser.add_argument("--seeds", type=int, default=1, help="seeds to take the median over")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once")
     parser.add_argument("names", nargs="*", help="workloads, or `split` (default: all)")
     given = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Arrivals replayed on a real engine in real time: what `twin.py` does on a virtual clock."""
+"""Replays arrivals on a real engine in real time, as the simulator does on a virtual clock."""
 
 import threading
 import time
@@ -13,7 +13,7 @@ from replica.simulation.workloads import Arrival
 
 @dataclass(slots=True)
 class Replay:
-    """records: one an arrival, in seconds since the first could come. tokens: of each."""
+    """records: one an arrival; times are seconds since the replay's start. tokens: each one's."""
 
     records: list[RequestStats] = field(default_factory=list)
     tokens: list[list[int]] = field(default_factory=list)
@@ -26,9 +26,9 @@ def replay(
     prompts: Sequence[tuple[int, ...]],
     digests: Mapping[str | None, str | None],
 ) -> Replay:
-    """Until all have ended. woken: set by the engine's `wake`. digests: by adapter's name.
+    """Returns when all requests have ended. Raises the error of the first one that fails.
 
-    prompts: one an arrival. Raises the error of the first request that fails.
+    woken: set by the engine's `wake`. prompts: one an arrival. digests: adapter name → digest.
     """
     run = Replay([RequestStats(arrival) for arrival in arrivals], [[] for _ in arrivals])
     start_s = time.monotonic()

@@ -1,9 +1,9 @@
-"""What the fleet's front costs: through HAProxy and the router, against the replica's own port.
+"""The cost of HAProxy and the router, against the replica's own port.
 
     python -m tests.bench.router [--rounds N] [--model DIR]
 
-A stub engine stands in for the model, so that the path is what is measured: TTFT at concurrency 1,
-streamed tokens/s at 64. Both ways are measured in turn, in one run, on one replica.
+A stub engine replaces the model, so that only the path counts. Measures TTFT at concurrency 1 and
+streamed tokens/s at 64, in turn through the fleet and at the port of its one replica.
 """
 
 import argparse
@@ -32,12 +32,12 @@ END = b"0\r\n\r\n"
 
 
 def stub(config: EngineConfig) -> StubEngine:
-    """The engine of the benchmark's replicas: gives tokens as fast as they are taken."""
+    """The engine of the benchmark's replicas: generates tokens as fast as the server takes them."""
     return StubEngine(script=tuple(range(40, 80)), queue_max=config.queue_max, config=config)
 
 
 class Stream(asyncio.Protocol):
-    """One connection, kept alive. Counts events without parsing them: it must not be the limit."""
+    """One keep-alive connection. Counts events without parsing, so as not to be the bottleneck."""
 
     def __init__(self) -> None:
         self.events = 0
@@ -98,12 +98,12 @@ async def tokens_per_s(port: int) -> float:
     start_s = time.perf_counter()
     answers = await asyncio.gather(*(stream.ask(ask) for stream in streams))
     tokens = sum(count for count, _ in answers)
-    assert tokens == STREAMS * STREAM_TOKENS, f"{tokens} tokens came"
+    assert tokens == STREAMS * STREAM_TOKENS, f"{tokens} tokens arrived"
     return tokens / (time.perf_counter() - start_s)
 
 
 def replica_port() -> int:
-    """Serve does not tell where a replica listens: its process has it among others."""
+    """Finds the replica's port among those of its process, since Serve does not report it."""
     for process in psutil.Process().children(recursive=True):
         if not " ".join(process.cmdline()).startswith("ray::ServeReplica:default:replica"):
             continue

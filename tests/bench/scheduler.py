@@ -1,11 +1,10 @@
-"""What one step of the scheduler costs, and how that grows: `python -m tests.bench.scheduler`.
+"""The scheduler's CPU time a step, and its growth with size: `python -m tests.bench.scheduler`.
 
-A full batch over a few places, a long queue over many adapters: what ends is replaced at once, so
-that the sizes stay as stated. A tenth of the requests names the base model, half of the others one
-of the hottest adapters, of which there are as many as places. Loads last 5 steps, steps 10 ms of
-virtual time; what is measured are `step` (makes the plan) and `commit` (takes in the tokens), in
-microseconds of the processor's time for this thread, with the garbage collector as the engine's
-process has it.
+The batch is full, and a long queue names many adapters. Each finished request is replaced at once,
+so that the sizes stay as stated. A tenth of the requests name the base model; half of the others
+name one of the hottest adapters, which are as many as the places. A load lasts 5 steps, and a step
+10 ms of virtual time. Measures `step` (makes the plan) and `commit` (takes in the tokens) in
+microseconds of this thread's CPU time, with the garbage collector set as in the engine's process.
 """
 
 import argparse
@@ -37,9 +36,9 @@ LOAD_STEPS = 5
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """pages: of 16 tokens, of which a request takes about 8; None: enough for all rows.
+    """pages: KV pages of 16 tokens; a request takes about 8. None: enough for all rows.
 
-    shared: adapters and pages share one memory (`replica/scheduling/budget.py`), of `pages` pages.
+    shared: adapters and KV pages share one memory of `pages` pages (`scheduling/budget.py`).
     """
 
     name: str
@@ -101,8 +100,9 @@ class Bench:
         self.rows = 0  # of the last step
 
     def fill(self) -> None:
-        want = self.size.running + self.size.waiting
-        while len(self.core.waiting) + len(self.core.running_set.running) < want:
+        """Adds requests up to the stated size."""
+        count = self.size.running + self.size.waiting
+        while len(self.core.waiting) + len(self.core.running_set.running) < count:
             name = f"r{self.count}"
             self.count += 1
             prompt = tuple(self.rng.randrange(32000) for _ in range(self.rng.randint(1, 128)))
@@ -113,7 +113,7 @@ class Bench:
             self.core.add(NewRequest(name, prompt, sampling, digest), self.steps * STEP_S)
 
     def step(self) -> tuple[float, float]:
-        """Seconds of the processor's time that `step` and `commit` took."""
+        """CPU seconds that `step` and `commit` took."""
         self.fill()
         now_s = self.steps * STEP_S
         while self.copies and self.copies[0][0] <= self.steps:
@@ -167,8 +167,8 @@ def main() -> None:
         if options.json:
             print(json.dumps({"size": size.name, **row}), flush=True)
         else:
-            told = "  ".join(f"{name} {value:g}" for name, value in row.items())
-            print(f"{size.name:20} {told}", flush=True)
+            values = "  ".join(f"{name} {value:g}" for name, value in row.items())
+            print(f"{size.name:20} {values}", flush=True)
 
 
 if __name__ == "__main__":

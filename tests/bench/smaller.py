@@ -1,4 +1,4 @@
-"""A published table made small enough for a toy model on a CPU, in proportion."""
+"""Scales a published table down, in proportion, to a toy model on a CPU."""
 
 import dataclasses
 import random
@@ -18,9 +18,11 @@ _CONTEXT = 4096
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """lengths: how many times fewer tokens than published. times: how many times shorter all is
-    that is a time: gaps between arrivals, quantum, thresholds, loads. ranks: how many times
-    smaller. paced: a step lasts as on the card with `lengths` times the tokens, in proportion.
+    """The toy's size, and the divisors that scale the published table.
+
+    ranks, lengths: divisors of ranks, and of prompt and output lengths. times: the divisor of all
+    times, such as gaps between arrivals, the quantum, thresholds and loads. paced: a step lasts as
+    long as on the card with `lengths` times the tokens, in proportion.
     """
 
     hidden: int
@@ -47,7 +49,7 @@ class Requests:
 
 
 def requests(table: Table, size: Size, all_base: bool, seed: int) -> Requests:
-    """Those of the table, from the same distributions. all_base: all name the base model."""
+    """The table's requests, from scaled distributions. all_base: all name the base model."""
     streams = (table.all_base() if all_base else table).streams
     coming = arrivals([_smaller(stream, size) for stream in streams], seed)
     rng = random.Random(seed)
@@ -56,10 +58,10 @@ def requests(table: Table, size: Size, all_base: bool, seed: int) -> Requests:
 
 
 class Pace:
-    """What steps and copies of the toy take on a card, as a `twin.Model`.
+    """The card's times for the toy's steps and copies: the simulator's device model.
 
-    rank, image_bytes: of the table's largest adapter, as published and as the toy has it; a copy
-    takes in proportion to its bytes.
+    rank: the published rank of the table's largest adapter. image_bytes: that adapter's bytes in
+    the toy. A copy's time is proportional to its bytes.
     """
 
     def __init__(self, card: Card, size: Size, rank: int, image_bytes: int) -> None:
@@ -83,7 +85,7 @@ class Pace:
 
 
 def engine_config(table: Table, policy: Policy, size: Size, place_bytes: int) -> EngineConfig:
-    """For a model that is yet to be named. place_bytes: what the toy's largest adapter takes."""
+    """The engine configuration, without the model. place_bytes: the toy's largest image."""
     packed = table.packed and not policy.upstream
     return EngineConfig(
         model="",

@@ -1,9 +1,9 @@
-"""Streamed tokens through one replica's HTTP server, with a stub engine: what a token costs.
+"""The CPU cost of a streamed token in one replica's HTTP server, with a stub engine.
 
     python tests/bench/streaming.py
 
-Server and clients are processes of their own. The engine gives each of the streams a token a step,
-as fast as the server takes them (`--rate 0`) or at a set rate. CPU seconds are the server's.
+Server and clients run in separate processes. The engine generates one token a step for each
+stream, as fast as the server takes them (`--rate 0`) or at a set rate. CPU time is the server's.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def main() -> None:
     step_s = options.streams / options.rate if options.rate else 0.0
     server = context.Process(target=serve, args=(listener, step_s, theirs), daemon=True)
     server.start()
-    theirs.close()  # So that the server's death is seen here.
+    theirs.close()  # Without our copy, the pipe closes when the server dies.
     assert pipe.recv() == "ready"
     asyncio.run(measure(port, 2, 10))
     pipe.send("cpu")

@@ -1,4 +1,4 @@
-"""Random checkpoints and adapters for benchmarks: right in every shape, trained on nothing."""
+"""Random checkpoints and adapters for benchmarks, with valid shapes."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ _BLOCK |= {"o_proj": "self_attn", "gate_proj": "mlp", "up_proj": "mlp", "down_pr
 
 
 def toy_model(directory: Path, hidden: int, layers: int, context: int) -> ModelShape:
-    """A Llama without a tokenizer, fp32."""
+    """Writes a random fp32 Llama without a tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -40,9 +40,9 @@ def toy_adapter(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> str:
-    """PEFT's files of an adapter over all projections that visibly changes the logits.
+    """Writes a PEFT adapter of all projections, strong enough to change the logits visibly.
 
-    device: where its numbers are drawn, which for a large one takes long on a CPU.
+    device: draws the weights; a CPU takes long for a large adapter.
     """
     generator = torch.Generator(device).manual_seed(seed)
 

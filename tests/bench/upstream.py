@@ -1,18 +1,17 @@
-"""The published workloads on a real engine and a toy model, smaller and at the pace of the card.
+"""The published workloads on a real engine with a toy model, scaled down, at the card's pace.
 
     python -m tests.bench.upstream [TABLE …] [--runs N] [--threads N]     about 20 minutes
 
-The toy computes every step, load and token; what it has not got is a card's times. So a step lasts
-at least what it lasts on the table's card (`hardware.py`), and a load what the measured servers'
-took: the engine and the loader wait for the rest, as they would for a device and a bus. How many
-steps the toy was too slow for stands with the figures, and so does what the simulator has of the
-same requests at the same size.
+The toy computes every step, load and token, but takes other times than a card. So a step lasts at
+least as long as on the table's card (`simulation/cards.py`), and a load as long as on the measured
+servers: the engine and the loader wait for the difference. The output includes the share of steps
+for which the toy was too slow, and the simulator's figures for the same requests at the same size.
 
-15512 before and after is blocking against overlapping, all else equal. `ours` loads as slowly as
-they do; `FAST` is the same with copies at the card's rate, as from pinned memory.
+15512's before and after differ only in blocking and overlapping loads. `ours` loads as slowly as
+the measured servers. `FAST` is `ours` with copies at the card's rate, as from pinned memory.
 
-`beside` asks what adapters cost the base model's requests: at the card's pace, and with a larger
-toy as fast as it goes.
+`beside` measures what adapters cost the base model's requests: at the card's pace, and with a
+larger toy at full speed.
 """
 
 import argparse
@@ -55,8 +54,9 @@ Streams = Mapping[str, Figures]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One policy's figures by stream, and what the twin has of the same requests. late: the share
-    of steps that lasted longer than the card's, the most of any run.
+    """One policy's figures by stream, and the simulator's for the same requests.
+
+    late: the share of steps that took longer than the card's, the largest of any run.
     """
 
     figures: Streams
@@ -67,7 +67,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """outcomes: by policy. same_tokens: every policy gave every request the same tokens."""
+    """outcomes: by policy. same_tokens: each request got the same tokens under every policy."""
 
     title: str
     table: Table
@@ -77,25 +77,25 @@ class Result:
 
 
 def upstream(
-    names: Sequence[str], runs: int, threads: int | None, tell: Callable[[str], None]
+    names: Sequence[str], runs: int, threads: int | None, report: Callable[[str], None]
 ) -> Iterator[Result]:
-    """tell: gets a line about each run. The policies take turns, run by run."""
+    """Runs tables. The policies of a table take turns, run by run. report: gets a progress line."""
     with _toys(AS_THE_CARD, threads) as toys:
         for name in names:
-            yield _result(name, TABLES[name], (*POLICIES, FAST), toys, runs, tell)
+            yield _result(name, TABLES[name], (*POLICIES, FAST), toys, runs, report)
 
 
-def beside(runs: int, threads: int | None, tell: Callable[[str], None]) -> Iterator[Result]:
-    """16 adapters on 4 places beside the base model, and the same requests all naming base."""
+def beside(runs: int, threads: int | None, report: Callable[[str], None]) -> Iterator[Result]:
+    """Runs base requests beside 16 adapters on 4 places, and the same requests all for base."""
     table = dataclasses.replace(TABLES["14795"], places=_BESIDE_PLACES)
     for size in (AS_THE_CARD, AS_FAST_AS_IT_GOES):
         title = f"{table.name} on {table.places} places"
         with _toys(size, threads) as toys:
-            yield _result(title, table, ("ours", ALL_BASE), toys, runs, tell)
+            yield _result(title, table, ("ours", ALL_BASE), toys, runs, report)
 
 
 def lines(result: Result) -> Iterator[str]:
-    """The figures of one table, in milliseconds, a policy and stream a line."""
+    """One line of figures, in milliseconds, for each policy and stream of a table."""
     pace = "the card's pace" if result.paced else "the toy's own pace"
     yield (
         f"{result.title + ', ' + pace:35} {'TTFT mean':>9} {'median':>6} {'P99':>6} "
@@ -125,7 +125,7 @@ def lines(result: Result) -> Iterator[str]:
 
 
 def _directions(result: Result) -> Iterator[str]:
-    """Whether upstream's change moved its figures as published, and where ours is behind it."""
+    """Compares the change from before to after with the published change, and ours with both."""
     for stream, after in result.outcomes["after"].figures.items():
         before, ours = (result.outcomes[name].figures[stream] for name in ("before", "ours"))
         stated = [published(result.table.name, policy, stream) for policy in POLICIES[:2]]
@@ -145,7 +145,7 @@ def _directions(result: Result) -> Iterator[str]:
 
 
 class _Toys:
-    """One model; adapters by rank and number, made when first asked for."""
+    """A toy model and its adapters, which are made on first use."""
 
     def __init__(self, directory: Path, size: Size, threads: int | None) -> None:
         self.size = size
@@ -158,7 +158,7 @@ class _Toys:
         self._versions: dict[tuple[str, int], Version] = {}
 
     def version(self, name: str, rank: int) -> Version:
-        """rank: the published one."""
+        """The adapter `name`. rank: the published one."""
         rank = self.size.rank(rank)
         if (name, rank) not in self._versions:
             seed = len(self._versions)
@@ -177,7 +177,7 @@ def _toys(size: Size, threads: int | None) -> Iterator[_Toys]:
 
 
 class _Server:
-    """One policy on one table: real runs, and what the twin has of them."""
+    """Runs one policy on one table, with a real engine and with the simulator."""
 
     def __init__(self, table: Table, policy: str, toys: _Toys) -> None:
         self._table = table
@@ -198,8 +198,8 @@ class _Server:
         self.loads = 0
 
     def run(self, seed: int) -> tuple[Streams, list[list[int]]]:
-        """Figures, and the tokens of each request."""
-        wanted = self._requests(seed)
+        """The figures, and the tokens of each request."""
+        workload = self._requests(seed)
         digests: dict[str | None, str | None] = {None: None}
         ranks: dict[str | None, int] = {None: 0}
         for name, version in self._versions.items():
@@ -214,7 +214,7 @@ class _Server:
         try:
             for version in self._versions.values():
                 engine.register(version, version.uri)
-            run = replay(engine, woken, wanted.coming, wanted.prompts, digests)
+            run = replay(engine, woken, workload.coming, workload.prompts, digests)
             if steps is not None:
                 self.late = max(self.late, steps.late / engine.steps)
             self.loads = engine.report().loads
@@ -255,18 +255,18 @@ def _result(
     policies: Sequence[str],
     toys: _Toys,
     runs: int,
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> Result:
     servers = {policy: _Server(table, policy, toys) for policy in policies}
     found: dict[str, list[Streams]] = {policy: [] for policy in policies}
     tokens: dict[str, list[list[list[int]]]] = {policy: [] for policy in policies}
-    for seed in range(runs):  # those of the simulator
+    for seed in range(runs):  # the simulator uses the same seeds
         for policy, server in servers.items():
             start_s = time.monotonic()
             streams, own = server.run(seed)
             found[policy].append(streams)
             tokens[policy].append(own)
-            tell(f"{title} {policy} run {seed + 1}: {time.monotonic() - start_s:.1f} s")
+            report(f"{title} {policy} run {seed + 1}: {time.monotonic() - start_s:.1f} s")
     outcomes = {
         policy: Outcome(
             _medians(found[policy]),
@@ -288,20 +288,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}")
-    parser.add_argument("--runs", type=int, default=5, help="of which the median is taken")
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"one of {', '.join(TABLES)}")
+    parser.add_argument("--runs", type=int, default=5, help="runs to take the median over")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     if unknown := set(args.tables) - TABLES.keys():
         parser.error(f"no such table: {', '.join(sorted(unknown))}")
-    for result in upstream(args.tables or list(TABLES), args.runs, args.threads, _tell):
+    for result in upstream(args.tables or list(TABLES), args.runs, args.threads, _report):
         print("", *lines(result), sep="\n", flush=True)
     if not args.tables or "14795" in args.tables:
-        for result in beside(args.runs, args.threads, _tell):
+        for result in beside(args.runs, args.threads, _report):
             print("", *lines(result), sep="\n", flush=True)
 
 
-def _tell(line: str) -> None:
+def _report(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 

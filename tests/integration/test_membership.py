@@ -29,7 +29,7 @@ from cluster.redis_server import RedisServer
 from cluster.registry import FleetView
 from cluster.values import AdapterState, LoadReport, Version
 from replica.api.interfaces import Acknowledgement
-from replica.serving import reconciler as settling
+from replica.serving import reconciler
 from replica.serving.membership import Membership
 from tests.small_files import settled_config, write_adapter, write_model_config
 from tests.stub_engine import StubEngine
@@ -213,7 +213,7 @@ async def test_a_taken_name_is_refused_and_the_base_models_too(
 async def test_requests_that_just_read_a_name_still_find_its_old_version(
     shared_redis: str, running: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(settling, "FORGET_AFTER_S", 3600.0)
+    monkeypatch.setattr(reconciler, "FORGET_AFTER_S", 3600.0)
     one, engine = await running.replica(shared_redis)
     old = await one.add("a", running.adapter("a"))
     new = await one.add("a", running.adapter("b", seed=1), load_inplace=True)
@@ -223,7 +223,7 @@ async def test_requests_that_just_read_a_name_still_find_its_old_version(
 async def test_a_name_is_re_pointed_everywhere_and_the_old_version_goes(
     shared_redis: str, running: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(settling, "FORGET_AFTER_S", 0.05)
+    monkeypatch.setattr(reconciler, "FORGET_AFTER_S", 0.05)
     one, first = await running.replica(shared_redis, "r1")
     other, second = await running.replica(shared_redis, "r2")
     old = await one.add("a", running.adapter("a"))

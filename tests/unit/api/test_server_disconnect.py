@@ -1,4 +1,4 @@
-"""A client that leaves frees what it holds in the engine at once; asked over real connections."""
+"""A client that disconnects cancels its requests in the engine, over real connections."""
 
 import asyncio
 import json
@@ -19,10 +19,10 @@ PLAIN = {"model": BASE, "prompt": "hi", "max_tokens": 120}
 
 
 @asynccontextmanager
-async def asked(
+async def connected(
     url: str, body: dict[str, Any]
 ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """A connection with the request sent; closed at the end."""
+    """A connection on which the request has been sent. Closes it at the end."""
     parts = urlsplit(url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
     data = json.dumps(body).encode()
@@ -45,10 +45,10 @@ async def test_leaving_in_mid_stream(body: dict[str, Any], n: int) -> None:
     engine = StubEngine(step_s=0.02)
     app = await app_with(engine)
     async with live(app) as url:
-        async with asked(url, {**body, "stream": True, "n": n}) as (reader, _):
+        async with connected(url, {**body, "stream": True, "n": n}) as (reader, _):
             await reader.readuntil(b"data: ")
             assert len(engine.running) == n
-            engine.hold = True  # However late we are: it cannot finish.
+            engine.hold = True  # The answer cannot finish before the client leaves.
         await until(lambda: not engine.running)
         await until(lambda: app.active == 0)
     assert list(engine.ended.values()) == ["cancelled"] * n
@@ -62,7 +62,7 @@ async def test_leaving_before_the_first_token(body: dict[str, Any], stream: bool
     engine.hold = True
     app = await app_with(engine)
     async with live(app) as url:
-        async with asked(url, {**body, "stream": stream, "n": n}):
+        async with connected(url, {**body, "stream": stream, "n": n}):
             await until(lambda: len(engine.running) == n)
         await until(lambda: not engine.running)
         await until(lambda: app.active == 0)
@@ -73,7 +73,7 @@ async def test_leaving_before_the_first_token(body: dict[str, Any], stream: bool
 async def test_leaving_in_mid_answer_without_a_stream(n: int) -> None:
     engine = StubEngine(step_s=0.02)
     async with live(await app_with(engine)) as url:
-        async with asked(url, {**PLAIN, "n": n}):
+        async with connected(url, {**PLAIN, "n": n}):
             await until(lambda: engine.steps > 3)
             assert len(engine.running) == n
             engine.hold = True
@@ -84,7 +84,7 @@ async def test_leaving_in_mid_answer_without_a_stream(n: int) -> None:
 async def test_leaving_with_several_prompts() -> None:
     engine = StubEngine(step_s=0.02)
     async with live(await app_with(engine)) as url:
-        async with asked(url, {**PLAIN, "prompt": ["a", "b"], "n": 2, "stream": True}) as (
+        async with connected(url, {**PLAIN, "prompt": ["a", "b"], "n": 2, "stream": True}) as (
             reader,
             _,
         ):
@@ -105,17 +105,17 @@ async def test_leaving_while_the_request_is_still_being_sent() -> None:
         await writer.drain()
         writer.close()
         await writer.wait_closed()
-        async with asked(url, {**PLAIN, "max_tokens": 1}) as (reader, _):  # Others are served.
+        async with connected(url, {**PLAIN, "max_tokens": 1}) as (reader, _):  # Another client.
             assert (await reader.readline()).startswith(b"HTTP/1.1 200")
     assert app.active == 0
     assert len(engine.seen) == 1
 
 
-async def test_one_leaves_and_another_goes_on() -> None:
+async def test_a_client_that_leaves_does_not_end_anothers_stream() -> None:
     engine = StubEngine(step_s=0.02)
     body = {**PLAIN, "stream": True}
-    async with live(await app_with(engine)) as url, asked(url, body) as (staying, _):
-        async with asked(url, body) as (leaving, _):
+    async with live(await app_with(engine)) as url, connected(url, body) as (staying, _):
+        async with connected(url, body) as (leaving, _):
             await leaving.readuntil(b"data: ")
         await until(lambda: "cancelled" in engine.ended.values())
         engine.step_s = 0.0
@@ -124,10 +124,10 @@ async def test_one_leaves_and_another_goes_on() -> None:
 
 
 async def test_a_second_request_on_the_same_connection_after_a_stream() -> None:
-    """What watches for the disconnect must not eat the next request."""
+    """The watcher for a disconnect must not consume the next request's message."""
     engine = StubEngine()
     body = {**PLAIN, "max_tokens": 2, "stream": True}
-    async with live(await app_with(engine)) as url, asked(url, body) as (reader, writer):
+    async with live(await app_with(engine)) as url, connected(url, body) as (reader, writer):
         await reader.readuntil(b"[DONE]\n\n")
         await reader.readuntil(b"0\r\n\r\n")
         writer.write(b"GET /health HTTP/1.1\r\nHost: replica\r\n\r\n")
@@ -135,11 +135,11 @@ async def test_a_second_request_on_the_same_connection_after_a_stream() -> None:
 
 
 async def test_a_cancellation_from_outside_is_not_lost_in_a_disconnect() -> None:
-    """Ray Serve watches the connection too, and cancels at the same moment."""
+    """Ray Serve watches the connection too, and cancels the task at the same moment."""
     ended = []
 
     async def receive() -> dict[str, Any]:
-        task.cancel()  # Of Serve.
+        task.cancel()  # As Serve does.
         return {"type": "http.disconnect"}
 
     async def work() -> None:

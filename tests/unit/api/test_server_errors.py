@@ -1,4 +1,4 @@
-"""Each row of the table of bad input: what is sent → status, code, field, words of the answer."""
+"""Bad input and failures: the status, code, field and message of each answer."""
 
 import asyncio
 from dataclasses import replace
@@ -36,6 +36,7 @@ def plain(**fields: Any) -> tuple[str, dict[str, Any]]:
     return PLAIN, {key: value for key, value in body.items() if value is not ...}
 
 
+# (path, body), status, code, field, words of the message.
 BAD: list[tuple[tuple[str, Any], int, str, str | None, list[str]]] = [
     # Unknown model
     (chat(model="nobody"), 404, "model_not_found", "model", ["nobody"]),
@@ -99,7 +100,7 @@ BAD: list[tuple[tuple[str, Any], int, str, str | None, list[str]]] = [
     (chat(echo=True), 400, "invalid_value", "echo", ["echo"]),
     (chat(stop_token_ids=[320]), 400, "invalid_value", "stop_token_ids", ["320", "319"]),
     (chat(chat_template_kwargs={"tokenize": 1}), 400, "invalid_value", ..., ["tokenize"]),
-    # Empty prompts, ids of no token
+    # Empty prompts, ids outside the vocabulary
     (plain(prompt=""), 400, "invalid_value", "prompt", ["empty"]),
     (plain(prompt=[]), 400, "invalid_value", "prompt", ["empty"]),
     (plain(prompt=[[]]), 400, "invalid_value", "prompt", ["empty"]),
@@ -131,7 +132,7 @@ async def test_bad_input(
     assert field is ... or error["param"] == field
     for word in words:
         assert word in error["message"]
-    assert engine.seen == []  # Nothing of it reached the engine.
+    assert engine.seen == []  # The request did not reach the engine.
 
 
 VALUES: dict[str, Any] = {
@@ -147,7 +148,7 @@ VALUES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("field", UNSUPPORTED)
-async def test_a_field_that_would_change_the_answer_is_refused_by_name(field: str) -> None:
+async def test_an_unsupported_field_is_refused_by_name(field: str) -> None:
     path, body = chat(**{field: VALUES.get(field, "something")})
     async with client_of(await app_with(StubEngine())) as client:
         answer = await client.post(path, json=body)
@@ -178,7 +179,7 @@ async def test_fields_without_effect_are_tolerated() -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff", b'{"a": NaN}', b"[" * 5000])
-async def test_what_is_not_json_is_said_to_be_that(body: bytes) -> None:
+async def test_a_body_that_is_not_json_is_refused(body: bytes) -> None:
     async with client_of(await app_with(StubEngine())) as client:
         answer = await client.post(CHAT, content=body)
     assert answer.status_code == 400
@@ -198,8 +199,8 @@ async def test_a_model_without_a_chat_template_says_so() -> None:
 
 
 @pytest.mark.parametrize("size", [1001, 100_000])
-async def test_too_large_a_body_is_answered_413(size: int) -> None:
-    """Over a real connection: the client must get to read the answer while it still sends."""
+async def test_an_oversized_body_gets_413(size: int) -> None:
+    """Over a real connection: the client must be able to read the answer while it still sends."""
     app = await app_with(StubEngine(), config=replace(CONFIG, body_bytes_max=1000))
     async with live(app) as url, httpx.AsyncClient() as client:
         answer = await client.post(url + CHAT, content=b"x" * size)
@@ -255,7 +256,7 @@ async def test_an_error_before_the_first_token_has_its_status(
     assert engine.running == {}
 
 
-async def test_the_engines_bound_is_answered_429() -> None:
+async def test_a_full_engine_queue_gets_429() -> None:
     engine = StubEngine(queue_max=1)
     engine.hold = True
     path, body = chat(max_tokens=2)
@@ -270,7 +271,7 @@ async def test_the_engines_bound_is_answered_429() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 3])
-async def test_an_error_in_mid_stream_becomes_an_event_and_ends_it(n: int) -> None:
+async def test_an_error_in_mid_stream_is_the_last_event(n: int) -> None:
     engine = StubEngine()
     engine.fail, engine.fail_after = EngineFailed("the engine's process died"), 2
     path, body = chat(stream=True, n=n)
@@ -284,7 +285,7 @@ async def test_an_error_in_mid_stream_becomes_an_event_and_ends_it(n: int) -> No
     assert len(engine.ended) == n
 
 
-async def test_our_own_bug_is_answered_500_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_internal_error_gets_500_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     engine = StubEngine()
     app = await app_with(engine)
     path, body = chat()
@@ -413,7 +414,7 @@ async def test_a_wrong_weight_or_pin_is_named_with_its_value(field: str, value: 
 
 @pytest.mark.parametrize("field", ["model", "stop", "logit_bias", "tools"])
 @pytest.mark.parametrize("depth", [200, 300, 1000, 1100])
-async def test_deep_nesting_is_the_clients_error(field: str, depth: int) -> None:
+async def test_deep_nesting_gets_400(field: str, depth: int) -> None:
     body = b'{"model": "tiny", "%s": %b%b}' % (field.encode(), b"[" * depth, b"]" * depth)
     async with client_of(await app_with(StubEngine())) as client:
         answer = await client.post("/v1/chat/completions", content=body)

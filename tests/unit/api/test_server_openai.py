@@ -1,4 +1,4 @@
-"""What OpenAI's own client gets back over a real connection, whole and streamed."""
+"""The API as OpenAI's client sees it over a real connection, whole and streamed."""
 
 import asyncio
 import json
@@ -78,7 +78,7 @@ async def test_completion(client: AsyncOpenAI, model: str, prose: str) -> None:
     answer = await client.completions.create(model=model, prompt="hi")
     (choice,) = answer.choices
     assert answer.object == "text_completion"
-    assert choice.text == (2 * prose).encode()[:16].decode()  # 16 tokens unless told otherwise.
+    assert choice.text == (2 * prose).encode()[:16].decode()  # The default is 16 tokens.
     assert choice.finish_reason == "length"
     assert answer.usage is not None
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (2, 16)
@@ -92,9 +92,7 @@ async def test_completion_streamed(client: AsyncOpenAI, model: str, prose: str) 
     assert chunks[-1].choices[0].finish_reason == "length"
 
 
-async def test_the_adapter_is_asked_for_by_its_digest(
-    client: AsyncOpenAI, engine: StubEngine
-) -> None:
+async def test_the_engine_gets_the_adapters_digest(client: AsyncOpenAI, engine: StubEngine) -> None:
     await client.completions.create(model=ADAPTER.name, prompt="hi", max_tokens=1)
     await client.completions.create(model=BASE, prompt="hi", max_tokens=1)
     assert [request.digest for request in engine.seen] == [ADAPTER.digest, None]
@@ -139,7 +137,7 @@ async def test_prompts_of_every_shape(client: AsyncOpenAI, engine: StubEngine) -
     assert {request.prompt for request in engine.seen} == {tuple(hi)}
 
 
-async def test_usage_comes_in_a_chunk_of_its_own(client: AsyncOpenAI) -> None:
+async def test_include_usage_adds_a_final_usage_chunk(client: AsyncOpenAI) -> None:
     stream = await client.chat.completions.create(
         model=BASE, messages=ASK, max_tokens=5, stream=True, stream_options={"include_usage": True}
     )
@@ -183,7 +181,7 @@ async def test_chat_logprobs_without_alternatives_and_streamed(client: AsyncOpen
     async for chunk in stream:
         if chunk.choices[0].logprobs is not None:
             entries += chunk.choices[0].logprobs.content or []
-    assert len(entries) == 3  # Also for the token that has given no text yet.
+    assert len(entries) == 3  # One of them for a token without text of its own.
     assert all(entry.top_logprobs == [] for entry in entries)
 
 
@@ -236,7 +234,7 @@ async def test_tokens_after_a_stop_in_the_same_step_do_not_count() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said", "reason"),
+    ("options", "answer", "reason"),
     [
         ({"stop": "wö"}, "Hällo ", "wö"),
         ({"stop": "wö", "include_stop_str_in_output": True}, "Hällo wö", "wö"),
@@ -246,7 +244,7 @@ async def test_tokens_after_a_stop_in_the_same_step_do_not_count() -> None:
         ({"stop_token_ids": ["w"], "include_stop_str_in_output": True}, "Hällo w", "w"),
     ],
 )
-async def test_ways_to_stop(options: dict[str, Any], said: str, reason: str | None) -> None:
+async def test_ways_to_stop(options: dict[str, Any], answer: str, reason: str | None) -> None:
     engine = await scripted()
     expected: Any = reason
     if "stop_token_ids" in options:
@@ -256,14 +254,14 @@ async def test_ways_to_stop(options: dict[str, Any], said: str, reason: str | No
     async with client_of(await app_with(engine)) as client:
         body = {"model": BASE, "prompt": "hi", "max_tokens": 20, **options}
         choice = (await client.post("/v1/completions", json=body)).json()["choices"][0]
-    assert choice["text"] == said
+    assert choice["text"] == answer
     assert choice["stop_reason"] == expected
     assert choice["finish_reason"] == ("length" if reason is None else "stop")
 
 
 async def test_the_end_of_sequence_token_is_counted_and_not_shown() -> None:
-    ends = (*await text().encode("bye"), 1)
-    engine = StubEngine(script=ends, eos=frozenset({1}))
+    script = (*await text().encode("bye"), 1)
+    engine = StubEngine(script=script, eos=frozenset({1}))
     async with client_of(await app_with(engine)) as client:
         body = {"model": BASE, "messages": ASK, "skip_special_tokens": False}
         answer = (await client.post("/v1/chat/completions", json=body)).json()
@@ -288,7 +286,7 @@ async def test_sampling_reaches_the_engine_as_sent() -> None:
     assert sampling.stop_tokens == {9}
 
 
-async def test_chat_may_fill_the_context_unless_told_otherwise() -> None:
+async def test_default_max_tokens() -> None:
     engine = await scripted()
     async with client_of(await app_with(engine)) as client:
         await client.post("/v1/chat/completions", json={"model": BASE, "messages": ASK})
@@ -327,7 +325,7 @@ async def test_echo_repeats_the_prompt(client: AsyncOpenAI) -> None:
         assert answer.choices[0].text == "hi H"
 
 
-async def test_messages_in_parts_and_a_turn_to_go_on_with() -> None:
+async def test_content_parts_and_continue_final_message() -> None:
     engine = await scripted()
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "so"}]
@@ -350,7 +348,7 @@ async def test_models(client: AsyncOpenAI) -> None:
     assert (await client.models.retrieve(ADAPTER.name)).id == ADAPTER.name
 
 
-async def test_the_clients_own_errors(client: AsyncOpenAI) -> None:
+async def test_errors_raise_the_clients_exceptions(client: AsyncOpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         await client.chat.completions.create(model="nobody", messages=ASK)
     assert caught.value.code == "model_not_found"
@@ -377,7 +375,7 @@ async def test_the_client_sends_its_key() -> None:
             await client.with_options(api_key="wrong").models.list()
 
 
-async def test_every_response_says_who_answered_and_under_which_id(app: Server) -> None:
+async def test_every_response_names_its_replica_and_request_id(app: Server) -> None:
     async with client_of(app) as client:
         for path in ("/health", "/v1/models", "/nowhere", "/metrics", "/v1/adapters"):
             answer = await client.get(path, headers={"x-request-id": "mine-1"})
@@ -408,7 +406,7 @@ async def test_adapters_come_and_go() -> None:
         assert missing.status_code == 404
 
 
-async def test_an_adapter_is_pinned_and_weighed_when_it_is_added() -> None:
+async def test_an_adapter_is_added_with_its_pin_and_weight() -> None:
     async with client_of(await app_with(await scripted(), Book())) as client:
         body: dict[str, Any] = {"lora_name": "a", "lora_path": "/a"}
         await client.post("/v1/load_lora_adapter", json=body | {"pinned": True, "weight": 2.5})
@@ -461,11 +459,12 @@ async def test_a_lower_priority_number_goes_first_as_in_vllm(
     assert engine.seen[-1].priority == -3
 
 
-async def test_why_did_this_wait(client: AsyncOpenAI, app: Server) -> None:
+async def test_a_requests_timeline(client: AsyncOpenAI, app: Server) -> None:
     answer = await client.completions.create(model=BASE, prompt="x", max_tokens=2, n=2)
     async with client_of(app) as http:
         timeline = await http.get(f"/v1/requests/{answer.id}")
         unknown = await http.get("/v1/requests/nobody")
+    assert timeline.json()["object"] == "request.timeline"
     assert [len(choice) for choice in timeline.json()["choices"]] == [1, 1]
     assert timeline.json()["choices"][0][0]["event"] == "queued"
     assert unknown.status_code == 404 and "nobody" in unknown.text

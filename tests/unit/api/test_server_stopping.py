@@ -1,4 +1,4 @@
-"""A server that stops tells the requests which outlast the drain time that it ends."""
+"""A stopping server sends an error to the requests that outlast the drain time."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 async def listening(
     app: Server, engine: StubEngine, drain_s: float
 ) -> AsyncIterator[tuple[Listening, int, threading.Thread]]:
-    """The server, its port and its thread; that it ends is up to the test."""
+    """The server, its port and its thread. The test stops the server."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     port = listener.getsockname()[1]
@@ -41,7 +41,7 @@ async def listening(
 
 
 async def ask(port: int, body: dict[str, Any], *, sent: float = 1.0) -> Connection:
-    """sent: which part of the body the server gets."""
+    """Sends a request. sent: the fraction of the body that is sent."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**10)
     data = json.dumps(body).encode()
     writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: replica\r\n")
@@ -51,7 +51,7 @@ async def ask(port: int, body: dict[str, Any], *, sent: float = 1.0) -> Connecti
 
 
 async def answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], bytes]:
-    """All up to the end of the connection: status, headers, body."""
+    """Status, headers and body, read up to the end of the connection."""
     data = await asyncio.wait_for(reader.read(), TIMEOUT_S)
     head, _, body = data.partition(b"\r\n\r\n")
     status, *lines = head.decode().split("\r\n")
@@ -59,7 +59,7 @@ async def answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], byt
 
 
 @pytest.mark.parametrize("n", [1, 3])
-async def test_what_outlasts_the_drain_time_is_told(
+async def test_requests_that_outlast_the_drain_time_get_an_error(
     n: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     engine = StubEngine(step_s=0.01)
@@ -67,7 +67,7 @@ async def test_what_outlasts_the_drain_time_is_told(
     async with listening(app, engine, 0.3) as (server, port, thread):
         begun, begun_writer = await ask(port, {**PLAIN, "n": n, "stream": True})
         await begun.readuntil(b"data: ")
-        engine.hold = True  # However late we are: nothing can finish.
+        engine.hold = True  # No answer can finish before the server stops.
         waiting = [
             await ask(port, {**PLAIN, "n": n}),
             await ask(port, {**PLAIN, "n": n, "stream": True}),
@@ -94,7 +94,7 @@ async def test_what_outlasts_the_drain_time_is_told(
     assert capfd.readouterr().err == ""
 
 
-async def test_what_ends_within_the_drain_time_is_answered(
+async def test_requests_that_end_within_the_drain_time_are_answered(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     engine = StubEngine()
@@ -112,7 +112,9 @@ async def test_what_ends_within_the_drain_time_is_answered(
     assert capfd.readouterr().err == ""
 
 
-async def test_a_client_that_does_not_read_is_left(capfd: pytest.CaptureFixture[str]) -> None:
+async def test_a_client_that_does_not_read_is_disconnected(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     engine = StubEngine(tokens_per_step=100)
     app = await app_with(engine, config=replace(CONFIG, context=10**9))
     async with listening(app, engine, 0.1) as (server, port, thread):

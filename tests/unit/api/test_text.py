@@ -1,4 +1,4 @@
-"""Text comes out the same however its tokens arrive; stop strings are found across pieces."""
+"""Detokenized text does not depend on how its tokens arrive; stop strings may span pieces."""
 
 import random
 import re
@@ -23,7 +23,7 @@ WORDS = "Hällo wörld 你好, 👩‍👩‍👧 naïve\n  tabs\tand   spaces �
 
 
 def spaced_text() -> Text:
-    """A tokenizer as Llama 2's: ▁ for spaces, one put before the text, bytes for the rest."""
+    """A tokenizer like Llama 2's: ▁ for spaces, a space before the text, byte fallback."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces += ["▁", "▁the", "▁cat", "s", "▁sat", ".", "▁", "é"]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
@@ -60,7 +60,7 @@ def test_text_comes_back_token_by_token() -> None:
     assert streamed(text(), tokens_of(WORDS)) == WORDS
 
 
-def test_a_character_is_given_out_once_its_last_byte_is_there() -> None:
+def test_a_character_is_emitted_with_its_last_byte() -> None:
     detokenizer = text().detokenizer()
     pieces = [detokenizer.push((token,)) for token in tokens_of("a你b")]
     assert pieces == ["a", "", "", "你", "b"]
@@ -73,7 +73,7 @@ def test_an_unfinished_character_comes_out_at_the_end() -> None:
     assert detokenizer.flush() == ""
 
 
-def test_tokens_that_never_form_a_character_are_not_held_for_ever() -> None:
+def test_tokens_that_form_no_character_are_released() -> None:
     half = tokens_of("你")[0]
     detokenizer = text().detokenizer()
     out = [detokenizer.push((half,)) for _ in range(10 * HELD_TOKENS_MAX)]
@@ -83,7 +83,7 @@ def test_tokens_that_never_form_a_character_are_not_held_for_ever() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_the_stream_equals_the_whole(data: st.DataObject) -> None:
+def test_streamed_text_equals_the_whole_text(data: st.DataObject) -> None:
     words = data.draw(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
     tokens = list(tokens_of_sync(words))
     detokenizer = text().detokenizer()
@@ -100,10 +100,10 @@ def tokens_of_sync(words: str) -> Sequence[int]:
     return encoded
 
 
-def test_any_tokens_stream_to_what_they_decode_to(seed: int) -> None:
+def test_streamed_tokens_decode_as_at_once(seed: int) -> None:
     draw = random.Random(seed)
     for _ in range(100):
-        # Runs of stray bytes shorter than what is held.
+        # Runs of stray bytes, shorter than HELD_TOKENS_MAX.
         tokens = [
             token
             for _ in range(10)
@@ -112,7 +112,7 @@ def test_any_tokens_stream_to_what_they_decode_to(seed: int) -> None:
         assert streamed(text(), tokens) == text().decode(tokens)
 
 
-def test_special_tokens_show_only_when_asked_for() -> None:
+def test_special_tokens_are_skipped_by_default() -> None:
     tokens = [3, *tokens_of_sync("hi"), 1]
     assert streamed(text(), tokens) == "hi"
     assert streamed(text(), tokens, skip_special_tokens=False) == "<|user|>hi<|end|>"
@@ -126,7 +126,7 @@ def test_spaces_between_tokens_survive() -> None:
     assert streamed(spaced, tokens[1:], prompt=tokens[:1]) == " cats sat."
 
 
-def test_bytes_between_pieces_become_characters() -> None:
+def test_byte_tokens_between_pieces_become_characters() -> None:
     spaced = spaced_text()
     hello = [f"<0x{byte:02X}>" for byte in "你好".encode()]
     tokens = ids(spaced, "▁the", "▁", *hello, "s")
@@ -136,20 +136,20 @@ def test_bytes_between_pieces_become_characters() -> None:
 def test_a_token_stands_for_its_bytes() -> None:
     assert b"".join(text().token_bytes(token) for token in tokens_of(WORDS)) == WORDS.encode()
     assert text().token_bytes(1) == b"<|end|>"
-    assert text().token_bytes(319) == b""  # The model's vocabulary is padded.
+    assert text().token_bytes(319) == b""  # An id in the padding of the model's vocabulary.
     spaced = spaced_text()
     assert spaced.token_bytes(ids(spaced, "▁cat")[0]) == b" cat"
     assert spaced.token_bytes(ids(spaced, "<0xE4>")[0]) == b"\xe4"
 
 
-async def test_a_long_text_is_tokenized_as_a_short_one() -> None:
+async def test_a_long_text_survives_tokenization_on_a_thread() -> None:
     words = WORDS * 400
     tokens = await text().encode(words)
     assert text().decode(tokens) == words
     assert text().tokens_min(words) <= len(tokens)
 
 
-def test_the_chat_template_is_the_models() -> None:
+def test_the_models_chat_template_is_used() -> None:
     rendered = text().render_chat([{"role": "user", "content": "hi"}])
     assert rendered == "<|begin|><|user|>hi<|end|><|assistant|>"
 
@@ -196,15 +196,13 @@ def test_a_broken_file_of_the_tokenizer_is_named(
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ messages[7].a.b }}", ""])
-def test_a_template_that_refuses_some_messages_is_none_to_refuse(
-    template: str, tmp_path: Path
-) -> None:
+def test_a_template_that_refuses_some_messages_is_accepted(template: str, tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(template)
     Text.read(str(tmp_path))
 
 
-def test_the_http_process_does_without_torch_and_ray() -> None:
+def test_the_http_server_imports_neither_torch_nor_ray() -> None:
     script = "import sys, replica.api.server, transformers; transformers.PreTrainedTokenizerFast; "
     script += "print(sorted({'torch', 'ray', 'redis', 'fastapi'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -237,7 +235,7 @@ def test_the_stop_is_included_when_asked_for() -> None:
     assert stops.push("one. two") == "one."
 
 
-def test_what_was_held_is_released_at_the_end() -> None:
+def test_held_text_is_released_at_the_end() -> None:
     stops = StopStrings(["END"])
     assert stops.push("the EN") == "the "
     assert stops.release("") == "EN"
@@ -249,7 +247,7 @@ def test_what_was_held_is_released_at_the_end() -> None:
     stop=st.text("ab", min_size=1, max_size=5),
     data=st.data(),
 )
-def test_cutting_differently_finds_the_same_stop(
+def test_stops_are_found_however_the_text_is_cut(
     words: str, stop: str, data: st.DataObject
 ) -> None:
     pieces = []

@@ -1,4 +1,4 @@
-"""The Serve request router: whatever it is asked, it answers, and it never waits."""
+"""The Serve request router ranks every replica, whatever the request's arguments."""
 
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ class Pending:
 
 @pytest.fixture
 def router(monkeypatch: pytest.MonkeyPatch) -> AdapterAffinityRouter:
-    """As Serve makes it, without the cluster that its constructor reports metrics to."""
+    """Initialized as by Serve, but without the constructor, which reports metrics to a cluster."""
     monkeypatch.setenv("SOME_REDIS", "unix:///nowhere.sock")
     made = AdapterAffinityRouter.__new__(AdapterAffinityRouter)
     made.initialize_state(redis_variable="SOME_REDIS", fleet="x", step_tokens=512, batch_rows=64)
@@ -45,7 +45,7 @@ REPLICAS = [Replica("a"), Replica("b"), Replica("c")]
         Pending(["fr", 100]),
         Pending([None, 100]),
         Pending([]),
-        Pending([object()]),  # the fallback proxy passes its own
+        Pending([object()]),  # as from Serve's fallback proxy
         Pending(["fr", "many"]),
         Pending(["fr", 1, 2]),
     ],
@@ -63,7 +63,7 @@ async def test_a_pick_counts_before_the_next_choice(router: AdapterAffinityRoute
     assert sorted(replica.name for replica in firsts) == ["a", "a", "b", "b", "c", "c"]
 
 
-async def test_without_replicas_it_asks_to_wait_rather_than_to_be_asked_again(
+async def test_without_replicas_serve_is_told_to_back_off(
     router: AdapterAffinityRouter,
 ) -> None:
     pending = Pending(["fr", 1])
@@ -71,7 +71,7 @@ async def test_without_replicas_it_asks_to_wait_rather_than_to_be_asked_again(
     assert pending.routing_context.should_backoff
 
 
-async def test_a_replica_that_goes_between_two_choices_is_no_trouble(
+async def test_a_replica_may_leave_between_two_choices(
     router: AdapterAffinityRouter,
 ) -> None:
     await router.choose_replicas(REPLICAS, Pending(["fr", 1]))

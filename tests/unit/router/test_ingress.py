@@ -1,4 +1,4 @@
-"""Finding the model's name in what HAProxy shows of a request's body."""
+"""Finding the model's name in the prefix of a request's body that HAProxy forwards."""
 
 import json
 import time
@@ -19,7 +19,7 @@ from router.ingress import find_model, prompt_tokens
         ('{"model": "français"}'.encode(), "français"),
         (rb'{"model": "fran\u00e7ais \"q\" \\"}', 'français "q" \\'),
         (rb'{"mode\u006c": "fr"}', "fr"),
-        # Not ours: in a message, in a nested object, in a list, in a string.
+        # Other keys named `model`: in a message, a nested object, a list, a string.
         (b'{"messages": [{"role": "user", "content": "x", "model": "no"}]}', None),
         (b'{"messages": [{"model": "no"}], "model": "fr"}', "fr"),
         (b'{"options": {"model": "no"}, "model": "fr"}', "fr"),
@@ -31,9 +31,9 @@ from router.ingress import find_model, prompt_tokens
         (b'{"a": "model", "b": ": ", "model": "fr"}', "fr"),
         (b'["model", "no"]', None),
         (b'[{"model": "no"}]', None),
-        # The last of several counts, as for the parser that reads the whole body.
+        # The last of several keys counts, as in the parser of the whole body.
         (b'{"model": "first", "model": "last"}', "last"),
-        # Not a name.
+        # Values that are no valid name.
         (b'{"model": 5}', None),
         (b'{"model": null}', None),
         (b'{"model": {"model": "no"}}', None),
@@ -41,7 +41,7 @@ from router.ingress import find_model, prompt_tokens
         (rb'{"model": "\ud800"}', None),
         (b'{"model": "\xff"}', None),
         (rb'{"model": "\x"}', None),
-        # Cut off, or not JSON at all.
+        # Truncated, or not JSON.
         (b'{"model": "f', None),
         (b'{"model": "fr"', "fr"),
         (b'{"model"', None),
@@ -55,7 +55,7 @@ from router.ingress import find_model, prompt_tokens
         (b"\x00\xff\xfe}}}]]{{", None),
     ],
 )
-def test_the_model_is_found_only_where_it_counts(body: bytes, model: str | None) -> None:
+def test_only_the_top_level_model_is_found(body: bytes, model: str | None) -> None:
     assert find_model(body) == model
 
 
@@ -77,14 +77,14 @@ def test_a_model_behind_a_long_prompt_is_found_quickly() -> None:
     prompt = ("x" * 50 + '\\"model\\": \\"no\\" {') * 20_000
     body = b'{"prompt": "' + prompt.encode() + b'", "model": "fr"}'
     assert len(body) > 10**6
-    # Of this process alone, whatever else runs. To look at each byte from each would take hours.
+    # CPU time, so that other processes do not count. A quadratic scan would take hours.
     start_s = time.process_time()
     assert find_model(body) == "fr"
     assert find_model(body[:-40]) is None
     assert time.process_time() - start_s < 10
 
 
-def test_a_list_of_token_ids_costs_nothing_much() -> None:
+def test_a_model_behind_a_long_list_of_token_ids_is_found() -> None:
     body = json.dumps({"prompt": list(range(100_000)), "model": "fr"}).encode()
     assert find_model(body) == "fr"
 
@@ -98,7 +98,7 @@ def test_a_list_of_token_ids_costs_nothing_much() -> None:
         ([(b"x-body-truncated", b"100/")], 25),
     ],
 )
-def test_the_size_of_a_cut_off_body_is_what_haproxy_says(
+def test_a_truncated_body_counts_with_its_whole_size(
     headers: list[tuple[bytes, bytes]], tokens: int
 ) -> None:
     assert prompt_tokens({"headers": headers}, b"x" * 100) == tokens

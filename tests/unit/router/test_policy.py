@@ -1,4 +1,4 @@
-"""The router's policy: who gets a request."""
+"""The routing policy: which replica gets a request."""
 
 import pytest
 
@@ -6,11 +6,11 @@ from cluster.values import Tier
 from router.policy import Candidate, RoutingWeights, load_s, queue_s, rank
 
 MIB = 2**20
-COSTS = RoutingWeights()
+WEIGHTS = RoutingWeights()
 
 
 def first(*candidates: Candidate, key: str = "fr") -> str:
-    return rank(candidates, key, COSTS)[0].replica_id
+    return rank(candidates, key, WEIGHTS)[0].replica_id
 
 
 def test_the_replica_that_holds_the_adapter_comes_first() -> None:
@@ -19,14 +19,14 @@ def test_the_replica_that_holds_the_adapter_comes_first() -> None:
 
 @pytest.mark.parametrize("tier", [Tier.LOADING, Tier.HOST, Tier.DISK, Tier.ABSENT, Tier.FAILED])
 def test_no_tier_beats_device(tier: Tier) -> None:
-    assert load_s(Candidate("a", tier=tier), COSTS) > load_s(Candidate("b"), COSTS) == 0.0
+    assert load_s(Candidate("a", tier=tier), WEIGHTS) > load_s(Candidate("b"), WEIGHTS) == 0.0
 
 
-def test_where_it_is_loading_comes_before_where_it_is_absent() -> None:
+def test_a_loading_adapter_comes_before_an_absent_one() -> None:
     assert first(Candidate("a", tier=Tier.ABSENT), Candidate("b", tier=Tier.LOADING)) == "b"
 
 
-def test_base_goes_where_the_least_work_is() -> None:
+def test_a_base_request_goes_to_the_replica_with_the_least_work() -> None:
     assert first(Candidate("a", requests=3), Candidate("b", requests=2)) == "b"
 
 
@@ -74,16 +74,16 @@ def test_a_failed_load_is_avoided_while_others_can_serve() -> None:
     assert first(failed, busy) == "b"
 
 
-def test_a_replica_that_reports_nothing_comes_last_but_is_not_left_out() -> None:
+def test_a_replica_without_a_report_comes_last() -> None:
     silent = Candidate("a", known=False)
     busy = Candidate("b", requests=64, queued_tokens=10**6)
-    assert [c.replica_id for c in rank([silent, busy], "fr", COSTS)] == ["b", "a"]
+    assert [c.replica_id for c in rank([silent, busy], "fr", WEIGHTS)] == ["b", "a"]
 
 
-def test_ties_fall_the_same_way_whatever_the_order_of_the_candidates() -> None:
+def test_ties_do_not_depend_on_the_order_of_the_candidates() -> None:
     candidates = [Candidate(name) for name in "abcd"]
-    one = [c.replica_id for c in rank(candidates, "fr", COSTS)]
-    other = [c.replica_id for c in rank(candidates[::-1], "fr", COSTS)]
+    one = [c.replica_id for c in rank(candidates, "fr", WEIGHTS)]
+    other = [c.replica_id for c in rank(candidates[::-1], "fr", WEIGHTS)]
     assert one == other
 
 
@@ -99,9 +99,9 @@ def test_a_replica_that_leaves_moves_only_its_own_adapters() -> None:
         assert after == before or before == "d"
 
 
-def test_nobody_to_choose_from() -> None:
-    assert rank([], "fr", COSTS) == []
+def test_no_candidates() -> None:
+    assert rank([], "fr", WEIGHTS) == []
 
 
 def test_an_idle_replica_has_no_wait() -> None:
-    assert queue_s(Candidate("a", step_s=0.1), COSTS) == 0.0
+    assert queue_s(Candidate("a", step_s=0.1), WEIGHTS) == 0.0

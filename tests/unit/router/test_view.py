@@ -1,4 +1,4 @@
-"""The router's view: what replicas said, and the picks that they cannot show yet."""
+"""The router's view: the replicas' last reports, and picks that these do not include yet."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ def only(view: View, state: State | None, digest: str | None, now_s: float) -> C
 
 
 def own_picks(view: View, replica_id: str) -> int:
-    """Picks that the replica's last report does not show yet."""
+    """The number of picks that the replica's last report does not include yet."""
     return len(view._picks.get(replica_id, ()))
 
 
@@ -46,7 +46,7 @@ def test_a_pick_is_forgotten_once_a_later_report_shows_it() -> None:
     assert only(view, State(seen_s=10.06), None, 10.06).requests == 0
 
 
-def test_lost_picks_are_swept_by_age_when_no_report_comes() -> None:
+def test_picks_expire_without_reports() -> None:
     view = View(pick_life_s=2.0)
     view.picked("a", None, 100, now_s=10.0)
     assert only(view, None, None, 11.9).requests == 1
@@ -62,7 +62,7 @@ def test_picks_of_a_replica_that_is_gone_are_dropped() -> None:
     assert (own_picks(view, "a"), own_picks(view, "b")) == (0, 1)
 
 
-def test_a_replica_that_said_nothing_is_a_candidate_of_unknown_load() -> None:
+def test_a_replica_without_a_report_is_a_candidate_of_unknown_load() -> None:
     candidate = only(View(), None, FR, 1.0)
     assert (candidate.known, candidate.tier, candidate.requests) == (False, Tier.ABSENT, 0)
 
@@ -71,7 +71,7 @@ def test_the_base_model_is_on_every_device() -> None:
     assert only(View(), None, None, 1.0).tier is Tier.DEVICE
 
 
-def test_what_was_picked_for_a_cold_adapter_is_taken_to_be_loading() -> None:
+def test_a_pick_for_a_cold_adapter_counts_as_loading() -> None:
     view = View()
     assert only(view, State(), FR, 10.0).tier is Tier.ABSENT
     view.picked("a", FR, 10, now_s=10.0)
@@ -85,7 +85,7 @@ def test_a_pick_does_not_make_a_failed_load_look_better() -> None:
     assert only(view, State(residency=holding(Tier.FAILED)), FR, 10.0).tier is Tier.FAILED
 
 
-def test_the_size_of_an_image_is_known_from_whoever_holds_it() -> None:
+def test_the_size_of_an_image_is_known_from_any_replica() -> None:
     states = {"a": State(residency=holding(Tier.DEVICE, 4096)), "b": State()}
     assert [c.image_bytes for c in View().candidates(["a", "b"], states, FR, 1.0)] == [4096] * 2
 

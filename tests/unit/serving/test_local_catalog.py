@@ -1,4 +1,4 @@
-"""One replica's own book of adapters: the same answers as a fleet's, without Redis."""
+"""The local catalog answers as a fleet's catalog does, without Redis."""
 
 import asyncio
 import dataclasses
@@ -11,7 +11,7 @@ import pytest
 from cluster.config import FleetConfig
 from cluster.errors import AdapterRefused, BadRequest, ConfigError, ModelNotFound
 from cluster.values import Version
-from replica.serving.local_catalog import Standalone
+from replica.serving.local_catalog import LocalCatalog
 from tests.small_files import settled_config, write_adapter, write_model_config
 from tests.stub_engine import StubEngine
 
@@ -25,7 +25,7 @@ def config(tmp_path: Path) -> FleetConfig:
 
 async def test_adapters_come_and_go(config: FleetConfig, tmp_path: Path) -> None:
     engine = StubEngine()
-    adapters = Standalone(engine, config)
+    adapters = LocalCatalog(engine, config)
     done = await adapters.add("a", write_adapter(tmp_path / "adapters" / "a"))
     assert (done.name, done.sequence, done.pending) == ("a", 1, ())
     version = await adapters.find("a")
@@ -42,21 +42,19 @@ async def test_adapters_come_and_go(config: FleetConfig, tmp_path: Path) -> None
         await adapters.remove("a")
 
 
-async def test_the_configured_ones_are_there_from_the_start(
-    config: FleetConfig, tmp_path: Path
-) -> None:
+async def test_configured_adapters_are_added_at_start(config: FleetConfig, tmp_path: Path) -> None:
     flags = {"a": write_adapter(tmp_path / "outside")}
-    adapters = Standalone(StubEngine(), dataclasses.replace(config, adapters=flags))
+    adapters = LocalCatalog(StubEngine(), dataclasses.replace(config, adapters=flags))
     await adapters.start()
     assert [version.name for version in adapters.versions()] == ["a"]
     bad = dataclasses.replace(config, adapters={"b": str(tmp_path / "nothing")})
     with pytest.raises(ConfigError, match=r"adapters\.b"):
-        await Standalone(StubEngine(), bad).start()
+        await LocalCatalog(StubEngine(), bad).start()
 
 
-async def test_what_is_refused_changes_nothing(config: FleetConfig, tmp_path: Path) -> None:
+async def test_a_refused_adapter_changes_nothing(config: FleetConfig, tmp_path: Path) -> None:
     engine = StubEngine()
-    adapters = Standalone(engine, config)
+    adapters = LocalCatalog(engine, config)
     inside = write_adapter(tmp_path / "adapters" / "a")
     outside = write_adapter(tmp_path / "outside")
     with pytest.raises(BadRequest, match="outside the allowed adapter roots") as caught:
@@ -70,9 +68,11 @@ async def test_what_is_refused_changes_nothing(config: FleetConfig, tmp_path: Pa
     assert (adapters.versions(), engine.adapter_states()) == ([], [])
 
 
-async def test_a_name_is_re_pointed_only_in_place(config: FleetConfig, tmp_path: Path) -> None:
+async def test_a_name_is_re_pointed_only_with_load_inplace(
+    config: FleetConfig, tmp_path: Path
+) -> None:
     engine = StubEngine()
-    adapters = Standalone(engine, config)
+    adapters = LocalCatalog(engine, config)
     old = await adapters.add("a", write_adapter(tmp_path / "adapters" / "a"))
     path = write_adapter(tmp_path / "adapters" / "b", seed=1)
     with pytest.raises(BadRequest, match="already loaded"):
@@ -85,21 +85,21 @@ async def test_a_name_is_re_pointed_only_in_place(config: FleetConfig, tmp_path:
 async def test_names_of_one_content_share_its_pin_and_weight(
     config: FleetConfig, tmp_path: Path
 ) -> None:
-    class Noting(StubEngine):
+    class RecordingEngine(StubEngine):
         async def register(self, version: Version, path: str) -> None:
             await super().register(version, path)
-            told.append((version.pinned, version.weight, path))
+            registered.append((version.pinned, version.weight, path))
 
-    told: list[tuple[bool, float, str]] = []
-    adapters = Standalone(Noting(), config)
+    registered: list[tuple[bool, float, str]] = []
+    adapters = LocalCatalog(RecordingEngine(), config)
     path = write_adapter(tmp_path / "adapters" / "a")
     await adapters.add("a", path, pinned=True, weight=2.0)
     await adapters.add("b", path, weight=3.0)
     await adapters.remove("b")
     await adapters.add("b", path, weight=0.5)
     await adapters.add("a", write_adapter(tmp_path / "adapters" / "c", seed=1), load_inplace=True)
-    local = told[0][2]
-    assert [entry for entry in told if entry[2] == local] == [
+    local = registered[0][2]
+    assert [entry for entry in registered if entry[2] == local] == [
         (True, 2.0, local),
         (True, 3.0, local),
         (True, 2.0, local),
@@ -108,10 +108,10 @@ async def test_names_of_one_content_share_its_pin_and_weight(
     ]
 
 
-async def test_of_two_adds_of_one_name_at_once_one_wins(
+async def test_one_of_two_concurrent_adds_of_a_name_wins(
     config: FleetConfig, tmp_path: Path
 ) -> None:
-    adapters = Standalone(StubEngine(), config)
+    adapters = LocalCatalog(StubEngine(), config)
     paths = [write_adapter(tmp_path / "adapters" / str(seed), seed=seed) for seed in range(2)]
     outcomes = await asyncio.gather(
         *(adapters.add("a", path) for path in paths), return_exceptions=True
@@ -120,7 +120,7 @@ async def test_of_two_adds_of_one_name_at_once_one_wins(
 
 
 async def test_it_describes_itself_as_a_fleet_of_one(config: FleetConfig, tmp_path: Path) -> None:
-    adapters = Standalone(StubEngine(), config, "local")
+    adapters = LocalCatalog(StubEngine(), config, "local")
     path = write_adapter(tmp_path / "adapters" / "a")
     done = await adapters.add("a", path, pinned=True, weight=2.0)
     page = await adapters.describe()
