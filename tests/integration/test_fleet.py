@@ -132,7 +132,7 @@ def equals_engines(running: Fleet, replicas: list[ReplicaProcess]) -> bool:
         return False
     for replica in replicas:
         held = [entry["residency"].get(replica.id) for entry in page["data"]]
-        metrics = replica.api.metrics()
+        metrics = replica.metrics()
         for tier in ("device", "loading", "host", "disk", "failed"):
             published = sum(1 for at in held if at and at["tier"] == tier)
             if published != metrics[f'lorafleet_adapters{{tier="{tier}"}}']:
@@ -154,7 +154,7 @@ def test_residency_is_what_the_engines_report(running: Fleet, files: Path) -> No
     for name in NAMES * 2:  # five adapters over two times two places: evictions
         assert running.complete(name).status_code == 200
     eventually(lambda: equals_engines(running, replicas), "residency is right after evictions")
-    assert sum(replica.api.metrics()["lorafleet_evictions_total"] for replica in replicas) > 0
+    assert sum(replica.metrics()["lorafleet_evictions_total"] for replica in replicas) > 0
     assert sum(map(devices, NAMES)) <= 4  # the number depends on the router's choices
     body = {"lora_name": "extra", "lora_path": str(files / "adapters" / "extra")}
     loaded = httpx.post(f"{running.url}/v1/load_lora_adapter", json=body, timeout=ANSWER_S)
