@@ -1,4 +1,4 @@
-"""From the configuration to a scheduler: what the engine and its twin both start from."""
+"""Builds a scheduler from the configuration, for the engine and for the simulator."""
 
 from dataclasses import dataclass
 
@@ -20,9 +20,12 @@ from replica.scheduling.victims import ORDERS
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """pages: besides the one that nobody has, which rows that pad a batch write to. arena_bytes:
-    the most that images may take. context_pages: of the longest sequence. shared: images lie where
-    the first pages would be; then so many pages are there only while there are no images.
+    """How device memory is divided.
+
+    pages: KV pages; excludes page 0, the scratch page that padding rows write to.
+    context_pages: KV pages of the longest sequence.
+    arena_bytes: the most that images may take.
+    shared: images and KV pages share one memory; images take the lowest pages.
     """
 
     pages: int
@@ -41,7 +44,7 @@ def assemble(
     alignment: int,
     costs: Costs,
 ) -> Scheduler:
-    """context: tokens of the longest prompt + output. alignment: of images, in bytes."""
+    """context: longest prompt + output, in tokens. alignment: of images, in bytes."""
     slots = config.directory_slots - 1
     pages = Pages(memory.pages, config.page_tokens, config.prefix_cache)
     extents = Extents(0 if memory.shared else memory.arena_bytes, alignment)

@@ -116,7 +116,7 @@ def test_shrinking_gives_back_what_is_asked_and_up_to_the_headroom_more() -> Non
     assert (pages.first, extents.capacity) == (7, 70)
     made.shrink(5)
     assert pages.first == 2
-    with pytest.raises(AssertionError, match="an image lies there"):
+    with pytest.raises(AssertionError, match="an image uses these pages"):
         made.shrink(1)
     made.check()
 

@@ -61,7 +61,7 @@ def test_a_preempted_request_is_told_so() -> None:
 
 
 def test_the_ring_forgets_the_oldest_request_and_the_middle_of_a_long_life() -> None:
-    timelines = Timelines(requests_max=2, happenings_max=4)
+    timelines = Timelines(requests_max=2, events_max=4)
     for name in ("a", "b", "c"):
         timelines.note(name, 0.0, Event.QUEUED)
     assert timelines.timeline("a") == [] and timelines.timeline("b") and timelines.timeline("c")
