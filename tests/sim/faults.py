@@ -67,8 +67,8 @@ FAULTS = (
     _fault(
         "scheduler",
         "prompts wait for company though base does not need any",
-        "scheduling/loads",
-        "and self._adapter_cache.adapters[request.adapter_key].fresh",
+        "scheduling/prefill_groups",
+        "and adapter_cache.adapters[request.adapter_key].fresh",
         "or True",
     ),
     _fault(
@@ -117,7 +117,7 @@ FAULTS = (
         "scheduler",
         "pages are saved for nobody",
         "scheduling/running_set",
-        "saved = 0 if self._saves_for(request, now_s) else self._saved(now_s)",
+        "saved = 0 if self._is_overdue(request, now_s) else self._saved(now_s)",
         "saved = 0",
     ),
     _fault(
@@ -139,8 +139,8 @@ FAULTS = (
         "scheduler",
         "parked rows lose their pages whenever a new request wants them",
         "scheduling/running_set",
-        "drop=alone, spare=request",
-        "drop=True, spare=request",
+        "drop=alone, requester=request",
+        "drop=True, requester=request",
     ),
     # Drainer
     _fault(
@@ -189,14 +189,14 @@ FAULTS = (
         "drainer",
         "a slice is as short as a copy",
         "scheduling/drainer",
-        "return max(self.sharing.quantum_s, _COPIES_A_SLICE * copies_s)",
+        "return max(self.sharing.quantum_s, _COPIES_PER_SLICE * copies_s)",
         "return copies_s",
     ),
     _fault(
         "drainer",
         "five copies do not lengthen a slice",
         "scheduling/drainer",
-        "return max(self.sharing.quantum_s, _COPIES_A_SLICE * copies_s)",
+        "return max(self.sharing.quantum_s, _COPIES_PER_SLICE * copies_s)",
         "return self.sharing.quantum_s",
     ),
     _fault(
@@ -210,7 +210,7 @@ FAULTS = (
         "drainer",
         "one that will end soon takes new requests",
         "scheduling/drainer",
-        "return Victims(closed=frozenset(wait_out) & {victim.digest for victim in ending})",
+        "return Victims(closed=frozenset(waited_for) & {victim.digest for victim in ending})",
         "return Victims()",
     ),
     _fault(
@@ -303,8 +303,8 @@ FAULTS = (
         "adapter cache",
         "the last of those that are enough stays",
         "scheduling/victims",
-        "return [*_needed(before, [last], enough), last]",
-        "return _needed(before, [last], enough)",
+        "return [*_without_redundant(before, [last], enough), last]",
+        "return _without_redundant(before, [last], enough)",
     ),
     _fault(
         "adapter cache",
@@ -455,7 +455,7 @@ FAULTS = (
         "budget",
         "rows are put back while idle adapters stay",
         "scheduling/running_set",
-        "            if self._make_pages(count - self._pages.free, now_s, drop, spare):\n"
+        "            if self._make_pages(count - self._pages.free, now_s, drop, requester):\n"
         "                continue\n",
         "",
     ),
@@ -463,7 +463,7 @@ FAULTS = (
         "budget",
         "new requests take the pages that a starving adapter waits for",
         "scheduling/running_set",
-        "kept = 0 if alone else self._kept_from(request)",
+        "kept = 0 if alone else self._must_leave(request)",
         "kept = 0",
     ),
     _fault(
@@ -484,7 +484,7 @@ FAULTS = (
         "budget",
         "a request has its own adapter evicted for its pages",
         "scheduling/running_set",
-        "if spare is not None and spare.adapter_key:",
+        "if requester is not None and requester.adapter_key:",
         "if False:",
     ),
     # Steps in flight
@@ -523,28 +523,28 @@ FAULTS = (
         "in flight",
         "an adapter of a step in flight is evicted at once",
         "scheduling/in_flight",
-        "r.slides or r.page_moves or self._uses(r) for r in arena_changes",
-        "r.slides or r.page_moves for r in arena_changes",
+        "c.slides or c.page_moves or self._uses(c) for c in arena_changes",
+        "c.slides or c.page_moves for c in arena_changes",
     ),
     _fault(
         "in flight",
         "images slide under a step in flight",
         "scheduling/in_flight",
-        "r.slides or r.page_moves or self._uses(r) for r in arena_changes",
-        "r.page_moves or self._uses(r) for r in arena_changes",
+        "c.slides or c.page_moves or self._uses(c) for c in arena_changes",
+        "c.page_moves or self._uses(c) for c in arena_changes",
     ),
     _fault(
         "in flight",
         "pages are copied elsewhere under a step in flight",
         "scheduling/in_flight",
-        "r.slides or r.page_moves or self._uses(r) for r in arena_changes",
-        "r.slides or self._uses(r) for r in arena_changes",
+        "c.slides or c.page_moves or self._uses(c) for c in arena_changes",
+        "c.slides or self._uses(c) for c in arena_changes",
     ),
     _fault(
         "in flight",
         "the pages of a row that gives way are another's before its step commits",
         "scheduling/running_set",
-        "        self._in_flight.took_from(request)\n",
+        "        self._in_flight.reuse_pages_of(request)\n",
         "",
     ),
     _fault(
@@ -629,7 +629,7 @@ FAULTS = (
         "drainer",
         "who was parked takes any place",
         "scheduling/drainer",
-        "own is None or left[victim.digest] / victim.users > own",
+        "own_left is None or left[victim.digest] / victim.users > own_left",
         "True",
     ),
     _fault(
@@ -650,15 +650,15 @@ FAULTS = (
         "drainer",
         "rows are parked though pages are short",
         "scheduling/loads",
-        "if self._running_set.short or not self._running_set.ample or self._prompts_pile_up():",
+        "if pages_short or self._prompts_pile_up():",
         "if self._prompts_pile_up():",
     ),
     _fault(
         "drainer",
         "rows are parked though prompts pile up",
         "scheduling/loads",
-        "if self._running_set.short or not self._running_set.ample or self._prompts_pile_up():",
-        "if self._running_set.short or not self._running_set.ample:",
+        "if pages_short or self._prompts_pile_up():",
+        "if pages_short:",
     ),
     _fault(
         "drainer",

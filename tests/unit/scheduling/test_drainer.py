@@ -96,7 +96,7 @@ def test_a_place_is_kept_too_against_one_that_parks() -> None:
     assert core.drainer.drains
     core.add(new("urgent", "d", priority=-9), 0.5)
     plan, _ = run(core, 0.5)
-    assert set(evicted(plan)).isdisjoint(core.drainer.kept("d"))
+    assert set(evicted(plan)).isdisjoint(core.drainer.reserved_for_others("d"))
 
 
 def test_a_cancelled_waiter_ends_its_drain() -> None:

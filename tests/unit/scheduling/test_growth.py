@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from replica.scheduling.growth import AGAIN_MAX, Growth
+from replica.scheduling.growth import RECOMPUTED_MAX, Growth
 from replica.scheduling.request import Phase, Request, Sampling
 from replica.scheduling.scheduler import Scheduler
 from replica.scheduling.timeline import Event
@@ -42,7 +42,7 @@ def test_the_horizon_follows_the_outputs_of_late() -> None:
 
 def test_what_was_computed_again_stretches_the_horizon_until_it_has_no_end() -> None:
     window = 20 * 1000  # half of what counts as of late
-    some, most = int(window * AGAIN_MAX / 2), int(window * AGAIN_MAX)
+    some, most = int(window * RECOMPUTED_MAX / 2), int(window * RECOMPUTED_MAX)
     assert spent(some).horizon == pytest.approx(2 * 512, rel=0.01)
     assert spent(most).horizon == math.inf
     assert spent(most, outputs=0.0).horizon == math.inf
@@ -113,7 +113,7 @@ def test_whatever_is_asked_for_little_is_computed_again(seed: int) -> None:
     core = scheduler(pages=24, context=256, rows=16, tokens=128)
     thrash(core, seed, 2000)
     assert core.timelines.counts[Event.PREEMPTED] > 0
-    assert core.growth.over_needed <= 1 + 2 * AGAIN_MAX
+    assert core.growth.over_needed <= 1 + 2 * RECOMPUTED_MAX
 
 
 def test_with_a_horizon_that_never_stretches_the_same_is_computed_again_and_again(
