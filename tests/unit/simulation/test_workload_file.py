@@ -129,7 +129,7 @@ def test_ranks_go_round_over_the_adapters() -> None:
         ({"card": {"decode_ms": 1}}, "card.copy_gb_s: None is not a mapping"),
         ({"card": {**NUMBERS, "decode_ms": 0}}, "card.decode_ms: 0 must be more than 0"),
         ({"card": {**NUMBERS, "watts": 1}}, "card: unknown key 'watts'"),
-        ({"card": NUMBERS}, "memory: required, for the card does not say"),
+        ({"card": NUMBERS}, "memory: required, because the card"),
         ({"memory": "6 apples"}, "memory: '6 apples' is not a size"),
         ({"memory": -1}, "memory: '-1' is not a size"),
         ({"memory": "6GB", "kv_pages": 1}, "memory: 6000000000, but kv_pages is given too"),
