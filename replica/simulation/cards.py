@@ -17,8 +17,8 @@ that is not pinned:
 
     upstream's load = 448 × 50 µs + bytes ÷ upstream rate
 
-`fixed_s` and `upstream_bytes_per_s` are not hardware figures. Each is fitted to one published figure
-per card. All other published figures are predicted, and `comparison.py` checks the predictions:
+`fixed_s` and `upstream_bytes_per_s` are not hardware figures. Each is fitted to one published
+figure per card. All other published figures are predicted, and `comparison.py` checks them:
 
     H200  fixed_s 4.5 ms: 14795's mean E2E of the base stream without LoRA traffic, 4,829 ms
           upstream rate 11 GB/s: 15512-large's mean TTFT before, 2,221 ms
@@ -112,7 +112,7 @@ class Card:
 
     @property
     def shared_pages(self) -> int:
-        """Pages of 16 tokens that adapters and KV share, if a tenth of the memory is left to torch."""
+        """Pages of 16 tokens that adapters and KV share. A tenth of the memory is left to torch."""
         return int((0.9 * self.memory_bytes - ALL_WEIGHT_BYTES) / PAGE_BYTES)
 
 

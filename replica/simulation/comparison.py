@@ -114,7 +114,7 @@ def reproduction(compared: Compared) -> Iterator[Check]:
             same = (after < before) == (found["after"] < found["before"])
             text = (
                 f"{stream.name} {TITLES[key]}: {_ms(found['before'])} → {_ms(found['after'])}, "
-                f"the same direction as {_ms(before)} → {_ms(after)}"
+                f"the way of {_ms(before)} → {_ms(after)}"
             )
             yield Check(same, text)
 
@@ -198,7 +198,7 @@ def lines(compared: Compared) -> Iterator[str]:
     reproduced = list(reproduction(compared))
     if reproduced:
         holding = sum(check.holds for check in reproduced)
-        yield f"  reproduced: {holding} of {len(reproduced)} comparisons with published figures"
+        yield f"  reproduced: {holding} of {len(reproduced)} comparisons with what was published"
     for check in reproduced:
         if not check.holds:
             yield f"  ✗ {check.text}"
@@ -234,8 +234,8 @@ def _mixing_costs(compared: Compared) -> Iterator[str]:
     found = replay(alone, "ours", range(compared.seeds), compared.depth).median("base")
     mixed = compared.median("ours", "base")
     yield (
-        f"    ours with prompts computed alone: TTFT median {_ms(found.ttft_p50_ms)}, "
-        f"E2E mean {_ms(found.e2e_mean_ms)}; mixed with decodes: {_ms(mixed.ttft_p50_ms)}, "
+        f"    ours with prompts in batches of their own: TTFT median {_ms(found.ttft_p50_ms)}, "
+        f"E2E mean {_ms(found.e2e_mean_ms)}; in one with decodes: {_ms(mixed.ttft_p50_ms)}, "
         f"{_ms(mixed.e2e_mean_ms)}"
     )
 
