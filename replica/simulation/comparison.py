@@ -92,7 +92,7 @@ def _json(compared: Compared, policy: str) -> object:
 
 
 def reproduction(compared: Compared) -> Iterator[Check]:
-    """Each published figure is simulated within a factor of 2, and changes in the same direction."""
+    """Each published figure is simulated within a factor of 2, and its change has the same sign."""
     name = compared.table.name
     for stream in compared.table.streams:
         stated = {p: published(name, p, stream.name) for p in ("before", "after")}
@@ -205,8 +205,8 @@ def lines(compared: Compared) -> Iterator[str]:
 
 
 HEADER = (
-    "Medians over the seeds. The first two columns are published. The others are simulated: "
-    "upstream before and after, ours with the same places, and ours with one memory for adapters "
+    "Medians over the seeds. First two columns: published. The others: simulated, "
+    "upstream before and after, ours at the same places, and ours with one memory for adapters "
     "and KV pages on the whole card."
 )
 
