@@ -170,9 +170,7 @@ class AdapterCache:
         adapter.used_s = now_s
 
     def make_room(self, digest: str, victims: Sequence[str], now_s: float) -> ArenaChange:
-        """Evict `victims` (from `VictimSearch.for_image`), slide or grow as needed, and begin the
-        load.
-        """
+        """Evict `victims` (see `VictimSearch.for_image`), make a hole, and begin the load."""
         adapter = self.adapters[digest]
         assert adapter.tier in (Tier.DISK, Tier.HOST, Tier.FAILED)
         evictions = tuple(self._evict(self.adapters[v], now_s) for v in victims)

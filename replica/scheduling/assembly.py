@@ -45,19 +45,13 @@ def assemble(
     costs: Costs,
 ) -> Scheduler:
     """context: longest prompt + output, in tokens. alignment: of images, in bytes."""
-    slots = config.directory_slots - 1
+    step_tokens = max(config.step_tokens_max, config.batch_rows_max)
     pages = Pages(memory.pages, config.page_tokens, config.prefix_cache)
     extents = Extents(0 if memory.shared else memory.arena_bytes, alignment)
-    step_tokens = max(config.step_tokens_max, config.batch_rows_max)
-    budget = None
-    if memory.shared:
-        headroom = config.headroom_pages
-        if headroom is None:
-            headroom = config.batch_rows_max + pages.needed(step_tokens)
-        budget = Budget(extents, pages, memory.page_bytes, memory.context_pages, headroom)
+    budget = _budget(config, memory, pages, extents, step_tokens) if memory.shared else None
     adapter_cache = AdapterCache(
         extents,
-        config.slots_max or slots,
+        config.slots_max or config.directory_slots - 1,
         ORDERS[config.eviction],
         costs.copy_s,
         config.load_retry_s,
@@ -97,3 +91,12 @@ def assemble(
         Share(on=config.fair_share),
         Growth(config.page_tokens, memory.pages * config.page_tokens, config.growth_outputs),
     )
+
+
+def _budget(
+    config: EngineConfig, memory: Division, pages: Pages, extents: Extents, step_tokens: int
+) -> Budget:
+    headroom = config.headroom_pages
+    if headroom is None:
+        headroom = config.batch_rows_max + pages.needed(step_tokens)
+    return Budget(extents, pages, memory.page_bytes, memory.context_pages, headroom)

@@ -41,8 +41,9 @@ _LATE_TURNS = 10
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """drain_wait_threshold_s: how long an adapter starves before another is drained for it (0:
-        never).
+    """How adapters take turns.
+
+    drain_wait_threshold_s: how long an adapter starves before another is drained for it; 0: never.
     quantum_s: shortest slice.
     head_start_s: how much longer a parked adapter must have starved to go before one with a request
         that has no token yet (see `service_order.py`).
@@ -96,8 +97,7 @@ class Drainer:
         return {victim for victim, drain in self.drains.items() if drain.starving == digest}
 
     def tick(self) -> None:
-        """End each drain whose starving adapter got a load or stopped waiting, or whose victim
-        left.
+        """End drains whose starving adapter loads or stopped waiting, or whose victim left.
 
         Also end a drain if the victim's rows left before their first step. Such a victim is not
         evicted until its requests have run, and the drain would keep them out.
@@ -214,8 +214,7 @@ class Drainer:
         return self.bound_s(1, 1, adapter.bytes)
 
     def reserves_places_for(self, digest: str, keep: set[str], now_s: float) -> bool:
-        """True if this adapter has waited longer than one slice, so the next free places are its
-        own.
+        """True if it has waited longer than one slice, so the next free places are reserved for it.
 
         Otherwise small images could forever take, one by one, the places that a large one needs
         together.

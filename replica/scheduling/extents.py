@@ -57,8 +57,8 @@ class Extents:
         return clone
 
     def packed(self, gone: Collection[str], immovable: Collection[str]) -> tuple[int, int]:
-        """Layout after `gone` left and the others slid down: the end of the last image, and the
-        largest hole below it.
+        """(end of the last image, largest hole below it) after `gone` left and the others slid
+        down.
         """
         gone = frozenset(gone)
         end = hole = 0

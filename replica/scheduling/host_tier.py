@@ -1,6 +1,4 @@
-"""Which images host memory keeps, so that a reload need not read files. Drops the least recently
-used.
-"""
+"""Which images host memory keeps, to reload without files. Drops the least recently used."""
 
 from collections import OrderedDict
 

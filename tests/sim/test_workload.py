@@ -1,6 +1,4 @@
-"""A simulated workload: invariants after each step, figures by hand, and no collapse under
-overload.
-"""
+"""Simulated workloads: invariants at each step, figures by hand, no collapse under overload."""
 
 import dataclasses
 import json

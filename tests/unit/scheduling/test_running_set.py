@@ -114,9 +114,7 @@ def test_a_large_prompt_is_not_passed_over_forever() -> None:
 
 
 def test_a_large_prompt_of_an_absent_adapter_is_not_passed_over_forever() -> None:
-    """Otherwise pages would be saved only once it has a place, and a place given only once it has
-    pages.
-    """
+    """Else its pages would wait for a place, and its place for pages."""
     core = scheduler(pages=10, sharing=PARK, arena=80, page_wait_max_s=1.0)
     begin(core, new("x", "a", prompt=20, max_tokens=20), new("y", "b", prompt=20, max_tokens=20))
     core.add(new("large", "c", prompt=100, max_tokens=2), 0.0)
