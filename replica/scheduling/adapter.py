@@ -1,4 +1,4 @@
-"""One adapter on one device, and what is to be done to bring it there or let it go."""
+"""One adapter on one device, and the commands that load it, evict it or move its image."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,13 +8,19 @@ from cluster.values import Tier
 
 @dataclass(slots=True)
 class Adapter:
-    """One registered version. path: the directory of its files.
+    """One registered version.
 
-    claims: its requests that have not ended. users: those of them that run. held: its requests
-    that have ended while a step in flight names them.
-    fresh: loaded, but no row has run with it since. slice_s: when its first row ran since.
-    starved_s: since when a request waits while it is not on the device.
-    frequency: uses a second, decayed (see `_use`).
+    path: directory of its files.
+    claims: its requests that have not ended.
+    users: its running rows.
+    held: its requests that have ended while a step in flight still names them.
+    since_s: when `tier` last changed.
+    used_s: when a row last started or stopped running with it.
+    fresh: loaded, and no row has run with it since.
+    slice_s: when the first row ran after the load; its slice starts then.
+    starved_s: since when requests have waited for it while it was off the device.
+    frequency: uses per second, decayed (see `adapter_cache._use`).
+    leaving: forgotten; it is dropped when its last request ends.
     """
 
     digest: str
@@ -39,13 +45,13 @@ class Adapter:
 
     @property
     def wanted(self) -> bool:
-        """A request waits for it."""
+        """True if a request waits for it."""
         return self.claims > self.users
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Copy the image of `digest` from `source` to byte `offset` of the arena; it will be `slot`."""
+    """Copy the image of `digest` from `source` to byte `offset` of the arena, as `slot`."""
 
     digest: str
     path: str
@@ -63,9 +69,9 @@ class Evict:
 
 @dataclass(frozen=True, slots=True)
 class Slide:
-    """Slide the image of `slot` from byte `source` down to byte `target`.
+    """Move the image of `slot` down from byte `source` to byte `target`.
 
-    The slot is that of the time of planning: a later room of the same plan may evict the adapter.
+    `slot` is the one at planning time: a later change of the same plan may evict the adapter.
     """
 
     slot: int
@@ -76,7 +82,7 @@ class Slide:
 
 @dataclass(frozen=True, slots=True)
 class PageMove:
-    """Copy the whole KV page `source` to `target`, which nobody holds before that."""
+    """Copy the whole KV page `source` to `target`, a page with no holder."""
 
     source: int
     target: int
@@ -84,9 +90,10 @@ class PageMove:
 
 @dataclass(frozen=True, slots=True)
 class ArenaChange:
-    """What makes place for one load: evictions, then slides, then page_moves, then the load.
+    """Changes to adapter memory, in this order: evictions, slides, page_moves, load.
 
-    page_moves: pages that lay where the arena grows. load: None where adapters make room for pages.
+    page_moves: KV pages moved out of the bytes that the arena grows into.
+    load: None if adapters give memory up for KV pages.
     """
 
     evictions: tuple[Evict, ...]
@@ -98,18 +105,20 @@ class ArenaChange:
 def no_room(
     size: int, pinned: bool, others: Iterable[tuple[int, bool]], capacity: int, slots: int
 ) -> str | None:
-    """Why an image can never be served beside `others` (bytes, pinned), in words; None if it can.
+    """Why the image cannot be served beside `others`, as a noun phrase; None if it can.
 
-    Pinned images together must leave room for the largest of the others.
+    others: (bytes, pinned) of each other image.
+
+    Pinned images together must leave room for the largest unpinned one.
     """
     images = [*others, (size, pinned)]
-    kept = [bytes for bytes, pin in images if pin]
+    pinned_bytes = [bytes for bytes, pin in images if pin]
     largest = max((bytes for bytes, pin in images if not pin), default=0)
-    if sum(kept) + largest > capacity:
+    if sum(pinned_bytes) + largest > capacity:
         return (
             f"an image of {size} bytes; there are {capacity} for adapters, of which pinned "
-            f"adapters take {sum(kept)} and the largest other one {largest}"
+            f"adapters take {sum(pinned_bytes)} and the largest other one {largest}"
         )
-    if len(kept) + bool(largest) > slots:
-        return f"{len(kept)} pinned adapters; there are {slots} places"
+    if len(pinned_bytes) + bool(largest) > slots:
+        return f"no place: {len(pinned_bytes)} adapters are pinned and there are {slots} places"
     return None

@@ -1,14 +1,14 @@
-"""Which adapters are on the device, loading or leaving, and who keeps them there.
+"""Which adapters are on the device, loading or leaving, and what keeps them there.
 
     DISK or HOST ── make_room ──> LOADING ── loaded ──> DEVICE ── evict ──> HOST if kept, else DISK
                                    │    ^
-                            failed │    │ make_room, once `retry_s` has come
+                            failed │    │ make_room, at `retry_s` or later
                                    v    │
                                    FAILED
 
-Slot 0 of the device directory is the base model and is not kept here: it needs no load.
-An adapter that is forgotten while requests claim it or a copy is in flight leaves when the last is
-done: a request accepted for a version runs with that version, whatever its name points at by then.
+Slot 0 of the device directory is the base model. It needs no load and is not kept here. A request
+accepted for a version runs with that version, whatever its name points at by then. So a forgotten
+adapter stays until its last request has ended and its copy is done.
 """
 
 import math
@@ -27,9 +27,12 @@ _HALF_LIFE_S = 60.0
 class AdapterCache:
     """The device directory and the arena's bytes.
 
-    slots: rows of the directory besides the base's. order: which to evict first. copy_s: seconds
-    that a load of so many bytes from a tier is expected to take. host: none kept where it is None.
-    budget: where the arena shares its memory with KV pages, it grows before anyone is evicted.
+    slots: directory rows, without the base model's.
+    order: which adapters to evict first.
+    copy_s: expected seconds to load an image of a given size from a given tier.
+    retry_s, retry_max_s: first and longest pause before a failed load is retried.
+    host: the host tier; None keeps no image in host memory.
+    budget: set if the arena shares its memory with KV pages; the arena then grows before it evicts.
     """
 
     def __init__(
@@ -48,12 +51,12 @@ class AdapterCache:
         self.host = host or HostTier(0)
         self.slots = slots
         self.adapters: dict[str, Adapter] = {}
-        self.placed: dict[str, Adapter] = {}  # those that hold a slot
+        self.placed: dict[str, Adapter] = {}  # those with a slot
         self.quarantined: set[str] = set()
-        self.touched: set[str] = set()  # may start or stop to starve; `ServiceOrder` empties it
+        self.touched: set[str] = set()  # may have begun or ceased to starve; for `ServiceOrder`
         self.loading = 0
         self.loads = self.evictions = 0
-        self.wasted = 0  # loads that no row ever used
+        self.wasted = 0  # loads evicted before a row used them
         self._free_slots = list(range(slots, 0, -1))
         self._copy_s = copy_s
         self.victim_search = VictimSearch(
@@ -83,14 +86,14 @@ class AdapterCache:
         return len(self._pinned)
 
     def refusal(self, digest: str, size: int, pinned: bool) -> str | None:
-        """Why it can never be served here, in words; None when it can."""
+        """Why the image can never be served here; None if it can."""
         size = self.extents.aligned(size)
         others = [(a.bytes, a.pinned) for a in self.adapters.values() if a.digest != digest]
         return no_room(size, pinned, others, self.most_bytes, self.slots)
 
     @property
     def most_bytes(self) -> int:
-        """What the arena can ever hold."""
+        """The largest size the arena can reach."""
         return self.extents.capacity if self.budget is None else self.budget.most_bytes
 
     def forget(self, digest: str) -> list[Evict]:
@@ -99,14 +102,14 @@ class AdapterCache:
             return []
         adapter.leaving, adapter.pinned = True, False
         self._pinned.discard(digest)
-        return self._leave(adapter)
+        return self._drop_if_unused(adapter)
 
     def usable(self, digest: str) -> bool:
         adapter = self.adapters.get(digest)
         return adapter is not None and adapter.tier is Tier.DEVICE
 
     def pinned_elsewhere(self, now_s: float) -> list[str]:
-        """Pinned adapters that are not on the device; they are loaded before anyone asks."""
+        """Pinned adapters to load now though no request waits for them."""
         return [
             a.digest
             for a in map(self.adapters.__getitem__, sorted(self._pinned))
@@ -129,25 +132,25 @@ class AdapterCache:
         self._starve(adapter, now_s)
 
     def unclaim(self, digest: str) -> list[Evict]:
-        """A request for it ended; it no longer runs."""
+        """A request for it ended. Its row must have been released."""
         adapter = self.adapters[digest]
         assert adapter.claims > adapter.users
         adapter.claims -= 1
         if not adapter.wanted:
             adapter.starved_s = None
             self.touched.add(digest)
-        return self._leave(adapter)
+        return self._drop_if_unused(adapter)
 
     def hold(self, digest: str) -> None:
-        """A request for it ends, but a step in flight names it."""
+        """A request for it ended while a step in flight names the adapter."""
         self.adapters[digest].held += 1
 
     def let_go(self, digest: str) -> list[Evict]:
-        """That step has committed."""
+        """The last step that named a held request has committed."""
         adapter = self.adapters[digest]
         assert adapter.held > 0
         adapter.held -= 1
-        return self._leave(adapter)
+        return self._drop_if_unused(adapter)
 
     def acquire(self, digest: str, now_s: float) -> None:
         """A row is about to run with it."""
@@ -160,14 +163,14 @@ class AdapterCache:
         adapter.used_s = now_s
 
     def release(self, digest: str, now_s: float) -> None:
-        """A row stopped running; its request goes on waiting, or ends with `unclaim`."""
+        """A row stopped running. Its request waits again, or ends with `unclaim`."""
         adapter = self.adapters[digest]
         assert adapter.users > 0
         adapter.users -= 1
         adapter.used_s = now_s
 
     def make_room(self, digest: str, victims: Sequence[str], now_s: float) -> ArenaChange:
-        """Begin a load in the place of `victims`, as `victims.for_image` gave them."""
+        """Evict `victims` (see `VictimSearch.for_image`), make a hole, and begin the load."""
         adapter = self.adapters[digest]
         assert adapter.tier in (Tier.DISK, Tier.HOST, Tier.FAILED)
         evictions = tuple(self._evict(self.adapters[v], now_s) for v in victims)
@@ -182,7 +185,7 @@ class AdapterCache:
         if offset is None and self.budget is not None:
             page_moves = self.budget.grow(self.extents.end + adapter.bytes)
             offset = self.extents.take(digest, adapter.bytes)
-        assert offset is not None, "the victims were not enough"
+        assert offset is not None, "the victims free too few bytes"
         slides = self._slides(shifts)
         adapter.tier, adapter.slot, adapter.since_s = Tier.LOADING, self._free_slots.pop(), now_s
         self.placed[digest] = adapter
@@ -191,7 +194,7 @@ class AdapterCache:
         self.loading += 1
         self.loads += 1
         self._touch(digest)
-        source = self._away(digest)
+        source = self._source_tier(digest)
         if source is Tier.HOST:
             self.host.touch(digest)
         load = Load(digest, adapter.path, adapter.slot, offset, adapter.bytes, source)
@@ -200,10 +203,10 @@ class AdapterCache:
     def make_pages(
         self, count: int, keep: Collection[str], wanted: bool, now_s: float
     ) -> ArenaChange | None:
-        """Give up memory for `count` KV pages; None, and nothing done, when there is not as much.
+        """Give up memory for `count` KV pages. None, and nothing changed, if that is impossible.
 
-        Idle adapters leave for it, but none of `keep`; those that a request waits for only if
-        `wanted`, and those that were loaded for one and have not run yet never.
+        Only idle adapters leave, and none of `keep`. Adapters that a request waits for leave only
+        if `wanted`. An adapter that was loaded for a request and has not run yet never leaves.
         """
         assert self.budget is not None
         end = self.extents.capacity - count * self.budget.page_bytes
@@ -218,27 +221,27 @@ class AdapterCache:
         return ArenaChange(evictions, self._slides(shifts), None)
 
     def keep_on_host(self, digest: str) -> None:
-        """Host memory holds its image from now on; others may have to go for it."""
+        """Host memory holds its image from now on; older images may be dropped for it."""
         for dropped in self.host.keep(digest, self.adapters[digest].bytes):
-            self._left_host(dropped)
+            self._dropped_from_host(dropped)
 
     def begin_on_host(self, digest: str) -> None:
-        """Host memory holds its image before it was ever loaded."""
+        """Host memory holds its image before its first load."""
         adapter = self.adapters[digest]
         assert adapter.tier is Tier.DISK
         self.keep_on_host(digest)
         adapter.tier = Tier.HOST
 
     def drop_from_host(self) -> bool:
-        """Host memory gives up the image that was used longest ago; False when it holds none."""
+        """Drop the least recently used image from host memory. False if there is none."""
         dropped = self.host.drop_oldest()
         if dropped is not None:
-            self._left_host(dropped)
+            self._dropped_from_host(dropped)
         return dropped is not None
 
     def copy_s(self, adapter: Adapter) -> float:
-        """Seconds that bringing it to the device is expected to take, from where it would lie."""
-        return self._copy_s(adapter.bytes, self._away(adapter.digest))
+        """Expected seconds to load it, from the tier it would be loaded from."""
+        return self._copy_s(adapter.bytes, self._source_tier(adapter.digest))
 
     def loaded(self, digest: str, now_s: float) -> list[Evict]:
         adapter = self.adapters[digest]
@@ -247,17 +250,17 @@ class AdapterCache:
         adapter.tier, adapter.since_s, adapter.used_s = Tier.DEVICE, now_s, now_s
         adapter.fresh, adapter.failures, adapter.starved_s = True, 0, None
         self._touch(digest)
-        return self._leave(adapter)
+        return self._drop_if_unused(adapter)
 
     def failed(self, digest: str, reason: str, now_s: float) -> None:
-        """The load broke off. It may be tried again after a pause that doubles each time."""
+        """The load failed. It may be retried after a pause that doubles with each failure."""
         adapter = self.adapters[digest]
         assert adapter.tier is Tier.LOADING
         self.loading -= 1
         self._quarantine(adapter, reason, now_s)
 
     def lost(self, digest: str, reason: str, now_s: float) -> None:
-        """A load that was taken for done (without overlap) has failed; no row uses it."""
+        """Without overlap: a load that was assumed done has failed. No row uses the adapter."""
         adapter = self.adapters[digest]
         assert adapter.tier is Tier.DEVICE and adapter.users == 0
         self._quarantine(adapter, reason, now_s)
@@ -276,14 +279,14 @@ class AdapterCache:
         adapter.reason = reason
         self._touch(adapter.digest)
         self._starve(adapter, now_s)
-        self._leave(adapter)
+        self._drop_if_unused(adapter)
 
     def entries(
         self, epoch_s: float = 0.0, digests: Iterable[str] | None = None
     ) -> list[AdapterState]:
-        """What to publish. Those no longer registered are `absent`.
+        """States to publish. A digest that is not registered is `absent`.
 
-        epoch_s: the Unix time at which this clock was 0.
+        epoch_s: Unix time at which this clock was 0. digests: None for all registered ones.
         """
         entries = []
         for digest in sorted(filter(None, self.adapters if digests is None else digests)):
@@ -303,7 +306,7 @@ class AdapterCache:
         return entries
 
     def changes(self, epoch_s: float = 0.0) -> list[AdapterState]:
-        """The entries that changed since the last call."""
+        """Entries that changed since the last call."""
         if not self._changed:
             return []
         entries = self.entries(epoch_s, self._changed)
@@ -338,13 +341,13 @@ class AdapterCache:
         self._changed.add(digest)
         self.touched.add(digest)
 
-    def _left_host(self, digest: str) -> None:
+    def _dropped_from_host(self, digest: str) -> None:
         gone = self.adapters.get(digest)
         if gone is not None and gone.tier is Tier.HOST:
             gone.tier = Tier.DISK
             self._changed.add(digest)
 
-    def _away(self, digest: str) -> Tier:
+    def _source_tier(self, digest: str) -> Tier:
         return Tier.HOST if digest in self.host else Tier.DISK
 
     def _slides(self, shifts: Iterable[Shift]) -> tuple[Slide, ...]:
@@ -363,12 +366,12 @@ class AdapterCache:
         self.evictions += 1
         self._free_slots.append(slot)
         del self.placed[adapter.digest]
-        adapter.tier, adapter.slot, adapter.since_s = self._away(adapter.digest), None, now_s
+        adapter.tier, adapter.slot, adapter.since_s = self._source_tier(adapter.digest), None, now_s
         self._touch(adapter.digest)
         self._starve(adapter, now_s)
         return Evict(adapter.digest, slot)
 
-    def _leave(self, adapter: Adapter) -> list[Evict]:
+    def _drop_if_unused(self, adapter: Adapter) -> list[Evict]:
         """Drop a forgotten adapter once nothing uses it."""
         if not adapter.leaving or adapter.claims or adapter.held or adapter.tier is Tier.LOADING:
             return []
@@ -386,6 +389,6 @@ class AdapterCache:
 
 
 def _use(adapter: Adapter, now_s: float) -> None:
-    """Count a use: each weighs half as much after `_HALF_LIFE_S`."""
+    """Count a use. Its weight halves every `_HALF_LIFE_S`."""
     decay = math.exp2((adapter.used_s - now_s) / _HALF_LIFE_S)
     adapter.frequency = adapter.frequency * decay + math.log(2) / _HALF_LIFE_S

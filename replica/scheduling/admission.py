@@ -1,8 +1,9 @@
-"""What one engine may hold, and the requests that it can never serve."""
+"""Limits of one engine, and which requests it refuses."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from cluster.errors import BadRequest, ModelNotFound
+from cluster.errors import BadRequest, ModelNotFound, QueueFull
 from replica.scheduling.adapter_cache import AdapterCache
 from replica.scheduling.pages import Pages
 from replica.scheduling.request import NewRequest, Request
@@ -10,11 +11,13 @@ from replica.scheduling.request import NewRequest, Request
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one step, and the queue, may hold.
+    """Limits of a step and of the queue.
 
-    queue_max: requests beyond a full batch. context: the longest prompt + output, in tokens.
-    parked_pages_max: pages that parked rows may hold. page_wait_max_s: how long a request may be
-    passed over for want of pages before the pages that come free are saved for it.
+    queue_max: requests accepted beyond `batch_rows_max`.
+    context: longest prompt + output, in tokens.
+    parked_pages_max: KV pages that parked rows may hold; None for no limit.
+    page_wait_max_s: how long others may pass a request that finds no KV pages. After that, free
+        pages are saved for it.
     """
 
     batch_rows_max: int
@@ -27,12 +30,14 @@ class Limits:
     page_wait_max_s: float = 2.0
 
 
-def admissible(new: NewRequest, limits: Limits, pages: Pages, adapter_cache: AdapterCache) -> None:
-    """Raises a FleetError when it could not run even alone."""
+def check_admissible(
+    new: NewRequest, limits: Limits, pages: Pages, adapter_cache: AdapterCache
+) -> None:
+    """Raise a FleetError if the request could not run even alone."""
     assert new.prompt and new.sampling.max_tokens > 0
     if len(new.prompt) >= limits.context:
         raise BadRequest(
-            f"prompt: {len(new.prompt)} tokens leave no room for an answer in a context of "
+            f"prompt: {len(new.prompt)} tokens leave no room for output in a context of "
             f"{limits.context}",
             field="prompt",
         )
@@ -49,8 +54,21 @@ def admissible(new: NewRequest, limits: Limits, pages: Pages, adapter_cache: Ada
             raise ModelNotFound(f"adapter {new.digest[:12]} is not registered here")
 
 
+def check_queue(
+    waiting: int, running: Collection[Request], limits: Limits, decode_s: float
+) -> None:
+    """Raise QueueFull if the engine has all the requests it may. decode_s: of one step."""
+    if waiting + len(running) < limits.queue_max + limits.batch_rows_max:
+        return
+    left = min((r.remaining for r in running), default=1)
+    raise QueueFull(
+        f"the engine is full: {waiting} requests wait and {len(running)} run",
+        retry_after_s=max(1.0, left * decode_s),  # until the first row comes free
+    )
+
+
 def accepted(new: NewRequest, adapter_key: str | None, limits: Limits, now_s: float) -> Request:
-    """place: the adapter it needs on the device."""
+    """adapter_key: what the request needs in the adapter cache; None if nothing."""
     sampling = new.sampling
     stops = sampling.stop_tokens
     if not sampling.ignore_eos:

@@ -1,4 +1,4 @@
-"""From the configuration to a scheduler: what the engine and its twin both start from."""
+"""Builds a scheduler from the configuration, for the engine and for the simulator."""
 
 from dataclasses import dataclass
 
@@ -20,9 +20,12 @@ from replica.scheduling.victims import ORDERS
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """pages: besides the one that nobody has, which rows that pad a batch write to. arena_bytes:
-    the most that images may take. context_pages: of the longest sequence. shared: images lie where
-    the first pages would be; then so many pages are there only while there are no images.
+    """How device memory is divided.
+
+    pages: KV pages; excludes page 0, the scratch page that padding rows write to.
+    context_pages: KV pages of the longest sequence.
+    arena_bytes: the most that images may take.
+    shared: images and KV pages share one memory; images take the lowest pages.
     """
 
     pages: int
@@ -41,20 +44,14 @@ def assemble(
     alignment: int,
     costs: Costs,
 ) -> Scheduler:
-    """context: tokens of the longest prompt + output. alignment: of images, in bytes."""
-    slots = config.directory_slots - 1
+    """context: longest prompt + output, in tokens. alignment: of images, in bytes."""
+    step_tokens = max(config.step_tokens_max, config.batch_rows_max)
     pages = Pages(memory.pages, config.page_tokens, config.prefix_cache)
     extents = Extents(0 if memory.shared else memory.arena_bytes, alignment)
-    step_tokens = max(config.step_tokens_max, config.batch_rows_max)
-    budget = None
-    if memory.shared:
-        headroom = config.headroom_pages
-        if headroom is None:
-            headroom = config.batch_rows_max + pages.needed(step_tokens)
-        budget = Budget(extents, pages, memory.page_bytes, memory.context_pages, headroom)
+    budget = _budget(config, memory, pages, extents, step_tokens) if memory.shared else None
     adapter_cache = AdapterCache(
         extents,
-        config.slots_max or slots,
+        config.slots_max or config.directory_slots - 1,
         ORDERS[config.eviction],
         costs.copy_s,
         config.load_retry_s,
@@ -94,3 +91,12 @@ def assemble(
         Share(on=config.fair_share),
         Growth(config.page_tokens, memory.pages * config.page_tokens, config.growth_outputs),
     )
+
+
+def _budget(
+    config: EngineConfig, memory: Division, pages: Pages, extents: Extents, step_tokens: int
+) -> Budget:
+    headroom = config.headroom_pages
+    if headroom is None:
+        headroom = config.batch_rows_max + pages.needed(step_tokens)
+    return Budget(extents, pages, memory.page_bytes, memory.context_pages, headroom)

@@ -1,11 +1,11 @@
-"""Which bytes of the adapter arena belong to whom.
+"""Which bytes of the adapter arena hold which image.
 
 Every image is one contiguous extent. Free bytes may be scattered:
 
-    |AAAA....BBB..CCCCCC....|      a 10-byte image fits no hole, though 10 bytes are free
-    |AAAABBBCCCCCC..........|      after B and C slid down it does
+    |AAAA....BBB..CCCCCC....|      10 bytes are free, but no hole fits a 10-byte image
+    |AAAABBBCCCCCC..........|      after B and C slid down, one does
 
-An extent that is being copied into cannot move; those behind it slide only up to its end.
+An extent that is being copied into cannot move. Extents above it slide down only to its end.
 """
 
 from collections.abc import Collection
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Shift:
-    """Move the image of `digest` from byte `source` down to byte `target`."""
+    """Move the image of `digest` down from byte `source` to byte `target`."""
 
     digest: str
     source: int
@@ -23,7 +23,7 @@ class Shift:
 
 
 class Extents:
-    """Offsets and sizes in bytes, multiples of `alignment`."""
+    """Offsets and sizes are in bytes, multiples of `alignment`."""
 
     def __init__(self, capacity: int, alignment: int = 256) -> None:
         self.alignment = alignment
@@ -41,7 +41,7 @@ class Extents:
 
     @property
     def end(self) -> int:
-        """Of the last image: nothing lies behind it."""
+        """End of the last image."""
         return max((offset + size for offset, size in self._spans.values()), default=0)
 
     def resize(self, capacity: int) -> None:
@@ -52,13 +52,14 @@ class Extents:
         return self._spans[digest][0]
 
     def copy(self) -> "Extents":
-        twin = Extents(self.capacity, self.alignment)
-        twin._spans, twin.used = dict(self._spans), self.used
-        return twin
+        clone = Extents(self.capacity, self.alignment)
+        clone._spans, clone.used = dict(self._spans), self.used
+        return clone
 
     def packed(self, gone: Collection[str], immovable: Collection[str]) -> tuple[int, int]:
-        """Once these have left and the others slid down: where the last image ends, and the largest
-        hole before it."""
+        """(end of the last image, largest hole below it) after `gone` left and the others slid
+        down.
+        """
         gone = frozenset(gone)
         end = hole = 0
         for offset, size, digest in self._in_order():
@@ -71,7 +72,7 @@ class Extents:
         return end, hole
 
     def take(self, digest: str, size: int) -> int | None:
-        """The offset of the first hole that fits, or None and nothing changed."""
+        """Offset of the first hole that fits; None, and nothing changed, if there is none."""
         assert digest not in self._spans
         size = self.aligned(size)
         end = 0
@@ -91,7 +92,7 @@ class Extents:
         self._ordered = None
 
     def slide(self, immovable: Collection[str]) -> list[Shift]:
-        """Move everything down as far as it goes. In the order to carry them out."""
+        """Move every image down as far as it goes. Returns the shifts, in order."""
         shifts = []
         end = 0
         for offset, size, digest in self._in_order():
@@ -104,7 +105,7 @@ class Extents:
         return shifts
 
     def _in_order(self) -> list[tuple[int, int, str]]:
-        """(offset, size, digest) from the first byte to the last."""
+        """(offset, size, digest) by rising offset."""
         if self._ordered is None:
             self._ordered = sorted((*span, digest) for digest, span in self._spans.items())
         return self._ordered

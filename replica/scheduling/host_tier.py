@@ -1,11 +1,10 @@
-"""Which images host memory keeps, so that an adapter comes back without its files: least recently
-used out first."""
+"""Which images host memory keeps, to reload without files. Drops the least recently used."""
 
 from collections import OrderedDict
 
 
 class HostTier:
-    """Accounts for bytes only; the images themselves are the engine's."""
+    """Accounts for bytes only. The engine holds the images."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -19,7 +18,7 @@ class HostTier:
         return size <= self.capacity
 
     def keep(self, digest: str, size: int) -> list[str]:
-        """Keep an image, as the most recently used one. Gives those that had to go for it."""
+        """Keep an image as the most recently used. Returns those dropped for it."""
         assert self.fits(size) and digest not in self
         self._sizes[digest] = size
         self.used += size

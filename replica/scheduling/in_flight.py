@@ -1,17 +1,18 @@
-"""Steps that were planned and have not committed, and what must stay as it is until they have.
+"""Steps that were planned but have not committed, and what must not change until they have.
 
     depth 1    plan 1   run 1 ──────> commit 1   plan 2   run 2 ──────> commit 2
     depth 2    plan 1   run 1 ─────────────────> run 2 ───────────────> run 3
                         plan 2        commit 1   plan 3       commit 2  …
 
-A step in flight names the pages of its rows, the slots of their adapters and the bytes of those.
-What it names is given up in one of two ways:
+A step in flight references the pages of its rows, and the slots and bytes of their adapters. These
+are given up in one of two ways:
 
-- A request that ends (by a token that nobody knew, or cancelled) lingers until the last step that
-  names it commits; so does its adapter, when it was forgotten. What a row of it gives is dropped.
-- A plan that takes what is named for somebody else (pages of a row that gives way, the place of an
-  adapter whose rows are parked, images that slide, pages that are copied elsewhere) waits: it is
-  carried out when the step in flight has committed.
+- A request that ends (by a token unknown at planning, or cancelled) keeps its pages until the last
+  step that references it commits. So does its adapter, if it was forgotten. What its row yields is
+  dropped.
+- A plan that gives referenced memory to others waits: it is carried out when the step in flight has
+  committed. Such a plan preempts a row, parks the rows of an adapter and evicts it, slides images,
+  or copies pages elsewhere.
 """
 
 from collections import deque
@@ -21,40 +22,41 @@ from replica.scheduling.adapter import ArenaChange
 from replica.scheduling.plan import Plan, Work
 from replica.scheduling.request import Request
 
-# Only the tokens of the launch before can be carried into a row.
+# A row can take its input token only from the launch right before it.
 _AHEAD_MAX = 1
 
 
 class InFlight:
-    """At most one step in flight while the next one is planned.
+    """At most one step is in flight while the next one is planned.
 
-    lingering: ended, but named by a step in flight.
+    deferred_free: ended requests that a step in flight still references.
+    number: of the step planned last.
     """
 
     def __init__(self) -> None:
         self.plans: deque[Plan] = deque()
         self.deferred_free: list[Request] = []
-        self.number = 0  # of the step that was planned last
+        self.number = 0
         self.committed = 0
-        self._waits_for = 0  # the plan that was made last waits for this step
+        self._waits_for = 0  # the newest plan waits until this step has committed
 
     def begin(self) -> None:
         """A step is about to be planned."""
-        assert len(self.plans) <= _AHEAD_MAX, "too far ahead"
-        assert self._waits_for <= self.committed, "the plan before was to wait"
+        assert len(self.plans) <= _AHEAD_MAX, "planned too far ahead"
+        assert self._waits_for <= self.committed, "the previous plan still waits"
         self.number += 1
 
     def references(self, request: Request) -> bool:
         return request.step > self.committed
 
-    def took_from(self, request: Request) -> None:
-        """Its pages may be somebody else's in the plan that is being made."""
-        assert request.step < self.number, "a row is being planned for it"
+    def reuse_pages_of(self, request: Request) -> None:
+        """The plan in progress may give the request's pages to another."""
+        assert request.step < self.number, "it has a row in the plan in progress"
         self._waits_for = max(self._waits_for, request.step)
 
-    def took(self, arena_changes: Sequence[ArenaChange]) -> None:
-        """The plan that is being made evicts, slides and copies these."""
-        if self.plans and any(r.slides or r.page_moves or self._uses(r) for r in arena_changes):
+    def reuse_memory(self, arena_changes: Sequence[ArenaChange]) -> None:
+        """The plan in progress makes these changes."""
+        if self.plans and any(c.slides or c.page_moves or self._uses(c) for c in arena_changes):
             self._waits_for = self.plans[-1].number
 
     @property
@@ -65,7 +67,7 @@ class InFlight:
         self.plans.append(plan)
 
     def narrow(self, plan: Plan, dropped: Sequence[Work]) -> None:
-        """The newest step has become `plan`; it does not name what was dropped."""
+        """Replace the newest step by `plan`, which lacks the rows in `dropped`."""
         self.plans.pop()
         before = {id(work.request) for earlier in self.plans for work in earlier.rows}
         number = self.plans[-1].number if self.plans else 0
@@ -80,7 +82,7 @@ class InFlight:
         self.committed = plan.number
 
     def released(self) -> list[Request]:
-        """Ended requests that no step names any more."""
+        """Ended requests that no step references any more."""
         if not self.deferred_free:
             return []
         released = [request for request in self.deferred_free if not self.references(request)]
@@ -88,15 +90,15 @@ class InFlight:
         return released
 
     def check(self, page_tokens: int, slots: dict[str | None, int | None]) -> None:
-        """slots: of each adapter, by place."""
+        """slots: of each adapter, by `adapter_key`."""
         for plan in self.plans:
             if plan.number <= self._waits_for:
-                continue  # what it names is taken, by a plan that is carried out after it
+                continue  # the newest plan reuses its memory, and waits for it
             for request, _, end, slot, _ in plan.rows:
                 assert request.step >= plan.number
-                assert len(request.pages) * page_tokens >= end, "pages of a step in flight"
+                assert len(request.pages) * page_tokens >= end, "a step in flight lost its pages"
                 here = slots.get(request.adapter_key)
-                assert here is not None, "an adapter of a step in flight has left"
+                assert here is not None, "an adapter of a step in flight left"
                 assert request.digest is None or here == slot
         assert all(map(self.references, self.deferred_free))
 

@@ -1,16 +1,16 @@
 """KV pages: who holds which, which are free, and which free ones still hold a known prefix.
 
-    take ──> held ── give_back ──> free, or cached when its tokens were published
+    take ──> held ── give_back ──> free, or cached if its tokens were published
               ^                       │
-              └── match ──────────────┘   (taken for other tokens when no page is free)
+              └── match ──────────────┘   (reused for other tokens when no page is free)
 
-A full page is known by the page before it and its own tokens, the first page by its root: the
-adapter's digest, None for the base model. Even an adapter that leaves k and v alone has a root of
-its own, for its other projections change what the next layers see. Keys are exact, not hashes of
-content, so that two prefixes are never taken for one another.
+A full page is identified by the page before it and its own tokens, a first page by its root: the
+adapter's digest, or None for the base model. An adapter that leaves k and v unchanged still has its
+own root, because its other projections change the input of later layers. Keys are exact instead of
+content hashes, so that two prefixes are never confused.
 
-Pages are handed out highest id first: where adapters share the memory (`budget.py`), the lowest
-are theirs, and those next to them are to be free when they want more.
+Pages are handed out by falling id. If adapters share the memory (`budget.py`), they have the lowest
+pages, and the ones next to these should be free when the arena grows.
 """
 
 import heapq
@@ -23,14 +23,14 @@ Key = tuple["Root | int", tuple[int, ...]]
 
 
 class Prefix(NamedTuple):
-    """What was found of a prompt. link: names the last page found, or the root."""
+    """The cached prefix of a prompt. link: identifies its last page, or the root."""
 
     pages: tuple[int, ...]
     link: Root | int
 
 
 class Pages:
-    """Pages of `page_tokens` tokens each, handed out by id: those from `first` up to `total`."""
+    """Pages of `page_tokens` tokens, with ids from `first` up to, but not including, `total`."""
 
     def __init__(self, capacity: int, page_tokens: int, cache: bool = True) -> None:
         assert capacity > 0 and page_tokens > 0
@@ -38,9 +38,11 @@ class Pages:
         self.first = 0
         self.page_tokens = page_tokens
         self._cache = cache
-        # A heap of negative ids. Those below `first` lie in it too, where nobody comes to them.
+        # A heap of negative ids. It also has those below `first`, which are never popped.
         self._free = [-page for page in range(capacity - 1, -1, -1)]
-        self._unused: OrderedDict[int, None] = OrderedDict()  # cached, held by nobody, oldest first
+        self._unused: OrderedDict[int, None] = (
+            OrderedDict()
+        )  # cached without a holder, oldest first
         self._holders: dict[int, int] = {}
         self._known: dict[Key, int] = {}
         self._keys: dict[int, Key] = {}
@@ -53,7 +55,7 @@ class Pages:
 
     @property
     def free(self) -> int:
-        """Pages that can be taken; some may hold a prefix that is forgotten then."""
+        """Pages that can be taken. Some may hold a cached prefix, which is then forgotten."""
         return len(self._free) - self.first + len(self._unused)
 
     def needed(self, tokens: int) -> int:
@@ -61,7 +63,7 @@ class Pages:
         return -(-tokens // self.page_tokens)
 
     def take(self, count: int) -> list[int] | None:
-        """`count` pages, or None and nothing changed when there are too few."""
+        """`count` pages; None, and nothing changed, if there are too few."""
         if count > self.free:
             return None
         taken = []
@@ -73,10 +75,10 @@ class Pages:
         return taken
 
     def give_back(self, pages: Iterable[int]) -> None:
-        """Raises AssertionError, before changing anything, for a page that is not held."""
+        """Raises AssertionError for a page that is not held, and then changes nothing."""
         pages = list(pages)
         assert len(set(pages)) == len(pages) and all(p in self._holders for p in pages), pages
-        # The end of a prefix is of less use than its beginning, and goes first.
+        # The end of a prefix is less useful than its beginning, so it is forgotten first.
         for page in reversed(pages):
             self._holders[page] -= 1
             if self._holders[page]:
@@ -88,11 +90,11 @@ class Pages:
                 heapq.heappush(self._free, -page)
 
     def give_up(self, first: int) -> dict[int, int]:
-        """There are no pages below `first` any more; at least as many must be free.
+        """Give all pages below `first` to the arena. At least as many must be free.
 
-        Where one of them is held or known, another takes its place: old → new id, for whoever
-        holds it and for its content to be copied. Prefixes are forgotten, the oldest first, only
-        where too few other pages are free.
+        Returns old → new id for each of them that is held or cached; the caller copies the contents
+        and renames the pages of their holders. Prefixes are forgotten, oldest first, only if too
+        few other pages are free.
         """
         lost = first - self.first
         assert 0 <= lost <= self.free
@@ -112,18 +114,18 @@ class Pages:
         return renamed
 
     def get_back(self, first: int) -> None:
-        """The pages from `first` on are there again, and free."""
+        """The pages from `first` on exist again, and are free."""
         assert 0 <= first <= self.first
         self.first = first
 
     def may_match(self, root: Root, tokens: Sequence[int]) -> bool:
-        """Whether any page is known that `tokens` begin with."""
+        """True if the first page of `tokens` is cached."""
         return (root, tuple(tokens[: self.page_tokens])) in self._known
 
     def match(self, root: Root, tokens: Sequence[int], most: int | None = None) -> Prefix:
-        """The longest known run of full pages at the beginning of `tokens`; they are held now.
+        """The longest cached run of full pages at the start of `tokens`. They are now held.
 
-        most: how many of the tokens may be found; None: all.
+        most: how many of the tokens may be matched; None for all.
         """
         link: Root | int = root
         pages: list[int] = []
@@ -140,7 +142,7 @@ class Pages:
         return Prefix(tuple(pages), link)
 
     def publish(self, link: Root | int, tokens: Sequence[int], page: int) -> Root | int:
-        """A held page was filled with `tokens`, behind `link`. Gives the link of the next one."""
+        """A held page was filled with `tokens`, after `link`. Returns the link of the next page."""
         assert page in self._holders and len(tokens) == self.page_tokens
         if not self._cache:
             return link
@@ -153,20 +155,20 @@ class Pages:
         return self._links[known]
 
     def check(self, holders: Iterable[Iterable[int]]) -> None:
-        """Every page is free, cached, or held, by exactly those in `holders`."""
+        """Every page is free, cached, or held by exactly those in `holders`."""
         counts: dict[int, int] = {}
         for pages in holders:
             for page in pages:
                 counts[page] = counts.get(page, 0) + 1
-        assert counts == self._holders, "pages leaked or used without being taken"
+        assert counts == self._holders, "pages leaked, or are used without being taken"
         assert all(n == 1 or page in self._keys for page, n in counts.items()), (
-            "a page has two holders though its content is not known"
+            "an unpublished page has two holders"
         )
         free = [-page for page in self._free]
         everywhere = sorted([*free, *self._unused, *counts])
-        assert everywhere == list(range(self.total)), "a page is lost or in two places"
+        assert everywhere == list(range(self.total)), "a page is lost or counted twice"
         assert min([*self._unused, *counts], default=self.total) >= self.first, (
-            "a page was given up"
+            "a page that was given up is in use"
         )
         assert {page: key for key, page in self._known.items()} == self._keys
         assert self._links.keys() == self._keys.keys()
@@ -179,7 +181,7 @@ class Pages:
         heapq.heappush(self._free, -page)
 
     def _rename(self, page: int, target: int) -> None:
-        """Its place in `_unused` is the caller's to change."""
+        """The caller updates its position in `_unused`."""
         if page in self._holders:
             self._holders[target] = self._holders.pop(page)
         if page in self._keys:

@@ -1,4 +1,4 @@
-"""What one step is to do: rooms for adapters, then rows, as one batch."""
+"""What one step does: changes to adapter memory, then rows, as one batch."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -8,9 +8,9 @@ from replica.scheduling.request import Delta, Request
 
 
 class Work(NamedTuple):
-    """Compute tokens [start, end) of one request; `sample`: and choose the token that follows.
+    """Compute tokens [start, end) of one request. sample: also choose the next token.
 
-    A tuple, for one is made for each row and step.
+    A tuple for speed: one is made for each row and step.
     """
 
     request: Request
@@ -22,11 +22,13 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """To be carried out in this order: rooms (see there), then the rows as one batch.
+    """Carried out in this order: arena_changes, then rows as one batch.
 
-    number: of the step. waits: it takes what the step in flight names, and is to be carried out
-    when that one has committed. wake_s: when there are no rows, the time at which another step may
-    find some.
+    number: of the step.
+    failed: last deltas of requests whose adapter failed to load.
+    waits: the plan reuses memory that the step in flight references, so it is carried out after
+        that step has committed.
+    wake_s: if there are no rows, when the next step may find some.
     """
 
     number: int

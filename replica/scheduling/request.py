@@ -8,10 +8,13 @@
              │                       │  v
              └── pages dropped ───── PARKED
 
-WAITING: has no pages. RUNNING: holds pages and a row of the batch. PARKED: holds pages, but its
-adapter has left the device. From each of the three it may also become CANCELLED or FAILED, or
-FINISHED: the step in flight when it left the batch may have had its last token. These three are
-final: a request reaches exactly one of them, once.
+    WAITING    has no pages
+    RUNNING    holds pages and a row of the batch
+    PARKED     holds pages, but its adapter left the device
+
+From each of the three it may also become CANCELLED, FAILED, or FINISHED: a step in flight may yield
+its last token after it left the batch. These three are final: a request reaches exactly one of
+them, once.
 """
 
 from collections.abc import Sequence
@@ -52,13 +55,15 @@ class Finish(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are chosen. Ranges are checked where the request enters (`server.py`).
+    """How tokens are chosen. The API checks the ranges.
 
-    temperature: 0 is greedy. top_k: 0 is off. seed: None lets the engine draw one.
+    temperature: 0 is greedy.
+    top_k: 0 is off.
+    seed: None lets the engine draw one.
     stop_tokens: ids that end the request besides the model's own end-of-sequence ids.
-    ignore_eos: the model's end-of-sequence ids do not end it.
-    min_tokens: no end-of-sequence or stop token before this many were generated.
-    logprobs: how many alternatives to report a token; None reports nothing, 0 only the chosen one.
+    ignore_eos: the model's end-of-sequence ids do not end the request.
+    min_tokens: generate at least this many before an end-of-sequence or stop token may end it.
+    logprobs: alternatives to report per token; 0 reports the chosen token only, None nothing.
     """
 
     max_tokens: int = 16
@@ -76,7 +81,7 @@ class Sampling:
 class NewRequest:
     """What enters the engine.
 
-    digest: the adapter's version, None for the base model. priority: lower goes first, as in vLLM.
+    digest: the adapter's version; None for the base model. priority: lower goes first, as in vLLM.
     """
 
     id: str
@@ -96,17 +101,18 @@ class TokenLogprobs:
 
 
 class Sampled(NamedTuple):
-    """What the batch gave a row that was to sample."""
+    """The token chosen for a row."""
 
     token: int
     logprobs: TokenLogprobs | None = None
 
 
 class Delta(NamedTuple):
-    """What one step gave one request. The last delta of a request has `finish` or `error`.
+    """What one step yields for one request. The last delta has `finish` or `error`.
 
-    A tuple, for one is made for each row and step. logprobs: one a token when the request asked for
-    them, else empty. cached_tokens: prompt tokens whose KV was found in the prefix cache.
+    A tuple for speed: one is made for each row and step.
+    logprobs: one per token if the request asked for them, else empty.
+    cached_tokens: prompt tokens found in the prefix cache; set on the first delta.
     """
 
     request_id: str
@@ -123,18 +129,21 @@ class Delta(NamedTuple):
 
 @dataclass(slots=True)
 class Request:
-    """A request inside the engine; only the scheduler changes it.
+    """A request inside the engine. Only the scheduler changes it.
 
-    place: the adapter it needs on the device; None when it needs none. stops: tokens that end it,
-    once it has its `min_tokens`. tokens_max: prompt + output when it ends by length.
+    adapter_key: what it needs in the adapter cache; None if nothing.
+    stops: tokens that end it, once it has `min_tokens`.
+    tokens_max: prompt + output when it ends by length.
+    tokens: prompt + output, with the token that a step in flight will yield.
+    computed: how many of these have keys and values in `pages` once that step has committed.
+    step: the last step that has a row of it.
+    lost: how many tokens were computed when it last gave up its pages.
+    cached: prompt tokens found in the prefix cache at its start.
+    published: full pages that other requests can match.
+    link: identifies the last of these.
+    slot: its adapter's, while it runs.
 
-    What was planned is counted before it has committed (`flight.py`): tokens: length of prompt +
-    output, with a token that a step in flight will give. computed: those of them whose keys and
-    values lie in `pages` when that step has committed. step: the last step that has a row of it.
-    lost: up to which token it was computed when it last gave its pages up.
-
-    cached: prompt tokens that were found in the prefix cache when it began. published: full pages
-    that others can find; link: names the last of them. slot: its adapter's, while it runs.
+    `tokens`, `computed` and `step` count planned steps before they commit (`in_flight.py`).
     """
 
     id: str
@@ -163,16 +172,16 @@ class Request:
 
     @property
     def begun(self) -> bool:
-        """It has a token, or a step in flight will give it one."""
+        """It has a token, or a step in flight will yield one."""
         return self.tokens > len(self.prompt)
 
     @property
     def remaining(self) -> int:
-        """Upper bound of the tokens still to be generated."""
+        """Upper bound on the tokens still to generate."""
         return self.sampling.max_tokens - len(self.output)
 
     def slice(self, start: int, end: int) -> Sequence[int]:
-        """Tokens [start, end) of prompt + output; all of them must be known."""
+        """Tokens [start, end) of prompt + output. All of them must be known."""
         split = len(self.prompt)
         if end <= split:
             return self.prompt[start:end]

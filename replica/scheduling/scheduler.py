@@ -1,6 +1,6 @@
-"""What runs next: one `step` makes a plan, one `commit` takes in what the plan gave.
+"""What runs next: `step` makes a plan, `commit` takes in what the plan yielded.
 
-The next plan may be made before this one has committed (`flight.py`).
+The next plan may be made before this one has committed (`in_flight.py`).
 
     add ──> waiting ── step: admitted ──> running ── commit: last token ──> ended
               ^                           │    ^
@@ -8,27 +8,30 @@ The next plan may be made before this one has committed (`flight.py`).
               │                           v    │
               └── pages dropped ──────── parked
 
-Decode rows come first, then the prompts that have begun, then new ones. A request that cannot run
-(its adapter is on its way, its prompt finds no pages) never stops the scan, unless `on_miss` says
-so. Base requests need no adapter: they wait for pages and batch space alone.
+Decode rows go first, then prompts in progress, then new requests. A request that cannot run (its
+adapter is loading, or it finds no pages) does not stop the scan, unless `on_miss` is "block". Base
+requests need no adapter: they wait for pages and a row only.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from cluster.costs import Costs
-from cluster.errors import AdapterFailed, FleetError, QueueFull
+from cluster.errors import AdapterFailed, FleetError
 from cluster.values import Tier
 from replica.scheduling.adapter import ArenaChange, Evict
 from replica.scheduling.adapter_cache import AdapterCache
-from replica.scheduling.admission import Limits, accepted, admissible
+from replica.scheduling.admission import Limits, accepted, check_admissible, check_queue
+from replica.scheduling.admission_order import AdmissionOrder
 from replica.scheduling.drainer import Drainer, Sharing
 from replica.scheduling.growth import Growth
 from replica.scheduling.in_flight import InFlight
+from replica.scheduling.invariants import check_requests
 from replica.scheduling.loads import BASE_KEY, Loads, Switches
 from replica.scheduling.pages import Pages
 from replica.scheduling.plan import Plan, Work
+from replica.scheduling.prefill_groups import hold_until, is_held
 from replica.scheduling.request import ENDED, Delta, Finish, NewRequest, Phase, Request, Sampled
 from replica.scheduling.running_set import RunningSet
 from replica.scheduling.share import Share
@@ -82,15 +85,21 @@ class Scheduler:
             self.costs,
             self.timelines,
         )
-        self.arrivals: Counter[Tier] = Counter()  # by where the adapter was
+        self._order = AdmissionOrder(
+            self.switches, adapter_cache, self.waiting, self.running_set, self.drainer, self.share
+        )
+        self.arrivals: Counter[Tier] = Counter()  # by the adapter's tier at arrival
         self._requests: dict[str, Request] = {}
         self._evictions: list[Evict] = []
         if not self.switches.base_pinned:
             adapter_cache.register(BASE_KEY, "", 0, pinned=False, now_s=0.0)
 
     def add(self, new: NewRequest, now_s: float) -> Request:
-        """Accept a request, or raise a FleetError and take nothing in."""
-        self._admissible(new)
+        """Accept a request. If it raises a FleetError, nothing has changed."""
+        assert new.id not in self._requests
+        check_admissible(new, self.limits, self.pages, self.adapter_cache)
+        running = self.running_set.running.values()
+        check_queue(len(self.waiting), running, self.limits, self.costs.decode_s)
         adapter_key = new.digest
         if adapter_key is None and not self.switches.base_pinned:
             adapter_key = BASE_KEY
@@ -108,7 +117,7 @@ class Scheduler:
         return request
 
     def cancel(self, request_id: str, now_s: float) -> bool:
-        """False when it has ended already."""
+        """False if it has already ended."""
         request = self._requests.get(request_id)
         if request is None:
             return False
@@ -116,7 +125,7 @@ class Scheduler:
         return True
 
     def forget(self, digest: str) -> None:
-        """No new requests for it; it leaves when those that were accepted have ended."""
+        """Accept no new requests for it. It leaves when the accepted ones have ended."""
         self.share.forget(digest)
         self._evictions += self.adapter_cache.forget(digest)
 
@@ -129,22 +138,22 @@ class Scheduler:
         self.adapter_cache.failed(digest, reason, now_s)
 
     def lost(self, digest: str, reason: str, now_s: float) -> list[Delta]:
-        """Without overlap: a load planned as done has failed, and so do the rows it was for."""
+        """Without overlap: a load that the plan assumed done has failed, and so do its rows."""
         error = AdapterFailed(f"the adapter did not load: {reason}", field="model")
         rows = [r for r in self.running_set.running.values() if r.adapter_key == digest]
         failed = [self._fail(request, error, now_s) for request in rows]
-        if self.adapter_cache.usable(digest):  # else the same plan had it evicted again
+        if self.adapter_cache.usable(digest):  # else the same plan evicted it again
             self.adapter_cache.lost(digest, reason, now_s)
         return failed
 
     def evictions(self) -> list[Evict]:
-        """Adapters that left for good since the last call; their slots are to be cleared."""
+        """Adapters dropped for good since the last call. Their slots must be cleared."""
         evictions, self._evictions = self._evictions, []
         return evictions
 
     @property
     def has_work(self) -> bool:
-        """A request has not ended, or a step has not committed."""
+        """True while a request has not ended, or a step has not committed."""
         return bool(self._requests or self.in_flight.plans)
 
     def step(self, now_s: float) -> Plan:
@@ -155,33 +164,19 @@ class Scheduler:
         arena_changes: list[ArenaChange] = []
         self.running_set.begin_step(arena_changes, self.drainer.drains)
         if self.switches.overlap or self.drainer.sharing.park:
-            arena_changes += self.loads.plan(self._first(), now_s, closed)
-        rows, begun = self._decodes(now_s)
+            changes, closed = self.loads.plan(self._order.blocking_adapter(), now_s)
+            arena_changes += changes
+        rows, prefilling = self._decodes(now_s)
         budget = self.limits.step_tokens_max - len(rows)
-        for request in begun:
+        for request in prefilling:
             if budget <= 0:
                 break
             rows.append(self._chunk(request, budget))
             budget -= rows[-1].end - rows[-1].start
-        hold_s = self.loads.hold_until(self.limits.step_tokens_max, now_s)
-        for request in self._scan(rows) if budget > 0 and not self.running_set.full else ():
-            if request.adapter_key in closed or not self.drainer.may_admit(request):
-                continue
-            if self.in_flight.references(request):
-                continue  # it left the batch just now, and may have ended there
-            if hold_s is not None and self.loads.holds(request):
-                continue
-            alone = self._alone(rows)
-            placed = self.loads.bring(request, arena_changes, now_s)
-            if not placed or not self.running_set.admit(request, now_s, alone):
-                if self.switches.skip:
-                    continue
-                break
-            rows.append(self._chunk(request, budget))
-            budget -= rows[-1].end - rows[-1].start
-            if budget <= 0 or self.running_set.full:
-                break
-        self.in_flight.took(arena_changes)
+        hold_s = self._hold_until(now_s)
+        if budget > 0 and not self.running_set.full:
+            self._admit(rows, budget, arena_changes, closed, hold_s is not None, now_s)
+        self.in_flight.reuse_memory(arena_changes)
         if self.adapter_cache.budget is not None:
             self.adapter_cache.budget.reserved = 0
         plan = Plan(
@@ -197,7 +192,7 @@ class Scheduler:
         return plan
 
     def without(self, plan: Plan, drop: Callable[[Work], bool]) -> Plan:
-        """The newest plan, as long as it has not been carried out, without some of its rows."""
+        """The newest plan less some of its rows. It must not have been carried out yet."""
         dropped = [work for work in plan.rows if drop(work)]
         if not dropped:
             return plan
@@ -211,23 +206,23 @@ class Scheduler:
         return narrow
 
     def without_ended(self, plan: Plan) -> Plan:
-        """Without those that ended since it was made."""
+        """The plan less the rows whose request has ended since."""
         return self.without(plan, lambda work: work.request.phase in ENDED)
 
     def commit(self, plan: Plan, chosen: Sequence[Sampled | None], now_s: float) -> list[Delta]:
-        """`chosen`: one for each row of the plan, None where it did not sample."""
+        """chosen: one for each row of the plan; None if the row did not sample."""
         if not plan.rows:
             return []
         self.in_flight.commit(plan)
         deltas = []
         page_tokens, running, share = self.pages.page_tokens, Phase.RUNNING, self.share.on
         make = tuple.__new__
-        computed = again = 0
+        computed = recomputed = 0
         for (request, start, end, _, sample), choice in zip(plan.rows, chosen, strict=True):
             assert sample == (choice is not None)
             computed += end - start
             if start < request.lost:
-                again += min(end, request.lost) - start
+                recomputed += min(end, request.lost) - start
             if request.phase is not running:
                 if request.phase in ENDED:
                     continue  # it ended after this row was planned
@@ -255,36 +250,21 @@ class Scheduler:
             if finish is not None:
                 self.growth.ended(len(request.output))
                 self._end(request, Phase.FINISHED, now_s)
-        self.growth.computed(computed - again, again)
+        self.growth.computed(computed - recomputed, recomputed)
         self._release()
         return deltas
 
     def check(self) -> None:
-        """The invariants; raises AssertionError."""
-        waiting = {request.id for request in self.waiting}
-        assert waiting.isdisjoint(self.running_set.running)
-        assert set(self.running_set.parked) <= waiting
-        assert waiting | set(self.running_set.running) == set(self._requests), "a request was lost"
-        assert len(waiting) == len(self.waiting)
-        for request in self._requests.values():
-            phase = Phase.WAITING
-            if request.id in self.running_set.running:
-                phase = Phase.RUNNING
-            elif request.id in self.running_set.parked:
-                phase = Phase.PARKED
-            assert request.phase is phase
-            assert bool(request.pages) == (phase is not Phase.WAITING)
-            assert request.computed <= len(request.pages) * self.pages.page_tokens
-        deferred_free = self.in_flight.deferred_free
-        self.pages.check(r.pages for r in [*self._requests.values(), *deferred_free])
+        """Check the invariants. Raises AssertionError."""
+        check_requests(
+            self._requests,
+            self.waiting,
+            self.running_set,
+            self.in_flight,
+            self.pages,
+            self.adapter_cache,
+        )
         self.adapter_cache.check()
-        for digest, adapter in self.adapter_cache.adapters.items():
-            own = [r for r in self._requests.values() if r.adapter_key == digest]
-            assert adapter.claims == len(own)
-            assert adapter.users == sum(r.id in self.running_set.running for r in own)
-            assert adapter.held == sum(r.adapter_key == digest for r in deferred_free)
-            starves = adapter.wanted and adapter.tier is not Tier.DEVICE
-            assert not starves or adapter.starved_s is not None
         self.running_set.check()
         self.growth.check(self.limits.batch_rows_max)
         self.loads.order.check()
@@ -292,23 +272,8 @@ class Scheduler:
         slots |= {a.digest: a.slot for a in self.adapter_cache.adapters.values()}
         self.in_flight.check(self.pages.page_tokens, slots)
 
-    def _admissible(self, new: NewRequest) -> None:
-        assert new.id not in self._requests
-        admissible(new, self.limits, self.pages, self.adapter_cache)
-        if len(self._requests) >= self.limits.queue_max + self.limits.batch_rows_max:
-            raise QueueFull(
-                f"{len(self.waiting)} requests wait and {len(self.running_set.running)} run "
-                "already, the most this engine takes",
-                retry_after_s=self._expected_wait_s(),
-            )
-
-    def _expected_wait_s(self) -> float:
-        """Until a row of the batch comes free: the shortest of what is left, at today's pace."""
-        left = min((r.remaining for r in self.running_set.running.values()), default=1)
-        return max(1.0, left * self.costs.decode_s)
-
     def _fail_quarantined(self, now_s: float) -> list[Delta]:
-        """Requests whose adapter could not be loaded fail; after the pause the next one retries."""
+        """Fail requests whose adapter did not load. The first one after the pause retries."""
         failed = []
         for digest in sorted(self.adapter_cache.quarantined):
             adapter = self.adapter_cache.adapters[digest]
@@ -322,9 +287,9 @@ class Scheduler:
         return failed
 
     def _decodes(self, now_s: float) -> tuple[list[Work], list[Request]]:
-        """One token for each request whose prompt is computed, oldest first; and the others.
+        """Decode rows, oldest request first; and the requests whose prompt is in progress.
 
-        This and `commit` run once a row and step: they are written for speed.
+        This and `commit` run once a row and step, so they are written for speed.
         """
         rows, begun = [], []
         page_tokens, number = self.pages.page_tokens, self.in_flight.number
@@ -335,14 +300,58 @@ class Scheduler:
                 begun.append(request)
                 continue
             if tokens >= request.tokens_max:
-                continue  # the step in flight gives its last token
+                continue  # the step in flight yields its last token
             if tokens > len(request.pages) * page_tokens and (
                 request.phase is not Phase.RUNNING or not self.running_set.grow(request, now_s)
             ):
-                continue  # it lost its pages to an older one
+                continue  # it lost its pages to an older row
             rows.append(make(Work, (request, tokens - 1, tokens, request.slot, True)))
             request.computed, request.tokens, request.step = tokens, tokens + 1, number
         return rows, [request for request in begun if request.phase is Phase.RUNNING]
+
+    def _admit(
+        self,
+        rows: list[Work],
+        budget: int,
+        arena_changes: list[ArenaChange],
+        closed: Collection[str],
+        hold: bool,
+        now_s: float,
+    ) -> None:
+        """Add rows for waiting requests, and the changes that make room for them.
+
+        budget: prompt tokens left in this step. closed: adapters that take no new rows.
+        hold: prompts of newly loaded adapters wait (see `prefill_groups.py`).
+        """
+        for request in self._order.scan(lambda: self._alone(rows)):
+            if request.adapter_key in closed or not self.drainer.may_admit(request):
+                continue
+            if self.in_flight.references(request):
+                continue  # it just left the batch, and that step may end it
+            if hold and is_held(request, self.adapter_cache):
+                continue
+            alone = self._alone(rows)
+            placed = self.loads.bring(request, arena_changes, now_s)
+            if not placed or not self.running_set.admit(request, now_s, alone):
+                if self.switches.skip:
+                    continue
+                break
+            rows.append(self._chunk(request, budget))
+            budget -= rows[-1].end - rows[-1].start
+            if budget <= 0 or self.running_set.full:
+                break
+
+    def _hold_until(self, now_s: float) -> float | None:
+        if not self.switches.overlap:
+            return None
+        return hold_until(
+            self.loads.expected,
+            self.adapter_cache,
+            self.waiting,
+            self.costs,
+            self.limits.step_tokens_max,
+            now_s,
+        )
 
     def _chunk(self, request: Request, budget: int) -> Work:
         start = request.computed
@@ -352,39 +361,8 @@ class Scheduler:
         request.tokens += sample
         return Work(request, start, end, request.slot, sample)
 
-    def _first(self) -> str | None:
-        """The adapter of the first request, where that one blocks the rest."""
-        if self.switches.skip:
-            return None
-        return next((r.adapter_key for r in self._in_order() if self.drainer.may_admit(r)), None)
-
-    def _in_order(self) -> Iterable[Request]:
-        places = None
-        if self.switches.overlap and self.switches.skip:
-            placed = self.adapter_cache.placed.values()
-            places = [None, *(a.digest for a in placed if a.tier is Tier.DEVICE)]
-        return self.waiting.in_order(places, self.share.of if self.switches.skip else _nobody)
-
-    def _scan(self, rows: Sequence[Work]) -> Iterator[Request]:
-        """Who may get on the batch, until there are no pages; then those that have theirs.
-
-        rows: of this step, to which the caller adds while it goes on.
-        """
-        for request in self._in_order():
-            if (
-                self.switches.overlap
-                and not self._alone(rows)
-                and self.running_set.lacks_pages(request)
-            ):
-                break
-            yield request
-        else:
-            return
-        if self.switches.skip:
-            yield from self.waiting.ordered(self.running_set.has_pages(), self.share.of)
-
     def _alone(self, rows: Sequence[Work]) -> bool:
-        """Nothing else runs."""
+        """True if nothing else runs."""
         return not rows and not self.in_flight.plans
 
     def _fail(self, request: Request, error: FleetError, now_s: float) -> Delta:
@@ -409,12 +387,8 @@ class Scheduler:
             self._evictions += self.adapter_cache.unclaim(adapter_key)
 
     def _release(self) -> None:
-        """What lingered until the last step that named it had committed."""
+        """Free what a step referenced until it committed."""
         for request in self.in_flight.released():
             self.running_set.free(request)
             if request.adapter_key is not None:
                 self._evictions += self.adapter_cache.let_go(request.adapter_key)
-
-
-def _nobody(_: str | None) -> float:
-    return 0.0

@@ -1,4 +1,4 @@
-"""In which order absent adapters are loaded."""
+"""The order in which absent adapters are loaded."""
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator
@@ -7,19 +7,19 @@ from cluster.values import Tier
 from replica.scheduling.adapter_cache import AdapterCache
 from replica.scheduling.waiting import Key, Waiting
 
-# A parked adapter with fewer tokens left than that waits less for those that have none yet.
+# With fewer tokens left than this, a parked adapter yields less to those that have none yet.
 _FEW_TOKENS = 192
 
 _Rank = tuple[int, float, Key, str]
 
 
 class ServiceOrder:
-    """Adapters that are waited for and not on the device: by priority, then who starved longest.
+    """Absent adapters that requests wait for: by priority, then by who starved longest.
 
-    A parked adapter starves from when it was parked, so that all of them take turns; one with a
-    request that has no token yet goes before those that starved up to `head_start_s` longer (less
-    where they have few tokens left). The order does not depend on the time, so only what changed
-    since is put in its place again.
+    A parked adapter starves from the moment it was parked, so that all take turns. An adapter with
+    a request that has no token yet goes before a parked one that starved up to `head_start_s`
+    longer; this lead shrinks with the tokens that the parked one has left. The order does not
+    depend on the time, so only adapters that changed are sorted in again.
     """
 
     def __init__(self, waiting: Waiting, adapter_cache: AdapterCache, head_start_s: float) -> None:
@@ -30,10 +30,10 @@ class ServiceOrder:
         self._ordered: list[_Rank] = []
 
     def digests(self) -> Iterator[str]:
-        self._settle()
+        self._update()
         return (rank[-1] for rank in self._ordered)
 
-    def _settle(self) -> None:
+    def _update(self) -> None:
         touched = self._waiting.touched | self._adapter_cache.touched
         self._waiting.touched.clear()
         self._adapter_cache.touched.clear()
@@ -46,9 +46,9 @@ class ServiceOrder:
                 self._ranks[digest] = new
 
     def check(self) -> None:
-        self._settle()
+        self._update()
         ranks = filter(None, map(self._rank, self._waiting.adapter_keys()))
-        assert sorted(ranks) == self._ordered, "an adapter starves unseen"
+        assert sorted(ranks) == self._ordered, "the order missed a change"
 
     def _rank(self, digest: str) -> _Rank | None:
         adapter = self._adapter_cache.adapters.get(digest)
@@ -58,9 +58,9 @@ class ServiceOrder:
             return None
         assert adapter.starved_s is not None
         key = self._waiting.key(self._waiting.head(digest))
-        return key[0], adapter.starved_s + self._behind_s(digest), key, digest
+        return key[0], adapter.starved_s + self._handicap_s(digest), key, digest
 
-    def _behind_s(self, digest: str) -> float:
+    def _handicap_s(self, digest: str) -> float:
         if not self._waiting.all_begun(digest):
             return 0.0
         left = max(request.remaining for request in self._waiting.group(digest))

@@ -1,4 +1,4 @@
-"""Why did this wait? What happened to each request, and when, for the last so many of them."""
+"""What happened to each of the most recent requests, and when: why a request waited."""
 
 from collections import Counter, OrderedDict
 from enum import StrEnum
@@ -25,12 +25,12 @@ class TimelineEvent(NamedTuple):
 
 
 class Timelines:
-    """Timelines of the last `requests_max` requests, and how often each event happened in all."""
+    """Timelines of the last `requests_max` requests, and the total count of each event."""
 
-    def __init__(self, requests_max: int = 4096, happenings_max: int = 64) -> None:
+    def __init__(self, requests_max: int = 4096, events_max: int = 64) -> None:
         self.counts: Counter[Event] = Counter()
         self._requests_max = requests_max
-        self._happenings_max = happenings_max
+        self._events_max = events_max
         self._lines: OrderedDict[str, list[TimelineEvent]] = OrderedDict()
 
     def note(self, request_id: str, at_s: float, event: Event, detail: str = "") -> None:
@@ -40,11 +40,11 @@ class Timelines:
             line = self._lines[request_id] = []
             if len(self._lines) > self._requests_max:
                 self._lines.popitem(last=False)
-        if len(line) == self._happenings_max:
-            # Keep how it began and how it goes on; the middle of a long life repeats itself.
-            del line[self._happenings_max // 2]
+        if len(line) == self._events_max:
+            # Keep the start and the latest events; the middle of a long timeline repeats itself.
+            del line[self._events_max // 2]
         line.append(TimelineEvent(at_s, event, detail))
 
     def timeline(self, request_id: str) -> list[TimelineEvent]:
-        """Empty when the request is unknown or too long ago."""
+        """Empty if the request is unknown or too old."""
         return list(self._lines.get(request_id, ()))

@@ -1,7 +1,4 @@
-"""Which adapters leave the device for an image or for KV pages, and in which order.
-
-The choice is found by trying, and changes nothing.
-"""
+"""Which adapters leave the device for an image or for KV pages. A search changes nothing."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -13,11 +10,13 @@ from replica.scheduling.extents import Extents
 
 
 class Candidate(NamedTuple):
-    """An adapter that may leave the device. A tuple, for a search makes one of each that is idle.
+    """An adapter that may leave the device. A tuple for speed: a search makes many.
 
-    wanted: a request waits for it. placed_s: since when it is there. used_s: when a row last ran.
-    value: expected uses a second × seconds to load it again ÷ bytes (greedy-dual, Cao and Irani
-    1997, with a decayed frequency in place of its clock).
+    wanted: a request waits for it.
+    placed_s: when it reached the device.
+    used_s: when a row last started or stopped running with it.
+    value: expected uses per second × seconds to reload ÷ bytes (greedy-dual, Cao and Irani 1997,
+        with a decayed frequency instead of its clock).
     """
 
     digest: str
@@ -32,17 +31,17 @@ EvictionOrder = Callable[[Iterable[Candidate]], list[Candidate]]
 
 
 def lru(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """Least recently used first, but those nobody waits for before all others."""
+    """Least recently used first; adapters that requests wait for come last."""
     return sorted(candidates, key=lambda c: (c.wanted, c.used_s, c.digest))
 
 
 def fifo(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """First in, first out, but those nobody waits for before all others."""
+    """First in, first out; adapters that requests wait for come last."""
     return sorted(candidates, key=lambda c: (c.wanted, c.placed_s, c.digest))
 
 
 def cost(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """What is cheapest to lose first, but those nobody waits for before all others."""
+    """Cheapest to lose first; adapters that requests wait for come last."""
     return sorted(candidates, key=lambda c: (c.wanted, c.value, c.used_s, c.digest))
 
 
@@ -50,9 +49,9 @@ ORDERS: dict[str, EvictionOrder] = {"lru": lru, "fifo": fifo, "cost": cost}
 
 
 class VictimSearch:
-    """Looks at what belongs to a `AdapterCache`.
+    """Searches the adapters of an `AdapterCache` for victims.
 
-    placed: the adapters that hold a slot. copy_s: what bringing one back is expected to take.
+    placed: the adapters with a slot. copy_s: expected seconds to reload an adapter.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class VictimSearch:
 
     @property
     def limit_bytes(self) -> int:
-        """What the arena may hold now, without an eviction."""
+        """Bytes that the arena may hold now, without an eviction."""
         return self._extents.capacity if self._budget is None else self._budget.limit_bytes
 
     def for_image(
@@ -86,40 +85,43 @@ class VictimSearch:
         spare_fresh: bool = True,
         lacking: Collection[str] = (),
     ) -> list[str] | None:
-        """Who would have to leave for it; None when even all of them would not be enough.
+        """Victims that make room for the image; None if even all candidates are not enough.
 
-        Idle adapters go first. keep: none of these. parkable: adapters in use that may go too, in
-        this order, once their rows are off the batch. An adapter that was loaded for a request and
-        has not run yet is kept for it, else two of them could evict each other for ever. Only where
-        the queue has one head, and nothing else may load, is spare_fresh off.
+        keep: never chosen.
+        parkable: adapters in use that may also go, after idle ones and in this order, once their
+            rows have left the batch.
+        spare_fresh: keep an adapter that was loaded for a request and has not run yet. Otherwise
+            two could evict each other forever. It is off only if the first request blocks the rest:
+            then no other adapter may load.
+        lacking: fresh adapters that `spare_fresh` does not keep.
         """
         idle = self._order(self._candidates(spare_fresh, lacking))
         candidates = [c.digest for c in idle if c.digest not in keep]
         candidates += [victim for victim in parkable if victim not in keep]
         loading = self.loading()
-        return _fewest(candidates, lambda victims: self._fits(digest, victims, loading))
+        return _shortest(candidates, lambda victims: self._fits(digest, victims, loading))
 
     def for_pages(self, end: int, keep: Collection[str], wanted: bool) -> list[str] | None:
-        """Who would have to leave for the arena to end at byte `end`, after sliding.
+        """Victims that let the arena end at byte `end`, after sliding. Idle adapters only.
 
-        Idle adapters only. keep: none of these. wanted: also those that a request waits for.
+        keep: never chosen. wanted: adapters that a request waits for may also go.
         """
         idle = self._order(self._candidates(spare_fresh=True))
         candidates = [c.digest for c in idle if c.digest not in keep and (wanted or not c.wanted)]
         loading = self.loading()
-        return _fewest(candidates, lambda victims: self._ends_at(end, victims, loading))
+        return _shortest(candidates, lambda victims: self._ends_at(end, victims, loading))
 
-    def spare_pages(self) -> int:
-        """About how many KV pages idle adapters would leave."""
+    def evictable_pages(self) -> int:
+        """Roughly how many KV pages idle adapters and free arena bytes would yield."""
         if self._budget is None:
             return 0
         idle = sum(c.bytes for c in self._candidates(spare_fresh=True))
         return (self._extents.free + idle) // self._budget.page_bytes
 
     def pages_for(self, digest: str, keep: Collection[str]) -> int | None:
-        """KV pages that must be free for it to come, once all idle adapters but `keep` have left.
+        """KV pages that must be free for the image, once all idle adapters but `keep` have left.
 
-        None when pages would not help: it is slots or the memory of others that it waits for.
+        None if pages would not help: it waits for a slot, or for memory that other adapters hold.
         """
         assert self._budget is not None
         idle = [c.digest for c in self._candidates(spare_fresh=True) if c.digest not in keep]
@@ -150,7 +152,7 @@ class VictimSearch:
         ]
 
     def _fits(self, digest: str, victims: Sequence[str], loading: Collection[str]) -> bool:
-        """Whether the image finds a slot and a hole, after sliding if need be."""
+        """True if the image finds a slot and a hole, after sliding if needed."""
         if not self._free_slots and not victims:
             return False
         size, limit = self._adapters[digest].bytes, self.limit_bytes
@@ -168,10 +170,10 @@ class VictimSearch:
         return sum(self._adapters[digest].bytes for digest in digests)
 
 
-def _fewest(candidates: list[str], enough: Callable[[list[str]], bool]) -> list[str] | None:
-    """The first of them that are enough, without those that a later one made needless.
+def _shortest(candidates: list[str], enough: Callable[[list[str]], bool]) -> list[str] | None:
+    """The first candidates that are enough, less those that a later one makes redundant.
 
-    What is enough stays so when more leave: the number is found by halving.
+    A larger set is enough if a smaller one is, so bisection finds how many.
     """
     if enough([]):
         return []
@@ -185,15 +187,15 @@ def _fewest(candidates: list[str], enough: Callable[[list[str]], bool]) -> list[
         else:
             few = middle
     *before, last = candidates[:many]
-    return [*_needed(before, [last], enough), last]
+    return [*_without_redundant(before, [last], enough), last]
 
 
-def _needed(
+def _without_redundant(
     victims: list[str], others: list[str], enough: Callable[[list[str]], bool]
 ) -> list[str]:
-    """Those of them that must leave besides `others`; the first ones stay where there is a choice.
+    """The victims that must leave besides `others`; given a choice, the first ones stay.
 
-    As if each were asked about in turn, but many are let off at once.
+    Equivalent to testing victims one by one; bisection skips runs of redundant ones.
     """
     if not victims or enough(others):
         return []
@@ -201,5 +203,5 @@ def _needed(
         return victims
     middle = len(victims) // 2
     first, second = victims[:middle], victims[middle:]
-    first = _needed(first, second + others, enough)
-    return first + _needed(second, first + others, enough)
+    first = _without_redundant(first, second + others, enough)
+    return first + _without_redundant(second, first + others, enough)

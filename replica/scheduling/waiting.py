@@ -1,8 +1,7 @@
-"""Who waits to run, told apart by adapter so that none hides another.
+"""Requests that wait to run, grouped by adapter so that none hides another.
 
-Within an adapter the lower `priority` goes first, as in vLLM, then the earlier arrival; a request
-that comes back (parked or preempted) keeps its number and so stands before those that came after
-it.
+Within an adapter lower `priority` goes first, as in vLLM, then earlier arrival. A request that
+returns (parked or preempted) keeps its number, and so its position.
 """
 
 import heapq
@@ -15,14 +14,14 @@ Key = tuple[int, int]
 
 
 class Waiting:
-    """Requests by adapter; `None` is the base model."""
+    """Requests by `adapter_key`; None is the base model."""
 
     def __init__(self) -> None:
         self._groups: dict[str | None, list[tuple[Key, Request]]] = {}
         self._keys: dict[str, Key] = {}
         self._count = 0
-        self._begun: dict[str | None, int] = {}  # those that have tokens already
-        self.touched: set[str] = set()  # its first request may be another; see `ServiceOrder`
+        self._begun: dict[str | None, int] = {}  # requests that have a token
+        self.touched: set[str] = set()  # adapters whose requests changed; for `ServiceOrder`
         self._next = 0
 
     def __len__(self) -> int:
@@ -53,7 +52,7 @@ class Waiting:
         self._count_begun(request, -1)
 
     def touch(self, request: Request) -> None:
-        """One that waits gets a token, from the step in flight when it left the batch."""
+        """A waiting request got a token, from a step in flight when it left the batch."""
         if request.adapter_key is not None:
             self.touched.add(request.adapter_key)
 
@@ -77,11 +76,11 @@ class Waiting:
         return self._groups[adapter_key][0][1]
 
     def adapter_keys(self) -> list[str]:
-        """Adapters that are waited for, in no particular order."""
+        """Adapters that requests wait for, in no particular order."""
         return [adapter_key for adapter_key in self._groups if adapter_key is not None]
 
     def all_begun(self, adapter_key: str | None) -> bool:
-        """Each of its requests has a token already."""
+        """True if each of its requests has a token."""
         return self._begun.get(adapter_key, 0) == len(self._groups[adapter_key])
 
     def waited_for(self, adapter_key: str | None) -> bool:
@@ -93,7 +92,7 @@ class Waiting:
     def ordered(
         self, requests: Iterable[Request], share: Callable[[str | None], float]
     ) -> list[Request]:
-        """These as `in_order` would give them."""
+        """The requests in the order of `in_order`."""
 
         def key(request: Request) -> tuple[int, float, int]:
             priority, number = self._keys[request.id]
@@ -104,10 +103,11 @@ class Waiting:
     def in_order(
         self, adapter_keys: Iterable[str | None] | None, share: Callable[[str | None], float]
     ) -> Iterator[Request]:
-        """The requests of these places, None: of all: by priority, then share, then arrival.
+        """The requests of these adapters by priority, then share, then arrival.
 
-        share: what an adapter has had so far; less goes first. The caller may remove a request that
-        it was given while it goes on.
+        adapter_keys: None for all. share: counter of an adapter; lower goes first.
+
+        The caller may remove a request that it was given before it asks for the next one.
         """
         groups = [
             (adapter_key, list(self._groups[adapter_key]))

@@ -1,31 +1,31 @@
-"""What a step and a copy take on known cards, for Llama-3.1-8B in bf16, from hardware arithmetic.
+"""Time of a step and of a copy on known cards, for Llama-3.1-8B in bf16, from hardware arithmetic.
 
-Decode reads everything once a step. 8.03 G parameters less the embedding table are 15.0 GB; keys
-and values of one token are 2 × 32 layers × 8 heads × 128 × 2 B = 128 KiB; an adapter of rank r over
-all seven projections is 5.24 MB × r. Kernels reach about 80% of the memory bandwidth, and a step
-has a fixed price besides (launches, sampling, the server's Python):
+Decode reads all weights once a step: 8.03 G parameters less the embedding table are 15.0 GB. Keys
+and values of one token are 2 × 32 layers × 8 heads × 128 × 2 B = 128 KiB. An adapter of rank r on
+all seven projections is 5.24 MB × r. Kernels reach about 80% of the memory bandwidth. A step also
+has a fixed cost (launches, sampling, the server's Python):
 
     step = fixed + (15.0 GB + 128 KiB × context + 5.24 MB × Σ ranks) ÷ (0.8 × bandwidth)
                  + prompt tokens × 2 × 8.03 G FLOP ÷ (0.7 × peak)
 
-Copies from pinned host memory run at PCIe's rate: 55 GB/s for gen5 (H200), 25 GB/s for gen4 (A100).
-The bandwidth and peak are 4.8 TB/s and 990 TFLOP/s (H200), 2.04 TB/s and 312 TFLOP/s (A100 80 GB).
-A prefill of 2,048 tokens takes 1.28 ms a layer on an H200, which is 70% of the peak.
+Copies from pinned host memory run at the rate of PCIe: 55 GB/s for gen5 (H200), 25 GB/s for gen4
+(A100). Bandwidth and peak are 4.8 TB/s and 990 TFLOP/s (H200), 2.04 TB/s and 312 TFLOP/s (A100 80
+GB). A prefill of 2,048 tokens takes 1.28 ms a layer on an H200, which is 70% of the peak.
 
-The measured servers brought an adapter tensor by tensor, 448 of them at about 50 µs each, from
-memory that is not pinned:
+The measured servers load an adapter tensor by tensor, 448 of them at about 50 µs each, from memory
+that is not pinned:
 
     upstream's load = 448 × 50 µs + bytes ÷ upstream rate
 
-`fixed_s` and `upstream_bytes_per_s` are no hardware figures. Each card's two are set on two
-published figures; all the others are predicted (`upstream.py` compares them):
+`fixed_s` and `upstream_bytes_per_s` are not hardware figures. Each is fitted to one published
+figure per card. All other published figures are predicted, and `comparison.py` checks them:
 
     H200  fixed_s 4.5 ms: 14795's mean E2E of the base stream without LoRA traffic, 4,829 ms
           upstream rate 11 GB/s: 15512-large's mean TTFT before, 2,221 ms
     A100  fixed_s 4.7 ms: 17913's mean E2E − mean TTFT before, 4,150 ms
           upstream rate 3 GB/s: the same after, 4,223 ms
 
-The H100, L40S and A10G have vendors' figures and the fixed price of the nearest card above.
+The H100, L40S and A10G have the vendors' figures, and `fixed_s` of the nearest card above.
 """
 
 import dataclasses
@@ -48,9 +48,11 @@ _PEAK_SHARE = 0.7
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """bytes_per_s: memory bandwidth. copy_bytes_per_s: host to device. disk_bytes_per_s: from
-    files; None: at the same rate. upstream_bytes_per_s: None where no server was measured. load_s:
-    of any load.
+    """bytes_per_s: memory bandwidth.
+    copy_bytes_per_s: host to device.
+    disk_bytes_per_s: files to device; None for the same rate.
+    upstream_bytes_per_s: None if no server was measured.
+    load_s: fixed cost of a load.
     """
 
     name: str
@@ -93,11 +95,11 @@ class Card:
         return 2 * size / (_BANDWIDTH_SHARE * self.bytes_per_s)
 
     def with_files(self, bytes_per_s: float) -> "Card":
-        """The same card, where adapters that host memory does not hold come from files."""
+        """The same card; adapters that host memory does not hold are read from files."""
         return dataclasses.replace(self, disk_bytes_per_s=bytes_per_s)
 
     def as_upstream(self) -> "Card":
-        """The same card, loading at the rate the measured servers did."""
+        """The same card, loading at the rate of the measured servers."""
         assert self.upstream_bytes_per_s is not None
         return dataclasses.replace(
             self, copy_bytes_per_s=self.upstream_bytes_per_s, load_s=UPSTREAM_LOAD_S
@@ -105,12 +107,12 @@ class Card:
 
     @property
     def pages(self) -> int:
-        """KV pages of 16 tokens in half of what the weights leave."""
+        """KV pages of 16 tokens in half of the memory that the weights leave."""
         return int((self.memory_bytes - WEIGHT_BYTES) / 2 / PAGE_BYTES)
 
     @property
     def shared_pages(self) -> int:
-        """Of 16 tokens: what adapters and KV share, when a tenth of the memory is left to torch."""
+        """Pages of 16 tokens that adapters and KV share. A tenth of the memory is left to torch."""
         return int((0.9 * self.memory_bytes - ALL_WEIGHT_BYTES) / PAGE_BYTES)
 
 
@@ -120,13 +122,13 @@ A100 = Card("a100-llama8b", 2.04e12, 312e12, 25e9, 0.0047, 80e9, upstream_bytes_
 L40S = Card("l40s-llama8b", 0.864e12, 362e12, 25e9, 0.0047, 48e9)
 A10G = Card("a10g-llama8b", 0.6e12, 125e12, 25e9, 0.0047, 24e9)
 CARDS = {card.name: card for card in (H200, H100, A100, L40S, A10G)}
-# Files are read, hashed and copied.
+# Includes reading, hashing and copying the files.
 DISK_BYTES_PER_S = 1.3e9
 
 
 @dataclass(frozen=True, slots=True)
 class MeasuredCard:
-    """A card of which only these three are known: a decode step, a prompt token, and copies."""
+    """A card known only by its decode step, its time per prompt token, and its copy rates."""
 
     decode_s: float
     prefill_token_s: float
@@ -144,7 +146,7 @@ class MeasuredCard:
         return size / (self.disk_bytes_per_s if source is Tier.DISK else self.copy_bytes_per_s)
 
     def move_s(self, size: int) -> float:
-        """Hidden in a step."""
+        """Hidden behind a step."""
         return 0.0
 
 

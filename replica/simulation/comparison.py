@@ -1,4 +1,4 @@
-"""Simulated figures beside the published ones, and what is claimed of them."""
+"""Simulated figures beside the published ones, and the claims about them."""
 
 import dataclasses
 import math
@@ -30,7 +30,7 @@ TITLES = {
 REPORTED = ("ttft_mean_ms", "ttft_p50_ms", "ttft_p99_ms", "e2e_mean_ms", "itl_max_ms")
 _TTFT = ("ttft_mean_ms", "ttft_p50_ms", "ttft_p99_ms")
 
-# Table → figure → the most that ours may show, in milliseconds.
+# Table → figure → upper bound for ours, in milliseconds.
 GOALS: Mapping[str, Mapping[str, float]] = {
     "14795": {"ttft_mean_ms": 300},
     "17913": {"ttft_p99_ms": 800, "ttft_p50_ms": 150},
@@ -38,13 +38,13 @@ GOALS: Mapping[str, Mapping[str, float]] = {
     "15512-large": {"ttft_p99_ms": 700, "ttft_mean_ms": 200},
     "15512-small": {"ttft_p99_ms": 600, "ttft_mean_ms": 150},
 }
-# With one memory for adapters and KV pages, in every table.
+# Upper bound with one memory for adapters and KV pages, in every table.
 SHARED_TTFT_P99_MS = 150.0
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """text: what is claimed, with the figures it is claimed of."""
+    """text: the claim, with its figures."""
 
     holds: bool
     text: str
@@ -52,8 +52,11 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One table replayed. replays: by policy. all_base: for the table that has a base stream.
-    depth: that ours ran at.
+    """One replayed table.
+
+    replays: by policy.
+    all_base: the same requests for the base model only, if the table has a base stream.
+    depth: at which ours ran.
     """
 
     table: Table
@@ -76,7 +79,7 @@ def compare(name: str, seeds: int, depth: int = 2) -> Compared:
 
 
 def as_json(compared: Sequence[Compared]) -> dict[str, dict[str, object]]:
-    """Table → policy → figures; by stream where there are two."""
+    """Table → policy → figures; by stream if there are two."""
     return {each.table.name: {p: _json(each, p) for p in each.replays} for each in compared}
 
 
@@ -89,7 +92,7 @@ def _json(compared: Compared, policy: str) -> object:
 
 
 def reproduction(compared: Compared) -> Iterator[Check]:
-    """What was published against the same policy simulated: within a factor of 2, same way."""
+    """Each published figure is simulated within a factor of 2, and its change has the same sign."""
     name = compared.table.name
     for stream in compared.table.streams:
         stated = {p: published(name, p, stream.name) for p in ("before", "after")}
@@ -117,7 +120,7 @@ def reproduction(compared: Compared) -> Iterator[Check]:
 
 
 def claims(compared: Compared) -> Iterator[Check]:
-    """What ours has to show."""
+    """What ours must show."""
     name = compared.table.name
     for stream in compared.table.streams:
         ours, after, before = (compared.median(p, stream.name) for p in ("ours", "after", "before"))
@@ -154,8 +157,9 @@ def claims(compared: Compared) -> Iterator[Check]:
 
 
 def itl_bound_ms(table: Table) -> float:
-    """ceil((A − S) ÷ S) × (slice + 2 copies), A adapters on S places; and a chunk of a prompt for
-    each of the two steps that are planned before the turn is.
+    """ceil((A − S) ÷ S) × (slice + 2 copies) for A adapters on S places, plus two prompt chunks.
+
+    The chunks are those of the two steps that may be planned before the adapter's turn.
     """
     adapters, places = len(table.ranks), table.places
     copy_s = table.card.copy_s(image_bytes(max(table.ranks.values())))
@@ -170,7 +174,7 @@ def _below(what: str, key: str, ours: Figures, most: float, of: str) -> Check:
 
 
 def lines(compared: Compared) -> Iterator[str]:
-    """The table and the checks, as text."""
+    """The table and its checks, as text."""
     table = compared.table
     yield f"{table.name}: {table.title}"
     for stream in table.streams:
@@ -188,9 +192,9 @@ def lines(compared: Compared) -> Iterator[str]:
     for check in claims(compared):
         yield f"  {'✓' if check.holds else '✗'} {check.text}"
         if not check.holds and TITLES["e2e_mean_ms"] in check.text:
-            yield from _what_it_costs(compared)
+            yield from _turn_costs(compared)
         if not check.holds and check.text.startswith("base TTFT"):
-            yield from _what_mixing_costs(compared)
+            yield from _mixing_costs(compared)
     reproduced = list(reproduction(compared))
     if reproduced:
         holding = sum(check.holds for check in reproduced)
@@ -207,8 +211,8 @@ HEADER = (
 )
 
 
-def _what_it_costs(compared: Compared) -> Iterator[str]:
-    """How much of our E2E is due to copies, and how much to taking turns at all."""
+def _turn_costs(compared: Compared) -> Iterator[str]:
+    """How much of our E2E time comes from copies, and how much from taking turns at all."""
     table = compared.table
     free = dataclasses.replace(table.card, copy_bytes_per_s=math.inf)
     waits = dataclasses.replace(table.ours, sharing=Sharing(park=False))
@@ -223,8 +227,8 @@ def _what_it_costs(compared: Compared) -> Iterator[str]:
         )
 
 
-def _what_mixing_costs(compared: Compared) -> Iterator[str]:
-    """What decodes in a prompt's batch take from its TTFT, and what they save."""
+def _mixing_costs(compared: Compared) -> Iterator[str]:
+    """What decodes in the batch of a prompt add to its TTFT, and what mixing saves."""
     table = compared.table
     alone = dataclasses.replace(table, ours=dataclasses.replace(table.ours, mixed=False))
     found = replay(alone, "ours", range(compared.seeds), compared.depth).median("base")

@@ -1,8 +1,8 @@
-"""The figures that three pull requests of SGLang published, in milliseconds.
+"""Figures that three pull requests of SGLang published, in milliseconds.
 
-Source: the tables in the descriptions of sgl-project/sglang #14795 (the base model's place, and a
-scan that does not stop), #17913 (draining) and #15512 (loads that overlap). Table → policy →
-stream → figure, named as in `twin.Figures`.
+Source: the tables in the descriptions of sgl-project/sglang #14795 (a place for the base model, and
+a scan that does not stop), #17913 (draining) and #15512 (loads that overlap). Table → policy →
+stream → figure, named as in `simulator.Figures`.
 """
 
 from collections.abc import Mapping
@@ -82,5 +82,5 @@ PUBLISHED: Mapping[str, Mapping[str, Mapping[str, Stated]]] = {
 
 
 def published(table: str, policy: str, stream: str) -> Stated:
-    """Empty where nothing was published."""
+    """Empty if nothing was published."""
     return PUBLISHED.get(table, {}).get(policy, {}).get(stream, {})

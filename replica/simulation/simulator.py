@@ -1,6 +1,6 @@
-"""One replica's twin: the real scheduler on a virtual clock, with a model of what things cost.
+"""The real scheduler of one replica on a virtual clock, with a model of what the device takes.
 
-    arrivals ──> scheduler.step ──> plan ──> the model says how long ──> scheduler.commit ──> …
+    arrivals ──> scheduler.step ──> plan ──> the model gives its time ──> scheduler.commit ──> …
 
 Deterministic: the same scheduler, arrivals and model give the same records.
 """
@@ -21,19 +21,19 @@ from replica.simulation.workloads import Arrival
 
 
 class Model(Protocol):
-    """What a device takes for its work, in seconds; `hardware.py` and measured ones have it."""
+    """What a device takes for its work, in seconds (`cards.py` has some)."""
 
     def step_s(self, rows: Sequence[Work], ranks: Mapping[str | None, int]) -> float: ...
 
     def copy_s(self, size: int, source: Tier = Tier.HOST) -> float: ...
 
     def move_s(self, size: int) -> float:
-        """Within the device's memory."""
+        """A move within the device's memory."""
 
 
 @dataclass(slots=True)
 class RequestStats:
-    """One request's life, in seconds of virtual time."""
+    """One request, in seconds of virtual time."""
 
     arrival: Arrival
     first_s: float | None = None
@@ -52,7 +52,7 @@ class RequestStats:
 
     @property
     def tpot_s(self) -> float:
-        """Between tokens on average; 0 of a single one."""
+        """Mean time between tokens; 0 for a single token."""
         return (self.e2e_s - self.ttft_s) / max(self.tokens - 1, 1)
 
     def token(self, now_s: float) -> None:
@@ -66,11 +66,12 @@ class RequestStats:
 
 @dataclass(slots=True)
 class Simulator:
-    """ranks: of each adapter. check: the invariants after each step. depth: 2: a step is planned
-    when the one before it begins to run (`flight.py`), 1: when that one has ended.
-
-    mixed: prompts and decodes are one batch; else a step that has prompts computes them alone, as
-    servers do that never mix the two and decode only while no prompt can be computed.
+    """ranks: of each adapter.
+    check: check the invariants after each step.
+    depth: 2 plans a step when the one before it starts to run (`in_flight.py`), 1 when it has
+        ended.
+    mixed: prompts and decodes share one batch. Otherwise a step with prompts computes them alone,
+        and decodes wait while any prompt can be computed, as in servers that never mix the two.
     """
 
     scheduler: Scheduler
@@ -87,7 +88,7 @@ class Simulator:
     _in_flight: deque[Plan] = field(default_factory=deque)
 
     def run(self, arrivals: Iterable[Arrival]) -> list[RequestStats]:
-        """Until all work has ended."""
+        """Run until all work has ended."""
         coming = sorted(arrivals, key=lambda a: a.at_s)
         number = 0
         while True:
@@ -102,7 +103,7 @@ class Simulator:
             times = [*ends, wake_s, *(a.at_s for a in coming[number : number + 1])]
             following = [t for t in times if t > self.now_s]
             if not following:
-                assert not self.scheduler.has_work, "work is left and nothing will happen"
+                assert not self.scheduler.has_work, "work is left, but nothing more will happen"
                 return list(self._records.values())
             self.now_s = min(following)
 
@@ -119,7 +120,7 @@ class Simulator:
             self.scheduler.loaded(load.digest, self.now_s)
 
     def _step(self) -> float | None:
-        """None when rows ran; else when the next step is worth while (infinity: after an event)."""
+        """None if rows ran; else when the next step may find some (infinity: after an event)."""
         plan = self.scheduler.step(self.now_s)
         ran = bool(plan.rows or self._in_flight)
         if plan.waits:
@@ -131,7 +132,7 @@ class Simulator:
             self._in_flight.append(plan)
         if self._in_flight and (len(self._in_flight) == self.depth or not plan.rows):
             self._commit()
-        self._checked()
+        self._check()
         return None if ran else float("inf") if plan.wake_s is None else plan.wake_s
 
     def _commit(self) -> None:
@@ -160,7 +161,7 @@ class Simulator:
                 continue
             copy_s = self.model.copy_s(change.load.bytes, change.load.source)
             if self.scheduler.switches.overlap:
-                # One copy engine: copies follow one another.
+                # One copy engine: copies run one after another.
                 self._copies_end_s = max(self._copies_end_s, self.now_s) + copy_s
                 entry = (self._copies_end_s, change.load.slot, change.load, copy_s)
                 heapq.heappush(self._copies, entry)
@@ -169,7 +170,7 @@ class Simulator:
                 self.now_s += copy_s
 
     def _copied(self, load: Load, copy_s: float) -> None:
-        """As in the engine: what was read from files stays in host memory, where there is any."""
+        """As in the engine: an image read from files stays in host memory, if it fits."""
         self.scheduler.costs.copied(load.bytes, load.source, copy_s)
         adapter_cache = self.scheduler.adapter_cache
         if (
@@ -179,7 +180,7 @@ class Simulator:
         ):
             adapter_cache.keep_on_host(load.digest)
 
-    def _checked(self) -> None:
+    def _check(self) -> None:
         if self.check:
             self.scheduler.check()
 
@@ -210,14 +211,14 @@ def figures(records: Sequence[RequestStats]) -> Figures:
 
 
 def median_figures(each: Sequence[Figures]) -> Figures:
-    """Each figure's own median over several runs."""
+    """The median of each figure over several runs."""
     return Figures(
         **{f.name: statistics.median(getattr(e, f.name) for e in each) for f in fields(Figures)}
     )
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
-    """Linear between the two nearest, as numpy does it."""
+    """Interpolates linearly between the two nearest, as numpy does."""
     position = (len(ordered) - 1) * share
     below = int(position)
     above = min(below + 1, len(ordered) - 1)

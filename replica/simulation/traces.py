@@ -1,10 +1,10 @@
-"""Recorded arrivals: when each request came, and how long it was. Text in, values out.
+"""Recorded arrivals: when each request came, and its lengths. Text in, values out.
 
-Two formats are known by their columns:
+The columns tell two formats apart:
 
 - Azure's LLM inference traces, CSV: TIMESTAMP, ContextTokens, GeneratedTokens.
-- Mooncake's traces, JSON lines: timestamp (ms), input_length, output_length and, where prompts
-  share their beginnings, hash_ids (one for each 512 tokens).
+- Mooncake's traces, JSON lines: timestamp (ms), input_length, output_length and, if prompts share
+  prefixes, hash_ids (one for each 512 tokens).
 """
 
 import csv
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from cluster.errors import ConfigError
 
-# Tokens of a prompt that one of Mooncake's hash ids stands for.
+# Prompt tokens that one of Mooncake's hash ids stands for.
 BLOCK_TOKENS = 512
 _AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
@@ -26,7 +26,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """at_s: since any fixed time. blocks: names of the prompt's parts, BLOCK_TOKENS each."""
+    """at_s: since any fixed time. blocks: ids of the prompt's parts, BLOCK_TOKENS tokens each."""
 
     at_s: float
     prompt_tokens: int
@@ -35,9 +35,9 @@ class Recorded:
 
 
 def read_trace(lines: Iterable[str], where: str) -> list[Recorded]:
-    """In order of time; requests that were answered with nothing are left out.
+    """Requests in order of time. Those with an empty prompt or output are left out.
 
-    where: names the file in the ConfigError that a line raises which is not as it should be.
+    where: names the file in the ConfigError of a malformed line.
     """
     numbered = [(n, line.strip()) for n, line in enumerate(lines, 1) if line.strip()]
     columns: list[str] | None = None
@@ -62,7 +62,7 @@ def _columns(header: str, where: str) -> list[str]:
 
 
 def _read(line: str, columns: list[str] | None, where: str) -> Recorded:
-    """columns: None of JSON."""
+    """columns: None for JSON."""
     try:
         return _mooncake(line) if columns is None else _azure(line, columns)
     except ValueError as error:
@@ -76,7 +76,7 @@ def _azure(line: str, columns: list[str]) -> Recorded:
     row = dict(zip(columns, cells, strict=True))
     at = _column(row, "TIMESTAMP", "a date and time", datetime.fromisoformat)
     if at.tzinfo is None:
-        # Else the clock of this machine's time zone would be put forward or back within a trace.
+        # Local time would jump within a trace where daylight saving starts or ends.
         at = at.replace(tzinfo=UTC)
     prompt = _column(row, "ContextTokens", "a whole number", int)
     return Recorded(at.timestamp(), prompt, _column(row, "GeneratedTokens", "a whole number", int))
@@ -98,7 +98,7 @@ def _mooncake(line: str) -> Recorded:
 
 
 def _column(row: Mapping[str, Any], name: str, kind: str, convert: Callable[[Any], Value]) -> Value:
-    """kind: what `convert` takes, in words."""
+    """kind: what `convert` accepts, in words."""
     if name not in row:
         raise ValueError(f"no column {name}")
     try:

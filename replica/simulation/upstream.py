@@ -1,14 +1,14 @@
-"""The published tables this project answers to, replayed: upstream before, upstream after, ours.
+"""Replays the published tables: upstream before a change, upstream after it, and ours.
 
-Three pull requests of SGLang (14795, 17913, 15512) gave figures of a server before and after a
-change of its adapter scheduling (`published.py`). Each workload here is theirs. What the tables do
-not state is set here: the adapters' ranks, the places of 14795 (its default of eight slots), and
-how long 17913 waited before it drained (3 s, as its own tests do). The places and ranks are the
-same for all three policies.
+Three pull requests of SGLang (14795, 17913, 15512) published figures of a server before and after a
+change of its adapter scheduling (`published.py`). The workloads here are theirs. What the tables do
+not state is chosen here: the adapters' ranks, the places of 14795 (its default of eight slots), and
+how long 17913 waits before it drains (3 s, as in its tests). Places and ranks are the same for all
+three policies.
 
-Upstream's server, as simulated: an adapter scan over the queue at each step; least recently used
-adapters leave first; a load stops the batch (15512 after: not); one load at a time; a step of up to
-8,192 prompt tokens is computed alone, and decodes wait while prompts can be computed.
+Upstream's server, as simulated: each step scans the queue; the least recently used adapter leaves
+first; a load stops the batch (except 15512 after); one load runs at a time; a step of up to 8,192
+prompt tokens is computed alone, and decodes wait while prompts can be computed.
 
     14795 before  the base model takes a slot while in use, and the scan stops at the first miss
           after   the base model has its own place, and the scan goes on
@@ -17,8 +17,8 @@ adapters leave first; a load stops the batch (15512 after: not); one load at a t
     15512 before  as 14795 after
           after   and loads overlap with the batch
 
-A fourth run (`SHARED`) has no places: ours on the whole card, where adapters and KV pages share
-what the weights leave.
+A fourth run (`SHARED`) has no limit of places: ours on the whole card, where adapters and KV pages
+share the memory that the weights leave.
 """
 
 import dataclasses
@@ -49,10 +49,10 @@ DIRECTORY_SLOTS = 255
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """One server: how it schedules, which eviction it has, and whether it is upstream's.
+    """One server: how it schedules and evicts.
 
-    upstream: it loads at the measured servers' rate, one adapter at a time. mixed: it computes
-    prompts and decodes in one batch.
+    upstream: it loads at the rate of the measured servers, one adapter at a time.
+    mixed: it computes prompts and decodes in one batch.
     """
 
     switches: Switches
@@ -69,7 +69,8 @@ OURS = Policy(Switches(), Sharing(), "cost", upstream=False)
 class Table:
     """One row of the published figures.
 
-    places: adapters that fit; for ours, where `packed`, the bytes of as many of the largest rank.
+    places: adapters that fit at once. If `packed`, ours gets the bytes of that many adapters of the
+        largest rank instead.
     """
 
     name: str
@@ -87,7 +88,7 @@ class Table:
         return {"before": self.before, "after": self.after}.get(name, self.ours)
 
     def all_base(self) -> "Table":
-        """The same requests, all of which name the base model."""
+        """The same requests, all for the base model."""
         streams = tuple(dataclasses.replace(s, adapters=()) for s in self.streams)
         return dataclasses.replace(self, streams=streams)
 
@@ -136,7 +137,7 @@ TABLES = {
             H200,
             (_BASE, Stream("lora", 100, 2.0, 2048, 1024, _names(16))),
             _cycled(16, 16),
-            7,  # of eight slots, the base model has one
+            7,  # of eight slots; the base model has one
             _BLOCK,
             _SKIP,
         ),
@@ -187,17 +188,17 @@ TABLES = {
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """figures: of each stream, one for each seed."""
+    """figures: by stream, one for each seed."""
 
     figures: Mapping[str, Sequence[Figures]]
 
     def median(self, stream: str) -> Figures:
-        """Each figure's own median over the seeds."""
+        """The median of each figure over the seeds."""
         return median_figures(self.figures[stream])
 
 
 def replay(table: Table, policy: str, seeds: Iterable[int], depth: int = 2) -> Replay:
-    """depth: as of `twin`."""
+    """depth: as in `Simulator`."""
     runs = [
         simulator(table, policy, depth=depth).run(arrivals(table.streams, seed)) for seed in seeds
     ]
@@ -212,8 +213,9 @@ def replay(table: Table, policy: str, seeds: Iterable[int], depth: int = 2) -> R
 
 
 def simulator(table: Table, policy: str, check: bool = False, depth: int = 2) -> Simulator:
-    """A server of this table and policy, before its first request. depth: ours runs at it; 2 is how
-    the engine runs on CUDA. Upstream's servers run at 1.
+    """A server of this table and policy, before its first request.
+
+    depth: of ours; 2 is how the engine runs on CUDA. Upstream's servers run at 1.
     """
     chosen = table.policy(policy)
     card = table.card.as_upstream() if chosen.upstream else table.card
@@ -229,7 +231,7 @@ def _scheduler(table: Table, policy: Policy, card: Card, shared: bool) -> Schedu
     ranks = table.places * max(table.ranks.values())
     slots = len(table.ranks) if packed else table.places
     if not policy.switches.base_pinned:
-        slots += 1  # the base model has one of them while it is in use
+        slots += 1  # the base model takes one while in use
     pages, extents = Pages(card.pages, 16, cache=False), Extents(image_bytes(ranks) + 2**20)
     budget = None
     if shared:

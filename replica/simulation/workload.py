@@ -1,4 +1,4 @@
-"""One workload on the engine's own scheduler and a virtual clock: what each policy makes of it."""
+"""Simulates one workload under each policy: the engine's own scheduler on a virtual clock."""
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +17,10 @@ from replica.simulation.workload_file import Workload, adapter_name, arrivals
 
 _ALIGNMENT_BYTES = 256
 _PAGE_TOKENS = 16
-# Of the model that the cards are of.
+# Of the model that the cards describe.
 _CONTEXT = 131_072
-# What a policy changes in the engine's configuration, whatever the file says of it. `resident`:
-# every adapter has a place, beside the pages that the others have.
+# What a policy sets in the engine's configuration, over the workload file. With `resident` every
+# adapter has a place, and there are as many KV pages as with the other policies.
 POLICIES: Mapping[str, Mapping[str, object]] = {
     "ours": {},
     "skip": {"park": False},
@@ -31,7 +31,7 @@ POLICIES: Mapping[str, Mapping[str, object]] = {
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """What a request must keep to count for goodput."""
+    """Targets that a request must meet to count for goodput."""
 
     ttft_s: float = 1.0
     tpot_s: float = 0.05
@@ -39,8 +39,8 @@ class Slo:
 
 @dataclass(frozen=True, slots=True)
 class WorkloadFigures:
-    """goodput: the share of requests that met both targets. computed_over_needed: 1 when no token
-    was computed twice.
+    """goodput: share of requests that met both targets.
+    computed_over_needed: tokens computed ÷ tokens needed; 1 if none was computed twice.
     """
 
     goodput: float
@@ -59,7 +59,7 @@ class WorkloadFigures:
 def simulate(
     workload: Workload, policy: str, recorded: Sequence[Recorded], slo: Slo, check: bool = False
 ) -> WorkloadFigures:
-    """Each figure's median over the seeds. check: the invariants after each step."""
+    """The median of each figure over the seeds. check: check the invariants after each step."""
     found = [_run(workload, policy, recorded, slo, seed, check) for seed in range(workload.seeds)]
     return WorkloadFigures(
         **{
@@ -70,7 +70,7 @@ def simulate(
 
 
 def table(found: Mapping[str, WorkloadFigures]) -> Iterator[str]:
-    """A row a figure, a column a policy, as text."""
+    """A row for each figure and a column for each policy, as text."""
     yield f"{'':22}" + "".join(f"{policy:>12}" for policy in found)
     for name in (f.name for f in fields(WorkloadFigures)):
         values = [getattr(each, name) for each in found.values()]
@@ -120,12 +120,12 @@ def _figures(records: Sequence[RequestStats], scheduler: Scheduler, slo: Slo) ->
 
 
 def _divide(workload: Workload, policy: str, recorded: Sequence[Recorded]) -> tuple[Division, int]:
-    """How the memory is divided, and the longest sequence that is served with it."""
+    """How memory is divided, and the length of the longest sequence served with it."""
     sizes = [_aligned(rank) for rank in workload.ranks]
     pages, arena = _pages(workload), workload.adapter_memory or 0
     for_pages = pages
     if workload.shared:
-        # A sequence never takes the last adapter's place.
+        # A sequence always leaves a place for the largest adapter.
         for_pages -= -(-max(sizes) // PAGE_BYTES)
     elif workload.places is not None:
         arena = workload.places * max(sizes)
@@ -159,7 +159,7 @@ def _pages(workload: Workload) -> int:
 
 
 def _longest(workload: Workload, recorded: Sequence[Recorded], room: int) -> int:
-    """room: tokens of the pages. What was recorded is cut to it, what is drawn must fit."""
+    """room: tokens that the pages hold. Recorded requests are cut to it; drawn ones must fit."""
     if room < _PAGE_TOKENS:
         raise ConfigError(
             f"memory: {workload.memory} bytes do not hold an adapter of rank "

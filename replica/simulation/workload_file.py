@@ -1,4 +1,4 @@
-"""What `lorafleet simulate workload` is told: a card, its memory, adapters and who comes when."""
+"""Reads the file of `lorafleet simulate workload`: card, memory, adapters, arrivals."""
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,10 +13,10 @@ from replica.simulation.traces import Recorded
 from replica.simulation.workloads import Arrival
 
 _GIGA = 1e9
-# Each has a row in the directory of slots, beside the base model.
+# Each has a slot in the directory, beside the base model.
 _ADAPTERS_MAX = 65_535
-# Of EngineConfig, what the file says elsewhere, and what a virtual device has no use for. What
-# remains is how requests and adapters are scheduled.
+# Fields of EngineConfig that the file states elsewhere, or that a virtual device does not use. The
+# others say how requests and adapters are scheduled.
 _NOT_SIMULATED = {
     "model",
     "served_model_name",
@@ -48,8 +48,9 @@ _NOT_SIMULATED = {
 
 @dataclass(frozen=True, slots=True)
 class Arrivals:
-    """trace: a file, of which `requests` from number `start` (from 0) on are taken, as fast as
-    `rate` a second on average (None: as recorded). Without a trace: Poisson.
+    """trace: a file of which `requests` are taken, from number `start` on (0 is the first). Without
+        one, arrivals are Poisson.
+    rate: mean requests a second; None plays a trace as recorded.
     """
 
     requests: int
@@ -60,10 +61,14 @@ class Arrivals:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Sizes in bytes. memory: one for pages and adapters; else places or adapter_memory, and pages
-    of 16 tokens. host_memory: None: all adapters. weights: of each adapter's share of the requests.
-    prompt_tokens, output_tokens: uniform between the two; with a trace the first are ignored and a
-    prompt is only cut to what fits. engine: fields of EngineConfig, of how things are scheduled.
+    """Sizes are in bytes.
+
+    memory: one for KV pages and adapters. Otherwise `places` or `adapter_memory`, and `kv_pages` of
+        16 tokens.
+    host_memory: None holds all adapters.
+    weights: each adapter's share of the requests.
+    prompt_tokens, output_tokens: drawn uniformly between the two. A trace has its own lengths.
+    engine: fields of EngineConfig that say how requests and adapters are scheduled.
     """
 
     card: Card | MeasuredCard
@@ -87,7 +92,7 @@ class Workload:
 
 
 def parse(data: object) -> Workload:
-    """From parsed YAML. Raises ConfigError naming the field and the value."""
+    """From parsed YAML. Raises ConfigError that names the field and the value."""
     known = {
         "card",
         "memory",
@@ -115,7 +120,7 @@ def parse(data: object) -> Workload:
         raise ConfigError(
             f"adapters.count: {count} is more than {_ADAPTERS_MAX}", field="adapters.count"
         )
-    ranks = _pair_or_more(adapters.get("ranks", [16]), "adapters.ranks")
+    ranks = _wholes(adapters.get("ranks", [16]), "adapters.ranks")
     workload = Workload(
         card,
         _arrivals(data["arrivals"]),
@@ -132,14 +137,14 @@ def parse(data: object) -> Workload:
         seeds=_whole(data.get("seeds", 1), "seeds"),
         engine=_engine(data.get("engine", {})),
     )
-    _memory_is_said_once(workload)
+    _check_memory(workload)
     return workload
 
 
 def arrivals(
     workload: Workload, recorded: Sequence[Recorded], context: int, seed: int
 ) -> list[Arrival]:
-    """recorded: the slice of the trace, empty without one. context: what prompts are cut to."""
+    """recorded: the slice of the trace; empty without one. Its lengths are cut to `context`."""
     rng = random.Random(f"workload:{seed}")
     totals = list(accumulate(workload.weights))
     coming = _recorded(workload, recorded, context) if recorded else _drawn(workload, rng)
@@ -244,7 +249,7 @@ def _engine(value: object) -> Mapping[str, Any]:
     return data
 
 
-def _memory_is_said_once(workload: Workload) -> None:
+def _check_memory(workload: Workload) -> None:
     apart = [
         n for n in ("places", "adapter_memory", "kv_pages") if getattr(workload, n) is not None
     ]
@@ -257,7 +262,7 @@ def _memory_is_said_once(workload: Workload) -> None:
         raise ConfigError(f"{missing}: required beside {apart[0]}", field=missing.split()[0])
     if not apart and workload.memory is None and isinstance(workload.card, MeasuredCard):
         raise ConfigError(
-            "memory: required, for the card does not say how much it has", field="memory"
+            "memory: required, because the card does not state its memory", field="memory"
         )
 
 
@@ -273,7 +278,7 @@ def _mapping(value: object, path: str, known: set[str]) -> dict[str, Any]:
 
 
 def _number(value: object, path: str, least: float | None = None, most: float = 1e18) -> float:
-    """least: None: more than 0."""
+    """least: None for more than 0."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{path}: {value!r} is not a number", field=path)
     if not (value > 0 if least is None else value >= least) or value > most:
@@ -297,14 +302,14 @@ def _size(data: Mapping[str, Any], name: str) -> int | None:
     return None if value is None else parse_bytes(str(value), name)
 
 
-def _pair_or_more(value: object, path: str) -> list[int]:
+def _wholes(value: object, path: str) -> list[int]:
     if not isinstance(value, list) or not value:
         raise ConfigError(f"{path}: {value!r} is not a list of whole numbers", field=path)
     return [_whole(item, f"{path}[{i}]") for i, item in enumerate(value)]
 
 
 def _range(value: object, path: str) -> tuple[int, int]:
-    numbers = _pair_or_more(value, path)
+    numbers = _wholes(value, path)
     if len(numbers) != 2 or any(a > b for a, b in pairwise(numbers)):
         raise ConfigError(f"{path}: {value!r} is not [least, most]", field=path)
     return numbers[0], numbers[1]

@@ -1,4 +1,4 @@
-"""Arrivals, lengths and adapter choice, by seed: what the bench and the twin both replay.
+"""Arrivals, lengths and adapter choice, drawn by seed, for the bench and the simulator.
 
 The terms are those of SGLang's serving benchmark: Poisson arrivals; lengths drawn uniformly from 1
 to the stated number (its default range ratio is 0), so that 512/512 means 256/256 on average;
@@ -20,8 +20,12 @@ Choice = Literal["uniform", "distinct", "skewed"]
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request to come. adapter: its name, None for the base model. stream: whose figures.
-    blocks: names of the prompt's parts, `traces.BLOCK_TOKENS` each; parts of one name are alike.
+    """One request to come.
+
+    adapter: its name; None for the base model.
+    stream: whose figures it counts for.
+    blocks: ids of the prompt's parts, `traces.BLOCK_TOKENS` tokens each; equal ids mean equal
+        tokens.
     """
 
     at_s: float
@@ -32,7 +36,7 @@ class Arrival:
     blocks: tuple[int, ...] = ()
 
     def prompt(self, number: int) -> tuple[int, ...]:
-        """Tokens unlike any other request's but for its blocks. number: its own."""
+        """Its tokens; outside its blocks they differ from any other request's. number: its own."""
         named = min(len(self.blocks) * BLOCK_TOKENS, self.prompt_tokens)
         known = (block * BLOCK_TOKENS + i for block in self.blocks for i in range(BLOCK_TOKENS))
         own = range(-(number + 1) * _OWN_TOKENS, -(number + 1) * _OWN_TOKENS + _OWN_TOKENS)
@@ -41,7 +45,7 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """Requests of one kind. adapters: empty for the base model alone. rate: requests a second."""
+    """Requests of one kind. adapters: empty for the base model. rate: requests a second."""
 
     name: str
     requests: int
@@ -54,7 +58,7 @@ class Stream:
 
 
 def arrivals(streams: Iterable[Stream], seed: int) -> list[Arrival]:
-    """All streams together, in order of time. The same seed gives the same arrivals."""
+    """All streams merged, in order of time. The same seed gives the same arrivals."""
     drawn = [a for stream in streams for a in _draw(stream, random.Random(f"{seed}:{stream.name}"))]
     return sorted(drawn, key=lambda a: (a.at_s, a.stream))
 

@@ -1,6 +1,6 @@
-"""Break the core by hand, ten ways a part, and see a test fail: `python -m tests.sim.faults`.
+"""Breaks each part of the core in ten ways or more, and expects a test to fail each time.
 
-Each fault is a text in a file and what takes its place, applied to a copy of the tree.
+A fault replaces a text in one file, in a copy of the tree. Run with `python -m tests.sim.faults`.
 """
 
 import argparse
@@ -33,10 +33,10 @@ def _fault(part: str, what: str, file: str, text: str, instead: str) -> Fault:
 
 
 FAULTS = (
-    # Scheduler, batch, loads
+    # Scheduler, running set, loads
     _fault(
         "scheduler",
-        "one that cannot run stops the scan",
+        "a request that cannot run stops the scan",
         "scheduling/scheduler",
         "                if self.switches.skip:\n"
         "                    continue\n"
@@ -45,14 +45,14 @@ FAULTS = (
     ),
     _fault(
         "scheduler",
-        "parked rows wait for pages that they have",
+        "parked rows wait for pages they already hold",
         "scheduling/running_set",
         "return [*parked, self._passed_over[0]]",
         "return [self._passed_over[0]]",
     ),
     _fault(
         "scheduler",
-        "who was passed over for pages is not asked again while there are none",
+        "a request passed over for pages is not retried while there are none",
         "scheduling/running_set",
         "return [*parked, self._passed_over[0]]",
         "return parked",
@@ -66,63 +66,63 @@ FAULTS = (
     ),
     _fault(
         "scheduler",
-        "prompts wait for company though base does not need any",
-        "scheduling/loads",
-        "and self._adapter_cache.adapters[request.adapter_key].fresh",
+        "base prompts wait for loads",
+        "scheduling/prefill_groups",
+        "and adapter_cache.adapters[request.adapter_key].fresh",
         "or True",
     ),
     _fault(
         "scheduler",
-        "the whole prompt at once, beyond the step's tokens",
+        "a whole prompt is computed at once, beyond the step's tokens",
         "scheduling/scheduler",
         "end = min(request.tokens, start + budget)",
         "end = request.tokens",
     ),
     _fault(
         "scheduler",
-        "a page is looked for one token late",
+        "a row takes its next page one token late",
         "scheduling/scheduler",
         "if tokens > len(request.pages) * page_tokens and (",
         "if tokens - 1 > len(request.pages) * page_tokens and (",
     ),
     _fault(
         "scheduler",
-        "the end token counts before min_tokens",
+        "a stop token ends a request before min_tokens",
         "scheduling/scheduler",
         "if token in request.stops and len(request.output) > request.sampling.min_tokens:",
         "if token in request.stops:",
     ),
     _fault(
         "scheduler",
-        "an older row gives way when pages run out",
+        "the oldest row is preempted when pages run out",
         "scheduling/running_set",
         "newest = next(reversed(self.running.values()))",
         "newest = next(iter(self.running.values()))",
     ),
     _fault(
         "scheduler",
-        "a row that lost its pages does not compute them again",
+        "a row that lost its pages does not recompute them",
         "scheduling/running_set",
         "        request.computed = request.published = 0",
         "        request.published = 0",
     ),
     _fault(
         "scheduler",
-        "a parked row gives its pages back",
+        "a parked row frees its pages",
         "scheduling/running_set",
         "            self.parked[request.id] = request\n",
         "            self.parked[request.id] = request\n            self._forget_pages(request)\n",
     ),
     _fault(
         "scheduler",
-        "pages are saved for nobody",
+        "no pages are saved for an overdue request",
         "scheduling/running_set",
-        "saved = 0 if self._saves_for(request, now_s) else self._saved(now_s)",
+        "saved = 0 if self._is_overdue(request, now_s) else self._saved(now_s)",
         "saved = 0",
     ),
     _fault(
         "scheduler",
-        "a cold request with a large prompt gets no place, and so no pages, for ever",
+        "a cold request with a large prompt never gets a place, and so no pages",
         "scheduling/loads",
         "        if self._running_set.has_pages_for(self._waiting.head(digest)):\n"
         "            return True\n",
@@ -130,99 +130,99 @@ FAULTS = (
     ),
     _fault(
         "scheduler",
-        "more loads at once than there may be",
+        "one load too many is in flight",
         "scheduling/loads",
         "if self._adapter_cache.loading >= self._in_flight_max:",
         "if self._adapter_cache.loading > self._in_flight_max:",
     ),
     _fault(
         "scheduler",
-        "parked rows lose their pages whenever a new request wants them",
+        "parked rows lose their pages to any new request",
         "scheduling/running_set",
-        "drop=alone, spare=request",
-        "drop=True, spare=request",
+        "drop=alone, requester=request",
+        "drop=True, requester=request",
     ),
     # Drainer
     _fault(
         "drainer",
-        "of those that end soon any is waited for",
+        "any victim that ends soon is waited for",
         "scheduling/drainer",
         "ending.sort(key=lambda a: (left[a.digest], a.digest))",
         "pass",
     ),
     _fault(
         "drainer",
-        "a draining adapter takes everyone who was waiting",
+        "a draining adapter takes every request that was waiting",
         "scheduling/drainer",
         "if r.adapter_key == victim and r.remaining <= left.get(victim, 0)",
         "if r.adapter_key == victim",
     ),
     _fault(
         "drainer",
-        "a draining adapter takes whoever is short enough by now",
+        "a draining adapter takes any short request",
         "scheduling/drainer",
         "return drain is None or request.id in drain.admitted",
         "return drain is None or request.remaining < 100",
     ),
     _fault(
         "drainer",
-        "the place that was freed is anybody's",
+        "a drained place is not reserved",
         "scheduling/drainer",
         "return {victim for victim, drain in self.drains.items() if drain.starving != digest}",
         "return set()",
     ),
     _fault(
         "drainer",
-        "a drain goes on after its waiter was cancelled",
+        "a drain goes on after the waiting request was cancelled",
         "scheduling/drainer",
         "waits = starving is not None and starving.starved_s is not None",
         "waits = True",
     ),
     _fault(
         "drainer",
-        "the threshold is not waited for",
+        "a drain starts before its threshold",
         "scheduling/drainer",
         "if not threshold_s or starved_s is None or now_s - starved_s < threshold_s:",
         "if not threshold_s or starved_s is None:",
     ),
     _fault(
         "drainer",
-        "a slice is as short as a copy",
+        "a slice lasts one copy",
         "scheduling/drainer",
-        "return max(self.sharing.quantum_s, _COPIES_A_SLICE * copies_s)",
+        "return max(self.sharing.quantum_s, _COPIES_PER_SLICE * copies_s)",
         "return copies_s",
     ),
     _fault(
         "drainer",
-        "five copies do not lengthen a slice",
+        "slow copies do not lengthen a slice",
         "scheduling/drainer",
-        "return max(self.sharing.quantum_s, _COPIES_A_SLICE * copies_s)",
+        "return max(self.sharing.quantum_s, _COPIES_PER_SLICE * copies_s)",
         "return self.sharing.quantum_s",
     ),
     _fault(
         "drainer",
-        "it parks who would have ended sooner",
+        "a victim that would end sooner is parked",
         "scheduling/drainer",
         "if left[victim.digest] * self._costs.decode_s <= copies_s:",
         "if False:",
     ),
     _fault(
         "drainer",
-        "one that will end soon takes new requests",
+        "a victim that ends soon takes new requests",
         "scheduling/drainer",
-        "return Victims(closed=frozenset(wait_out) & {victim.digest for victim in ending})",
+        "return Victims(closed=frozenset(waited_for) & {victim.digest for victim in ending})",
         "return Victims()",
     ),
     _fault(
         "drainer",
-        "pinned adapters are victims",
+        "a pinned adapter in use is a victim",
         "scheduling/drainer",
         "a.users > 0 and not a.pinned]",
         "a.users > 0]",
     ),
     _fault(
         "drainer",
-        "small images take a large one's places for ever",
+        "small images take a large one's places forever",
         "scheduling/drainer",
         "return self._victims(digest, keep, self._in_use()) is not None",
         "return False",
@@ -230,7 +230,7 @@ FAULTS = (
     # AdapterCache
     _fault(
         "adapter cache",
-        "one in use is an idle candidate",
+        "an adapter in use counts as idle",
         "scheduling/victims",
         "            and a.users == 0\n            and not a.pinned",
         "            and not a.pinned",
@@ -244,7 +244,7 @@ FAULTS = (
     ),
     _fault(
         "adapter cache",
-        "one that was loaded for a request and has not run is evicted",
+        "a fresh adapter is evicted",
         "scheduling/victims",
         "and not (spare_fresh and a.fresh and a.wanted and a.digest not in lacking)",
         "and True",
@@ -259,7 +259,7 @@ FAULTS = (
     ),
     _fault(
         "adapter cache",
-        "the slice starts anew with each row",
+        "the slice restarts with each row",
         "scheduling/adapter_cache",
         "        if adapter.fresh:\n            adapter.fresh, adapter.slice_s = False, now_s",
         "        adapter.fresh, adapter.slice_s = False, now_s",
@@ -280,35 +280,35 @@ FAULTS = (
     ),
     _fault(
         "adapter cache",
-        "a failed load is tried again at once",
+        "a failed load is retried at once",
         "scheduling/adapter_cache",
         "adapter.retry_s = now_s + pause_s",
         "adapter.retry_s = now_s",
     ),
     _fault(
         "adapter cache",
-        "a forgotten adapter leaves under its requests",
+        "a forgotten adapter leaves before its requests end",
         "scheduling/adapter_cache",
         "if not adapter.leaving or adapter.claims or adapter.held or",
         "if not adapter.leaving or adapter.users or adapter.held or",
     ),
     _fault(
         "adapter cache",
-        "more is evicted than the bytes ask for",
+        "redundant victims are evicted",
         "scheduling/victims",
         "if not victims or enough(others):",
         "if not victims:",
     ),
     _fault(
         "adapter cache",
-        "the last of those that are enough stays",
+        "the last necessary victim stays",
         "scheduling/victims",
-        "return [*_needed(before, [last], enough), last]",
-        "return _needed(before, [last], enough)",
+        "return [*_without_redundant(before, [last], enough), last]",
+        "return _without_redundant(before, [last], enough)",
     ),
     _fault(
         "adapter cache",
-        "one that is evicted does not starve",
+        "an evicted adapter does not starve",
         "scheduling/adapter_cache",
         "        self._starve(adapter, now_s)\n        return Evict(adapter.digest, slot)",
         "        return Evict(adapter.digest, slot)",
@@ -316,56 +316,56 @@ FAULTS = (
     # Pages
     _fault(
         "pages",
-        "a prefix of any version will do",
+        "a prefix matches across versions",
         "scheduling/pages",
         "        link: Root | int = root\n        pages: list[int] = []",
         "        link: Root | int = None\n        pages: list[int] = []",
     ),
     _fault(
         "pages",
-        "a prefix is found whatever came before it",
+        "a page matches whatever came before it",
         "scheduling/pages",
         "            pages.append(page)\n            link = self._links[page]",
         "            pages.append(page)",
     ),
     _fault(
         "pages",
-        "the whole prompt is found, and no token left to compute",
+        "the whole prompt is matched, and no token is left to compute",
         "scheduling/running_set",
         "tokens, request.tokens - 1)",
         "tokens, request.tokens)",
     ),
     _fault(
         "pages",
-        "a found page is not held",
+        "a matched page is not held",
         "scheduling/pages",
         "            self._holders[page] = self._holders.get(page, 0) + 1",
         "            self._holders.setdefault(page, 1)",
     ),
     _fault(
         "pages",
-        "a found page stays free",
+        "a matched page stays free",
         "scheduling/pages",
         "            self._unused.pop(page, None)\n",
         "",
     ),
     _fault(
         "pages",
-        "a page with a second holder is given away",
+        "a page with a second holder is freed",
         "scheduling/pages",
         "            if self._holders[page]:\n                continue\n",
         "",
     ),
     _fault(
         "pages",
-        "a page that is taken anew keeps its old name",
+        "a reused page keeps its old key",
         "scheduling/pages",
         "        del self._known[self._keys.pop(page)]\n",
         "        self._keys.pop(page)\n",
     ),
     _fault(
         "pages",
-        "the youngest prefix is forgotten first",
+        "the newest prefix is forgotten first",
         "scheduling/pages",
         "            if len(self._free) == self.first:\n"
         "                self._forget(next(iter(self._unused)))",
@@ -374,14 +374,14 @@ FAULTS = (
     ),
     _fault(
         "pages",
-        "the beginning of a prefix goes before its end",
+        "the start of a prefix is forgotten before its end",
         "scheduling/pages",
         "for page in reversed(pages):",
         "for page in pages:",
     ),
     _fault(
         "pages",
-        "the last page is taken though there is one too few",
+        "fewer pages are taken than asked for",
         "scheduling/pages",
         "        if count > self.free:\n            return None\n",
         "        if count > self.free:\n            count = self.free\n",
@@ -396,28 +396,28 @@ FAULTS = (
     ),
     _fault(
         "budget",
-        "a page that was copied keeps its old name for those who look for its prefix",
+        "a copied page keeps its old id in the prefix cache",
         "scheduling/pages",
         "            self._known[key] = target\n",
         "",
     ),
     _fault(
         "budget",
-        "rows go on with the pages that they had before these were copied",
+        "rows keep the ids of copied pages",
         "scheduling/loads",
         "        self._running_set.rename(change.page_moves)\n",
         "",
     ),
     _fault(
         "budget",
-        "only rows that run follow their pages",
+        "parked rows keep the ids of copied pages",
         "scheduling/running_set",
         "for request in [*self.running.values(), *self.parked.values(), *ended]:",
         "for request in [*self.running.values(), *ended]:",
     ),
     _fault(
         "budget",
-        "a shrinking arena gives back bytes that an image lies in",
+        "a shrinking arena gives back bytes that hold an image",
         "scheduling/adapter_cache",
         "shifts = self.extents.slide(self.victim_search.loading()) if self.extents.end > end"
         " else []",
@@ -425,37 +425,37 @@ FAULTS = (
     ),
     _fault(
         "budget",
-        "a place is given back that is being copied into",
+        "bytes that are being copied into are given back",
         "scheduling/victims",
         "return self._extents.packed(victims, immovable=loading)[0] <= end",
         "return True",
     ),
     _fault(
         "budget",
-        "someone is evicted though memory is free",
+        "an adapter is evicted though memory is free",
         "scheduling/victims",
         "return self._extents.capacity if self._budget is None else self._budget.limit_bytes",
         "return self._extents.capacity",
     ),
     _fault(
         "budget",
-        "adapters leave no headroom",
+        "the arena leaves no headroom",
         "scheduling/budget",
         "spare = max(pages.free - self.headroom - self.reserved, 0)",
         "spare = max(pages.free - self.reserved, 0)",
     ),
     _fault(
         "budget",
-        "the arena may take everything",
+        "the arena takes the pages of the last context",
         "scheduling/budget",
         "self._first_max = pages.total - context_pages",
         "self._first_max = pages.total",
     ),
     _fault(
         "budget",
-        "rows are put back while idle adapters stay",
+        "rows are preempted while idle adapters stay",
         "scheduling/running_set",
-        "            if self._make_pages(count - self._pages.free, now_s, drop, spare):\n"
+        "            if self._make_pages(count - self._pages.free, now_s, drop, requester):\n"
         "                continue\n",
         "",
     ),
@@ -463,34 +463,34 @@ FAULTS = (
         "budget",
         "new requests take the pages that a starving adapter waits for",
         "scheduling/running_set",
-        "kept = 0 if alone else self._kept_from(request)",
+        "kept = 0 if alone else self._must_leave(request)",
         "kept = 0",
     ),
     _fault(
         "budget",
-        "a request that waits longer than the adapter is held up for it",
+        "a request that waits longer than a starving adapter is delayed for it",
         "scheduling/running_set",
         "waiter[0] is request and waiter[1] <= since_s else count",
         "waiter[0] is request and waiter[1] < 0 else count",
     ),
     _fault(
         "budget",
-        "a new request has adapters evicted that others wait for",
+        "a new request evicts adapters that others wait for",
         "scheduling/victims",
         "if c.digest not in keep and (wanted or not c.wanted)]",
         "if c.digest not in keep]",
     ),
     _fault(
         "budget",
-        "a request has its own adapter evicted for its pages",
+        "a request evicts its own adapter for pages",
         "scheduling/running_set",
-        "if spare is not None and spare.adapter_key:",
+        "if requester is not None and requester.adapter_key:",
         "if False:",
     ),
     # Steps in flight
     _fault(
         "in flight",
-        "a row that ends by length in flight is planned once more",
+        "a row that ends by length in flight is planned again",
         "scheduling/scheduler",
         "            if tokens >= request.tokens_max:\n                continue",
         "            if False:\n                continue",
@@ -504,7 +504,7 @@ FAULTS = (
     ),
     _fault(
         "in flight",
-        "what lingers goes when the first of the steps that name it commits",
+        "an ended request frees its pages at the first commit, not the last",
         "scheduling/scheduler",
         "        self.in_flight.commit(plan)\n        deltas = []",
         "        self.in_flight.commit(plan)\n"
@@ -514,7 +514,7 @@ FAULTS = (
     ),
     _fault(
         "in flight",
-        "a forgotten adapter leaves under a step in flight",
+        "a forgotten adapter leaves during a step in flight",
         "scheduling/adapter_cache",
         "if not adapter.leaving or adapter.claims or adapter.held or",
         "if not adapter.leaving or adapter.claims or",
@@ -523,33 +523,33 @@ FAULTS = (
         "in flight",
         "an adapter of a step in flight is evicted at once",
         "scheduling/in_flight",
-        "r.slides or r.page_moves or self._uses(r) for r in arena_changes",
-        "r.slides or r.page_moves for r in arena_changes",
+        "c.slides or c.page_moves or self._uses(c) for c in arena_changes",
+        "c.slides or c.page_moves for c in arena_changes",
     ),
     _fault(
         "in flight",
-        "images slide under a step in flight",
+        "images slide during a step in flight",
         "scheduling/in_flight",
-        "r.slides or r.page_moves or self._uses(r) for r in arena_changes",
-        "r.page_moves or self._uses(r) for r in arena_changes",
+        "c.slides or c.page_moves or self._uses(c) for c in arena_changes",
+        "c.page_moves or self._uses(c) for c in arena_changes",
     ),
     _fault(
         "in flight",
-        "pages are copied elsewhere under a step in flight",
+        "pages are copied elsewhere during a step in flight",
         "scheduling/in_flight",
-        "r.slides or r.page_moves or self._uses(r) for r in arena_changes",
-        "r.slides or self._uses(r) for r in arena_changes",
+        "c.slides or c.page_moves or self._uses(c) for c in arena_changes",
+        "c.slides or self._uses(c) for c in arena_changes",
     ),
     _fault(
         "in flight",
-        "the pages of a row that gives way are another's before its step commits",
+        "a preempted row's pages are reused before its step commits",
         "scheduling/running_set",
-        "        self._in_flight.took_from(request)\n",
+        "        self._in_flight.reuse_pages_of(request)\n",
         "",
     ),
     _fault(
         "in flight",
-        "a client sees the token behind the last one",
+        "a client sees a token after the last one",
         "scheduling/scheduler",
         "                if request.phase in ENDED:\n                    continue",
         "                if request.phase is Phase.CANCELLED:\n                    continue",
@@ -570,14 +570,14 @@ FAULTS = (
     ),
     _fault(
         "in flight",
-        "one that left the batch comes back in the same plan",
+        "a request that left the batch is admitted by the same plan",
         "scheduling/scheduler",
         "            if self.in_flight.references(request):\n                continue",
         "            if False:\n                continue",
     ),
     _fault(
         "in flight",
-        "a row that is not carried out counts as computed",
+        "a dropped row counts as computed",
         "scheduling/scheduler",
         "                work.request.computed = work.start\n",
         "",
@@ -585,14 +585,14 @@ FAULTS = (
     # Growth, and where parking pays
     _fault(
         "growth",
-        "what was computed again stretches no horizon",
+        "recomputed tokens do not stretch the horizon",
         "scheduling/growth",
         "self.horizon = self._outputs * self._output.value / (1 - spent)",
         "pass",
     ),
     _fault(
         "growth",
-        "with all spent the horizon still ends",
+        "the horizon stays finite when the recompute allowance is spent",
         "scheduling/growth",
         "        self.horizon = math.inf\n        if spent < 1:\n",
         "        if True:\n            spent = min(spent, 0.5)\n",
@@ -606,7 +606,7 @@ FAULTS = (
     ),
     _fault(
         "growth",
-        "a new request leaves rows nothing to grow",
+        "a new request leaves no pages for rows to grow",
         "scheduling/running_set",
         "grown = self.peak + max(self._growth.of(request) - count, 0)",
         "grown = 0",
@@ -620,28 +620,28 @@ FAULTS = (
     ),
     _fault(
         "growth",
-        "tokens found in the prefix cache count as computed again",
+        "tokens found in the prefix cache count as recomputed",
         "scheduling/running_set",
         "            if found:\n                self._forget_pages(request)\n",
         "            if found:\n                self._lose_pages(request)\n",
     ),
     _fault(
         "drainer",
-        "who was parked takes any place",
+        "a parked adapter takes any place",
         "scheduling/drainer",
-        "own is None or left[victim.digest] / victim.users > own",
+        "own_left is None or left[victim.digest] / victim.users > own_left",
         "True",
     ),
     _fault(
         "drainer",
-        "who was parked is never due",
+        "a parked adapter is never due",
         "scheduling/drainer",
         "return now_s - adapter.starved_s >= self._due_s(adapter)",
         "return False",
     ),
     _fault(
         "drainer",
-        "a parked adapter that must wait holds up new requests",
+        "a parked adapter that must wait delays new requests",
         "scheduling/loads",
         "if victims is None and self._drainer.sharing.park and not begun:",
         "if victims is None and self._drainer.sharing.park:",
@@ -650,26 +650,26 @@ FAULTS = (
         "drainer",
         "rows are parked though pages are short",
         "scheduling/loads",
-        "if self._running_set.short or not self._running_set.ample or self._prompts_pile_up():",
+        "if pages_short or self._prompts_pile_up():",
         "if self._prompts_pile_up():",
     ),
     _fault(
         "drainer",
         "rows are parked though prompts pile up",
         "scheduling/loads",
-        "if self._running_set.short or not self._running_set.ample or self._prompts_pile_up():",
-        "if self._running_set.short or not self._running_set.ample:",
+        "if pages_short or self._prompts_pile_up():",
+        "if pages_short:",
     ),
     _fault(
         "drainer",
-        "nobody is drained for where nobody is parked",
+        "no drain starts if no row may be parked",
         "scheduling/drainer",
         "        if self.sharing.park and not threshold_s:\n",
         "        if False:\n",
     ),
     _fault(
         "drainer",
-        "a place is kept for a request without pages while rows that hold some wait",
+        "a request without pages keeps its place from parked rows",
         "scheduling/victims",
         "and not (spare_fresh and a.fresh and a.wanted and a.digest not in lacking)",
         "and not (spare_fresh and a.fresh and a.wanted)",
@@ -678,7 +678,7 @@ FAULTS = (
 
 
 def first_failure(fault: Fault) -> str | None:
-    """The first test that fails with the fault; None when all pass."""
+    """The first test that fails with the fault; None if all pass."""
     with tempfile.TemporaryDirectory() as directory:
         for name in COPIED:
             source = ROOT / name
@@ -686,7 +686,9 @@ def first_failure(fault: Fault) -> str | None:
             copy(source, Path(directory) / name)
         file = Path(directory) / fault.file
         text = file.read_text()
-        assert text.count(fault.text) == 1, f"{fault.file}: not there once: {fault.text!r}"
+        assert text.count(fault.text) == 1, (
+            f"{fault.file} does not have this text once: {fault.text!r}"
+        )
         file.write_text(text.replace(fault.text, fault.instead))
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
         command += [test for test in TESTS if (ROOT / test).exists()]

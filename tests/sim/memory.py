@@ -1,6 +1,6 @@
-"""A device's memory, byte by byte: what plans write where, and whether it is still there.
+"""A device's memory, byte by byte: which plans write where, and what they overwrite.
 
-Images and pages have a range each, or share one (`replica/scheduling/budget.py`).
+Images and pages have separate ranges, or share one (`replica/scheduling/budget.py`).
 """
 
 import dataclasses
@@ -10,11 +10,11 @@ from replica.scheduling.adapter import ArenaChange, Evict, Load, PageMove
 from replica.scheduling.plan import Work
 from replica.scheduling.scheduler import Scheduler
 
-_Written = tuple[str | None, int]  # the adapter that computed it, the token
+_Written = tuple[str | None, int]  # (adapter that computed it, token)
 
 
 class Memory:
-    """Carries out what a scheduler plans. Raises AssertionError where something is overwritten."""
+    """Carries out a scheduler's plans. Raises AssertionError if live content is overwritten."""
 
     def __init__(self, core: Scheduler) -> None:
         self._extents, self._pages = core.adapter_cache.extents, core.pages
@@ -26,20 +26,20 @@ class Memory:
         self._images: dict[int, Load] = {}
         self._tokens: dict[tuple[int, int], _Written] = {}
         self.copies: list[Load] = []
-        self.lost: set[int] = set()  # slots whose load broke off after more was planned with it
+        self.lost: set[int] = set()  # slots whose load failed after later changes were planned
 
     @property
     def slots(self) -> set[int]:
         return set(self._images)
 
     def make(self, change: ArenaChange) -> None:
-        """All but the load, which `begin` starts."""
+        """Apply all but the load, which `begin` starts."""
         for evict in change.evictions:
             self.clear(evict)
         for move in change.slides:
             if move.slot in self.lost:
                 continue
-            assert move.slot in self._images, "what is not there cannot move"
+            assert move.slot in self._images, "an absent image cannot move"
             image = self._image(move.slot)
             assert (image.offset, image.bytes) == (move.source, move.bytes)
             self._images[move.slot] = dataclasses.replace(image, offset=move.target)
@@ -48,7 +48,7 @@ class Memory:
             self._copy_page(page)
 
     def clear(self, evict: Evict) -> None:
-        """One whose load was lost may leave a slot that nothing came to."""
+        """If its load was lost, the slot may be empty."""
         image = self._images.pop(evict.slot, None)
         assert image is None or image.digest == evict.digest
 
@@ -59,18 +59,18 @@ class Memory:
         self._own(load.offset, load.bytes, load.digest)
 
     def end(self, load: Load, good: bool) -> None:
-        """Until now the copy may have written at any time."""
+        """Up to now the copy may have written at any time."""
         self.copies.remove(load)
         self._own(load.offset, load.bytes, load.digest if good else "broken")
         if good:
             self._images[load.slot] = load
 
     def weights(self, slot: int) -> str | None:
-        """The adapter whose weights rows of this slot run with."""
+        """The adapter whose weights the rows of this slot use."""
         return self._image(slot).digest if slot else None
 
     def compute(self, work: Work, pages: Sequence[int]) -> None:
-        """What it attends to are its own tokens, computed with its own weights."""
+        """The row must attend to its own tokens, computed with its own weights."""
         request, size = work.request, self._pages.page_tokens
         for position, token in enumerate(request.slice(0, work.end)):
             page, offset = pages[position // size], position % size
@@ -80,7 +80,7 @@ class Memory:
             assert self.read(page, offset) == written, f"{request.id} at {position}"
 
     def span(self, slot: int) -> tuple[int, int]:
-        """The bytes [begin, end) of its image."""
+        """The bytes [begin, end) of the slot's image."""
         image = self._image(slot)
         return image.offset, image.offset + image.bytes
 

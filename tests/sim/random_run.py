@@ -1,7 +1,7 @@
-"""One random life of a scheduler, drawn from a seed: arrivals, cancels, failing loads, tiny arenas.
+"""One random run of a scheduler, drawn from a seed: arrivals, cancels, failing loads, tiny arenas.
 
-Every invariant is checked after every step; when the faults are over, all work ends. At depth 2
-each step is launched before the one before it has committed, and what that one names must stay.
+The invariants are checked after every step, and all work ends once the faults stop. At depth 2 each
+step is launched before the previous one has committed, and memory that one references must stay.
 """
 
 import random
@@ -29,15 +29,15 @@ from tests.sim.memory import Memory
 
 
 @dataclass(frozen=True, slots=True)
-class Flying:
+class LaunchedStep:
     """A launched step. pages: of each row. spans: the bytes of each slot that a row uses."""
 
     plan: Plan
     pages: list[list[int]]
     spans: dict[int, tuple[int, int]]
 
-    def named(self) -> dict[int, Request]:
-        """page → a request that computes with it."""
+    def pages_in_use(self) -> dict[int, Request]:
+        """Page → a request that computes with it."""
         return {
             page: work.request
             for work, pages in zip(self.plan.rows, self.pages, strict=True)
@@ -46,7 +46,7 @@ class Flying:
 
 
 class Run:
-    """A scheduler, and around it everything that can happen to one, drawn from a seed."""
+    """A scheduler, and the events around it, drawn from a seed."""
 
     def __init__(self, seed: int, depth: int = 1) -> None:
         self.depth = depth
@@ -96,7 +96,7 @@ class Run:
         share = Share({"a": 2.0}, on=self.chance(0.3))
         self.core = Scheduler(limits, pages, adapter_cache, costs, switches, sharing, share)
         self.memory = Memory(self.core)
-        self.flying: deque[Flying] = deque()
+        self.launched: deque[LaunchedStep] = deque()
         self.open: dict[str, Request] = {}
         self.got: dict[str, list[int]] = {}
         self.ended: set[str] = set()
@@ -147,7 +147,7 @@ class Run:
         self.open[name] = request
         self.got[name] = []
 
-    def take_in(self, deltas: Iterable[Delta]) -> None:
+    def receive(self, deltas: Iterable[Delta]) -> None:
         for delta in deltas:
             assert delta.request_id in self.open, f"a token for {delta.request_id}, which has ended"
             self.got[delta.request_id] += delta.tokens
@@ -180,90 +180,98 @@ class Run:
 
     def clear(self) -> None:
         for evict in self.core.evictions():
-            self.unused(evict.slot)
+            self.assert_slot_unused(evict.slot)
             self.memory.clear(evict)
 
-    def unused(self, slot: int) -> None:
-        assert all(slot not in step.spans for step in self.flying), "a step in flight uses it"
+    def assert_slot_unused(self, slot: int) -> None:
+        assert all(slot not in step.spans for step in self.launched), "a step in flight uses it"
 
     def step(self, faults: bool) -> None:
         self.finish_loads(faults)
         plan = self.core.step(self.now_s)
         self.core.check()
-        self.take_in(plan.failed)
+        self.receive(plan.failed)
         if plan.waits:
             self.commit()
-        plan = self.make_rooms(plan, faults)
+        plan = self.apply_changes(plan, faults)
         if plan.rows:
             self.launch(plan)
-        if self.flying and (len(self.flying) == self.depth or not plan.rows):
+        if self.launched and (len(self.launched) == self.depth or not plan.rows):
             self.commit()
         self.clear()
         self.now_s += 0.05
 
-    def make_rooms(self, plan: Plan, faults: bool) -> Plan:
+    def apply_changes(self, plan: Plan, faults: bool) -> Plan:
         for change in plan.arena_changes:
             for freed in (*change.evictions, *change.slides):
-                self.unused(freed.slot)
+                self.assert_slot_unused(freed.slot)
             for move in change.slides:
-                self.untouched(move.target, move.bytes)
-            named = {page for step in self.flying for page in step.named()}
+                self.assert_bytes_unused(move.target, move.bytes)
+            pages_in_use = {page for step in self.launched for page in step.pages_in_use()}
             for copied in change.page_moves:
-                assert not {copied.source, copied.target} & named, "a page of a step in flight"
+                assert not {copied.source, copied.target} & pages_in_use, (
+                    "a page of a step in flight is copied or overwritten"
+                )
             self.memory.make(change)
             if change.load is None:
                 continue
-            self.untouched(change.load.offset, change.load.bytes)
+            self.assert_bytes_unused(change.load.offset, change.load.bytes)
             self.memory.begin(change.load)
             if not self.core.switches.overlap:
                 self.load_now(change.load, faults)
         return self.core.without_ended(plan)
 
-    def untouched(self, offset: int, size: int) -> None:
-        for step in self.flying:
+    def assert_bytes_unused(self, offset: int, size: int) -> None:
+        for step in self.launched:
             for begin, end in step.spans.values():
-                assert offset + size <= begin or end <= offset, "bytes of a step in flight"
+                assert offset + size <= begin or end <= offset, (
+                    "bytes of a step in flight are overwritten"
+                )
 
     def load_now(self, load: Load, faults: bool) -> None:
-        """Without overlap the batch waits, and runs without those whose load has failed."""
+        """Without overlap the batch waits, and rows whose load failed do not run."""
         good = not (faults and load.digest and self.chance(0.1))
         self.memory.end(load, good)
         if not good:
             self.memory.lost.add(load.slot)
-            self.take_in(self.core.lost(load.digest, "fault", self.now_s))
+            self.receive(self.core.lost(load.digest, "fault", self.now_s))
 
     def launch(self, plan: Plan) -> None:
         size = self.core.pages.page_tokens
-        named = {page: r for step in self.flying for page, r in step.named().items()}
-        step = Flying(plan, [], {})
-        before = {id(work.request) for flying in self.flying for work in flying.plan.rows}
+        pages_in_use = {
+            page: r for step in self.launched for page, r in step.pages_in_use().items()
+        }
+        step = LaunchedStep(plan, [], {})
+        before = {id(work.request) for launched in self.launched for work in launched.plan.rows}
         for work in plan.rows:
             known = len(work.request.prompt) + len(work.request.output)
             carried = id(work.request) in before and (work.start, work.end) == (known, known + 1)
-            assert work.end <= known or carried, "a token is computed that nobody knows"
+            assert work.end <= known or carried, "an unknown token is computed"
             pages = work.request.pages[: -(-work.end // size)]
             step.pages.append(pages)
             for page in pages[work.start // size :]:
-                assert named.get(page, work.request) is work.request, "pages of a step in flight"
+                assert pages_in_use.get(page, work.request) is work.request, (
+                    "a page of a step in flight is written"
+                )
             if work.slot:
                 step.spans[work.slot] = self.memory.span(work.slot)
-        self.flying.append(step)
+        self.launched.append(step)
         self.core.check()
-        self.right_weights(step)
+        self.check_weights(step)
 
     def commit(self) -> None:
-        step = self.flying.popleft()
-        self.right_weights(step)
+        step = self.launched.popleft()
+        self.check_weights(step)
         rows = zip(step.plan.rows, step.pages, strict=True)
         for work, pages in rows:
-            if work.request.phase not in ENDED:  # else nobody waits for what it gives
+            if work.request.phase not in ENDED:  # else its result is dropped
                 self.memory.compute(work, pages)
         stops = [2, 5, 6, 7]
         chosen = [Sampled(self.rng.choice(stops)) if w.sample else None for w in step.plan.rows]
-        self.take_in(self.core.commit(step.plan, chosen, self.now_s))
+        self.receive(self.core.commit(step.plan, chosen, self.now_s))
         self.core.check()
 
-    def right_weights(self, step: Flying) -> None:
+    def check_weights(self, step: LaunchedStep) -> None:
         self.memory.check()
         for work in step.plan.rows:
             weights = self.memory.weights(work.slot)
@@ -271,8 +279,8 @@ class Run:
             assert not work.slot or self.memory.span(work.slot) == step.spans[work.slot]
 
 
-def live(seed: int, depth: int = 1) -> None:
-    """Raises AssertionError, naming the seed."""
+def run_seed(seed: int, depth: int = 1) -> None:
+    """Raises AssertionError that names the seed."""
     run = Run(seed, depth)
     try:
         for _ in range(120):
@@ -283,7 +291,7 @@ def live(seed: int, depth: int = 1) -> None:
             if not run.core.has_work:
                 break
             run.step(faults=False)
-        assert not run.core.has_work, "work is left though the faults are over"
+        assert not run.core.has_work, "work is left though the faults have stopped"
         assert run.core.pages.free == run.core.pages.capacity
     except (AssertionError, LookupError) as error:
         raise AssertionError(

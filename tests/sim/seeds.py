@@ -1,4 +1,4 @@
-"""Many random lives, on all cores: `python -m tests.sim.seeds --seeds 5000`, at depth 1 and 2."""
+"""Many random runs on all cores, at depth 1 and 2: `python -m tests.sim.seeds --seeds 5000`."""
 
 import argparse
 import multiprocessing
@@ -6,13 +6,13 @@ import os
 import sys
 import time
 
-from tests.sim.random_run import live
+from tests.sim.random_run import run_seed
 
 
-def outcome(life: tuple[int, int]) -> str | None:
-    """life: a seed and a depth."""
+def outcome(seed_and_depth: tuple[int, int]) -> str | None:
+    """Runs a seed at a depth. Returns the failure, if any."""
     try:
-        live(*life)
+        run_seed(*seed_and_depth)
     except AssertionError as error:
         return str(error)
     return None
@@ -28,13 +28,13 @@ def main() -> int:
     start_s = time.monotonic()
     depths = (options.depth,) if options.depth else (1, 2)
     seeds = range(options.first, options.first + options.seeds)
-    lives = [(seed, depth) for seed in seeds for depth in depths]
+    runs = [(seed, depth) for seed in seeds for depth in depths]
     with multiprocessing.Pool(options.processes) as pool:
-        failures = [f for f in pool.imap_unordered(outcome, lives, chunksize=20) if f]
+        failures = [f for f in pool.imap_unordered(outcome, runs, chunksize=20) if f]
     took_s = time.monotonic() - start_s
     for failure in sorted(failures):
         print(failure)
-    print(f"{len(lives)} lives, {len(failures)} failed, {took_s:.0f} s")
+    print(f"{len(runs)} runs, {len(failures)} failed, {took_s:.0f} s")
     return 1 if failures else 0
 
 

@@ -1,8 +1,8 @@
 """No adapter waits longer for a place than the stated bound, whatever the arrivals; by seed.
 
-Requests have pages and batch space, so that residency is all they wait for. Beside the bound of
-`Drainer.bound_s` a wait has what any decision has: the step under way, and the head start that
-another with no token yet may be given.
+Requests have enough pages and rows, so that a place is all they wait for. On top of
+`Drainer.bound_s` a wait includes the step under way, and the head start that an adapter with no
+token yet may get.
 """
 
 import random
@@ -15,7 +15,7 @@ from tests.core import STEP_S, new, run, scheduler
 
 
 class Crowd:
-    """Long requests of more adapters than there are places, on a virtual clock."""
+    """Long requests for more adapters than there are places, on a virtual clock."""
 
     def __init__(self, seed: int, sizes: dict[str, int], arena: int) -> None:
         self.rng = random.Random(seed)
@@ -64,7 +64,7 @@ class Crowd:
         self.now_s += STEP_S
 
     def bound_s(self) -> float:
-        """A place holds the largest image; the others may share one, and never need more."""
+        """Each place fits the largest image. Smaller ones never need more."""
         largest = max(self.sizes.values())
         drainer = self.core.drainer
         bound_s = drainer.bound_s(len(self.sizes), self.arena // largest, largest)

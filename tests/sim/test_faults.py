@@ -1,4 +1,4 @@
-"""The faults of `faults.py` can be put where they belong."""
+"""Each fault of `faults.py` can be applied."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Loads and prefills together: a group waits for its last member where that is cheaper, by twin."""
+"""Simulated loads and prefills: a group waits for its last member if that is cheaper."""
 
 import random
 import statistics
@@ -24,7 +24,7 @@ from replica.simulation.workloads import Arrival
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Seconds; a step with a prompt takes `prefill_s` however many prompts it has."""
+    """In seconds. A step with prompts takes `prefill_s`, however many prompts it has."""
 
     load_s: float
     prefill_s: float
@@ -41,7 +41,7 @@ class Device:
 
 
 def ttft_s(device: Device, adapters: int) -> list[float]:
-    """Of one request an adapter, all of them coming at once."""
+    """Of one request for each adapter, all arriving at once."""
     costs = Costs(1.0 / device.load_s, device.decode_s, device.prefill_s / 10)
     adapter_cache = AdapterCache(
         Extents(adapters, 1), adapters, victims.lru, costs.copy_s, 1.0, 8.0
@@ -58,12 +58,12 @@ def ttft_s(device: Device, adapters: int) -> list[float]:
 
 
 def blocking_s(device: Device, adapters: int) -> list[float]:
-    """All images, one after another, then one prefill."""
+    """All loads one after another, then one prefill."""
     return [adapters * device.load_s + device.prefill_s] * adapters
 
 
 def overlapping_s(device: Device, adapters: int) -> list[float]:
-    """A prefill as soon as something is there that was not, with all that is."""
+    """A prefill starts as soon as a new image is loaded, with all that are."""
     done: list[float] = []
     now_s = 0.0
     while len(done) < adapters:

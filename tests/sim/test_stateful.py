@@ -1,4 +1,4 @@
-"""Rules in any order, the invariants after each: Hypothesis looks for a run that breaks one.
+"""Hypothesis applies rules in any order, looking for a run that breaks an invariant.
 
 Derandomized: the same runs every time, as many as take a few seconds.
 """
@@ -45,7 +45,7 @@ DIGESTS = st.sampled_from("abcdef")
 
 
 class PagesMachine(RuleBasedStateMachine):
-    """Against a model: what each page was last filled with, and behind what."""
+    """Checked against a model: what each page was last filled with, and what came before it."""
 
     held = Bundle("held")
 
@@ -57,7 +57,7 @@ class PagesMachine(RuleBasedStateMachine):
 
     @rule(target=held, root=st.sampled_from([None, "x", "y"]), length=st.integers(1, 4))
     def compute(self, root: str | None, length: int) -> object:
-        """A prompt of few different tokens: what is found, then the rest, published."""
+        """A prompt of few different tokens: match its prefix, compute and publish the rest."""
         tokens = [(i * length) % 3 for i in range(2 * length)]
         prefix = self.pages.match(root, tokens)
         for index, page in enumerate(prefix.pages):
@@ -78,13 +78,13 @@ class PagesMachine(RuleBasedStateMachine):
 
     @rule(pages=consumes(held))
     def end(self, pages: list[int]) -> None:
-        # The same list, not an equal one: two may hold the same prefix and nothing else.
+        # By identity: two lists may hold the same prefix and nothing else.
         self.holders = [other for other in self.holders if other is not pages]
         self.pages.give_back(pages)
 
     @rule(data=st.data())
     def give_up(self, data: st.DataObject) -> None:
-        """Adapters take the lowest ones; what was in them is copied."""
+        """The arena takes the lowest pages; their contents are copied."""
         first = self.pages.first
         first += data.draw(st.integers(0, min(self.pages.free, self.pages.total - first)))
         renamed = self.pages.give_up(first)
@@ -104,73 +104,73 @@ class PagesMachine(RuleBasedStateMachine):
         self.pages.check(self.holders)
 
 
-class ResidencyMachine(RuleBasedStateMachine):
-    """Claims, rows, loads and evictions in any legal order; bytes are written where it says."""
+class AdapterCacheMachine(RuleBasedStateMachine):
+    """Claims, rows, loads and evictions in any legal order."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now_s = 0.0
-        self.directory = AdapterCache(
+        self.cache = AdapterCache(
             Extents(100, 1), 4, victims.cost, lambda size, _: size / 100, 1.0, 8.0, HostTier(60)
         )
         self.contents: dict[int, str] = {}
         self.in_flight: set[str] = set()
 
     def wanted(self) -> list[str]:
-        return sorted(d for d, a in self.directory.adapters.items() if a.wanted)
+        return sorted(d for d, a in self.cache.adapters.items() if a.wanted)
 
     def used(self) -> list[str]:
-        return sorted(d for d, a in self.directory.adapters.items() if a.users)
+        return sorted(d for d, a in self.cache.adapters.items() if a.users)
 
     @rule(digest=DIGESTS, size=st.integers(1, 60), pinned=st.booleans())
     def register(self, digest: str, size: int, pinned: bool) -> None:
-        self.directory.register(digest, "/", size, pinned, self.now_s)
+        self.cache.register(digest, "/", size, pinned, self.now_s)
 
     @rule(digest=DIGESTS)
     def forget(self, digest: str) -> None:
-        self.clear(self.directory.forget(digest))
+        self.clear(self.cache.forget(digest))
 
     @rule(digest=DIGESTS)
     def claim(self, digest: str) -> None:
-        adapter = self.directory.adapters.get(digest)
+        adapter = self.cache.adapters.get(digest)
         if adapter is not None and not adapter.leaving:
-            self.directory.claim(digest, self.now_s)
+            self.cache.claim(digest, self.now_s)
 
     @precondition(lambda self: self.wanted())
     @rule(data=st.data(), dt=st.floats(0, 2))
     def run_or_cancel(self, data: st.DataObject, dt: float) -> None:
         self.now_s += dt
         digest = data.draw(st.sampled_from(self.wanted()))
-        if self.directory.usable(digest) and data.draw(st.booleans()):
-            assert self.contents[self.directory.slot(digest)] == digest
-            self.directory.acquire(digest, self.now_s)
+        if self.cache.usable(digest) and data.draw(st.booleans()):
+            assert self.contents[self.cache.slot(digest)] == digest
+            self.cache.acquire(digest, self.now_s)
         else:
-            self.clear(self.directory.unclaim(digest))
+            self.clear(self.cache.unclaim(digest))
 
     @precondition(lambda self: self.used())
     @rule(data=st.data(), ends=st.booleans())
     def stop(self, data: st.DataObject, ends: bool) -> None:
         digest = data.draw(st.sampled_from(self.used()))
-        self.directory.release(digest, self.now_s)
+        self.cache.release(digest, self.now_s)
         if ends:
-            self.clear(self.directory.unclaim(digest))
+            self.clear(self.cache.unclaim(digest))
 
     @rule(digest=DIGESTS)
     def load(self, digest: str) -> None:
-        adapter = self.directory.adapters.get(digest)
+        adapter = self.cache.adapters.get(digest)
         if adapter is None or adapter.tier in (Tier.DEVICE, Tier.LOADING):
             return
-        victims = self.directory.victim_search.for_image(digest)
+        victims = self.cache.victim_search.for_image(digest)
         if victims is None:
             return
         for victim in victims:
-            gone = self.directory.adapters[victim]
+            gone = self.cache.adapters[victim]
             assert not gone.users and not gone.pinned and gone.tier is Tier.DEVICE
-            assert not (gone.fresh and gone.wanted), "it was loaded for someone"
-        change = self.directory.make_room(digest, victims, self.now_s)
+            assert not (gone.fresh and gone.wanted), "it was loaded for a waiting request"
+        change = self.cache.make_room(digest, victims, self.now_s)
         assert [e.digest for e in change.evictions] == victims
         self.clear(change.evictions)
-        busy = {self.directory.slot(d) for d in self.in_flight}
+        busy = {self.cache.slot(d) for d in self.in_flight}
         assert busy.isdisjoint(m.slot for m in change.slides), "a copy's target moved"
         assert change.load.slot not in self.contents
         self.in_flight.add(digest)
@@ -180,19 +180,19 @@ class ResidencyMachine(RuleBasedStateMachine):
     def copied(self, data: st.DataObject, good: bool, kept: bool) -> None:
         digest = data.draw(st.sampled_from(sorted(self.in_flight)))
         self.in_flight.remove(digest)
-        adapter = self.directory.adapters[digest]
+        adapter = self.cache.adapters[digest]
         if not good:
-            self.directory.failed(digest, "broken", self.now_s)
+            self.cache.failed(digest, "broken", self.now_s)
             return
-        if kept and digest not in self.directory.host and adapter.bytes <= 60:
-            self.directory.keep_on_host(digest)
-        self.contents[self.directory.slot(digest)] = digest
-        self.clear(self.directory.loaded(digest, self.now_s))
+        if kept and digest not in self.cache.host and adapter.bytes <= 60:
+            self.cache.keep_on_host(digest)
+        self.contents[self.cache.slot(digest)] = digest
+        self.clear(self.cache.loaded(digest, self.now_s))
 
     @invariant()
     def whole(self) -> None:
-        self.directory.check()
-        for adapter in self.directory.adapters.values():
+        self.cache.check()
+        for adapter in self.cache.adapters.values():
             starves = adapter.wanted and adapter.tier is not Tier.DEVICE
             assert (adapter.starved_s is not None) == starves
 
@@ -202,7 +202,7 @@ class ResidencyMachine(RuleBasedStateMachine):
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """One scheduler in any of its settings; every request ends once, with its own weights."""
+    """A scheduler with any settings: every request ends once, with its own weights."""
 
     sharing = Sharing()
 
@@ -211,7 +211,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.now_s = 0.0
         self.number = 0
         self.open: set[str] = set()
-        self.flying: deque[tuple[Plan, list[list[int]]]] = deque()
+        self.launched_steps: deque[tuple[Plan, list[list[int]]]] = deque()
 
     @initialize(
         depth=st.integers(1, 2),
@@ -283,7 +283,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.open.remove(name)
 
     @rule(steps=st.integers(1, 8), copies=st.booleans())
-    def go_on(self, steps: int, copies: bool) -> None:
+    def run_steps(self, steps: int, copies: bool) -> None:
         for _ in range(steps):
             if copies:
                 self.end_copies(good=True)
@@ -303,7 +303,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         core = self.core
         plan = core.step(self.now_s)
         core.check()
-        self.take_in(plan.failed)
+        self.receive(plan.failed)
         if plan.waits:
             self.commit()
         for change in plan.arena_changes:
@@ -314,28 +314,30 @@ class SchedulerMachine(RuleBasedStateMachine):
                     self.memory.end(change.load, good=True)
         plan = core.without_ended(plan)
         if plan.rows:
-            self.flying.append((plan, [work.request.pages for work in plan.rows]))
-        for launched, _ in self.flying:
-            self.right_weights(launched)
-        if self.flying and (len(self.flying) == self.depth or not plan.rows):
+            self.launched_steps.append((plan, [work.request.pages for work in plan.rows]))
+        for launched, _ in self.launched_steps:
+            self.check_weights(launched)
+        if self.launched_steps and (len(self.launched_steps) == self.depth or not plan.rows):
             self.commit()
         self.now_s += STEP_S
 
     def commit(self) -> None:
-        plan, pages = self.flying.popleft()
-        self.right_weights(plan)
+        plan, pages = self.launched_steps.popleft()
+        self.check_weights(plan)
         for work, held in zip(plan.rows, pages, strict=True):
             if work.request.phase not in ENDED:
                 self.memory.compute(work, held)
         chosen = [Sampled(7) if work.sample else None for work in plan.rows]
-        self.take_in(self.core.commit(plan, chosen, self.now_s))
+        self.receive(self.core.commit(plan, chosen, self.now_s))
 
-    def right_weights(self, plan: Plan) -> None:
+    def check_weights(self, plan: Plan) -> None:
         self.memory.check()
         for work in plan.rows:
-            assert self.memory.weights(work.slot) == work.request.digest, "another's weights"
+            assert self.memory.weights(work.slot) == work.request.digest, (
+                "it ran with the weights of another"
+            )
 
-    def take_in(self, deltas: Iterable[Delta]) -> None:
+    def receive(self, deltas: Iterable[Delta]) -> None:
         for delta in deltas:
             assert delta.request_id in self.open, "it has ended"
             if delta.last:
@@ -350,7 +352,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             ) == self.open
 
     def teardown(self) -> None:
-        """With no more faults all work ends."""
+        """Once the faults stop, all work ends."""
         if not hasattr(self, "core"):
             return
         for _ in range(3000):
@@ -362,7 +364,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 class DrainerMachine(SchedulerMachine):
-    """The same without parking: who is drained for gets the place, and every drain ends."""
+    """Without parking: a drained place goes to the starving adapter, and every drain ends."""
 
     sharing = Sharing(park=False, drain_wait_threshold_s=0.1)
 
@@ -385,19 +387,21 @@ class DrainerMachine(SchedulerMachine):
             drain = before.get(request.adapter_key or "none")
             still = drain is not None and drainer.drains.get(request.adapter_key or "none") == drain
             if still and request.id not in running:
-                assert drain is not None and request.id in drain.admitted, "it was not to enter"
+                assert drain is not None and request.id in drain.admitted, (
+                    "the drain did not let it in"
+                )
         for victim, drain in before.items():
             starving = self.core.adapter_cache.adapters.get(drain.starving)
             if starving is not None and starving.wanted and starving.slot is None:
                 gone = not self.core.adapter_cache.usable(victim)
-                assert not gone, "its place went to another than it was freed for"
+                assert not gone, "its place went to another adapter than the starving one"
 
 
 PagesMachine.TestCase.settings = SETTINGS
-ResidencyMachine.TestCase.settings = SETTINGS
+AdapterCacheMachine.TestCase.settings = SETTINGS
 SchedulerMachine.TestCase.settings = settings(SETTINGS, max_examples=150, stateful_step_count=30)
 DrainerMachine.TestCase.settings = settings(SETTINGS, max_examples=150, stateful_step_count=30)
 TestPages = PagesMachine.TestCase
-TestResidency = ResidencyMachine.TestCase
+TestAdapterCache = AdapterCacheMachine.TestCase
 TestScheduler = SchedulerMachine.TestCase
 TestDrainer = DrainerMachine.TestCase

@@ -1,4 +1,4 @@
-"""The published tables replayed: the invariants hold, and the effects have the published sign."""
+"""The published tables replayed: the invariants hold, and each effect has the published sign."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from replica.simulation.simulator import Figures, RequestStats
 from replica.simulation.upstream import POLICIES, SHARED, TABLES, Replay, Table, replay, simulator
 from replica.simulation.workloads import arrivals
 
-# What draining is for builds up slowly: 17913 needs all of its requests.
+# The queues that draining helps with build up slowly: 17913 needs all of its requests.
 REQUESTS = {"17913": 200}
 
 
@@ -48,7 +48,7 @@ def compared() -> dict[str, Compared]:
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", TABLES)
 def test_the_invariants_hold_after_each_step_and_every_arrival_ends(name: str, policy: str) -> None:
-    """On a card with so little memory that 14795 runs short of pages, too."""
+    """The card has so little memory that 14795 also runs short of pages."""
     table = shortened(TABLES[name], 16, faster=4.0)
     table = dataclasses.replace(table, card=dataclasses.replace(table.card, memory_bytes=16.5e9))
     run = simulator(table, policy, check=True)
@@ -61,7 +61,7 @@ def test_the_invariants_hold_after_each_step_and_every_arrival_ends(name: str, p
 
 @pytest.mark.parametrize("name", TABLES)
 def test_one_memory_too_small_for_all_adapters_is_shared_in_turn(name: str) -> None:
-    """One whole context leaves it 1.6 GB: one adapter of rank 256, or six of rank 64."""
+    """One whole context leaves 1.6 GB: one adapter of rank 256, or six of rank 64."""
     table = shortened(TABLES[name], 16, faster=4.0)
     table = dataclasses.replace(table, card=dataclasses.replace(table.card, memory_bytes=38.7e9))
     run = simulator(table, SHARED, check=True)
@@ -86,7 +86,7 @@ def test_the_same_seed_gives_the_same_figures() -> None:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_what_upstream_changed_helps_as_published(name: str, compared: dict[str, Compared]) -> None:
+def test_upstreams_changes_help_as_published(name: str, compared: dict[str, Compared]) -> None:
     before, after = (compared[name].median(p, "lora") for p in ("before", "after"))
     assert after.ttft_mean_ms < before.ttft_mean_ms
     assert after.e2e_mean_ms < before.e2e_mean_ms
@@ -107,14 +107,14 @@ def test_draining_trades_the_median_for_the_tail(compared: dict[str, Compared]) 
     assert after.ttft_p50_ms > before.ttft_p50_ms
 
 
-def test_loads_that_overlap_stop_no_decode(compared: dict[str, Compared]) -> None:
+def test_overlapping_loads_stop_no_decode(compared: dict[str, Compared]) -> None:
     found = compared["15512-large"]
     assert found.median("before", "lora").itl_max_ms > 300
     assert found.median("after", "lora").itl_max_ms < 100
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_ours_beats_both_to_the_first_token(name: str, compared: dict[str, Compared]) -> None:
+def test_ours_has_less_than_half_of_either_ttft(name: str, compared: dict[str, Compared]) -> None:
     ours = compared[name].median("ours", "lora")
     for policy in ("before", "after"):
         theirs = compared[name].median(policy, "lora")
@@ -123,7 +123,7 @@ def test_ours_beats_both_to_the_first_token(name: str, compared: dict[str, Compa
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_no_gap_between_tokens_is_longer_than_the_turns_of_the_others(
+def test_no_gap_between_tokens_exceeds_the_turns_of_the_others(
     name: str, compared: dict[str, Compared]
 ) -> None:
     most = itl_bound_ms(TABLES[name])
@@ -132,7 +132,7 @@ def test_no_gap_between_tokens_is_longer_than_the_turns_of_the_others(
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_with_one_memory_no_place_is_ever_waited_for(
+def test_with_one_memory_no_request_waits_for_a_place(
     name: str, compared: dict[str, Compared]
 ) -> None:
     for stream, figures in compared[name].replays[SHARED].figures.items():
@@ -140,7 +140,7 @@ def test_with_one_memory_no_place_is_ever_waited_for(
         assert max(f.itl_max_ms for f in figures) <= SHARED_TTFT_P99_MS, stream
 
 
-def test_a_packed_arena_holds_all_six(compared: dict[str, Compared]) -> None:
+def test_a_packed_arena_holds_all_six_adapters(compared: dict[str, Compared]) -> None:
     packed, counted = (compared[n].median("ours", "lora") for n in ("17913-packed", "17913"))
     assert packed.e2e_mean_ms < 0.8 * counted.e2e_mean_ms
 
@@ -151,7 +151,7 @@ def test_a_median_is_taken_figure_by_figure() -> None:
     assert Replay({"s": [low, high]}).median("s") == Figures(2, 3, 4, 5, 6, 7)
 
 
-def test_a_claim_that_does_not_hold_is_said_not_to() -> None:
+def test_a_claim_that_does_not_hold_is_marked() -> None:
     table = TABLES["17913"]
     good, bad = Figures(1, 1, 1, 1, 1, 1), Figures(900, 900, 9000, 9000, 9000, 9)
     replays = {
@@ -177,7 +177,7 @@ def test_the_json_has_each_table_policy_and_figure(compared: dict[str, Compared]
     assert set(found["14795"]["ours"]) == {"base", "lora"}
 
 
-def test_ours_runs_at_the_depth_that_was_asked_for_and_upstreams_servers_at_1() -> None:
+def test_ours_runs_at_the_given_depth_and_upstreams_servers_at_1() -> None:
     table = shortened(TABLES["17913"], 10)
     for policy, depths in (("before", [1, 1]), ("after", [1, 1]), ("ours", [1, 2])):
         assert [simulator(table, policy, depth=depth).depth for depth in (1, 2)] == depths
@@ -186,7 +186,9 @@ def test_ours_runs_at_the_depth_that_was_asked_for_and_upstreams_servers_at_1() 
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_the_command_compares_at_that_depth(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_compares_at_the_given_depth(
+    depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small = shortened(TABLES["15512-small"], 10)
     monkeypatch.setattr("replica.simulation.upstream.TABLES", {"15512-small": small})
     monkeypatch.setattr("replica.simulation.comparison.TABLES", {"15512-small": small})
@@ -197,7 +199,7 @@ def test_the_command_compares_at_that_depth(depth: int, monkeypatch: pytest.Monk
 
 
 def test_the_command_prints_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one short table: the whole takes half a minute."""
+    """For one short table, because all of them take half a minute."""
     monkeypatch.setattr("replica.simulation.upstream.TABLES", {"15512-small": None})
     small = shortened(TABLES["15512-small"], 10)
     monkeypatch.setitem(TABLES, "15512-small", small)

@@ -1,4 +1,4 @@
-"""A workload simulated: invariants at each step, figures by hand, and no collapse at overload."""
+"""Simulated workloads: invariants at each step, figures by hand, no collapse under overload."""
 
 import dataclasses
 import json
@@ -17,8 +17,8 @@ from replica.simulation.workload import POLICIES, Slo, WorkloadFigures, simulate
 from replica.simulation.workload_file import parse
 
 TRACES = Path(__file__).parents[1] / "traces"
-# 10 ms a step, 0.1 ms a prompt token; an adapter of rank 16 comes from the host in 8.4 ms, from
-# its files in 838 ms.
+# A step takes 10 ms, and 0.1 ms a prompt token. An adapter of rank 16 loads from host memory in
+# 8.4 ms, from its files in 838 ms.
 NUMBERS = {"decode_ms": 10, "prefill_token_us": 100, "copy_gb_s": {"host": 10, "disk": 0.1}}
 HOST_MS, DISK_MS = (image_bytes(16) / rate * 1e3 for rate in (10e9, 0.1e9))
 KEYS = [
@@ -48,7 +48,7 @@ def traced(
 
 
 def lone(*coming: Recorded, **file: Any) -> WorkloadFigures:
-    """Of requests that all name the only adapter, on a card of round numbers."""
+    """Requests that all name the only adapter, on a card of round numbers."""
     one = {"card": NUMBERS, "places": 1, "kv_pages": 2000, "adapters": {"count": 1}}
     return traced(list(coming), "ours", check=True, **(one | file))
 
@@ -90,9 +90,9 @@ OVERLOADS = {
 
 
 @pytest.mark.parametrize("name", OVERLOADS)
-def test_at_an_overload_the_default_policy_is_no_worse_than_doing_nothing(name: str) -> None:
-    """Within what the seeds differ by. Parked rows that lose their pages are computed again, turn
-    after turn: that once made the default ten times slower here.
+def test_under_overload_the_default_policy_is_no_worse_than_skip(name: str) -> None:
+    """Within the spread of the seeds. Parked rows that lose their pages are recomputed turn after
+    turn, which once made the default ten times slower here.
     """
     trace, rate, places, pages, adapters = OVERLOADS[name]
     skip, ours = (
@@ -110,15 +110,15 @@ def test_at_an_overload_the_default_policy_is_no_worse_than_doing_nothing(name: 
         )
         for policy in ("skip", "ours")
     )
-    assert skip.ttft_mean_ms > 10_000  # it is one
+    assert skip.ttft_mean_ms > 10_000  # overloaded
     assert ours.ttft_mean_ms <= 1.01 * skip.ttft_mean_ms
     assert ours.e2e_mean_ms <= 1.15 * skip.e2e_mean_ms
     assert ours.makespan_s <= 1.05 * skip.makespan_s
     assert ours.computed_over_needed <= 1.1
 
 
-def test_what_was_computed_twice_is_counted() -> None:
-    """With no pages left free for rows to grow into, they take each other's."""
+def test_recomputed_tokens_are_counted() -> None:
+    """If no pages are left free for growth, rows preempt one another."""
     crowded: dict[str, Any] = {
         "rate": 10.0,
         "card": "a10g-llama8b",
@@ -159,15 +159,15 @@ def test_goodput_is_the_share_that_met_both_targets() -> None:
     ("host_memory", "copy_ms"),
     [(None, HOST_MS), ("90MB", HOST_MS), ("80MB", DISK_MS), (0, DISK_MS)],
 )
-def test_what_host_memory_cannot_hold_comes_from_its_files(
+def test_an_adapter_that_host_memory_cannot_hold_loads_from_its_files(
     host_memory: object, copy_ms: float
 ) -> None:
     found = lone(Recorded(0.0, 300, 11), host_memory=host_memory)
     assert found.ttft_mean_ms == pytest.approx(copy_ms + 10 + 300 * 0.1)
 
 
-def test_what_was_read_stays_in_host_memory() -> None:
-    """Two adapters take one place in turn, and host memory holds both, or the one used last."""
+def test_an_adapter_read_from_files_stays_in_host_memory() -> None:
+    """Two adapters share one place in turn. Host memory holds both, or the last one used."""
     file = {
         "adapters": {"count": 2},
         "popularity": {"weights": [1, 1]},
@@ -177,12 +177,12 @@ def test_what_was_read_stays_in_host_memory() -> None:
     both, one = (lone(*apart, **file, host_memory=size) for size in ("170MB", "90MB"))
     assert both.loads == one.loads > 5
     assert both.ttft_p99_ms == pytest.approx(HOST_MS + 40)
-    # The one asked for first is not the one that was there from the start.
+    # The adapter named first is not the one that host memory starts with.
     assert one.ttft_mean_ms == pytest.approx(40 + one.loads * DISK_MS / len(apart))
 
 
 def test_prompts_that_share_blocks_find_them_in_the_prefix_cache() -> None:
-    """Of the second's four blocks, three are the first's."""
+    """Three of the second prompt's four blocks are the first's."""
     tokens = 4 * BLOCK_TOKENS
     first = Recorded(0.0, tokens, 5, (1, 2, 3, 4))
     alike, other = (Recorded(60.0, tokens, 5, blocks) for blocks in ((1, 2, 3, 9), (5, 6, 7, 8)))
@@ -199,7 +199,7 @@ def test_prompts_without_blocks_share_nothing() -> None:
 
 
 def test_steps_are_planned_ahead_unless_the_file_says_otherwise() -> None:
-    """So a request waits for the step that was planned before it came."""
+    """Planned ahead, a request waits for the step planned before it came."""
     coming = [Recorded(0.0, 1, 50), Recorded(0.1, 1, 5)]
     ahead, after = (lone(*coming, **more) for more in ({}, {"engine": {"plan_depth": 1}}))
     assert ahead.ttft_mean_ms - after.ttft_mean_ms == pytest.approx(10 / 2)
@@ -217,7 +217,7 @@ def test_each_figure_is_its_own_median_over_the_seeds(monkeypatch: pytest.Monkey
     assert (found.goodput, found.loads) == (0.5, 5)
 
 
-def test_in_one_memory_the_longest_prompt_leaves_an_adapter_its_place() -> None:
+def test_in_one_memory_the_longest_prompt_leaves_room_for_an_adapter() -> None:
     adapter_pages = -(-image_bytes(16) // PAGE_BYTES)
     memory = (adapter_pages + 20 + 1) * PAGE_BYTES
     file: dict[str, Any] = {"places": None, "kv_pages": None, "memory": memory}

@@ -1,4 +1,4 @@
-"""Every setting reaches the part that it is about."""
+"""Every setting reaches the part it configures."""
 
 import pytest
 
@@ -29,7 +29,7 @@ def test_the_defaults_are_the_best_known() -> None:
     assert core.adapter_cache.victim_search._order is victims.cost and not core.share.on
 
 
-def test_each_switch_can_be_turned() -> None:
+def test_each_setting_can_be_changed() -> None:
     core = assembled(
         base_slot="shared",
         on_miss="block",
@@ -54,7 +54,7 @@ def test_each_switch_can_be_turned() -> None:
 
 
 @pytest.mark.parametrize(("asked", "slots"), [(None, 255), (3, 3)])
-def test_places_are_bounded_by_the_directory(asked: int | None, slots: int) -> None:
+def test_the_directory_bounds_the_places(asked: int | None, slots: int) -> None:
     assert assembled(slots_max=asked).adapter_cache.slots == slots
 
 

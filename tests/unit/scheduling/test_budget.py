@@ -1,4 +1,4 @@
-"""One memory for adapters and KV pages: who gives what to whom, and when."""
+"""One memory for adapters and KV pages: when each gives memory to the other."""
 
 import pytest
 
@@ -18,11 +18,11 @@ def budget(total: int = 20, context: int = 4, headroom: int = 2) -> tuple[Budget
 
 
 def shared(pages: int = 20, headroom: int = 2, **settings: object) -> Scheduler:
-    """Adapters of 4 pages; a context of 4 pages is never theirs."""
+    """Adapters take 4 pages each. One context, also 4 pages, is never theirs."""
     return scheduler(pages=pages, page_bytes=10, context=64, headroom=headroom, **settings)  # type: ignore[arg-type]
 
 
-def grown(core: Scheduler) -> int:
+def arena_bytes(core: Scheduler) -> int:
     return core.adapter_cache.extents.capacity
 
 
@@ -31,12 +31,12 @@ def placed(core: Scheduler) -> list[str]:
 
 
 def hold(core: Scheduler, pages: int, name: str = "long") -> None:
-    """A base request that holds so many pages for a dozen steps."""
+    """Start a base request that holds this many pages for a dozen steps."""
     begin(core, new(name, None, prompt=pages * 16 - 12, max_tokens=12))
 
 
 def use(core: Scheduler, *digests: str) -> None:
-    """One after the other is loaded, and idle again."""
+    """Load each adapter, run a request with it, and leave it idle."""
     for digest in digests:
         core.add(new(f"use {digest}", digest, max_tokens=1), 0.0)
         while core.waiting.waited_for(digest):
@@ -47,7 +47,7 @@ def use(core: Scheduler, *digests: str) -> None:
 # The budget alone
 
 
-def test_what_may_be_taken_leaves_a_context_the_headroom_and_what_is_reserved() -> None:
+def test_the_limit_leaves_one_context_the_headroom_and_the_reserve() -> None:
     made, pages, _ = budget()
     assert (made.most_bytes, made.limit_bytes) == (160, 160)
     pages.take(10)
@@ -61,12 +61,12 @@ def test_what_may_be_taken_leaves_a_context_the_headroom_and_what_is_reserved() 
 
 
 def test_the_headroom_is_never_more_than_the_context() -> None:
-    """Else an image that just fits could not come even where nothing runs."""
+    """Otherwise an image that just fits could not load even when nothing runs."""
     made, _, _ = budget(headroom=100)
     assert made.limit_bytes == made.most_bytes == 160
 
 
-def test_growing_takes_free_pages_and_copies_what_is_held_elsewhere() -> None:
+def test_growing_takes_free_pages_and_copies_held_ones_elsewhere() -> None:
     made, pages, extents = budget()
     held = pages.take(20)
     assert held is not None
@@ -78,7 +78,7 @@ def test_growing_takes_free_pages_and_copies_what_is_held_elsewhere() -> None:
     made.check()
 
 
-def test_growing_forgets_prefixes_only_where_no_other_page_is_free() -> None:
+def test_growing_forgets_prefixes_only_if_no_other_page_is_free() -> None:
     made, pages, _ = budget(total=8, context=1, headroom=0)
     held = pages.take(8) or []
     assert held == [7, 6, 5, 4, 3, 2, 1, 0]
@@ -89,13 +89,13 @@ def test_growing_forgets_prefixes_only_where_no_other_page_is_free() -> None:
     pages.give_back(held[:2])
     assert made.grow(20) == (PageMove(0, 7), PageMove(1, 6))
     prefix = pages.match("a", [0, 0, 1, 1, 2, 2, 3, 3])
-    assert prefix.pages == (3, 2, 6, 7), "two pages were free, and all of it was kept"
+    assert prefix.pages == (3, 2, 6, 7), "two pages were free, so the whole prefix was kept"
     pages.give_back(prefix.pages)
     assert made.grow(30) == (PageMove(2, 7),)
     assert pages.match("a", [0, 0, 1, 1, 2, 2, 3, 3]).pages == (3, 7, 6), "the end was forgotten"
 
 
-def test_a_prefix_that_was_copied_keeps_its_turn_to_be_forgotten() -> None:
+def test_a_copied_prefix_keeps_its_turn_to_be_forgotten() -> None:
     made, pages, _ = budget(total=6, context=1, headroom=0)
     held = pages.take(6) or []
     for page in (2, 1, 0):
@@ -108,7 +108,7 @@ def test_a_prefix_that_was_copied_keeps_its_turn_to_be_forgotten() -> None:
     assert pages.match("was 1", [9, 9]).pages == (1,)
 
 
-def test_shrinking_gives_back_what_is_asked_and_up_to_the_headroom_more() -> None:
+def test_shrinking_gives_back_the_asked_pages_or_the_headroom_if_that_is_more() -> None:
     made, pages, extents = budget(headroom=3)
     made.grow(100)
     extents.take("a", 20)
@@ -116,7 +116,7 @@ def test_shrinking_gives_back_what_is_asked_and_up_to_the_headroom_more() -> Non
     assert (pages.first, extents.capacity) == (7, 70)
     made.shrink(5)
     assert pages.first == 2
-    with pytest.raises(AssertionError, match="an image lies there"):
+    with pytest.raises(AssertionError, match="an image uses these pages"):
         made.shrink(1)
     made.check()
 
@@ -133,11 +133,11 @@ def test_pages_come_back_free_and_are_handed_out_last() -> None:
 # With a scheduler
 
 
-def test_the_arena_grows_for_each_adapter_and_evicts_nobody() -> None:
+def test_the_arena_grows_for_each_adapter_and_evicts_none() -> None:
     core = shared()
     begin(core, *(new(d, d) for d in "abcd"))
     assert placed(core) == list("abcd")
-    assert (grown(core), core.pages.capacity) == (160, 4)
+    assert (arena_bytes(core), core.pages.capacity) == (160, 4)
 
 
 def test_an_idle_adapter_leaves_for_another_only_when_no_page_is_left() -> None:
@@ -148,7 +148,7 @@ def test_an_idle_adapter_leaves_for_another_only_when_no_page_is_left() -> None:
     assert placed(core) == list("bcde")
 
 
-def test_growing_leaves_the_headroom_to_rows_that_run() -> None:
+def test_growing_leaves_the_headroom_to_running_rows() -> None:
     core = shared(headroom=3, pages=10)
     hold(core, 4)
     core.add(new("x", "a"), 0.0)
@@ -193,7 +193,7 @@ def test_the_pages_of_a_parked_row_are_copied_too() -> None:
     core.check()
 
 
-def test_a_running_row_beats_an_idle_adapter() -> None:
+def test_an_idle_adapter_leaves_for_a_running_row() -> None:
     core = shared(pages=9, headroom=0)
     use(core, "a")
     hold(core, 4, "one")
@@ -202,13 +202,13 @@ def test_a_running_row_beats_an_idle_adapter() -> None:
     for _ in range(4):
         plan, _ = run(core)
         assert "two" in ran(plan)
-    assert placed(core) == [] and grown(core) < 40
+    assert placed(core) == [] and arena_bytes(core) < 40
     assert core.adapter_cache.adapters["a"].tier is Tier.DISK
     assert core.timelines.counts[Event.PREEMPTED] == 0
 
 
 @pytest.mark.parametrize("why", ["pinned", "running", "fresh"])
-def test_what_may_not_leave_does_not_leave_for_pages(why: str) -> None:
+def test_pinned_used_and_fresh_adapters_do_not_leave_for_pages(why: str) -> None:
     core = shared(pages=9, headroom=0, rows=2, pinned="a" if why == "pinned" else "")
     if why == "running":
         begin(core, new("x", "a", max_tokens=60))
@@ -228,7 +228,7 @@ def test_what_may_not_leave_does_not_leave_for_pages(why: str) -> None:
     assert core.timelines.counts[Event.PREEMPTED] > 0
 
 
-def test_a_new_request_takes_no_adapter_that_another_waits_for() -> None:
+def test_a_new_request_evicts_no_adapter_that_another_waits_for() -> None:
     core = shared(pages=12, headroom=0, rows=2)
     use(core, "a")
     hold(core, 4, "one")
@@ -244,7 +244,7 @@ def test_a_new_request_takes_no_adapter_that_another_waits_for() -> None:
     assert evicted(plan) == ["a"] and "base" in ran(plan)
 
 
-def test_an_adapter_too_large_for_what_a_context_leaves_is_refused() -> None:
+def test_an_adapter_too_large_beside_one_context_is_refused() -> None:
     core = shared()
     assert core.adapter_cache.refusal("x", 160, pinned=False) is None
     assert "there are 160 for adapters" in (
@@ -260,8 +260,8 @@ def test_a_request_of_a_whole_context_always_finds_its_pages() -> None:
     assert placed(core) == list("abcd")
 
 
-def test_pages_that_come_free_are_kept_for_an_adapter_that_starved_too_long() -> None:
-    """A stream of base requests would take each page as it comes free."""
+def test_freed_pages_are_kept_for_an_adapter_that_starved_too_long() -> None:
+    """Otherwise a stream of base requests would take each page as it comes free."""
     core = shared(pages=10, headroom=0, page_wait_max_s=1.0)
     now_s = 0.0
     begin(core, *(new(f"b{i}", None, prompt=18, max_tokens=8 + i) for i in range(5)))
@@ -275,10 +275,10 @@ def test_pages_that_come_free_are_kept_for_an_adapter_that_starved_too_long() ->
         came_s = now_s if "a" in loaded(plan) else None
         assert now_s < 3.0
     assert 1.0 < came_s < 2.0
-    assert core.waiting.waited_for(None), "others waited, and did not take the pages"
+    assert core.waiting.waited_for(None), "other requests wait, and did not take the pages"
 
 
-def test_who_waits_longer_for_pages_goes_first() -> None:
+def test_a_request_that_waits_longer_than_the_adapter_goes_first() -> None:
     """A request that was passed over before the adapter starved is not held up for it."""
     core = shared(pages=10, headroom=0, page_wait_max_s=1.0)
     for i in range(5):
@@ -297,10 +297,10 @@ def test_who_waits_longer_for_pages_goes_first() -> None:
         now_s += 0.05
         assert now_s < 10.0
     assert order == ["large", "x"]
-    assert beside == ["b2", "b3"], "as soon as there are pages for it"
+    assert beside == ["b2", "b3"], "it started as soon as there were pages for it"
 
 
-def test_parked_rows_give_up_the_pages_that_an_adapter_lacks_for_too_long() -> None:
+def test_parked_rows_lose_pages_to_an_adapter_that_starved_too_long() -> None:
     sizes = {"a": 10, "b": 40}
     core = shared(pages=9, headroom=0, sizes=sizes, pinned="a", page_wait_max_s=0.0)
     settle(core, 0.0)
@@ -312,10 +312,10 @@ def test_parked_rows_give_up_the_pages_that_an_adapter_lacks_for_too_long() -> N
     core.running_set.park_all(("a",), core.waiting.head("b"), 0.0)
     plan, _ = run(core, 0.1)
     assert loaded(plan) == ["b"]
-    assert ran(plan) == ["old"], "the younger one had to give its pages up"
+    assert ran(plan) == ["old"], "the newer one lost its pages"
 
 
-def test_no_parked_row_gives_up_pages_that_would_not_be_enough() -> None:
+def test_parked_rows_keep_pages_that_would_not_be_enough() -> None:
     sizes = {"a": 10, "b": 100}
     core = shared(pages=15, headroom=0, sizes=sizes, pinned="a", page_wait_max_s=0.0)
     settle(core, 0.0)
@@ -331,7 +331,7 @@ def test_no_parked_row_gives_up_pages_that_would_not_be_enough() -> None:
     assert core.timelines.counts[Event.PREEMPTED] == 0
 
 
-def test_without_overlap_a_row_that_is_planned_already_keeps_its_adapter() -> None:
+def test_without_overlap_a_planned_row_keeps_its_adapter() -> None:
     core = shared(pages=10, headroom=0)
     begin(core, new("x", "a", max_tokens=30))
     begin(core, new("y", None, prompt=60, max_tokens=4))

@@ -1,4 +1,4 @@
-"""A starving adapter gets a place: by a drain that ends, or by parking rows that come back."""
+"""A starving adapter gets a place: by a drain that ends, or by parking rows that resume."""
 
 import pytest
 
@@ -13,7 +13,7 @@ PARK = Sharing(quantum_s=0.5, head_start_s=0.0)
 
 
 def busy(sharing: Sharing, tokens: int = 60, **options: object) -> Scheduler:
-    """a and b run, one row each, and have all places."""
+    """a and b run one row each, and have all places."""
     core = scheduler(sharing=sharing, **options)  # type: ignore[arg-type]
     begin(core, new("x", "a", max_tokens=tokens), new("y", "b", max_tokens=tokens + 5))
     return core
@@ -22,13 +22,13 @@ def busy(sharing: Sharing, tokens: int = 60, **options: object) -> Scheduler:
 # Drain
 
 
-def test_a_drain_begins_when_the_threshold_is_over_and_not_before() -> None:
+def test_a_drain_starts_at_the_threshold_and_not_before() -> None:
     core = busy(DRAIN)
     core.add(new("s", "c"), 0.0)
     run(core, 0.99)
     assert not core.drainer.drains
     run(core, 1.0)
-    assert list(core.drainer.drains) == ["a"], "the one that ends first"
+    assert list(core.drainer.drains) == ["a"], "it ends first"
     assert core.drainer.started == 1
 
 
@@ -39,8 +39,8 @@ def test_without_a_threshold_nothing_is_drained() -> None:
     assert not core.drainer.drains
 
 
-def test_an_adapter_whose_rows_left_before_their_first_step_is_drained_no_longer() -> None:
-    """It is kept for whom it was placed, so neither they nor the starving one would get on."""
+def test_a_drain_ends_if_its_victims_rows_left_before_their_first_step() -> None:
+    """A fresh victim is not evicted, so neither its requests nor the starving one would run."""
     core = scheduler(sharing=DRAIN, arena=40)
     core.add(new("x", "a"), 0.0)
     run(core, 0.0)
@@ -50,10 +50,10 @@ def test_an_adapter_whose_rows_left_before_their_first_step_is_drained_no_longer
     assert "x" in ran(run(core, 0.2)[0])
 
 
-def test_who_a_draining_adapter_may_still_take_is_fixed_when_the_drain_starts() -> None:
+def test_the_requests_a_draining_adapter_may_take_are_fixed_at_the_start() -> None:
     core = busy(DRAIN, tokens=10)
     core.add(new("s", "c"), 0.0)
-    core.running_set.rows_max = 2  # so that those below wait
+    core.running_set.rows_max = 2  # so that the next requests wait
     core.add(new("short", "a", max_tokens=5), 0.5)
     core.add(new("long", "a", max_tokens=50), 0.5)
     run(core, 1.0)
@@ -65,7 +65,7 @@ def test_who_a_draining_adapter_may_still_take_is_fixed_when_the_drain_starts() 
     assert "late" not in ran(plan) and "long" not in ran(plan)
 
 
-def test_a_drain_ends_within_what_was_left_when_it_began() -> None:
+def test_a_drain_lasts_no_longer_than_the_rows_running_at_its_start() -> None:
     """A tolerance on what is left would admit 100, 120, 144 … tokens and never end."""
     core = busy(DRAIN, tokens=20)
     core.add(new("s", "c"), 0.0)
@@ -79,7 +79,7 @@ def test_a_drain_ends_within_what_was_left_when_it_began() -> None:
     raise AssertionError("the drain did not end")
 
 
-def test_the_freed_place_is_kept_for_the_one_it_was_freed_for() -> None:
+def test_a_drained_place_goes_to_the_starving_adapter() -> None:
     core = busy(DRAIN, tokens=10)
     core.add(new("s", "c"), 0.0)
     run(core, 1.0)
@@ -89,14 +89,14 @@ def test_the_freed_place_is_kept_for_the_one_it_was_freed_for() -> None:
     assert loaded(plan) == ["c"] and evicted(plan) == ["a"]
 
 
-def test_a_place_is_kept_too_against_one_that_parks() -> None:
+def test_parking_does_not_take_a_drained_place() -> None:
     core = busy(Sharing(park=True, quantum_s=0.1, drain_wait_threshold_s=0.05), loads=1)
     core.add(new("s", "c"), 0.0)
-    run(core, 0.06)  # their slices are not over: a drain begins
+    run(core, 0.06)  # their slices are not over, so a drain starts
     assert core.drainer.drains
     core.add(new("urgent", "d", priority=-9), 0.5)
     plan, _ = run(core, 0.5)
-    assert set(evicted(plan)).isdisjoint(core.drainer.kept("d"))
+    assert set(evicted(plan)).isdisjoint(core.drainer.reserved_for_others("d"))
 
 
 def test_a_cancelled_waiter_ends_its_drain() -> None:
@@ -122,7 +122,7 @@ def test_a_drain_ends_when_its_victim_is_gone() -> None:
     assert "a" not in core.drainer.drains
 
 
-def test_an_adapter_that_starves_for_pages_drains_nobody() -> None:
+def test_an_adapter_that_starves_for_pages_drains_no_other() -> None:
     core = scheduler(sharing=DRAIN, pages=8)
     begin(core, new("x", "a", prompt=60, max_tokens=60), new("y", "b", prompt=20, max_tokens=60))
     core.add(new("own", "a", prompt=60), 0.0)
@@ -140,7 +140,7 @@ def test_idle_pinned_adapters_hold_places_and_are_never_drained() -> None:
     assert list(core.drainer.drains) == ["a"]
 
 
-def test_base_is_drained_for_where_it_shares_the_slots() -> None:
+def test_a_drain_serves_the_base_model_if_it_shares_the_slots() -> None:
     switches = Switches(base_slot="shared", overlap=False)
     core = scheduler(sharing=DRAIN, switches=switches, slots=2)
     begin(core, new("x", "a", max_tokens=60), new("y", "b", max_tokens=60))
@@ -152,7 +152,7 @@ def test_base_is_drained_for_where_it_shares_the_slots() -> None:
     assert "base" in ran(plan)
 
 
-def test_a_large_image_drains_a_set() -> None:
+def test_a_large_image_drains_several_adapters() -> None:
     core = scheduler(sharing=DRAIN, sizes={"a": 40, "b": 40, "large": 90})
     begin(core, new("x", "a", max_tokens=60), new("y", "b", max_tokens=60))
     core.add(new("s", "large"), 0.0)
@@ -160,7 +160,7 @@ def test_a_large_image_drains_a_set() -> None:
     assert sorted(core.drainer.drains) == ["a", "b"]
     core.cancel("x", 1.1)
     plan, _ = run(core, 1.1)
-    assert loaded(plan) == [], "half of the set is not enough, and is nobody else's"
+    assert loaded(plan) == [], "one of the two is not enough"
     core.cancel("y", 1.2)
     plan, _ = run(core, 1.2)
     assert loaded(plan) == ["large"]
@@ -169,13 +169,13 @@ def test_a_large_image_drains_a_set() -> None:
 # Park
 
 
-def test_a_slice_is_over_before_a_row_is_parked() -> None:
+def test_a_row_is_parked_only_after_its_slice() -> None:
     core = busy(PARK)
     core.add(new("s", "c"), 0.0)
     plan, _ = run(core, 0.49)
     assert loaded(plan) == [] and not core.running_set.parked
     plan, _ = run(core, 0.5)
-    assert loaded(plan) == ["c"] and evicted(plan) == ["b"], "the one with the most left"
+    assert loaded(plan) == ["c"] and evicted(plan) == ["b"], "it has the most left"
     assert core.running_set.parked["y"].phase is Phase.PARKED and core.running_set.parked["y"].pages
 
 
@@ -196,13 +196,13 @@ def test_a_slice_starts_at_the_first_step_not_at_the_load() -> None:
     core.add(new("x", "a", max_tokens=60), 0.0)
     run(core, 0.0)
     core.loaded("a", 0.1)
-    run(core, 3.0)  # its first step comes late
+    run(core, 3.0)  # its first step
     core.add(new("s", "c"), 3.0)
     assert loaded(run(core, 3.49)[0]) == []
     assert loaded(run(core, 3.5)[0]) == ["c"]
 
 
-def test_a_second_row_does_not_start_the_slice_anew() -> None:
+def test_a_second_row_does_not_restart_the_slice() -> None:
     core = busy(PARK)
     core.add(new("again", "a", max_tokens=60), 0.3)
     run(core, 0.3)
@@ -211,14 +211,14 @@ def test_a_second_row_does_not_start_the_slice_anew() -> None:
     assert loaded(run(core, 0.5)[0]) == ["c"]
 
 
-def test_a_slice_lasts_five_copies_where_copies_are_slow() -> None:
+def test_a_slice_lasts_five_copies_if_copies_are_slow() -> None:
     core = busy(PARK, copy_bytes_per_s=200.0)  # 0.2 s a copy, 0.4 s out and in
     core.add(new("s", "c"), 0.0)
     assert loaded(run(core, 1.99)[0]) == []
     assert loaded(run(core, 2.0)[0]) == ["c"]
 
 
-def test_nothing_is_parked_where_waiting_out_costs_less() -> None:
+def test_a_victim_that_ends_soon_is_waited_for_instead_of_parked() -> None:
     core = busy(PARK, tokens=60, copy_bytes_per_s=400.0)  # two copies: 0.2 s, 4 steps
     request = core.running_set.running["x"]
     request.sampling = new("x", max_tokens=len(run(core)[0].rows) + 4).sampling
@@ -228,7 +228,7 @@ def test_nothing_is_parked_where_waiting_out_costs_less() -> None:
     core.add(new("more", "a"), 0.0)
     plan, _ = run(core, 5.0)
     assert not core.running_set.parked and loaded(plan) == []
-    assert "more" not in ran(plan), "who will end soon takes nobody new"
+    assert "more" not in ran(plan), "an adapter that ends soon takes no new rows"
     for step in range(6):
         plan, _ = run(core, 5.05 + step * 0.05)
         if loaded(plan):
@@ -236,7 +236,7 @@ def test_nothing_is_parked_where_waiting_out_costs_less() -> None:
     assert evicted(plan) == ["a"] and not core.running_set.parked
 
 
-def test_of_those_that_end_soon_the_first_to_end_is_waited_for() -> None:
+def test_of_victims_that_end_soon_the_first_to_end_is_waited_for() -> None:
     core = scheduler(sharing=PARK, copy_bytes_per_s=200.0)  # two copies: 0.4 s, 8 steps
     begin(core, new("x", "a", max_tokens=8), new("y", "b", max_tokens=7))
     core.add(new("s", "c"), 0.0)
@@ -246,7 +246,7 @@ def test_of_those_that_end_soon_the_first_to_end_is_waited_for() -> None:
     assert loaded(plan) == [] and set(ran(plan)) == {"x", "y", "more"}
 
 
-def test_victims_are_as_many_as_the_bytes_ask_for_and_no_more() -> None:
+def test_only_as_many_victims_are_parked_as_the_bytes_need() -> None:
     core = scheduler(sharing=PARK, sizes={"a": 30, "b": 60, "small": 20, "large": 90})
     begin(core, new("x", "a", max_tokens=60), new("y", "b", max_tokens=60))
     core.add(new("s", "small"), 0.0)
@@ -260,17 +260,17 @@ def test_victims_are_as_many_as_the_bytes_ask_for_and_no_more() -> None:
     assert list(core.running_set.parked) == ["y"]
 
 
-def test_one_placed_but_not_run_is_kept() -> None:
+def test_an_adapter_that_was_loaded_but_has_not_run_is_kept() -> None:
     core = busy(PARK)
     core.add(new("s", "c"), 0.0)
     settle(core, 0.5)
     core.add(new("t", "d", priority=-5), 0.5)
-    core.running_set.rows_max = len(core.running_set.running)  # c finds no row yet
+    core.running_set.rows_max = len(core.running_set.running)  # s finds no row yet
     plan, _ = run(core, 5.0)
     assert "c" not in evicted(plan)
 
 
-def test_a_parked_row_comes_back_by_one_copy_and_computes_nothing_again() -> None:
+def test_a_parked_row_resumes_after_one_copy_and_recomputes_nothing() -> None:
     core = busy(PARK)
     core.add(new("s", "c", max_tokens=60), 0.0)
     settle(core, 0.5)
@@ -295,7 +295,7 @@ def test_parked_rows_hold_no_more_pages_than_they_may() -> None:
     assert loaded(plan) == [] and not core.running_set.parked
 
 
-def test_who_may_not_park_drains() -> None:
+def test_a_drain_starts_if_no_row_may_be_parked() -> None:
     core = busy(
         Sharing(park=True, drain_wait_threshold_s=1.0, head_start_s=0.0), parked_pages_max=0
     )
@@ -304,7 +304,7 @@ def test_who_may_not_park_drains() -> None:
     assert {drain.starving for drain in core.drainer.drains.values()} == {"c"}
 
 
-def test_an_adapter_that_starves_for_pages_parks_nobody_and_is_drained_for_at_last() -> None:
+def test_an_adapter_that_starves_for_pages_parks_no_row_and_drains_late() -> None:
     core = scheduler(sharing=PARK, pages=8, page_wait_max_s=2.0)
     begin(core, new("x", "a", prompt=60, max_tokens=60), new("y", "b", prompt=20, max_tokens=60))
     core.add(new("s", "c", prompt=60), 0.0)
@@ -317,8 +317,8 @@ def test_an_adapter_that_starves_for_pages_parks_nobody_and_is_drained_for_at_la
 
 
 def crowd(left: int) -> Scheduler:
-    """Ten adapters on two places: x of a is parked since 1 s with about 100 tokens left. y of b has
-    65 left, z of c `left`. Each turn lasts 0.52 s, and four of them let everybody have one.
+    """Ten adapters on two places. x of a is parked since 1 s with about 100 tokens left; y of b has
+    65 left, z of c `left`. Each turn lasts 0.52 s, and four turns give each adapter a place.
     """
     sizes = dict.fromkeys("abcdefghij", 40)
     core = scheduler(sharing=PARK, sizes=sizes, slots=2, context=512)
@@ -330,13 +330,13 @@ def crowd(left: int) -> Scheduler:
     return core
 
 
-def test_one_that_was_parked_takes_the_place_of_one_with_more_left() -> None:
+def test_a_parked_adapter_takes_the_place_of_one_with_more_left() -> None:
     core = crowd(left=300)
     assert loaded(run(core, 1.6)[0]) == ["a"]
     assert list(core.running_set.parked) == ["x", "z"]
 
 
-def test_one_that_was_parked_waits_for_those_with_less_left_until_it_is_due() -> None:
+def test_a_parked_adapter_waits_for_those_with_less_left_until_it_is_due() -> None:
     core = crowd(left=50)
     due_s = 1.0 + (3 * 3 - 1) * (0.5 + 2 * 0.01)
     for now_s in (1.6, 2.5, due_s - 0.1):
@@ -344,19 +344,19 @@ def test_one_that_was_parked_waits_for_those_with_less_left_until_it_is_due() ->
     assert loaded(run(core, due_s + 0.1)[0]) == ["a"]
 
 
-def test_a_new_request_of_it_does_not_wait_for_that() -> None:
+def test_a_new_request_of_a_parked_adapter_does_not_wait_for_that() -> None:
     core = crowd(left=50)
     core.add(new("new", "a", max_tokens=100), 1.5)
     assert loaded(run(core, 1.6)[0]) == ["a"]
 
 
-def test_one_that_waits_for_those_with_less_left_does_not_hold_up_a_new_request() -> None:
+def test_a_parked_adapter_that_waits_does_not_hold_up_a_new_request() -> None:
     core = crowd(left=50)
     core.add(new("new", "d", max_tokens=100), 1.5)
     assert loaded(run(core, 1.6)[0]) == ["d"]
 
 
-def test_where_pages_are_short_nobody_is_parked_then_nor_soon_after() -> None:
+def test_no_row_is_parked_while_pages_are_short_or_soon_after() -> None:
     core = busy(PARK, pages=16, context=256)
     core.add(new("large", prompt=240, max_tokens=4), 0.9)
     core.add(new("s", "c"), 0.9)
@@ -368,7 +368,7 @@ def test_where_pages_are_short_nobody_is_parked_then_nor_soon_after() -> None:
     assert loaded(run(core, 6.1)[0]) == ["c"]
 
 
-def test_where_prompts_pile_up_nobody_is_parked() -> None:
+def test_no_row_is_parked_while_prompts_pile_up() -> None:
     core = busy(PARK, pages=400, context=1200, tokens=16)
     for i in range(2):
         core.add(new(f"base{i}", prompt=1000, max_tokens=4), 0.9)
@@ -379,8 +379,8 @@ def test_where_prompts_pile_up_nobody_is_parked() -> None:
 
 
 @pytest.mark.parametrize(("pages", "stays"), [(13, False), (14, True)])
-def test_a_row_is_parked_only_where_its_pages_can_stay(pages: int, stays: bool) -> None:
-    """x and y have a page each; x takes 3 more, y up to 4, s 5: all at once, for x has no end."""
+def test_a_row_is_parked_only_if_its_pages_can_stay(pages: int, stays: bool) -> None:
+    """x and y hold a page each. At once, x needs 3 more, y up to 4 and s 5: x has no known end."""
     core = busy(PARK, pages=pages, growth_outputs=2.0)
     core.add(new("s", "c", prompt=16, max_tokens=64), 0.0)
     assert core.running_set.park_all(("a",), core.waiting.head("c"), 0.0) is stays
@@ -388,7 +388,7 @@ def test_a_row_is_parked_only_where_its_pages_can_stay(pages: int, stays: bool) 
     core.check()
 
 
-def test_a_place_is_not_kept_for_a_request_without_pages_while_rows_that_hold_some_wait() -> None:
+def test_parked_rows_take_the_place_kept_for_a_request_without_pages() -> None:
     core = scheduler(sharing=PARK, arena=40, pages=8)
     begin(core, new("x", "a", prompt=40, max_tokens=60))
     core.add(new("s", "c", prompt=60), 0.0)

@@ -1,4 +1,4 @@
-"""Who leaves first: always those nobody waits for, then by each order's own measure."""
+"""Eviction order: adapters that no request waits for first, then each order's own measure."""
 
 import random
 
@@ -32,7 +32,7 @@ def test_each_order_has_its_measure_and_spares_the_wanted(
 
 
 @pytest.mark.parametrize("name", sorted(ORDERS))
-def test_no_order_depends_on_how_it_is_asked(name: str) -> None:
+def test_no_order_depends_on_the_order_of_its_candidates(name: str) -> None:
     candidates = [candidate(d, 1.0, 1.0, 1.0, False) for d in "abcdef"]
     rng = random.Random(0)
     for _ in range(5):

@@ -1,4 +1,4 @@
-"""Images lie in the arena without sharing a byte, and slide together when holes are too small."""
+"""Images share no byte of the arena, and slide together if no hole is large enough."""
 
 import random
 
@@ -33,7 +33,7 @@ def test_scattered_bytes_become_one_hole() -> None:
     assert extents.take("d", 4) == 6
 
 
-def test_what_is_being_copied_into_stays_where_it_is() -> None:
+def test_an_extent_that_is_being_copied_into_does_not_move() -> None:
     extents = Extents(10, alignment=1)
     for digest in "abcd":
         extents.take(digest, 2)
@@ -72,7 +72,7 @@ def test_no_byte_is_ever_shared_or_lost(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_what_packing_would_give_is_what_sliding_gives(seed: int) -> None:
+def test_packed_predicts_what_sliding_gives(seed: int) -> None:
     rng = random.Random(seed)
     extents = Extents(400, alignment=1)
     for name in range(30):

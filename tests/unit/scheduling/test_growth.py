@@ -1,11 +1,11 @@
-"""What rows will still need is left free; what was computed again is bounded over any run."""
+"""Pages that rows will need are left free; recomputed tokens are bounded over any run."""
 
 import math
 import random
 
 import pytest
 
-from replica.scheduling.growth import AGAIN_MAX, Growth
+from replica.scheduling.growth import RECOMPUTED_MAX, Growth
 from replica.scheduling.request import Phase, Request, Sampling
 from replica.scheduling.scheduler import Scheduler
 from replica.scheduling.timeline import Event
@@ -19,20 +19,20 @@ def row(tokens: int, left: int, pages: int | None = None) -> Request:
     return request
 
 
-def spent(again: int, needed: int = 10_000, outputs: float = 2.0) -> Growth:
+def spent(recomputed: int, needed: int = 10_000, outputs: float = 2.0) -> Growth:
     growth = Growth(16, 1000, outputs)
-    growth.computed(needed, again)
+    growth.computed(needed, recomputed)
     return growth
 
 
-def test_a_row_grows_up_to_its_bound_or_the_horizon_where_that_is_nearer() -> None:
+def test_a_row_is_expected_to_grow_to_its_bound_or_the_horizon() -> None:
     growth = Growth(16, 10_000)
     assert growth.horizon == 2 * 256
     assert growth.of(row(32, 16)) == 1
     assert growth.of(row(32, 4096)) == 512 // 16
 
 
-def test_the_horizon_follows_the_outputs_of_late() -> None:
+def test_the_horizon_follows_recent_outputs() -> None:
     growth = Growth(16, 10_000)
     for _ in range(100):
         growth.ended(20)
@@ -40,9 +40,9 @@ def test_the_horizon_follows_the_outputs_of_late() -> None:
     assert growth.horizon == pytest.approx(40, rel=0.01)
 
 
-def test_what_was_computed_again_stretches_the_horizon_until_it_has_no_end() -> None:
-    window = 20 * 1000  # half of what counts as of late
-    some, most = int(window * AGAIN_MAX / 2), int(window * AGAIN_MAX)
+def test_recomputed_tokens_stretch_the_horizon_to_infinity() -> None:
+    window = 20 * 1000  # half of what counts as recent
+    some, most = int(window * RECOMPUTED_MAX / 2), int(window * RECOMPUTED_MAX)
     assert spent(some).horizon == pytest.approx(2 * 512, rel=0.01)
     assert spent(most).horizon == math.inf
     assert spent(most, outputs=0.0).horizon == math.inf
@@ -50,7 +50,7 @@ def test_what_was_computed_again_stretches_the_horizon_until_it_has_no_end() -> 
     assert spent(most).of(row(32, 4096)) == 4096 // 16
 
 
-def test_old_waste_is_forgotten() -> None:
+def test_old_recomputed_tokens_are_forgotten() -> None:
     growth = spent(1000)
     assert growth.horizon == math.inf
     for _ in range(20):
@@ -58,21 +58,21 @@ def test_old_waste_is_forgotten() -> None:
     assert growth.horizon < math.inf
 
 
-def test_rows_that_end_give_their_pages_to_those_that_go_on() -> None:
+def test_rows_that_end_give_their_pages_to_longer_ones() -> None:
     growth = Growth(16, 10_000)
     short, long = row(160, 16), row(160, 320)
     assert growth.peak([long], []) == pytest.approx(320 // 16, abs=2)
-    assert growth.peak([short, long], []) <= 320 // 16 - 10 + 3, "10 pages of the short one"
+    assert growth.peak([short, long], []) <= 320 // 16 - 10 + 3, "the short row gives back 10"
     assert growth.peak([short], [long]) == growth.of(long) + growth.peak([short], [])
 
 
-def test_with_a_horizon_without_end_nothing_that_a_row_may_need_is_given_away() -> None:
+def test_with_an_infinite_horizon_all_that_rows_may_need_is_left_free() -> None:
     growth = spent(1000)
     rows = [row(160, 16), row(160, 320)]
     assert growth.peak(rows, []) == 1 + 20
 
 
-def test_a_run_that_computes_the_same_again_and_again_fails_its_check() -> None:
+def test_a_run_that_recomputes_without_end_fails_its_check() -> None:
     growth = Growth(16, 1000)
     growth.computed(1000, 1000)
     growth.check(rows_max=8)
@@ -81,23 +81,23 @@ def test_a_run_that_computes_the_same_again_and_again_fails_its_check() -> None:
         growth.check(rows_max=8)
 
 
-def test_a_request_is_admitted_only_where_the_rows_that_run_can_grow() -> None:
+def test_a_request_is_admitted_only_if_running_rows_can_grow() -> None:
     core = scheduler(pages=8, growth_outputs=2.0)
     begin(core, new("old", prompt=30, max_tokens=64))
     core.add(new("new", prompt=30, max_tokens=64), 0.0)
-    assert ran(run(core)[0]) == ["old"], "4 of 6 free pages are for old"
+    assert ran(run(core)[0]) == ["old"], "4 of 6 free pages are left for old"
     core.add(new("short", prompt=8, max_tokens=8), 0.0)
     assert ran(run(core)[0]) == ["old", "short"]
 
 
-def test_alone_a_request_runs_whatever_its_bound_is() -> None:
+def test_a_request_alone_runs_whatever_its_bound() -> None:
     core = scheduler(pages=8, context=128, growth_outputs=2.0)
     core.add(new("long", prompt=30, max_tokens=98), 0.0)
     assert ran(run(core)[0]) == ["long"]
 
 
 def thrash(core: Scheduler, seed: int, steps: int) -> None:
-    """Lengths that no mean foretells, on a memory of a few rows. `check` is called in each step."""
+    """Outputs that no mean predicts, on a memory of a few rows. `run` checks the invariants."""
     rng = random.Random(seed)
     number, now_s = 0, 0.0
     for _ in range(steps):
@@ -109,14 +109,14 @@ def thrash(core: Scheduler, seed: int, steps: int) -> None:
         now_s += 0.05
 
 
-def test_whatever_is_asked_for_little_is_computed_again(seed: int) -> None:
+def test_little_is_recomputed_whatever_the_requests(seed: int) -> None:
     core = scheduler(pages=24, context=256, rows=16, tokens=128)
     thrash(core, seed, 2000)
     assert core.timelines.counts[Event.PREEMPTED] > 0
-    assert core.growth.over_needed <= 1 + 2 * AGAIN_MAX
+    assert core.growth.over_needed <= 1 + 2 * RECOMPUTED_MAX
 
 
-def test_with_a_horizon_that_never_stretches_the_same_is_computed_again_and_again(
+def test_with_a_fixed_horizon_rows_recompute_without_end(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Growth, "horizon", property(lambda _: 0.0, lambda *_: None), raising=False)

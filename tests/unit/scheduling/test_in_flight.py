@@ -1,4 +1,4 @@
-"""Plan n + 1 is made before n commits: nothing that n names is given to anyone else meanwhile."""
+"""Plan n + 1 is made before step n commits, and does not reuse memory that step n references."""
 
 import pytest
 
@@ -12,7 +12,7 @@ PARK = Sharing(quantum_s=0.5)
 
 
 def ahead(core: Scheduler, now_s: float = 0.0) -> Plan:
-    """A plan, launched and not committed."""
+    """A plan that is launched but not committed."""
     plan = core.step(now_s)
     core.check()
     return plan
@@ -28,7 +28,7 @@ def spans(plan: Plan) -> list[tuple[str, int, int]]:
     return [(work.request.id, work.start, work.end) for work in plan.rows]
 
 
-def test_a_decode_is_planned_behind_a_token_that_nobody_knows_yet() -> None:
+def test_a_decode_is_planned_before_its_input_token_is_known() -> None:
     core = scheduler()
     core.add(new("r", prompt=5, max_tokens=4), 0.0)
     first = ahead(core)
@@ -54,11 +54,10 @@ def test_chunks_of_a_prompt_follow_each_other_in_flight() -> None:
 
 
 @pytest.mark.parametrize(("prompt", "most"), [(4, 2), (126, 50)], ids=["length", "context"])
-def test_a_row_that_ends_by_length_is_not_planned_once_more(prompt: int, most: int) -> None:
+def test_a_row_that_ends_by_length_is_not_planned_again(prompt: int, most: int) -> None:
     core = scheduler(tokens=200)
     core.add(new("r", prompt=prompt, max_tokens=most), 0.0)
-    first, second = ahead(core), None
-    second = ahead(core)
+    first, second = ahead(core), ahead(core)
     commit(core, first)
     assert ran(second) == ["r"] and ran(ahead(core)) == []
     (delta,) = commit(core, second)
@@ -73,13 +72,13 @@ def test_the_row_after_a_stop_token_is_wasted_and_holds_its_pages_until_it_commi
     (delta,) = commit(core, first, EOS)
     assert delta.finish is Finish.STOP and delta.tokens == (EOS,)
     assert ran(second) == ["r"] and core.pages.free == 62
-    assert core.has_work, "the wasted row is still to commit"
+    assert core.has_work, "the wasted row has not committed yet"
     assert ran(ahead(core)) == []
     assert commit(core, second) == []
     assert core.pages.free == 64 and not core.has_work
 
 
-def test_a_cancelled_request_keeps_its_pages_until_the_last_step_that_names_it_commits() -> None:
+def test_a_cancelled_request_keeps_its_pages_until_the_last_step_with_its_row_commits() -> None:
     core = scheduler()
     core.add(new("r", max_tokens=9), 0.0)
     first, second = ahead(core), ahead(core)
@@ -91,7 +90,7 @@ def test_a_cancelled_request_keeps_its_pages_until_the_last_step_that_names_it_c
     assert core.pages.free == 64
 
 
-def test_a_name_can_be_used_again_while_the_former_request_lingers() -> None:
+def test_an_id_can_be_reused_while_a_step_references_its_ended_request() -> None:
     core = scheduler()
     core.add(new("r", max_tokens=9), 0.0)
     first = ahead(core)
@@ -103,7 +102,7 @@ def test_a_name_can_be_used_again_while_the_former_request_lingers() -> None:
     assert delta.tokens == (9,) and delta.finish is Finish.LENGTH
 
 
-def test_a_forgotten_adapter_leaves_when_the_last_step_that_names_it_has_committed() -> None:
+def test_a_forgotten_adapter_leaves_when_the_last_step_with_its_rows_has_committed() -> None:
     core = scheduler()
     begin(core, new("r", "a", max_tokens=50))
     plan = ahead(core)
@@ -116,7 +115,7 @@ def test_a_forgotten_adapter_leaves_when_the_last_step_that_names_it_has_committ
     assert "a" not in core.adapter_cache.adapters
 
 
-def test_the_place_of_an_adapter_in_flight_is_taken_by_a_plan_that_waits() -> None:
+def test_a_plan_that_evicts_an_adapter_in_flight_waits() -> None:
     core = scheduler(arena=40)
     begin(core, new("r", "a", max_tokens=50))
     plan = ahead(core)
@@ -129,7 +128,7 @@ def test_the_place_of_an_adapter_in_flight_is_taken_by_a_plan_that_waits() -> No
     assert not ahead(core).waits
 
 
-def test_an_idle_adapter_that_no_step_names_leaves_at_once() -> None:
+def test_an_idle_adapter_without_rows_in_flight_leaves_at_once() -> None:
     core = scheduler(arena=80)
     begin(core, new("r", "a", max_tokens=50), new("idle", "b", max_tokens=50))
     core.cancel("idle", 0.0)
@@ -139,7 +138,7 @@ def test_an_idle_adapter_that_no_step_names_leaves_at_once() -> None:
     assert evicted(following) == ["b"] and not following.waits
 
 
-def test_images_slide_when_the_step_in_flight_has_committed() -> None:
+def test_a_plan_that_slides_images_waits() -> None:
     core = scheduler(arena=100, sizes={"a": 30, "b": 40, "c": 30, "d": 50})
     for digest in "abc":
         begin(core, new(digest, digest, max_tokens=50))
@@ -153,7 +152,7 @@ def test_images_slide_when_the_step_in_flight_has_committed() -> None:
     assert following.waits
 
 
-def test_a_token_of_a_row_that_was_parked_in_flight_is_kept_and_not_computed_again() -> None:
+def test_a_row_parked_in_flight_keeps_its_token_and_recomputes_nothing() -> None:
     core = scheduler(arena=40, sharing=PARK)
     begin(core, new("r", "a", max_tokens=200))
     plan = ahead(core)
@@ -171,7 +170,7 @@ def test_a_token_of_a_row_that_was_parked_in_flight_is_kept_and_not_computed_aga
     assert spans(ahead(core, 6.0)) == [("r", computed, computed + 1)]
 
 
-def test_a_parked_request_may_have_ended_in_flight() -> None:
+def test_a_parked_request_may_end_in_flight() -> None:
     core = scheduler(arena=40, sharing=PARK)
     begin(core, new("r", "a", max_tokens=200))
     plan = ahead(core)
@@ -184,7 +183,7 @@ def test_a_parked_request_may_have_ended_in_flight() -> None:
     assert core.pages.free == 64 and not core.running_set.parked
 
 
-def test_pages_of_a_row_that_gives_way_in_flight_are_taken_by_a_plan_that_waits() -> None:
+def test_a_plan_that_preempts_a_row_in_flight_waits() -> None:
     core = scheduler(pages=4)
     core.add(new("old", prompt=30, max_tokens=30), 0.0)
     core.add(new("new", prompt=30, max_tokens=30), 0.0)
@@ -200,8 +199,8 @@ def test_pages_of_a_row_that_gives_way_in_flight_are_taken_by_a_plan_that_waits(
     assert waiting.id == "new" and waiting.output[-1] == 9 and waiting.computed == 0
 
 
-def test_one_that_left_the_batch_in_flight_does_not_come_back_in_the_same_plan() -> None:
-    """Though a row that gives way after it leaves pages enough: its token is not known yet."""
+def test_a_request_that_left_the_batch_is_not_admitted_by_the_same_plan() -> None:
+    """Not even if a later preemption leaves enough pages: its token is not known yet."""
     core = scheduler(pages=8, tokens=200)
     for name, prompt in (("a", 31), ("b", 31), ("large", 40), ("small", 4)):
         core.add(new(name, prompt=prompt, max_tokens=30), 0.0)
@@ -214,7 +213,7 @@ def test_one_that_left_the_batch_in_flight_does_not_come_back_in_the_same_plan()
     assert spans(ahead(core))[-1] == ("small", 0, 6)
 
 
-def test_a_prefix_is_found_once_it_has_committed() -> None:
+def test_a_prefix_is_found_after_its_step_has_committed() -> None:
     core = scheduler(tokens=200)
     prompt = tuple(range(40))
     core.add(NewRequest("first", prompt, Sampling(max_tokens=9)), 0.0)
@@ -227,7 +226,7 @@ def test_a_prefix_is_found_once_it_has_committed() -> None:
     assert spans(ahead(core))[-1] == ("late", 32, 40)
 
 
-def test_rows_that_are_not_carried_out_are_planned_again() -> None:
+def test_dropped_rows_are_planned_again() -> None:
     core = scheduler()
     core.add(new("decodes", max_tokens=9), 0.0)
     first = ahead(core)
@@ -241,7 +240,7 @@ def test_rows_that_are_not_carried_out_are_planned_again() -> None:
     commit(core, second)
 
 
-def test_rows_whose_request_ended_before_the_launch_are_left_out() -> None:
+def test_rows_whose_request_ended_before_the_launch_are_dropped() -> None:
     core = scheduler()
     core.add(new("r", max_tokens=9), 0.0)
     first, second = ahead(core), ahead(core)
@@ -270,11 +269,11 @@ def test_steps_commit_in_the_order_of_their_plans() -> None:
     core.check()
 
 
-def test_a_plan_that_waits_is_waited_for() -> None:
+def test_no_step_is_planned_while_a_plan_waits() -> None:
     core = scheduler(arena=40, sharing=PARK)
     begin(core, new("r", "a", max_tokens=200))
     ahead(core)
     core.add(new("s", "b"), 5.0)
     assert ahead(core, 5.0).waits
-    with pytest.raises(AssertionError, match="was to wait"):
+    with pytest.raises(AssertionError, match="still waits"):
         core.step(5.0)

@@ -1,4 +1,4 @@
-"""Which loads begin, and which prompts wait a moment for company."""
+"""Which loads begin, and which prompts wait for other loads."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from tests.core import begin, loaded, new, ran, run, scheduler, settle
 LARGE = {"x": 10, "y": 10, "z": 10, "large": 30}
 
 
-def test_prompts_wait_for_those_whose_images_come_within_half_a_prefill() -> None:
+def test_prompts_wait_for_loads_that_end_within_half_a_prefill() -> None:
     core = scheduler(loads=2)  # 10 ms a copy; 50 ms + 1 ms a token to prefill
     core.add(new("x", "a"), 0.0)
     core.add(new("y", "b"), 0.0)
@@ -21,7 +21,7 @@ def test_prompts_wait_for_those_whose_images_come_within_half_a_prefill() -> Non
     assert ran(run(core, 0.02)[0]) == ["x", "y"]
 
 
-def test_nobody_waits_for_a_copy_that_takes_longer_than_it_would_save() -> None:
+def test_no_prompt_waits_for_a_copy_longer_than_it_saves() -> None:
     core = scheduler(loads=2, copy_bytes_per_s=1000.0)  # 40 ms a copy
     core.add(new("x", "a"), 0.0)
     core.add(new("y", "b"), 0.0)
@@ -30,17 +30,17 @@ def test_nobody_waits_for_a_copy_that_takes_longer_than_it_would_save() -> None:
     assert ran(run(core, 0.04)[0]) == ["x"]
 
 
-def test_nobody_waits_for_a_copy_that_is_late() -> None:
+def test_no_prompt_waits_long_for_a_late_copy() -> None:
     core = scheduler(loads=2)
     core.add(new("x", "a"), 0.0)
     core.add(new("y", "b"), 0.0)
     run(core, 0.0)
     core.loaded("a", 0.01)
-    assert ran(run(core, 0.021)[0]) == [], "b was expected by now: a moment more"
+    assert ran(run(core, 0.021)[0]) == [], "b was expected by now, and gets a moment more"
     assert ran(run(core, 0.026)[0]) == ["x"]
 
 
-def test_one_that_has_waited_a_prefill_long_waits_no_more() -> None:
+def test_a_prompt_waits_at_most_one_prefill() -> None:
     core = scheduler(loads=2, arena=200)
     core.add(new("x", "a"), 0.0)
     run(core, 0.0)
@@ -49,7 +49,7 @@ def test_one_that_has_waited_a_prefill_long_waits_no_more() -> None:
     assert ran(run(core, 0.06)[0]) == ["x"]
 
 
-def test_base_and_decodes_never_wait_for_company() -> None:
+def test_base_prompts_and_decodes_never_wait_for_loads() -> None:
     core = scheduler(loads=2, arena=200)
     begin(core, new("old", "c", max_tokens=60))
     core.add(new("x", "a"), 0.0)
@@ -60,7 +60,7 @@ def test_base_and_decodes_never_wait_for_company() -> None:
     assert ran(run(core, 0.01)[0]) == ["old", "base"]
 
 
-def test_a_failed_load_is_waited_for_by_nobody() -> None:
+def test_no_prompt_waits_for_a_failed_load() -> None:
     core = scheduler(loads=2)
     core.add(new("x", "a"), 0.0)
     core.add(new("y", "b"), 0.0)
@@ -77,7 +77,7 @@ def test_without_overlap_the_batch_waits_and_then_runs_at_once() -> None:
     assert loaded(plan) == ["a"] and ran(plan) == ["x"]
 
 
-def test_a_cold_first_request_blocks_those_behind_it_where_told_so() -> None:
+def test_with_on_miss_block_a_cold_first_request_blocks_the_rest() -> None:
     core = scheduler(switches=Switches(on_miss="block"))
     begin(core, new("warm", "b", max_tokens=60))
     core.add(new("cold", "a"), 0.0)
@@ -87,7 +87,7 @@ def test_a_cold_first_request_blocks_those_behind_it_where_told_so() -> None:
     assert ran(plan) == ["warm"] and loaded(plan) == ["a"]
 
 
-def test_base_competes_for_a_slot_where_told_so() -> None:
+def test_with_base_slot_shared_the_base_model_competes_for_a_slot() -> None:
     core = scheduler(switches=Switches(base_slot="shared", overlap=False), slots=1)
     begin(core, new("x", "a", max_tokens=60))
     core.add(new("base"), 0.0)
@@ -104,8 +104,8 @@ def test_a_smaller_image_uses_a_hole_that_a_larger_one_cannot() -> None:
     assert loaded(run(core, 0.0)[0]) == ["tiny"]
 
 
-def test_small_images_do_not_take_the_places_of_a_large_one_for_ever() -> None:
-    """Each slice that ends lets one small image in; the large one needs all of them at once."""
+def test_small_images_do_not_take_the_places_of_a_large_one_forever() -> None:
+    """Each slice that ends lets one small image in. The large one needs all places at once."""
     core = scheduler(
         arena=30, sizes=LARGE, sharing=Sharing(quantum_s=0.5, head_start_s=0.0), rows=16
     )
@@ -128,7 +128,7 @@ def test_small_images_do_not_take_the_places_of_a_large_one_for_ever() -> None:
     assert now_s - since_s <= bound_s
 
 
-def test_one_that_fits_nowhere_does_not_stop_the_others() -> None:
+def test_an_adapter_that_fits_nowhere_does_not_stop_the_others() -> None:
     sizes = {"p": 60, "large": 90, "a": 30, "b": 30}
     core = scheduler(sizes=sizes, pinned="p")
     settle(core, 0.0)
@@ -138,7 +138,7 @@ def test_one_that_fits_nowhere_does_not_stop_the_others() -> None:
     assert loaded(run(core, 50.0)[0]) == ["b"]
 
 
-def test_a_pinned_one_that_nobody_asked_for_parks_nobody() -> None:
+def test_a_pinned_adapter_without_requests_parks_no_row() -> None:
     core = scheduler(arena=40, sharing=Sharing(quantum_s=0.1))
     begin(core, new("x", "a", max_tokens=60))
     core.adapter_cache.register("b", "/b", 40, pinned=True, now_s=0.0)

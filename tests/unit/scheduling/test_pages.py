@@ -1,4 +1,4 @@
-"""KV pages: none is lost, and a prefix is found again by exactly those it is right for."""
+"""KV pages: none is lost, and a cached prefix is matched only by prompts that begin with it."""
 
 import pytest
 
@@ -67,7 +67,7 @@ def test_a_prefix_is_found_while_it_is_held_and_after() -> None:
     assert list(found.pages) == held and pages.free == 2
     pages.check([held, found.pages])
     pages.give_back(held)
-    assert pages.free == 2, "the other one still holds them"
+    assert pages.free == 2, "the match still holds them"
     pages.give_back(found.pages)
     assert pages.free == 4
     assert list(pages.match(None, A + B).pages) == held
@@ -99,13 +99,13 @@ def test_the_same_tokens_behind_other_tokens_are_another_prefix() -> None:
     assert list(pages.match(None, B + B).pages) == second
 
 
-def test_what_two_computed_at_once_is_known_once_and_both_go_on() -> None:
+def test_a_prefix_computed_twice_at_once_is_cached_once() -> None:
     pages = Pages(4, 16)
     first, second = filled(pages, None, A), filled(pages, None, A)
     (own,) = pages.take(1) or []
     link = pages.publish(pages.match(None, A).link, B, own)
     assert link is not None
-    pages.give_back(first)  # what `match` above held of it
+    pages.give_back(first)  # held by `match` above
     assert list(pages.match(None, A + B).pages) == [*first, own]
     pages.give_back([*first, own])
     pages.check([first, second, [own]])
@@ -122,8 +122,8 @@ def test_the_least_recently_held_is_forgotten_first_and_the_end_before_the_begin
     assert len(pages.match("young", A + B).pages) == 2
     pages.give_back(young)
     found = pages.match("old", A + B).pages
-    assert list(found) == old[:1], "its end went first"
-    pages.give_back(found)  # and now it is the youngest
+    assert list(found) == old[:1], "its end was forgotten first"
+    pages.give_back(found)  # now it is the most recent
     held.append(pages.take(1))
     assert len(pages.match("old", A).pages) == 1
     assert len(pages.match("young", A + B).pages) == 1
@@ -137,7 +137,7 @@ def test_free_pages_are_taken_before_a_prefix_is_forgotten() -> None:
     assert list(pages.match(None, A).pages) == held
 
 
-def test_a_page_taken_anew_no_longer_stands_for_its_old_tokens() -> None:
+def test_a_reused_page_no_longer_matches_its_old_tokens() -> None:
     pages = Pages(1, 16)
     held = filled(pages, None, A)
     pages.give_back(held)
@@ -147,7 +147,7 @@ def test_a_page_taken_anew_no_longer_stands_for_its_old_tokens() -> None:
     assert list(pages.match(None, B).pages) == held
 
 
-def test_what_followed_a_forgotten_page_is_not_found_behind_its_successor() -> None:
+def test_a_prefix_is_found_only_up_to_its_forgotten_end() -> None:
     pages = Pages(2, 16)
     first, second = filled(pages, None, A, B)
     pages.give_back([second])  # now only `first` is held
@@ -156,7 +156,7 @@ def test_what_followed_a_forgotten_page_is_not_found_behind_its_successor() -> N
     assert pages.match(None, A + B).pages == (first,)
 
 
-def test_switched_off_nothing_is_ever_found() -> None:
+def test_with_the_cache_off_nothing_is_found() -> None:
     pages = Pages(4, 16, cache=False)
     filled(pages, None, A)
     assert pages.match(None, A).pages == ()

@@ -1,4 +1,4 @@
-"""A request's life is a table: the illegal steps raise and change nothing."""
+"""A request's life is a table: illegal transitions raise and change nothing."""
 
 import pytest
 
@@ -11,7 +11,7 @@ def request(phase: Phase = Phase.WAITING, output: tuple[int, ...] = ()) -> Reque
 
 @pytest.mark.parametrize("old", Phase)
 @pytest.mark.parametrize("new", Phase)
-def test_only_the_steps_of_the_table_are_taken(old: Phase, new: Phase) -> None:
+def test_only_transitions_of_the_table_are_legal(old: Phase, new: Phase) -> None:
     subject = request(old)
     if new in TRANSITIONS[old]:
         subject.become(new)
@@ -22,7 +22,7 @@ def test_only_the_steps_of_the_table_are_taken(old: Phase, new: Phase) -> None:
         assert subject.phase is old
 
 
-def test_the_ends_are_final() -> None:
+def test_the_end_phases_are_final() -> None:
     ends = {phase for phase, following in TRANSITIONS.items() if not following}
     assert ends == {Phase.FINISHED, Phase.CANCELLED, Phase.FAILED}
 
@@ -31,10 +31,10 @@ def test_the_ends_are_final() -> None:
     ("start", "end", "expected"),
     [(0, 2, [1, 2]), (0, 3, [1, 2, 3]), (3, 5, [7, 8]), (2, 4, [3, 7]), (1, 1, [])],
 )
-def test_a_slice_goes_over_prompt_and_output(start: int, end: int, expected: list[int]) -> None:
+def test_a_slice_spans_prompt_and_output(start: int, end: int, expected: list[int]) -> None:
     assert list(request(output=(7, 8)).slice(start, end)) == expected
 
 
-def test_tokens_and_what_remains() -> None:
+def test_tokens_and_remaining() -> None:
     subject = request(output=(7, 8))
     assert (subject.tokens, subject.remaining) == (5, 3)

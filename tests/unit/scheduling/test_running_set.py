@@ -1,4 +1,4 @@
-"""When pages run out, parked rows give theirs up first, the newest first; no request is lost."""
+"""When pages run out, parked rows lose theirs first, newest first. No request is lost."""
 
 from replica.scheduling.drainer import Sharing
 from replica.scheduling.loads import Switches
@@ -11,7 +11,7 @@ PARK = Sharing(quantum_s=0.5, head_start_s=0.0)
 
 
 def two_parked(pages: int) -> Scheduler:
-    """x (older) and y are parked with three pages each; nothing else is held."""
+    """x (older) and y are parked with three pages each. Nothing else is held."""
     core = scheduler(sharing=PARK, arena=40, pages=pages, tokens=128)
     begin(core, new("x", "a", prompt=40, max_tokens=60), new("y", "a", prompt=40, max_tokens=60))
     core.add(new("s", "b", max_tokens=2), 0.0)
@@ -21,13 +21,13 @@ def two_parked(pages: int) -> Scheduler:
     return core
 
 
-def test_parked_rows_give_up_their_pages_first_and_the_newest_of_them() -> None:
+def test_parked_rows_lose_their_pages_newest_first() -> None:
     core = two_parked(pages=7)
     core.add(new("base", prompt=10, max_tokens=30), 0.6)
     for step in range(10):
         plan, _ = run(core, 0.6)
         assert "base" in ran(plan), f"step {step}"
-    assert list(core.running_set.parked) == ["x"], "y gave its pages to base, which grew"
+    assert list(core.running_set.parked) == ["x"], "y lost its pages to base, which grew"
     assert core.timelines.counts[Event.PREEMPTED] == 1
 
 
@@ -40,7 +40,7 @@ def test_a_new_request_takes_no_pages_of_parked_rows_while_others_run() -> None:
     assert ran(plan) == ["base"] and len(core.running_set.parked) == 2
 
 
-def test_parked_rows_go_on_though_others_before_them_find_no_pages() -> None:
+def test_parked_rows_resume_though_requests_before_them_find_no_pages() -> None:
     core = two_parked(pages=7)
     core.add(new("base", prompt=4, max_tokens=12), 0.6)
     run(core, 0.6)
@@ -52,7 +52,7 @@ def test_parked_rows_go_on_though_others_before_them_find_no_pages() -> None:
     assert ran(plan) == ["base", "x", "y"]
 
 
-def test_one_that_waited_too_long_gets_the_next_pages_but_none_of_parked_rows() -> None:
+def test_an_overdue_request_gets_the_next_free_pages_but_none_of_parked_rows() -> None:
     core = two_parked(pages=7)
     core.add(new("base", prompt=4, max_tokens=12), 0.6)
     core.add(new("patient"), 0.6)
@@ -65,14 +65,14 @@ def test_one_that_waited_too_long_gets_the_next_pages_but_none_of_parked_rows() 
     assert ran(plan) == ["patient"] and list(core.running_set.parked) == ["x", "y"]
 
 
-def test_alone_it_takes_them_rather_than_wait_for_nobody() -> None:
+def test_a_request_alone_takes_pages_of_parked_rows() -> None:
     core = two_parked(pages=7)
     core.add(new("large", prompt=30, max_tokens=4), 0.6)
     plan, _ = run(core, 0.6)
     assert ran(plan) == ["large"] and list(core.running_set.parked) == ["x"]
 
 
-def test_those_who_lost_their_pages_still_end_with_every_token() -> None:
+def test_rows_that_lost_their_pages_still_end_with_every_token() -> None:
     core = two_parked(pages=7)
     core.add(new("base", prompt=10, max_tokens=60), 0.6)
     counts = {"x": 0, "y": 0, "base": 0}
@@ -87,7 +87,7 @@ def test_those_who_lost_their_pages_still_end_with_every_token() -> None:
     assert core.pages.free == 7
 
 
-def test_the_newest_row_gives_way_not_the_one_that_asks() -> None:
+def test_the_newest_row_is_preempted_not_the_one_that_grows() -> None:
     core = scheduler(pages=4)
     begin(core, new("old", prompt=16, max_tokens=40), new("new", prompt=16, max_tokens=40))
     for _ in range(40):
@@ -99,13 +99,13 @@ def test_the_newest_row_gives_way_not_the_one_that_asks() -> None:
     assert next(iter(core.waiting)).phase is Phase.WAITING
 
 
-def test_a_large_prompt_is_not_passed_over_for_ever() -> None:
+def test_a_large_prompt_is_not_passed_over_forever() -> None:
     core = scheduler(pages=8, page_wait_max_s=1.0)
     begin(core, new("first", prompt=50, max_tokens=13))
     core.add(new("large", prompt=100, max_tokens=2), 0.0)
     now_s, number = 0.0, 0
     while "large" not in core.running_set.running and now_s < 20.0:
-        for _ in range(2):  # short ones keep coming, and there are pages for each of them
+        for _ in range(2):  # short ones keep coming, and each finds pages
             core.add(new(f"short{number}", prompt=20, max_tokens=8), now_s)
             number += 1
         run(core, now_s)
@@ -113,8 +113,8 @@ def test_a_large_prompt_is_not_passed_over_for_ever() -> None:
     assert 1.0 < now_s < 4.0
 
 
-def test_a_large_prompt_of_an_adapter_that_is_not_there_is_not_passed_over_for_ever() -> None:
-    """Nobody saves pages for one without a place, nor a place for one without pages."""
+def test_a_large_prompt_of_an_absent_adapter_is_not_passed_over_forever() -> None:
+    """Else its pages would wait for a place, and its place for pages."""
     core = scheduler(pages=10, sharing=PARK, arena=80, page_wait_max_s=1.0)
     begin(core, new("x", "a", prompt=20, max_tokens=20), new("y", "b", prompt=20, max_tokens=20))
     core.add(new("large", "c", prompt=100, max_tokens=2), 0.0)
@@ -129,7 +129,7 @@ def test_a_large_prompt_of_an_adapter_that_is_not_there_is_not_passed_over_for_e
     assert now_s < 6.0
 
 
-def test_pages_saved_for_one_that_was_cancelled_are_free_for_all() -> None:
+def test_pages_saved_for_a_cancelled_request_are_free_again() -> None:
     core = scheduler(pages=8, page_wait_max_s=0.5)
     begin(core, new("first", prompt=50, max_tokens=60))
     core.add(new("large", prompt=100), 0.0)
@@ -140,7 +140,7 @@ def test_pages_saved_for_one_that_was_cancelled_are_free_for_all() -> None:
     assert "short" in ran(run(core, 1.1)[0])
 
 
-def test_where_the_first_blocks_the_rest_nobody_passes() -> None:
+def test_with_on_miss_block_no_request_passes_the_first() -> None:
     core = scheduler(pages=4, switches=Switches(on_miss="block"))
     begin(core, new("first", prompt=33, max_tokens=9))
     core.add(new("large", prompt=40), 0.0)

@@ -1,4 +1,4 @@
-"""What runs next, and what never waits for what."""
+"""What runs next, and what never waits."""
 
 import dataclasses
 from collections.abc import Callable
@@ -117,7 +117,7 @@ def test_rows_carry_the_slot_of_their_own_version() -> None:
     assert {w.request.id: w.slot for w in plan.rows} == {"x": slots["a"], "y": slots["b"], "z": 0}
 
 
-def test_a_prompt_that_finds_no_pages_does_not_hide_a_shorter_one() -> None:
+def test_a_prompt_that_finds_no_pages_does_not_block_a_shorter_one() -> None:
     core = scheduler(pages=4)
     core.add(new("a", prompt=33, max_tokens=9), 0.0)
     run(core)
@@ -127,7 +127,7 @@ def test_a_prompt_that_finds_no_pages_does_not_hide_a_shorter_one() -> None:
     assert ran(plan) == ["a", "c"]
 
 
-def test_pages_run_out_and_the_newest_computes_again_without_losing_a_token() -> None:
+def test_when_pages_run_out_the_newest_recomputes_and_loses_no_token() -> None:
     core = scheduler(pages=4)
     core.add(new("old", prompt=30, max_tokens=30), 0.0)
     core.add(new("new", prompt=30, max_tokens=30), 0.0)
@@ -223,7 +223,7 @@ def test_a_request_accepted_before_the_unload_still_runs() -> None:
         (new("r", "unknown"), ModelNotFound, "unknown"),
     ],
 )
-def test_what_can_never_run_is_refused(
+def test_a_request_that_can_never_run_is_refused(
     request_: NewRequest, error: type[Exception], words: str
 ) -> None:
     core = scheduler(pages=7)
@@ -243,14 +243,14 @@ def test_a_full_queue_refuses_and_keeps_nothing() -> None:
     core.check()
 
 
-def test_a_pinned_adapter_is_loaded_before_anyone_asks() -> None:
+def test_a_pinned_adapter_is_loaded_before_any_request() -> None:
     core = scheduler()
     core.adapter_cache.register("p", "/p", 40, pinned=True, now_s=0.0)
     plan, _ = run(core)
     assert [change.load.digest for change in plan.arena_changes] == ["p"]
 
 
-def test_prompts_that_begin_alike_share_pages_within_one_version_only() -> None:
+def test_prompts_with_a_common_prefix_share_pages_within_one_version_only() -> None:
     core = scheduler(tokens=200, arena=200)
     prompt = tuple(range(50))
     for digest in ("a", "b"):
@@ -291,7 +291,7 @@ def test_a_lower_priority_goes_first() -> None:
     assert [ran(run(core)[0]) for _ in range(3)] == [["urgent"], ["soon"], ["first"]]
 
 
-def test_retry_after_is_until_the_first_row_comes_free() -> None:
+def test_retry_after_is_the_time_until_the_first_row_comes_free() -> None:
     core = scheduler(rows=2, queue=0)
     core.costs.stepped(0, 0.5)
     core.add(new("long", max_tokens=80), 0.0)
@@ -302,7 +302,7 @@ def test_retry_after_is_until_the_first_row_comes_free() -> None:
     assert raised.value.retry_after_s == pytest.approx(19 * 0.5)
 
 
-def test_a_batch_takes_no_more_rows_than_it_may() -> None:
+def test_a_batch_takes_no_more_rows_than_its_limit() -> None:
     core = scheduler(rows=2)
     for i in range(4):
         core.add(new(f"r{i}", max_tokens=2), 0.0)
@@ -311,7 +311,7 @@ def test_a_batch_takes_no_more_rows_than_it_may() -> None:
     assert ran(run(core)[0]) == ["r2", "r3"]
 
 
-def test_a_step_computes_no_more_tokens_than_it_may() -> None:
+def test_a_step_computes_no_more_tokens_than_its_limit() -> None:
     core = scheduler(tokens=20)
     for i in range(4):
         core.add(new(f"r{i}", prompt=15, max_tokens=30), 0.0)
@@ -321,7 +321,7 @@ def test_a_step_computes_no_more_tokens_than_it_may() -> None:
     assert len(core.running_set.running) == 4
 
 
-def test_a_finished_request_can_be_asked_for_again_under_its_name() -> None:
+def test_the_id_of_a_finished_request_can_be_reused() -> None:
     core = scheduler()
     for _ in range(2):
         core.add(new("r", max_tokens=1), 0.0)
@@ -329,7 +329,7 @@ def test_a_finished_request_can_be_asked_for_again_under_its_name() -> None:
     assert not core.has_work and not core.cancel("r", 0.0)
 
 
-def test_arrivals_are_counted_by_where_the_adapter_was() -> None:
+def test_arrivals_are_counted_by_the_adapters_tier() -> None:
     core = scheduler()
     core.add(new("base"), 0.0)
     core.add(new("x", "a"), 0.0)
@@ -340,7 +340,7 @@ def test_arrivals_are_counted_by_where_the_adapter_was() -> None:
     assert core.arrivals == {Tier.DISK: 1, Tier.LOADING: 1, Tier.DEVICE: 1}
 
 
-def test_of_a_prompt_that_is_known_to_its_end_the_last_page_is_computed_again() -> None:
+def test_the_last_page_of_a_fully_cached_prompt_is_recomputed() -> None:
     core = scheduler()
     for name in ("first", "again"):
         core.add(NewRequest(name, tuple(range(32)), Sampling(max_tokens=1)), 0.0)
@@ -348,7 +348,7 @@ def test_of_a_prompt_that_is_known_to_its_end_the_last_page_is_computed_again() 
     assert [(w.start, w.end, w.sample) for w in plan.rows] == [(16, 32, True)]
 
 
-def test_a_load_that_was_lost_after_its_own_plan_evicted_it_again_is_no_matter() -> None:
+def test_a_load_lost_after_its_own_plan_evicted_it_again_changes_nothing() -> None:
     core = scheduler()
     core.add(new("r", "a"), 0.0)
     assert core.lost("a", "broken", 0.0) == []

@@ -1,4 +1,4 @@
-"""Images come before there is batch space for them, and never at the cost of one needed sooner."""
+"""Images load before their requests have rows, but never evict one needed sooner."""
 
 from replica.scheduling.drainer import Sharing
 from replica.scheduling.loads import Switches, loaded_ahead, needed_sooner
@@ -7,7 +7,7 @@ from replica.scheduling.timeline import Event
 from tests.core import begin, evicted, loaded, new, run, scheduler, settle
 
 
-def test_the_queue_is_looked_through_even_when_the_batch_is_full() -> None:
+def test_loads_begin_even_if_the_batch_is_full() -> None:
     core = scheduler(rows=1)
     begin(core, new("base", max_tokens=60))
     assert core.running_set.full
@@ -16,17 +16,17 @@ def test_the_queue_is_looked_through_even_when_the_batch_is_full() -> None:
     assert loaded(run(core)[0]) == ["a", "b"]
 
 
-def test_no_more_are_brought_than_there_is_space_and_depth() -> None:
+def test_loads_are_bounded_by_free_rows_and_prefetch_depth() -> None:
     core = scheduler(rows=1, arena=160, loads=8, switches=Switches(prefetch_depth=2))
     begin(core, new("base", max_tokens=60))
     for digest in "abcd":
         core.add(new(f"for-{digest}", digest), 0.0)
     assert loaded(run(core)[0]) == ["a", "b"]
     core.loaded("a", 0.0)
-    assert loaded(run(core)[0]) == [], "one that is there and not used yet counts too"
+    assert loaded(run(core)[0]) == [], "a loaded but unused adapter counts too"
 
 
-def test_depth_zero_brings_nothing_to_a_full_batch() -> None:
+def test_depth_zero_loads_nothing_for_a_full_batch() -> None:
     core = scheduler(rows=1, switches=Switches(prefetch_depth=0))
     begin(core, new("base", max_tokens=60))
     core.add(new("x", "a"), 0.0)
@@ -57,7 +57,7 @@ def test_nothing_is_evicted_that_an_earlier_request_waits_for() -> None:
     assert evicted(run(core, 1.0)[0]) == ["a"]
 
 
-def test_who_is_needed_later_gives_its_place_to_who_is_needed_sooner() -> None:
+def test_an_adapter_needed_later_leaves_for_one_needed_sooner() -> None:
     core = scheduler(rows=1, arena=40, sharing=Sharing(park=False))
     begin(core, new("first", "a", max_tokens=2))
     core.add(new("base", max_tokens=60, priority=-2), 0.0)
@@ -67,7 +67,7 @@ def test_who_is_needed_later_gives_its_place_to_who_is_needed_sooner() -> None:
     assert [e for plan in plans for e in evicted(plan)] == ["a"]
 
 
-def test_a_load_that_nobody_used_is_counted_as_wasted() -> None:
+def test_an_unused_load_is_counted_as_wasted() -> None:
     core = scheduler(arena=40)
     core.add(new("x", "a"), 0.0)
     settle(core, 0.0)
@@ -81,7 +81,7 @@ def test_a_load_that_nobody_used_is_counted_as_wasted() -> None:
     assert core.adapter_cache.wasted == 1, "b was used"
 
 
-def test_service_is_by_priority_then_by_who_starved_longest() -> None:
+def test_loads_go_by_priority_then_by_who_starved_longest() -> None:
     core = scheduler()
     order = ServiceOrder(core.waiting, core.adapter_cache, head_start_s=0.0)
     for at_s, digest, priority in ((2.0, "a", 0), (1.0, "b", 0), (3.0, "c", -1)):
@@ -90,7 +90,7 @@ def test_service_is_by_priority_then_by_who_starved_longest() -> None:
     order.check()
 
 
-def test_a_request_without_a_token_goes_before_one_that_was_parked_a_moment_longer() -> None:
+def test_a_request_without_a_token_goes_before_one_parked_a_moment_longer() -> None:
     sharing = Sharing(quantum_s=0.5, head_start_s=0.1)
     core = scheduler(sharing=sharing, arena=40, pages=64, context=512)
     begin(core, new("x", "a", max_tokens=300))
@@ -103,11 +103,11 @@ def test_a_request_without_a_token_goes_before_one_that_was_parked_a_moment_long
     core.loads.order.check()
 
 
-def test_few_tokens_left_are_a_smaller_drawback() -> None:
+def test_the_head_start_shrinks_with_the_tokens_left() -> None:
     core = scheduler(sharing=Sharing(quantum_s=0.5, head_start_s=0.1), arena=40)
     begin(core, new("x", "a", max_tokens=60))
     core.add(new("y", "b", max_tokens=60), 0.0)
-    settle(core, 0.5)  # x is parked at 0.5, with less than a third of what is many
+    settle(core, 0.5)  # x is parked at 0.5, with less than a third of `_FEW_TOKENS` left
     core.add(new("z", "c"), 0.55)
     assert list(core.loads.order.digests()) == ["a", "c"]
     core.loads.order.check()
@@ -122,7 +122,7 @@ def test_the_order_follows_every_change() -> None:
     core.cancel("x", 2.0)
     assert list(order.digests()) == ["b"]
     core.add(new("x2", "a"), 3.0)
-    assert list(order.digests()) == ["b", "a"], "it starves anew"
+    assert list(order.digests()) == ["b", "a"], "its starving starts again"
     assert loaded(run(core, 3.0)[0]) == ["b", "a"]
     assert list(order.digests()) == []
     core.load_failed("a", "broken", 3.0)
@@ -130,7 +130,7 @@ def test_the_order_follows_every_change() -> None:
     order.check()
 
 
-def test_ahead_counts_those_on_their_way_and_those_not_used_yet() -> None:
+def test_loaded_ahead_counts_loading_and_unused_adapters() -> None:
     core = scheduler(rows=1)
     begin(core, new("base", max_tokens=60))
     core.add(new("x", "a"), 0.0)

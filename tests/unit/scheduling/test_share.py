@@ -1,4 +1,4 @@
-"""Batch space in turn, by the tokens served: virtual token counters."""
+"""Adapters share the rows of the batch by virtual token counters."""
 
 import pytest
 
@@ -26,7 +26,7 @@ def first_tokens(core: Scheduler, steps: int) -> list[str]:
     return order
 
 
-def test_off_arrival_alone_counts() -> None:
+def test_switched_off_only_arrival_counts() -> None:
     core = both_resident(Share(on=False))
     for i in range(4):
         core.add(new(f"busy{i}", "a", max_tokens=1), 0.0)
@@ -52,7 +52,7 @@ def test_twice_the_weight_gets_twice_as_much() -> None:
     assert order.count("a") == pytest.approx(20, abs=1)
 
 
-def test_one_that_was_away_saves_nothing_up() -> None:
+def test_an_adapter_that_was_away_saves_nothing_up() -> None:
     share = Share(on=True)
     core = both_resident(share)
     for i in range(30):
@@ -64,7 +64,7 @@ def test_one_that_was_away_saves_nothing_up() -> None:
     assert 4 <= order.count("b") <= 6, "in turn from now on, not all at once"
 
 
-def test_what_one_was_served_alone_is_not_held_against_it() -> None:
+def test_tokens_served_to_an_adapter_alone_do_not_count_against_it() -> None:
     core = both_resident(Share(on=True))
     for i in range(30):
         core.add(new(f"alone{i}", "a", max_tokens=1), 0.0)
@@ -86,7 +86,7 @@ def test_a_prompt_counts_by_its_tokens() -> None:
     assert share.of("a") == 100.0 and share.of("b") == 3.0
 
 
-def test_who_comes_first_is_not_behind_and_who_leaves_is_forgotten() -> None:
+def test_a_new_adapter_starts_at_the_lowest_counter_present() -> None:
     share = Share(on=True)
     share.enter("a")
     share.served("a", 50, sampled=False)
@@ -117,7 +117,7 @@ def test_a_weight_may_change_and_is_forgotten_with_the_last_request() -> None:
     assert share.of("a") == 225.0
 
 
-def test_one_that_is_registered_again_in_time_is_not_forgotten() -> None:
+def test_an_adapter_registered_again_in_time_keeps_its_weight() -> None:
     share = Share(on=True)
     share.weigh("a", 4.0)
     share.enter("a")
@@ -128,7 +128,7 @@ def test_one_that_is_registered_again_in_time_is_not_forgotten() -> None:
     assert share.of("a") == 25.0
 
 
-def test_a_forgotten_adapters_weight_goes_with_it() -> None:
+def test_a_forgotten_adapters_counter_goes_with_its_last_request() -> None:
     core = both_resident(Share({"a": 2.0}, on=True))
     core.add(new("last", "a", max_tokens=1), 0.0)
     core.forget("a")
@@ -138,7 +138,7 @@ def test_a_forgotten_adapters_weight_goes_with_it() -> None:
     assert core.share.of("a") == 0.0
 
 
-def test_a_priority_goes_before_every_share() -> None:
+def test_priority_goes_before_share() -> None:
     core = both_resident(Share(on=True))
     core.share.served("a", 1000, sampled=False)
     core.add(new("low", "b", max_tokens=1), 0.0)

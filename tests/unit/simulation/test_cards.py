@@ -1,4 +1,4 @@
-"""What a step and a copy take: the arithmetic, by hand."""
+"""Step and copy times, checked by hand."""
 
 from types import SimpleNamespace
 
@@ -24,7 +24,7 @@ def test_weights_alone_take_3_9_ms_on_an_h200() -> None:
     assert H200.step_s([work(0, 1)], RANKS) - H200.fixed_s == pytest.approx(3.9e-3, rel=0.01)
 
 
-def test_a_prompt_adds_its_arithmetic() -> None:
+def test_a_prompt_adds_its_computing_time() -> None:
     without, with_prompt = ([work(0, 1)], [work(0, 1), work(0, 2048)])
     added = H200.step_s(with_prompt, RANKS) - H200.step_s(without, RANKS)
     assert added == pytest.approx(H200.prompt_s(2048) + 2048 * 131_072 / (0.8 * 4.8e12))

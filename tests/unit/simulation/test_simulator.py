@@ -1,4 +1,4 @@
-"""The twin: the same run for the same seed, and nothing lost or made up on the way."""
+"""The simulator: one seed gives one run, and every arrival ends with all its tokens."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,7 +24,7 @@ STREAMS = (Stream("base", 30, 5.0, 60, 30), Stream("lora", 60, 10.0, 60, 30, ADA
 
 
 class Device:
-    """A step of 10 ms and 0.1 ms a prompt token; an image of 10 bytes takes 50 ms."""
+    """A step takes 10 ms, and 0.1 ms a prompt token. An image of 10 bytes takes 50 ms."""
 
     def step_s(self, rows: Sequence[Work], ranks: Mapping[str | None, int]) -> float:
         tokens = sum(work.end - work.start for work in rows if work.end - work.start > 1)
@@ -96,7 +96,7 @@ def test_a_lone_request_takes_what_the_device_says() -> None:
     assert record.gap_max_s == pytest.approx(0.01)
 
 
-def test_planned_ahead_a_request_waits_for_the_step_that_was_planned_before_it_came() -> None:
+def test_planned_ahead_a_request_waits_for_the_step_planned_before_it_came() -> None:
     coming = [Arrival(0.0, None, 1, 50, "base"), Arrival(0.105, None, 1, 5, "late")]
     ttft_s = [simulator(depth=depth).run(coming)[1].ttft_s for depth in (1, 2)]
     assert ttft_s == [pytest.approx(0.005 + 0.01), pytest.approx(0.005 + 0.01 + 0.01)]
@@ -107,8 +107,8 @@ def test_a_cold_adapter_adds_its_copy() -> None:
     assert record.ttft_s == pytest.approx(0.05 + 0.01 + 40 * 1e-4)
 
 
-def test_two_copies_follow_one_another() -> None:
-    """They have one way to the device."""
+def test_two_copies_run_one_after_another() -> None:
+    """There is one copy engine."""
     records = simulator().run([Arrival(1.0, "a", 1, 1, "s"), Arrival(1.0, "b", 1, 1, "s")])
     assert max(r.ttft_s for r in records) == pytest.approx(0.1 + 0.01)
 
@@ -120,7 +120,7 @@ def test_without_overlap_a_copy_stops_the_batch() -> None:
     assert simulator().run(coming)[0].gap_max_s < 0.02
 
 
-def test_prompts_computed_alone_make_the_decodes_wait() -> None:
+def test_prompts_computed_alone_delay_the_decodes() -> None:
     coming = [Arrival(0.0, None, 2, 50, "base"), Arrival(0.1, None, 50, 5, "base")]
     alone, mixed = (simulator(mixed=m).run(coming)[0].gap_max_s for m in (False, True))
     assert mixed == pytest.approx(0.01 + 50 * 1e-4)

@@ -1,4 +1,4 @@
-"""Recorded arrivals: two formats by their columns, and what is wrong with a file said by line."""
+"""Recorded arrivals: two formats told apart by their columns, and errors that name the line."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def request(timestamp: object = 0, **other: object) -> dict[str, object]:
     return {"timestamp": timestamp, "input_length": 600, "output_length": 20, **other}
 
 
-def test_azures_traces_are_known_by_their_columns() -> None:
+def test_azures_traces_are_recognized_by_their_columns() -> None:
     first, second = azure(
         "2023-11-16 18:15:46.6805900,374,44", "2023-11-16 18:15:50.9951690,396,109"
     )
@@ -35,7 +35,7 @@ def test_azures_traces_are_known_by_their_columns() -> None:
     assert second.at_s - first.at_s == pytest.approx(4.314579, abs=1e-6)
 
 
-def test_columns_go_by_name_not_by_order() -> None:
+def test_columns_are_found_by_name_not_by_order() -> None:
     header = "GeneratedTokens,Model,TIMESTAMP,ContextTokens"
     (found,) = azure("44,x,2023-11-16 18:15:46,374", header=header)
     assert (found.prompt_tokens, found.output_tokens) == (374, 44)
@@ -59,7 +59,7 @@ def test_the_time_zone_of_the_machine_changes_nothing(monkeypatch: pytest.Monkey
     assert second.at_s - first.at_s == 3720.0
 
 
-def test_mooncakes_traces_are_known_by_their_columns() -> None:
+def test_mooncakes_traces_are_recognized_by_their_columns() -> None:
     first, second = mooncake(
         request(1500), request(3000, input_length=1200, output_length=7, hash_ids=[0, 46, 47])
     )
@@ -71,20 +71,20 @@ def test_requests_come_in_order_of_time() -> None:
     assert [r.at_s for r in mooncake(request(3000), request(1000), request(2000))] == [1, 2, 3]
 
 
-def test_requests_that_were_answered_with_nothing_are_left_out() -> None:
+def test_requests_without_prompt_or_output_are_left_out() -> None:
     rows = ("2023-11-16 18:15:46,374,0", "2023-11-16 18:15:47,0,5", "2023-11-16 18:15:48,10,1")
     assert [(r.prompt_tokens, r.output_tokens) for r in azure(*rows)] == [(10, 1)]
     assert mooncake(request(output_length=0), request(5)) == [Recorded(0.005, 600, 20)]
 
 
-def test_empty_lines_are_passed_over_but_counted() -> None:
+def test_empty_lines_are_skipped_but_counted() -> None:
     assert len(read_trace(["\n", HEADER, "", "2023-11-16 18:15:46,374,44\r\n"], "t.csv")) == 1
     with pytest.raises(ConfigError, match="line 4"):
         read_trace(["\n", HEADER, "", "2023-11-16 18:15:46,many,44"], "t.csv")
 
 
 @pytest.mark.parametrize("name", ["azure_conv.csv", "azure_code.csv"])
-def test_the_slices_kept_here_are_whole(name: str) -> None:
+def test_the_slices_in_this_repository_are_whole(name: str) -> None:
     found = read_trace((TRACES / name).read_text().splitlines(), name)
     assert len(found) == 100
     assert all(r.prompt_tokens > 0 and r.output_tokens > 0 for r in found)
@@ -122,7 +122,7 @@ def test_the_slices_kept_here_are_whole(name: str) -> None:
         ([json.dumps(request(hash_ids=["a"]))], "t, line 1: hash_ids: ['a']"),
     ],
 )
-def test_what_is_wrong_is_said_with_its_file_and_line(lines: list[str], words: str) -> None:
+def test_an_error_names_its_file_and_line(lines: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match="^" + re.escape(words)) as raised:
         read_trace(lines, "t")
     assert raised.value.field == "arrivals.trace"

@@ -27,7 +27,7 @@ NUMBERS = {"decode_ms": 30, "prefill_token_us": 60, "copy_gb_s": {"host": 25}}
 
 
 def workload(**changed: object) -> Workload:
-    """From YAML; None leaves a field out."""
+    """From YAML. A field of None is left out."""
     fields = {name: value for name, value in (LEAST | changed).items() if value is not None}
     return parse(yaml.safe_load(yaml.safe_dump(fields)))
 
@@ -77,7 +77,7 @@ def test_the_readmes_example_is_a_workload() -> None:
     assert (found.places, len(found.ranks), found.arrivals.requests) == (4, 32, 200)
 
 
-def test_what_is_left_out_is_one_memory_and_adapters_alike() -> None:
+def test_the_defaults_are_one_memory_and_equal_adapters() -> None:
     found = workload()
     assert found.shared and found.memory is found.host_memory is None
     assert found.ranks == (16,) * 4 and found.weights == (1.0,) * 4
@@ -87,7 +87,7 @@ def test_what_is_left_out_is_one_memory_and_adapters_alike() -> None:
 
 
 @pytest.mark.parametrize("name", [f"{card}-llama8b" for card in ("h200", "h100", "a100", "l40s")])
-def test_cards_go_by_name(name: str) -> None:
+def test_cards_are_found_by_name(name: str) -> None:
     assert workload(card=name).card.name == name  # type: ignore[union-attr]
 
 
@@ -112,11 +112,11 @@ def test_sizes_have_units_or_are_bytes(written: object, read: int) -> None:
     assert workload(host_memory=written).host_memory == read
 
 
-def test_host_memory_may_be_none_at_all() -> None:
+def test_host_memory_may_be_zero() -> None:
     assert workload(host_memory=0).host_memory == 0
 
 
-def test_ranks_go_round_over_the_adapters() -> None:
+def test_ranks_repeat_over_the_adapters() -> None:
     assert workload(adapters={"count": 5, "ranks": [8, 64]}).ranks == (8, 64, 8, 64, 8)
 
 
@@ -129,7 +129,7 @@ def test_ranks_go_round_over_the_adapters() -> None:
         ({"card": {"decode_ms": 1}}, "card.copy_gb_s: None is not a mapping"),
         ({"card": {**NUMBERS, "decode_ms": 0}}, "card.decode_ms: 0 must be more than 0"),
         ({"card": {**NUMBERS, "watts": 1}}, "card: unknown key 'watts'"),
-        ({"card": NUMBERS}, "memory: required, for the card does not say"),
+        ({"card": NUMBERS}, "memory: required, because the card"),
         ({"memory": "6 apples"}, "memory: '6 apples' is not a size"),
         ({"memory": -1}, "memory: '-1' is not a size"),
         ({"memory": "6GB", "kv_pages": 1}, "memory: 6000000000, but kv_pages is given too"),
@@ -176,9 +176,7 @@ def test_ranks_go_round_over_the_adapters() -> None:
         ({"engine": {"host_memory": "1GB"}}, "engine: unknown key 'host_memory'"),
     ],
 )
-def test_what_is_wrong_is_said_with_its_field_and_value(
-    changed: dict[str, object], words: str
-) -> None:
+def test_an_error_names_its_field_and_value(changed: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match="^" + re.escape(words)) as raised:
         workload(**changed)
     assert raised.value.field is not None
@@ -197,7 +195,9 @@ def test_without_a_trace_arrivals_are_poisson_and_lengths_uniform() -> None:
     )
     gaps = [b.at_s - a.at_s for a, b in itertools.pairwise(drawn)]
     assert statistics.fmean(gaps) == pytest.approx(0.25, rel=0.03)
-    assert statistics.pstdev(gaps) == pytest.approx(0.25, rel=0.03)  # exponential: as the mean
+    assert statistics.pstdev(gaps) == pytest.approx(
+        0.25, rel=0.03
+    )  # exponential: equal to the mean
     lengths = [a.prompt_tokens for a in drawn]
     assert (min(lengths), max(lengths)) == (200, 300)
     assert statistics.fmean(lengths) == pytest.approx(250, rel=0.01)
@@ -236,21 +236,21 @@ def test_a_trace_is_played_from_its_first_request_as_recorded() -> None:
 
 
 def test_a_rate_is_the_mean_at_which_a_trace_is_played() -> None:
-    """Two gaps in 4 s are 0.5 a second: at 2 they pass in 1 s, and keep their proportion."""
+    """Two gaps in 4 s are 0.5 requests a second. At a rate of 2 they take 1 s, in proportion."""
     assert [a.at_s for a in arrivals(traced(2.0), THREE, 10_000, 0)] == [0.0, 0.25, 1.0]
 
 
-def test_requests_that_came_all_at_once_still_do() -> None:
+def test_requests_recorded_at_the_same_time_stay_so() -> None:
     assert [a.at_s for a in arrivals(traced(2.0), [THREE[0]] * 3, 10_000, 0)] == [0.0] * 3
 
 
 def test_the_lengths_of_a_trace_are_cut_to_what_fits() -> None:
-    """Prompts first; an answer only where it alone is too long."""
+    """The prompt is cut first; the output only if it alone is too long."""
     drawn = arrivals(traced(None), THREE, 500, 0)
     assert [(a.prompt_tokens, a.output_tokens) for a in drawn] == [(400, 100), (10, 5), (1, 499)]
 
 
-def test_seeds_change_whom_a_trace_asks_and_nothing_else() -> None:
+def test_seeds_change_only_which_adapter_a_traced_request_names() -> None:
     found, recorded = traced(None), THREE * 20
     first, second = (arrivals(found, recorded, 10_000, seed) for seed in (0, 1))
     assert [a.adapter for a in first] != [a.adapter for a in second]
@@ -263,7 +263,7 @@ def written(directory: Path, **changed: object) -> Path:
     return file
 
 
-def test_a_traces_slice_is_read_beside_the_file(tmp_path: Path) -> None:
+def test_a_trace_is_found_beside_the_workload_file(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(TRACE.read_text())
     file = written(tmp_path, arrivals={"trace": "t.csv", "start": 40, "requests": 60, "rate": 1.8})
     found, recorded = read_workload(file)
@@ -284,7 +284,7 @@ def test_a_traces_slice_is_read_beside_the_file(tmp_path: Path) -> None:
         ({"trace": ".", "requests": 60}, "arrivals.trace: "),
     ],
 )
-def test_a_trace_that_does_not_have_them_is_named(
+def test_a_trace_without_the_requests_is_named(
     asked: dict[str, object], words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(words)):

@@ -1,4 +1,4 @@
-"""Arrivals by seed: the distributions that the published tables were measured with."""
+"""Arrivals by seed, with the distributions of the published measurements."""
 
 import itertools
 import statistics
@@ -15,7 +15,7 @@ def test_the_same_seed_gives_the_same_arrivals() -> None:
     assert arrivals([MANY], 1) != arrivals([MANY], 2)
 
 
-def test_a_stream_does_not_depend_on_those_beside_it() -> None:
+def test_a_stream_does_not_depend_on_other_streams() -> None:
     other = Stream("other", 50, 1.0, 8, 8)
     both = arrivals([MANY, other], 1)
     assert [a for a in both if a.stream == "s"] == arrivals([MANY], 1)
@@ -46,7 +46,7 @@ def test_lengths_are_uniform_from_one_to_the_stated_number() -> None:
         assert abs(statistics.pstdev(lengths) / (most / 12**0.5) - 1) < 0.02
 
 
-def test_uniform_names_each_adapter_as_often() -> None:
+def test_uniform_names_each_adapter_equally_often() -> None:
     counts = Counter(a.adapter for a in arrivals([MANY], 1))
     assert set(counts) == set(NAMES)
     assert all(abs(count - 5000) < 250 for count in counts.values())
@@ -57,7 +57,7 @@ def test_distinct_names_them_in_turn() -> None:
     assert [a.adapter for a in drawn] == [*NAMES, *NAMES, "a"]
 
 
-def test_skewed_names_each_so_much_rarer_than_the_one_before() -> None:
+def test_skewed_names_each_adapter_alpha_times_less_often_than_the_one_before() -> None:
     counts = Counter(
         a.adapter for a in arrivals([Stream("s", 20_000, 4.0, 8, 8, NAMES, "skewed", 3.0)], 1)
     )
@@ -70,7 +70,7 @@ def test_a_stream_without_adapters_names_the_base_model() -> None:
     assert all(isinstance(a, Arrival) and a.adapter is None for a in drawn)
 
 
-def test_prompts_are_alike_in_the_blocks_that_they_share_and_nowhere_else() -> None:
+def test_prompts_are_equal_in_shared_blocks_and_nowhere_else() -> None:
     def prompt(number: int, tokens: int, *blocks: int) -> tuple[int, ...]:
         return Arrival(0.0, None, tokens, 1, "s", blocks).prompt(number)
 

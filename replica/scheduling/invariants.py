@@ -1,0 +1,45 @@
+"""What holds across a scheduler's parts between any two calls. Each part also checks itself."""
+
+from collections.abc import Mapping
+
+from cluster.values import Tier
+from replica.scheduling.adapter_cache import AdapterCache
+from replica.scheduling.in_flight import InFlight
+from replica.scheduling.pages import Pages
+from replica.scheduling.request import Phase, Request
+from replica.scheduling.running_set import RunningSet
+from replica.scheduling.waiting import Waiting
+
+
+def check_requests(
+    requests: Mapping[str, Request],
+    waiting: Waiting,
+    running_set: RunningSet,
+    in_flight: InFlight,
+    pages: Pages,
+    adapter_cache: AdapterCache,
+) -> None:
+    """Raises AssertionError. requests: those that have not ended, by id."""
+    queued = {request.id for request in waiting}
+    running, parked = set(running_set.running), set(running_set.parked)
+    assert queued.isdisjoint(running)
+    assert parked <= queued
+    assert queued | running == set(requests), "a request was lost"
+    assert len(queued) == len(waiting)
+    for request in requests.values():
+        phase = Phase.WAITING
+        if request.id in running:
+            phase = Phase.RUNNING
+        elif request.id in parked:
+            phase = Phase.PARKED
+        assert request.phase is phase
+        assert bool(request.pages) == (phase is not Phase.WAITING)
+        assert request.computed <= len(request.pages) * pages.page_tokens
+    pages.check(r.pages for r in [*requests.values(), *in_flight.deferred_free])
+    for digest, adapter in adapter_cache.adapters.items():
+        own = [r for r in requests.values() if r.adapter_key == digest]
+        assert adapter.claims == len(own)
+        assert adapter.users == sum(r.id in running for r in own)
+        assert adapter.held == sum(r.adapter_key == digest for r in in_flight.deferred_free)
+        starves = adapter.wanted and adapter.tier is not Tier.DEVICE
+        assert not starves or adapter.starved_s is not None
