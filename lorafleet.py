@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -12,30 +13,7 @@ import typer
 from cluster.errors import AdapterRefused, ConfigError, FleetError
 from replica.serving.process import listen, until_signalled
 from replica.serving.settings import absolute, check_files, read_settings, with_rank_expected
-from router.flags import (
-    Adapter,
-    AdapterMemory,
-    AdapterRoot,
-    ApiKey,
-    BatchRowsMax,
-    Config,
-    Device,
-    DeviceMemory,
-    Dtype,
-    FairShare,
-    Host,
-    HostMemory,
-    KvMemory,
-    Model,
-    Port,
-    QueueMax,
-    RankMax,
-    ServedModelName,
-    SlotsMax,
-    TensorParallel,
-    Threads,
-    Url,
-)
+from router.flags import ApiKey, Url, with_flags
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
@@ -76,45 +54,15 @@ LOCAL_URL = "http://127.0.0.1:8000"
 
 
 @cli.command()
-def serve(
-    model: Model = None,
-    adapter: Adapter = None,
-    replicas: Annotated[int | None, typer.Option(help="How many replicas (default: 1).")] = None,
-    port: Port = None,
-    host: Host = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    served_model_name: ServedModelName = None,
-    adapter_root: AdapterRoot = None,
-    adapter_memory: AdapterMemory = None,
-    host_memory: HostMemory = None,
-    kv_memory: KvMemory = None,
-    device_memory: DeviceMemory = None,
-    rank_max: RankMax = None,
-    slots_max: SlotsMax = None,
-    batch_rows_max: BatchRowsMax = None,
-    queue_max: QueueMax = None,
-    fair_share: FairShare = None,
-    threads: Threads = None,
-    tensor_parallel: TensorParallel = None,
-    redis_url: Annotated[
-        str | None,
-        typer.Option(
-            envvar="LORAFLEET_REDIS_URL",
-            help="Redis for the fleet's state (default: one of its own, embedded).",
-        ),
-    ] = None,
-    directory: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="Where the embedded Redis keeps its data (.fleet)."),
-    ] = None,
-    config: Config = None,
-) -> None:
+@with_flags()
+def serve(flags: Mapping[str, Any]) -> None:
     """Serve a model and its adapters on one or more replicas, until Ctrl-C.
 
     Example: lorafleet serve --model ./llama --adapter fr=./adapters/french --replicas 2
+
+    A SIZE is a number of bytes, or one such as 64MiB or 8GiB.
     """
-    settings = read_settings(locals())
+    settings = read_settings(flags)
     check_files(settings)
     listen(settings.host, settings.port).close()  # HAProxy's own words are harder to read
     from router.local import LocalFleet
@@ -130,33 +78,15 @@ def serve(
 
 
 @cli.command()
-def replica(
-    model: Model = None,
-    adapter: Adapter = None,
-    port: Port = None,
-    host: Host = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    served_model_name: ServedModelName = None,
-    adapter_root: AdapterRoot = None,
-    adapter_memory: AdapterMemory = None,
-    host_memory: HostMemory = None,
-    kv_memory: KvMemory = None,
-    device_memory: DeviceMemory = None,
-    rank_max: RankMax = None,
-    slots_max: SlotsMax = None,
-    batch_rows_max: BatchRowsMax = None,
-    queue_max: QueueMax = None,
-    fair_share: FairShare = None,
-    threads: Threads = None,
-    tensor_parallel: TensorParallel = None,
-    config: Config = None,
-) -> None:
+@with_flags("replicas", "redis_url", "directory")
+def replica(flags: Mapping[str, Any]) -> None:
     """Serve a model and its adapters from this one process and its engine: no Ray, no Redis.
 
     Example: lorafleet replica --model ./llama --adapter fr=./adapters/french --port 8001
+
+    A SIZE is a number of bytes, or one such as 64MiB or 8GiB.
     """
-    settings = read_settings(locals())
+    settings = read_settings(flags)
     check_files(settings)
     settings = dataclasses.replace(settings, engine=with_rank_expected(settings))
     from replica.serving.single_process import run
