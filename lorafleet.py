@@ -1,50 +1,19 @@
 """The program: parses arguments and calls; `app` is what `serve run` and the manifests name."""
 
 import asyncio
-import contextlib
 import dataclasses
 import math
-import os
-import signal
-import socket
 import sys
-import threading
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from cluster.errors import AdapterRefused, ConfigError, FleetError
+from replica.serving.process import listen, until_signalled
 from replica.serving.settings import absolute, check_files, read_settings, with_rank_expected
-from router.flags import (
-    Adapter,
-    AdapterMemory,
-    AdapterRoot,
-    ApiKey,
-    BatchRowsMax,
-    Config,
-    Device,
-    DeviceMemory,
-    Dtype,
-    FairShare,
-    Host,
-    HostMemory,
-    KvMemory,
-    Model,
-    Port,
-    QueueMax,
-    RankMax,
-    ServedModelName,
-    SlotsMax,
-    TensorParallel,
-    Threads,
-    Url,
-)
-
-if TYPE_CHECKING:
-    import httpx
+from router.flags import ApiKey, Url, with_flags
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
@@ -85,51 +54,21 @@ LOCAL_URL = "http://127.0.0.1:8000"
 
 
 @cli.command()
-def serve(
-    model: Model = None,
-    adapter: Adapter = None,
-    replicas: Annotated[int | None, typer.Option(help="How many replicas (default: 1).")] = None,
-    port: Port = None,
-    host: Host = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    served_model_name: ServedModelName = None,
-    adapter_root: AdapterRoot = None,
-    adapter_memory: AdapterMemory = None,
-    host_memory: HostMemory = None,
-    kv_memory: KvMemory = None,
-    device_memory: DeviceMemory = None,
-    rank_max: RankMax = None,
-    slots_max: SlotsMax = None,
-    batch_rows_max: BatchRowsMax = None,
-    queue_max: QueueMax = None,
-    fair_share: FairShare = None,
-    threads: Threads = None,
-    tensor_parallel: TensorParallel = None,
-    redis_url: Annotated[
-        str | None,
-        typer.Option(
-            envvar="LORAFLEET_REDIS_URL",
-            help="Redis for the fleet's state (default: one of its own, embedded).",
-        ),
-    ] = None,
-    directory: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="Where the embedded Redis keeps its data (.fleet)."),
-    ] = None,
-    config: Config = None,
-) -> None:
+@with_flags()
+def serve(flags: Mapping[str, Any]) -> None:
     """Serve a model and its adapters on one or more replicas, until Ctrl-C.
 
     Example: lorafleet serve --model ./llama --adapter fr=./adapters/french --replicas 2
+
+    A SIZE is a number of bytes, or one such as 64MiB or 8GiB.
     """
-    settings = read_settings(locals())
+    settings = read_settings(flags)
     check_files(settings)
-    _listen(settings.host, settings.port).close()  # HAProxy's own words are harder to read
+    listen(settings.host, settings.port).close()  # HAProxy's own words are harder to read
     from router.local import LocalFleet
 
     fleet = LocalFleet(settings)
-    with _until_signalled() as signalled:
+    with until_signalled() as signalled:
         try:
             fleet.start()
             fleet.say(f"ready: {fleet.url}/v1")
@@ -139,38 +78,20 @@ def serve(
 
 
 @cli.command()
-def replica(
-    model: Model = None,
-    adapter: Adapter = None,
-    port: Port = None,
-    host: Host = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    served_model_name: ServedModelName = None,
-    adapter_root: AdapterRoot = None,
-    adapter_memory: AdapterMemory = None,
-    host_memory: HostMemory = None,
-    kv_memory: KvMemory = None,
-    device_memory: DeviceMemory = None,
-    rank_max: RankMax = None,
-    slots_max: SlotsMax = None,
-    batch_rows_max: BatchRowsMax = None,
-    queue_max: QueueMax = None,
-    fair_share: FairShare = None,
-    threads: Threads = None,
-    tensor_parallel: TensorParallel = None,
-    config: Config = None,
-) -> None:
+@with_flags("replicas", "redis_url", "directory")
+def replica(flags: Mapping[str, Any]) -> None:
     """Serve a model and its adapters from this one process and its engine: no Ray, no Redis.
 
     Example: lorafleet replica --model ./llama --adapter fr=./adapters/french --port 8001
+
+    A SIZE is a number of bytes, or one such as 64MiB or 8GiB.
     """
-    settings = read_settings(locals())
+    settings = read_settings(flags)
     check_files(settings)
     settings = dataclasses.replace(settings, engine=with_rank_expected(settings))
     from replica.serving.single_process import run
 
-    with _listen(settings.host, settings.port) as listener, _until_signalled():
+    with listen(settings.host, settings.port) as listener, until_signalled():
         asyncio.run(run(settings, listener))
 
 
@@ -181,35 +102,14 @@ def status(url: Url = LOCAL_URL, api_key: ApiKey = None) -> None:
     device: ready to run. loading: on its way. host, disk: near. -: not there.
     """
     from rich.console import Console
-    from rich.table import Table
 
-    found = _call(url, api_key, "GET", "/v1/adapters").json()
-    load_table = Table(title="replicas")
-    for heading in ("replica", "running", "waiting", "queued tokens", "step", "adapters", "pages"):
-        load_table.add_column(heading, justify="left" if heading == "replica" else "right")
-    for entry in found["replicas"]:
-        report = entry["load"]
-        load_table.add_row(
-            _short(entry["id"]),
-            str(report["running"]),
-            str(report["waiting"]),
-            str(report["queued_tokens"]),
-            f"{report['step_s'] * 1e3:.1f} ms",
-            _used(report["free_bytes"], report["capacity_bytes"], " MiB", 2**20),
-            _used(report["free_pages"], report["capacity_pages"], "", 1),
-        )
-    tier_table = Table(title="adapters")
-    tier_table.add_column("adapter")
-    for entry in found["replicas"]:
-        tier_table.add_column(_short(entry["id"]))
-    for adapter in found["data"]:
-        held = [adapter["residency"].get(entry["id"]) for entry in found["replicas"]]
-        tier_table.add_row(
-            adapter["id"] + _pin(adapter), *(entry["tier"] if entry else "-" for entry in held)
-        )
+    from router.client import call
+    from router.tables import load_table, tier_table
+
+    page = call(url, api_key, "GET", "/v1/adapters").json()
     console = Console()
-    console.print(load_table)
-    console.print(tier_table)
+    console.print(load_table(page))
+    console.print(tier_table(page))
 
 
 @adapters_cli.command()
@@ -232,11 +132,13 @@ def add(
 
     Example: lorafleet adapters add fr ./adapters/french
     """
+    from router.client import call
+
     if not math.isfinite(weight):  # JSON has no word for it
         raise ConfigError(f"--weight {weight}: must be a finite number", field="weight")
     body = {"lora_name": name, "lora_path": absolute(path), "load_inplace": replace}
     body |= {"pinned": pinned, "weight": weight}
-    print(_call(url, api_key, "POST", "/v1/load_lora_adapter", body).text)
+    print(call(url, api_key, "POST", "/v1/load_lora_adapter", body).text)
 
 
 @adapters_cli.command()
@@ -246,29 +148,20 @@ def rm(
     api_key: ApiKey = None,
 ) -> None:
     """Remove an adapter from the whole fleet; requests that run with it are finished."""
-    print(_call(url, api_key, "POST", "/v1/unload_lora_adapter", {"lora_name": name}).text)
+    from router.client import call
+
+    print(call(url, api_key, "POST", "/v1/unload_lora_adapter", {"lora_name": name}).text)
 
 
 @adapters_cli.command()
 def ls(url: Url = LOCAL_URL, api_key: ApiKey = None) -> None:
     """List the adapters: name, rank, weight, version, on how many devices, files."""
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table()
-    for heading in ("adapter", "rank", "weight", "version", "on device", "path"):
-        table.add_column(heading)
-    for adapter in _call(url, api_key, "GET", "/v1/adapters").json()["data"]:
-        tiers = [entry["tier"] for entry in adapter["residency"].values()]
-        table.add_row(
-            adapter["id"] + _pin(adapter),
-            str(adapter["rank"]),
-            f"{adapter['weight']:g}",
-            adapter["digest"][:12],
-            str(tiers.count("device")),
-            adapter["path"],
-        )
-    Console().print(table)
+    from router.client import call
+    from router.tables import adapter_table
+
+    Console().print(adapter_table(call(url, api_key, "GET", "/v1/adapters").json()))
 
 
 @simulate_cli.callback()
@@ -355,80 +248,6 @@ def simulate_workload(
         )
     else:
         print(*table(found), sep="\n")
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise ConfigError(f"--port {port}: cannot listen on {host}: {reason}") from error
-
-
-class _Signalled(BaseException):
-    """SIGINT or SIGTERM, raised in the main thread wherever it is."""
-
-
-@contextlib.contextmanager
-def _until_signalled() -> Iterator[threading.Event]:
-    """The block is left quietly when the process is asked to end; being asked twice is once."""
-    asked = False
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)
-        raise _Signalled
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, leave)
-    try:
-        yield threading.Event()
-    except BaseException as error:
-        # Ray's own handler, in place while it starts, exits by SIGTERM's number; and what is
-        # raised within its extension module comes out as something else.
-        by_ray = isinstance(error, SystemExit) and error.code == signal.SIGTERM
-        if not (asked or by_ray):
-            raise
-
-
-def _call(
-    url: str, api_key: str | None, method: str, path: str, body: dict[str, Any] | None = None
-) -> "httpx.Response":
-    import httpx
-
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    try:
-        response = httpx.request(
-            method,
-            url.rstrip("/").removesuffix("/v1") + path,
-            json=body,
-            headers=headers,
-            timeout=30,
-        )
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise FleetError(f"--url {url}: {str(error) or type(error).__name__}") from error
-    if response.is_success:
-        return response
-    try:
-        message = response.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        message = response.text.strip() or response.reason_phrase
-    raise FleetError(f"{response.status_code}: {message}")
-
-
-def _pin(adapter: dict[str, Any]) -> str:
-    return " (pinned)" if adapter["pinned"] else ""
-
-
-def _short(replica_id: str) -> str:
-    return replica_id.rpartition("#")[2]
-
-
-def _used(free: int, capacity: int, unit: str, scale: int) -> str:
-    return f"{(capacity - free) / scale:.0f}/{capacity / scale:.0f}{unit}"
 
 
 def _exit(message: str, code: int) -> NoReturn:

@@ -1,98 +1,117 @@
-"""The flags of more than one command. None: not given, so the configuration's default holds."""
+"""The flags of more than one command; the configuration's come from its fields."""
 
+import ast
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, fields
+from functools import wraps
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal
 
 import typer
 
-Model = Annotated[str | None, typer.Option(metavar="DIR", help="Hugging Face checkpoint to serve.")]
-Adapter = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="NAME=PATH",
-        help="PEFT adapter, served as model NAME. Repeat it for more.",
-    ),
-]
-ServedModelName = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="Name of the base model on the API (default: DIR's name)."),
-]
-Host = Annotated[str | None, typer.Option(help="Address to listen on (default: 127.0.0.1).")]
-Port = Annotated[
-    int | None, typer.Option(help="Port to listen on; 0 takes a free one (default: 8000).")
-]
-Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda (default: auto).")]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        help="float32, bfloat16 or float16 (default: what the checkpoint says; on a CPU float32, "
-        "unless it computes the checkpoint's bfloat16 natively)."
-    ),
-]
-AdapterRoot = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="DIR",
-        help="The API may load adapters from below DIR. Repeat it for more (default: nowhere).",
-    ),
-]
-AdapterMemory = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZE",
-        help="Device memory for adapters, by replica, such as 64MiB or 8GiB (default: chosen at "
-        "the start, as are the others, and printed then).",
-    ),
-]
-HostMemory = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZE",
-        help="Host memory for adapters that left the device, by replica (default: chosen).",
-    ),
-]
-KvMemory = Annotated[
-    str | None,
-    typer.Option(metavar="SIZE", help="Device memory for keys and values (default: chosen)."),
-]
-DeviceMemory = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZE",
-        help="Device memory that adapters and keys and values share (default: on a GPU 0.9 of what "
-        "is free beside the model and one step; on a CPU each has its own).",
-    ),
-]
-RankMax = Annotated[int | None, typer.Option(help="Largest rank accepted (default: 256).")]
-SlotsMax = Annotated[
-    int | None, typer.Option(help="Most adapters on the device at once (default: what fits).")
-]
-BatchRowsMax = Annotated[
-    int | None, typer.Option(help="Most requests computed in one step (default: 64).")
-]
-FairShare = Annotated[
-    bool | None,
-    typer.Option(
-        "--fair-share", help="Adapters get batch space in turn, by their weights (default: no)."
-    ),
-]
-QueueMax = Annotated[
-    int | None,
-    typer.Option(help="Waiting requests, by replica, beyond which come 429s (default: 1024)."),
-]
-Threads = Annotated[
-    int | None, typer.Option(help="CPU threads, by replica (default: the cores, shared out).")
-]
-TensorParallel = Annotated[
-    int | None, typer.Option(help="Devices that share the model, by replica (default: 1).")
-]
-Config = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="YAML with the fields of the configuration; flags win."),
-]
+from cluster.config import EngineConfig, FleetConfig
+
 Url = Annotated[
     str, typer.Option(envvar="LORAFLEET_URL", help="Where the fleet (or a replica) answers.")
 ]
 ApiKey = Annotated[
     str | None, typer.Option(envvar="LORAFLEET_API_KEY", help="Key, when the fleet wants one.")
 ]
+_Config = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="YAML with the fields of the configuration; flags win."),
+]
+# The fields that have a flag, in the order of --help, and what their options have beside the rest.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "model": {"metavar": "DIR"},
+    "adapters": {"metavar": "NAME=PATH"},
+    "replicas": {},
+    "port": {},
+    "host": {},
+    "device": {},
+    "dtype": {},
+    "served_model_name": {"metavar": "NAME"},
+    "adapter_roots": {"metavar": "DIR"},
+    "adapter_memory": {"metavar": "SIZE"},
+    "host_memory": {"metavar": "SIZE"},
+    "kv_memory": {"metavar": "SIZE"},
+    "device_memory": {"metavar": "SIZE"},
+    "rank_max": {},
+    "slots_max": {},
+    "batch_rows_max": {},
+    "queue_max": {},
+    "fair_share": {},
+    "threads": {},
+    "tensor_parallel": {},
+    "redis_url": {"metavar": "URL", "envvar": "LORAFLEET_REDIS_URL"},
+    "directory": {"metavar": "DIR"},
+}
+
+Command = Callable[[Mapping[str, Any]], None]
+
+
+def with_flags(*without: str) -> Callable[[Command], Callable[..., None]]:
+    """Gives a command --config and a flag for each field in `_OPTIONS` that is not in `without`.
+
+    The command gets all of them. None: not given, so the configuration's default holds.
+    """
+    made = {**_flags(EngineConfig), **_flags(FleetConfig)}
+    flags = [made[name] for name in _OPTIONS if name not in without]
+    flags.append(_parameter("config", _Config))
+
+    def decorate(command: Command) -> Callable[..., None]:
+        @wraps(command)
+        def called(**given: Any) -> None:
+            command(given)
+
+        called.__signature__ = inspect.Signature(flags)  # type: ignore[attr-defined]
+        return called
+
+    return decorate
+
+
+def documentation(config: type) -> dict[str, str]:
+    """Field → the string literal right below it in the source."""
+    (tree,) = ast.parse(inspect.getsource(config)).body
+    assert isinstance(tree, ast.ClassDef)
+    found = {}
+    for pair in pairwise(tree.body):
+        match pair:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(str(text))):
+                found[name] = " ".join(text.split())
+    return found
+
+
+def _flags(config: type) -> dict[str, inspect.Parameter]:
+    hints, documented = typing.get_type_hints(config), documentation(config)
+    return {
+        field.name: _flag(field, hints[field.name], documented.get(field.name, ""))
+        for field in fields(config)
+        if field.name in _OPTIONS
+    }
+
+
+def _flag(field: "Field[Any]", hint: Any, text: str) -> inspect.Parameter:
+    """Sizes and choices are text here: what is wrong with them the configuration says."""
+    name, kind = field.name, hint
+    if isinstance(kind, UnionType):
+        (kind,) = (member for member in typing.get_args(kind) if member is not NoneType)
+    if name.endswith("_memory") or typing.get_origin(kind) is Literal:
+        kind = str
+    if typing.get_origin(kind) in (tuple, Mapping):
+        name, kind = name.removesuffix("s"), list[str]
+        text += " Repeat it for more."
+    elif kind is not bool and field.default not in (MISSING, None):
+        text += f" Default: {field.default}."
+    names = [f"--{name.replace('_', '-')}"] if kind is bool else []  # no --no-
+    option = typer.Option(*names, help=text.strip(), **_OPTIONS[field.name])
+    return _parameter(name, Annotated[kind | None, option])
+
+
+def _parameter(name: str, annotation: Any) -> inspect.Parameter:
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, keyword, default=None, annotation=annotation)

@@ -131,6 +131,32 @@ def fleet(arguments: Sequence[str], directory: Path) -> Iterator[Fleet]:
             running.stop()
 
 
+@contextlib.contextmanager
+def replica(
+    model: Path | str,
+    arguments: Sequence[str],
+    log: Path,
+    program: str = LORAFLEET,
+    directory: Path | None = None,
+) -> Iterator[tuple[subprocess.Popen[bytes], str, Path]]:
+    """`lorafleet replica`, run in `directory`: its process, its URL, and what it has written."""
+    command = [program, "replica", "--model", str(model), "--port", "0", *arguments]
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=out, env=environment(), cwd=directory
+        )
+
+    def ready() -> re.Match[str] | None:
+        assert process.poll() is None, log.read_text()
+        return re.search(r"^ready: (http\S+)/v1$", log.read_text(), re.M)
+
+    try:
+        yield process, eventually(ready, "the replica is ready", START_S)[1], log
+    finally:
+        process.kill()
+        process.wait()
+
+
 def _replica_at(port: int) -> str | None:
     client = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     try:

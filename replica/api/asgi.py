@@ -1,18 +1,20 @@
-"""Plain ASGI: bodies read to a bound, JSON and event streams sent, work ended by a disconnect."""
+"""Beside Starlette: bounded bodies, errors in OpenAI's shape, work ended by a disconnect."""
 
 import asyncio
 import math
 import re
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine
+from contextlib import aclosing
 from typing import Any
 
 import orjson
-from starlette.types import Message, Receive, Scope, Send
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope
 
 from cluster.errors import FleetError
 
-JSON = (b"content-type", b"application/json")
-TEXT = (b"content-type", b"text/plain; charset=utf-8")
 EVENT_STREAM = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -20,9 +22,7 @@ EVENT_STREAM = (
 )
 # A client that still sends its body may not read our answer: so much more is read and dropped.
 DISCARDED_BODIES_MAX = 4
-REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
-
-Header = tuple[bytes, bytes]
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 class BodyTooLarge(FleetError):
@@ -43,59 +43,48 @@ class MethodNotAllowed(FleetError):
     type = "invalid_request_error"
 
 
-class ClientGone(Exception):
-    """The client left before its request was read: there is nobody to answer."""
+def refused(error: HTTPException, scope: Scope) -> FleetError:
+    """What the router says, as ours."""
+    method, path = scope["method"], scope["path"]
+    if error.headers:
+        return MethodNotAllowed(f"{path} takes {error.headers['Allow']}, not {method}")
+    return NoSuchRoute(f"no route {method} {path}")
 
 
-def header(scope: Scope, name: bytes) -> bytes | None:
-    for key, value in scope["headers"]:
-        if key == name:
-            return bytes(value)
-    return None
+class JsonResponse(Response):
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return orjson.dumps(content)
 
 
-async def read_body(receive: Receive, limit: int) -> bytes:
-    """Raises BodyTooLarge when all of it is read or it is far over the limit, ClientGone."""
+async def read_body(request: Request, limit: int) -> bytes:
+    """Raises BodyTooLarge when all of it is read or it is far over the limit."""
     parts: list[bytes] = []
     size = 0
-    more = True
-    while more and size <= DISCARDED_BODIES_MAX * limit:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        part = message.get("body", b"")
-        more = message.get("more_body", False)
-        size += len(part)
-        if size > limit:
-            parts.clear()
-        else:
-            parts.append(part)
+    async with aclosing(request.stream()) as stream:
+        async for part in stream:
+            size += len(part)
+            if size <= limit:
+                parts.append(part)
+            elif size <= DISCARDED_BODIES_MAX * limit:
+                parts.clear()
+            else:
+                break
     if size > limit:
         raise BodyTooLarge(f"the request body is larger than {limit} bytes")
     return b"".join(parts)
 
 
-async def send_body(
-    send: Send, status: int, body: bytes, headers: Iterable[Header] = (JSON,)
-) -> None:
-    length = (b"content-length", str(len(body)).encode())
-    await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
-    await send({"type": "http.response.body", "body": body})
-
-
-async def send_json(send: Send, body: Any, status: int = 200) -> None:
-    await send_body(send, status, orjson.dumps(body))
-
-
-async def send_error(send: Send, error: FleetError) -> None:
-    headers = [JSON]
+def error_response(error: FleetError) -> Response:
+    headers = {}
     if error.retry_after_s is not None:
-        headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode()))
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, BodyTooLarge):
-        headers.append((b"connection", b"close"))
+        headers["connection"] = "close"
     if error.status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
-    await send_body(send, error.status, error_body(error), headers)
+        headers["www-authenticate"] = "Bearer"
+    return Response(error_body(error), error.status, headers, JsonResponse.media_type)
 
 
 def error_body(error: FleetError) -> bytes:

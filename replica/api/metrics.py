@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from cluster.values import AdapterState, LoadReport, Tier
 
-CONTENT_TYPE = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 COUNTERS = frozenset(
     {
         "steps",

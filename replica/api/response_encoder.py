@@ -278,7 +278,3 @@ def _token_name(text: Text, token: int, options: ResponseOptions) -> tuple[str, 
     if options.tokens_as_ids:
         return f"token_id:{token}", data
     return data.decode(errors="replace"), data
-
-
-# The names that server.py still imports.
-ChatWire, CompletionWire = ChatEncoder, CompletionEncoder

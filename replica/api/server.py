@@ -5,12 +5,18 @@ import hmac
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from starlette.types import Message, Receive, Scope, Send
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Mount, Route, Router
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import (
     BadRequest,
@@ -36,8 +42,8 @@ from replica.api.openai_protocol import (
 from replica.api.response_encoder import (
     DONE,
     Answer,
-    ChatWire,
-    CompletionWire,
+    ChatEncoder,
+    CompletionEncoder,
     ResponseEncoder,
     ResponseOptions,
     Usage,
@@ -66,9 +72,6 @@ class ServerConfig:
     body_bytes_max: int = 32 * 2**20
 
 
-Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-
 class Server:
     """The ASGI application. `close()`, `drained()` and `cut()` end it in good order."""
 
@@ -86,17 +89,28 @@ class Server:
         self._idle.set()
         self._waits: set[asyncio.Timeout] = set()
         self.active = 0
-        self.routes: Mapping[str, Mapping[str, Endpoint]] = {
-            "/health": {"GET": self._health},
-            "/ping": {"GET": self._health, "POST": self._health},
-            "/metrics": {"GET": self._metrics},
-            "/v1/models": {"GET": self._models},
-            "/v1/adapters": {"GET": self._describe},
-            "/v1/chat/completions": {"POST": self._chat},
-            "/v1/completions": {"POST": self._complete},
-            "/v1/load_lora_adapter": {"POST": self._load_adapter},
-            "/v1/unload_lora_adapter": {"POST": self._unload_adapter},
-        }
+        self._v1 = Router(
+            [
+                Route("/chat/completions", self._chat, methods=["POST"]),
+                Route("/completions", self._complete, methods=["POST"]),
+                Route("/models", self._models),
+                Route("/models/{name:path}", self._model),
+                Route("/adapters", self._describe),
+                Route("/requests/{response_id}", self._timeline),
+                Route("/load_lora_adapter", self._load_adapter, methods=["POST"]),
+                Route("/unload_lora_adapter", self._unload_adapter, methods=["POST"]),
+            ],
+            redirect_slashes=False,
+        )
+        self._router = Router(
+            [
+                Mount("/v1", self._authorized),
+                Route("/health", self._health),
+                Route("/ping", self._health, methods=["GET", "POST"]),
+                Route("/metrics", self._metrics),
+            ],
+            redirect_slashes=False,
+        )
 
     def close(self) -> None:
         """From now on new requests are answered 503; running ones go on."""
@@ -118,59 +132,45 @@ class Server:
             wait.reschedule(now_s)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await _lifespan(receive, send)
+        if scope["type"] != "http":  # its lifespan; websockets are refused
+            await self._router(scope, receive, send)
             return
-        if scope["type"] != "http":
-            return  # No websockets here; the server closes the connection.
+        scope["app"] = self  # The router raises its own errors then, for us to answer.
         send = self._with_headers(scope, send)
         try:
-            await self._endpoint(scope)(scope, receive, send)
-        except FleetError as error:
-            await asgi.send_error(send, error)
-        except asgi.ClientGone:
-            pass
+            await self._router(scope, receive, send)
+            return
+        except ClientDisconnect:
+            return
+        except FleetError as failed:
+            error = failed
+        except HTTPException as failed:
+            error = asgi.refused(failed, scope)
         except Exception:  # Our bug: the client gets an answer, the log the trace.
             log.exception("%s %s failed", scope["method"], scope["path"])
-            await asgi.send_error(send, FleetError("internal error; the server's log says more"))
+            error = FleetError("internal error; the server's log says more")
+        await asgi.error_response(error)(scope, receive, send)
 
-    def _endpoint(self, scope: Scope) -> Endpoint:
-        path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
-        if path.startswith("/v1"):
-            self._authorize(scope)
-        methods = self.routes.get(path)
-        if methods is None and path.startswith("/v1/models/"):
-            methods = {"GET": self._model}
-        if methods is None and path.startswith("/v1/requests/"):
-            methods = {"GET": self._timeline}
-        if methods is None:
-            raise asgi.NoSuchRoute(f"no route {scope['method']} {path}")
-        method = "GET" if scope["method"] == "HEAD" else scope["method"]
-        if method not in methods:
-            raise asgi.MethodNotAllowed(
-                f"{path} takes {', '.join(sorted(methods))}, not {scope['method']}"
-            )
-        return methods[method]
-
-    def _authorize(self, scope: Scope) -> None:
-        if not self._config.api_keys:
-            return
-        value = asgi.header(scope, b"authorization") or b""
-        scheme, _, key = value.partition(b" ")
-        # Every key is compared, so that the time taken tells nothing of which was close.
-        matches = [hmac.compare_digest(key, known.encode()) for known in self._config.api_keys]
-        if scheme.lower() != b"bearer" or not any(matches):
-            raise Unauthorized(
-                "no API key: send Authorization: Bearer KEY" if not value else "wrong API key"
-            )
+    async def _authorized(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._config.api_keys:
+            value = Headers(scope=scope).get("authorization", "")
+            scheme, _, key = value.partition(" ")
+            given = key.encode("latin-1")
+            # Every key is compared, so that the time taken tells nothing of which was close.
+            matches = [hmac.compare_digest(given, k.encode()) for k in self._config.api_keys]
+            if scheme.lower() != "bearer" or not any(matches):
+                raise Unauthorized(
+                    "no API key: send Authorization: Bearer KEY" if not value else "wrong API key"
+                )
+        await self._v1(scope, receive, send)
 
     def _with_headers(self, scope: Scope, send: Send) -> Send:
         """Says on every response who answered, and under which request id."""
-        given = asgi.header(scope, b"x-request-id") or b""
-        request_id = given if asgi.REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if asgi.REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         extra = [
             (b"x-lorafleet-replica", self._config.replica_id.encode()),
-            (b"x-request-id", request_id),
+            (b"x-request-id", request_id.encode()),
         ]
 
         def wrapped(message: Message) -> Awaitable[None]:
@@ -180,9 +180,9 @@ class Server:
 
         return wrapped
 
-    async def _body(self, receive: Receive) -> bytes:
+    async def _body(self, request: Request) -> bytes:
         async with self._until_cut():
-            return await asgi.read_body(receive, self._config.body_bytes_max)
+            return await asgi.read_body(request, self._config.body_bytes_max)
 
     @asynccontextmanager
     async def _until_cut(self) -> AsyncIterator[None]:
@@ -200,55 +200,60 @@ class Server:
                 raise
             raise ShuttingDown(_CUT, retry_after_s=1.0) from None
 
-    async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = parse(ChatRequest, await self._body(receive))
+    async def _chat(self, http: Request) -> ASGIApp:
+        request = parse(ChatRequest, await self._body(http))
         call = await self._reader.chat(request)
-        wanted = _wanted(request, bool(request.logprobs))
-        encoder = ChatWire(call, wanted, self._text)
-        await self._answer(call, encoder, wanted, bool(request.stream), receive, send)
+        options = _options(request, bool(request.logprobs))
+        encoder = ChatEncoder(call, options, self._text)
+        return partial(self._answer, call, encoder, options, bool(request.stream))
 
-    async def _complete(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = parse(CompletionRequest, await self._body(receive))
+    async def _complete(self, http: Request) -> ASGIApp:
+        request = parse(CompletionRequest, await self._body(http))
         call = await self._reader.completion(request)
-        wanted = _wanted(request, request.logprobs is not None)
-        encoder = CompletionWire(call, wanted, self._text)
-        await self._answer(call, encoder, wanted, bool(request.stream), receive, send)
+        options = _options(request, request.logprobs is not None)
+        encoder = CompletionEncoder(call, options, self._text)
+        return partial(self._answer, call, encoder, options, bool(request.stream))
 
     async def _answer(
         self,
         call: Call,
         encoder: ResponseEncoder,
-        wanted: ResponseOptions,
+        options: ResponseOptions,
         stream: bool,
+        scope: Scope,
         receive: Receive,
         send: Send,
     ) -> None:
+        """An ASGI application: it watches for the disconnect of who asked."""
         if self._closing:
             raise ShuttingDown("this replica is shutting down", retry_after_s=1.0)
         self.active += 1
         self._idle.clear()
         try:
             if stream:
-                work = self._stream(call, encoder, wanted, send)
+                work = self._stream(call, encoder, options, send)
             else:
-                work = self._whole(call, encoder, send)
+                work = self._whole(call, encoder, scope, receive, send)
             await asgi.until_disconnect(receive, work)
         finally:
             self.active -= 1
             if not self.active:
                 self._idle.set()
 
-    async def _whole(self, call: Call, encoder: ResponseEncoder, send: Send) -> None:
+    async def _whole(
+        self, call: Call, encoder: ResponseEncoder, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         usage = Usage(call.prompt_tokens)
         answers = [Answer() for _ in range(call.choices)]
         async with aclosing(run(self._engine, self._text, call)) as pieces:
             async for piece in pieces:
                 usage.add(piece)
                 answers[piece.index].add(piece)
-        await asgi.send_body(send, 200, encoder.body(answers, usage))
+        response = Response(encoder.body(answers, usage), media_type="application/json")
+        await response(scope, receive, send)
 
     async def _stream(
-        self, call: Call, encoder: ResponseEncoder, wanted: ResponseOptions, send: Send
+        self, call: Call, encoder: ResponseEncoder, options: ResponseOptions, send: Send
     ) -> None:
         """An error before the first piece is a plain answer with its own status."""
         usage = Usage(call.prompt_tokens)
@@ -269,7 +274,7 @@ class Server:
                     chunk = encoder.chunk(piece, usage)
                     if chunk:
                         await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            end = encoder.usage_chunk(usage) + DONE if wanted.include_usage else DONE
+            end = encoder.usage_chunk(usage) + DONE if options.include_usage else DONE
         except FleetError as error:
             if not started:
                 raise
@@ -281,20 +286,19 @@ class Server:
             end = b"data: " + asgi.error_body(FleetError("internal error")) + b"\n\n"
         await send({"type": "http.response.body", "body": end})
 
-    async def _models(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _models(self, http: Request) -> Response:
         cards = [self._base_card()]
         cards += [self._adapter_card(version) for version in self._adapters.versions()]
-        await asgi.send_json(send, {"object": "list", "data": cards})
+        return asgi.JsonResponse({"object": "list", "data": cards})
 
-    async def _model(self, scope: Scope, receive: Receive, send: Send) -> None:
-        name = scope["path"].removeprefix(scope.get("root_path", "")).removeprefix("/v1/models/")
+    async def _model(self, http: Request) -> Response:
+        name = http.path_params["name"]
         if name == self._config.base:
-            await asgi.send_json(send, self._base_card())
-            return
+            return asgi.JsonResponse(self._base_card())
         version = await self._adapters.find(name)
         if version is None:
             raise ModelNotFound(f"the model {shown(name)} does not exist", field="model")
-        await asgi.send_json(send, self._adapter_card(version))
+        return asgi.JsonResponse(self._adapter_card(version))
 
     def _base_card(self) -> dict[str, Any]:
         return {
@@ -314,12 +318,12 @@ class Server:
             "parent": self._config.base,
         }
 
-    async def _describe(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await asgi.send_json(send, await self._adapters.describe())
+    async def _describe(self, http: Request) -> Response:
+        return asgi.JsonResponse(await self._adapters.describe())
 
-    async def _timeline(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _timeline(self, http: Request) -> Response:
         """Why did this wait? The timeline of each choice of a response, by the response's id."""
-        response_id = scope["path"].rpartition("/")[2]
+        response_id = http.path_params["response_id"]
         choices: list[list[dict[str, object]]] = []
         while timeline := await self._engine.timeline(f"{response_id}-{len(choices)}"):
             began_s = timeline[0].at_s
@@ -332,10 +336,10 @@ class Server:
         if not choices:
             raise asgi.NoSuchRoute(f"this replica remembers no request {response_id!r}")
         body = {"id": response_id, "object": "request.timeline", "choices": choices}
-        await asgi.send_json(send, body)
+        return asgi.JsonResponse(body)
 
-    async def _load_adapter(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = parse(LoadAdapterRequest, await self._body(receive))
+    async def _load_adapter(self, http: Request) -> Response:
+        request = parse(LoadAdapterRequest, await self._body(http))
         self._check_name(request.lora_name)
         async with self._until_cut():
             done = await self._adapters.add(
@@ -345,14 +349,14 @@ class Server:
                 pinned=request.pinned,
                 weight=request.weight,
             )
-        await _acknowledge(send, f"Success: LoRA adapter '{done.name}' added successfully.", done)
+        return _acknowledge(f"Success: LoRA adapter '{done.name}' added successfully.", done)
 
-    async def _unload_adapter(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = parse(UnloadAdapterRequest, await self._body(receive))
+    async def _unload_adapter(self, http: Request) -> Response:
+        request = parse(UnloadAdapterRequest, await self._body(http))
         self._check_name(request.lora_name)
         async with self._until_cut():
             done = await self._adapters.remove(request.lora_name)
-        await _acknowledge(send, f"Success: LoRA adapter '{done.name}' removed successfully.", done)
+        return _acknowledge(f"Success: LoRA adapter '{done.name}' removed successfully.", done)
 
     def _check_name(self, name: str) -> None:
         if name == self._config.base:
@@ -360,18 +364,18 @@ class Server:
         if self._closing:
             raise ShuttingDown("this replica is shutting down", retry_after_s=1.0)
 
-    async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _health(self, http: Request) -> Response:
         if self._closing:
             raise ShuttingDown("this replica is shutting down")
         if not self._engine.alive:
             error = EngineFailed("the engine is not running")
             error.status = 503  # Probes expect it: the replica is up, but cannot serve.
             raise error
-        await asgi.send_json(send, {"status": "ok"})
+        return asgi.JsonResponse({"status": "ok"})
 
-    async def _metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _metrics(self, http: Request) -> Response:
         body = metrics.render(self._engine.report(), self._engine.adapter_states(), self.active)
-        await asgi.send_body(send, 200, body.encode(), [metrics.CONTENT_TYPE])
+        return Response(body, media_type=metrics.CONTENT_TYPE)
 
 
 def build_app(engine: Engine, adapters: Adapters, text: Text, config: ServerConfig) -> Server:
@@ -379,7 +383,7 @@ def build_app(engine: Engine, adapters: Adapters, text: Text, config: ServerConf
     return Server(engine, adapters, text, config)
 
 
-def _wanted(request: ChatRequest | CompletionRequest, logprobs: bool) -> ResponseOptions:
+def _options(request: ChatRequest | CompletionRequest, logprobs: bool) -> ResponseOptions:
     return ResponseOptions(
         logprobs=logprobs,
         token_ids=bool(request.return_token_ids),
@@ -389,23 +393,14 @@ def _wanted(request: ChatRequest | CompletionRequest, logprobs: bool) -> Respons
     )
 
 
-async def _acknowledge(send: Send, message: str, done: Acknowledgement) -> None:
+def _acknowledge(message: str, done: Acknowledgement) -> Response:
     """vLLM's text. Replicas that have not followed yet are named in it and in a header."""
-    headers: list[asgi.Header] = [
-        asgi.TEXT,
-        (b"x-lorafleet-digest", done.digest.encode()),
-        (b"x-lorafleet-sequence", str(done.sequence).encode()),
-    ]
+    headers = {
+        "x-lorafleet-digest": done.digest,
+        "x-lorafleet-sequence": str(done.sequence),
+    }
     if done.pending:
         names = ", ".join(done.pending)
         message += f" Not yet acknowledged by: {names}."
-        headers.append((b"x-lorafleet-pending", names.encode()))
-    await asgi.send_body(send, 200, message.encode(), headers)
-
-
-async def _lifespan(receive: Receive, send: Send) -> None:
-    while True:
-        message = await receive()
-        await send({"type": message["type"] + ".complete"})
-        if message["type"] == "lifespan.shutdown":
-            return
+        headers["x-lorafleet-pending"] = names
+    return PlainTextResponse(message, headers=headers)

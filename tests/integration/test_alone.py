@@ -4,9 +4,8 @@ import json
 import re
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -15,7 +14,7 @@ import pytest
 
 from replica.model.shape import read_shape
 from tests.bench.toys import toy_adapter
-from tests.fleet import ANSWER_S, LORAFLEET, START_S, STOP_S, environment, eventually
+from tests.fleet import ANSWER_S, LORAFLEET, START_S, STOP_S, environment, replica
 from tests.models import make_adapter, make_model
 
 
@@ -39,25 +38,6 @@ def alone(files: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes]
     command += ["--config", str(settings)]
     with replica(files / "tiny", command, tmp_path / "log") as started:
         yield started
-
-
-@contextmanager
-def replica(
-    model: Path, arguments: Sequence[str], log: Path
-) -> Iterator[tuple[subprocess.Popen[bytes], str, Path]]:
-    command = [LORAFLEET, "replica", "--model", str(model), "--port", "0", *arguments]
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment())
-
-    def ready() -> re.Match[str] | None:
-        assert process.poll() is None, log.read_text()
-        return re.search(r"^ready: (http\S+)/v1$", log.read_text(), re.M)
-
-    try:
-        yield process, eventually(ready, "the replica is ready", START_S)[1], log
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_it_answers_takes_adapters_and_ends_quietly(

@@ -12,10 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 import lorafleet
-from cluster.config import FleetConfig
+from cluster.config import EngineConfig, FleetConfig
 from cluster.errors import ConfigError
 from lorafleet import cli
 from replica.serving.settings import read_settings
+from router.flags import documentation
 from router.local import ReplicaPorts
 from tests.fleet import LORAFLEET, environment
 from tests.models import edit_config, make_adapter, make_model
@@ -86,6 +87,22 @@ def test_both_take_the_same_engine_flags(command: str) -> None:
     flags = "model adapter served-model-name port device dtype adapter-root adapter-memory"
     flags += " tensor-parallel"
     assert all(f"--{flag} " in shown for flag in flags.split())
+
+
+@pytest.mark.parametrize("command", ["serve", "replica"])
+def test_each_flag_says_what_its_field_says(command: str) -> None:
+    shown = CliRunner().invoke(cli, [command, "--help"], env={"COLUMNS": "400"}).output
+    rows = re.findall(r"--([a-z-]+) +(\S+) +(\S.*?) *│", shown)
+    said = {flag.replace("-", "_"): f"{value} {text}" for flag, value, text in rows}
+    assert len(said) == shown.count("│ --")
+    documented = documentation(EngineConfig) | documentation(FleetConfig)
+    for name in said.keys() - {"config", "help"}:
+        field = name if name in documented else f"{name}s"
+        assert documented[field] in said[name]
+    assert said["port"] == "<int> Port to listen on; 0 takes a free one. Default: 8000."
+    assert said["adapter_root"].endswith("Default: none. Repeat it for more.")
+    assert said["kv_memory"].startswith("SIZE ") and said["kv_memory"].endswith("at startup.")
+    assert said["fair_share"].endswith("weights.")
 
 
 def test_flags_become_the_configuration() -> None:
