@@ -152,8 +152,8 @@ def test_an_adapter_that_cannot_fit_is_refused_at_the_start_with_the_numbers(
     )
     assert done.returncode == 2
     assert re.fullmatch(
-        r"lorafleet: adapters\.fr: .* takes \d+ bytes of adapter memory in float32, all there is "
-        r"are 1000 \(adapter_memory\)",
+        r"lorafleet: adapters\.fr: .* takes \d+ bytes of adapter memory in float32, the total "
+        r"is 1000 \(adapter_memory\)",
         done.stderr.splitlines()[-1],
     )
 

@@ -81,7 +81,7 @@ def cases(draw: Draw, shape: ModelShape, tiny: bool) -> Iterator[Case]:
     operation = adapters.operation(max(map(len, batches.values())))
     for name, slots in batches.items():
         for group in _groups(tiny):
-            x, y = adapters.running_set(draw, len(slots), group)
+            x, y = adapters.batch(draw, len(slots), group)
             yield _case(name, adapters, operation, slots, group, x, y)
 
 
@@ -122,7 +122,7 @@ def replayed(draw: Draw, shape: ModelShape, tiny: bool) -> Iterator[Case]:
     }
     operation = adapters.operation(rows)
     for group in _groups(tiny):
-        x, y = adapters.running_set(draw, rows, group)
+        x, y = adapters.batch(draw, rows, group)
         own = y.clone()
         operation.begin([1] * rows, rows)
         replay = _captured(operation, x, own, group)
@@ -182,7 +182,7 @@ def integers(draw: Draw, shape: ModelShape, tiny: bool) -> Iterator[Case]:
     operation = adapters.operation(max(map(len, batches.values())))
     for name, slots in batches.items():
         for group in _groups(tiny):
-            x, y = adapters.running_set(draw, len(slots), group)
+            x, y = adapters.batch(draw, len(slots), group)
             x = (draw.uniform(*x.shape) < 6 / x.shape[1]).to(x.dtype)
             y = draw.integers(-8, 8, *y.shape)
             yield _case(name, adapters, operation, slots, group, x, y, exact=True)

@@ -151,7 +151,7 @@ def _layer(
     operation = adapters.operation(rows)
     # Each adapter's rows follow each other, as in a prefill; a launch sorts them anyway.
     operation.begin([1 + i * len(ranks) // rows for i in range(rows)], rows)
-    pairs = [adapters.running_set(draw, rows, group) for group in range(len(GROUPS))]
+    pairs = [adapters.batch(draw, rows, group) for group in range(len(GROUPS))]
     total = Cost(0.0)
     for group, ((x, y), projections) in enumerate(zip(pairs, GROUPS, strict=True)):
         sizes = [(inputs, outputs) for _, inputs, outputs in adapters.groups[group]]
