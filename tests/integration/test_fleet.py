@@ -198,8 +198,10 @@ async def test_64_slow_requests_are_in_the_engines_at_once_and_the_bound_is_ours
             answer = await task
             if answer.status_code != 200:
                 refused.append(answer)
-            if len(refused) >= 144 - 2 * (ROWS + QUEUE):
+            # Some of the first may have ended meanwhile, on a slow machine.
+            if len(refused) >= 10:
                 break
+        assert await asyncio.to_thread(inside) <= 2 * (ROWS + QUEUE)
         for answer in refused:
             assert answer.status_code == 429
             assert "retry-after" in answer.headers
