@@ -1,5 +1,6 @@
 """One adapter on one device, and the commands that load it, evict it or move its image."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -19,7 +20,8 @@ class Adapter:
     fresh: loaded, and no row has run with it since.
     slice_s: when the first row ran after the load; its slice starts then.
     starved_s: since when requests have waited for it while it was off the device.
-    frequency: uses per second, decayed (see `adapter_cache._use`).
+    heat: log2 of its uses per second, decayed, plus a term equal for all adapters (see
+        `adapter_cache._use`).
     leaving: forgotten; it is dropped when its last request ends.
     """
 
@@ -37,7 +39,7 @@ class Adapter:
     fresh: bool = False
     slice_s: float = 0.0
     starved_s: float | None = None
-    frequency: float = 0.0
+    heat: float = -math.inf
     leaving: bool = False
     failures: int = 0
     retry_s: float = 0.0

@@ -389,6 +389,11 @@ class AdapterCache:
 
 
 def _use(adapter: Adapter, now_s: float) -> None:
-    """Count a use. Its weight halves every `_HALF_LIFE_S`."""
-    decay = math.exp2((adapter.used_s - now_s) / _HALF_LIFE_S)
-    adapter.frequency = adapter.frequency * decay + math.log(2) / _HALF_LIFE_S
+    """Count a use. Its weight halves every `_HALF_LIFE_S`.
+
+    Instead of the old uses halving, each later one weighs more: heat = log2 Σ 2^(time / half-life).
+    The ratio of two adapters is the same, and `heat` needs no decay when they are compared.
+    """
+    use = now_s / _HALF_LIFE_S
+    low, high = sorted((adapter.heat, use))
+    adapter.heat = high + math.log2(1.0 + math.exp2(low - high))
