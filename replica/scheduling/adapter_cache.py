@@ -159,6 +159,7 @@ class AdapterCache:
         if adapter.fresh:
             adapter.fresh, adapter.slice_s = False, now_s
         _use(adapter, now_s)
+        self.host.touch(digest)
         adapter.users += 1
         adapter.used_s = now_s
 
@@ -166,6 +167,7 @@ class AdapterCache:
         """A row stopped running. Its request waits again, or ends with `unclaim`."""
         adapter = self.adapters[digest]
         assert adapter.users > 0
+        self.host.touch(digest)
         adapter.users -= 1
         adapter.used_s = now_s
 
@@ -195,8 +197,7 @@ class AdapterCache:
         self.loads += 1
         self._touch(digest)
         source = self._source_tier(digest)
-        if source is Tier.HOST:
-            self.host.touch(digest)
+        self.host.touch(digest)
         load = Load(digest, adapter.path, adapter.slot, offset, adapter.bytes, source)
         return ArenaChange(evictions, slides, load, page_moves)
 

@@ -8,7 +8,7 @@ import shutil
 import time
 import types
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from cluster.errors import ConfigError
 from cluster.values import Tier, Version
 from replica.adapters.adapter_files import inspect
 from replica.adapters.host_pool import HostPool
+from replica.adapters.image import Image
 from replica.engine.engine import Engine
 from replica.model.shape import read_shape
 from replica.scheduling.request import Delta, Finish, NewRequest, Sampling
@@ -313,6 +314,29 @@ def test_an_image_in_host_memory_comes_back_without_its_files(
             assert tiers == {first.digest: Tier.HOST, second.digest: Tier.DEVICE}
             shutil.rmtree(moved)
     assert answers[0] == answers[2] != answers[1]
+    made.close()
+
+
+def test_a_load_looks_at_no_image_in_host_memory_but_its_own_and_the_dropped(
+    model: str, versions: list[Version]
+) -> None:
+    """Host memory may hold thousands."""
+
+    class Unread(dict[str, Image]):
+        def __iter__(self) -> Iterator[str]:
+            raise AssertionError("the load looks at each image")
+
+        keys = values = items = __iter__  # type: ignore[assignment]
+
+    size = versions[0].parameters * 4 + 2**10
+    made = engine(model, versions, slots_max=1, host_memory=size)
+    made._images = Unread()
+    for version in (versions[0], versions[4], versions[8], versions[0]):  # of the same rank
+        made.add(NewRequest("r", PROMPTS[0], GREEDY, version.digest))
+        drive(made, {})
+        assert version.digest in made._images
+        assert len(made._images) <= 2, "the next load releases what this one dropped"
+    assert made.report().loads == 4
     made.close()
 
 
