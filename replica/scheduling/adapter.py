@@ -23,6 +23,7 @@ class Adapter:
     heat: log2 of its uses per second, decayed, plus a term equal for all adapters (see
         `adapter_cache._use`).
     leaving: forgotten; it is dropped when its last request ends.
+    given_up: the pause before the next retry of its load is the longest.
     """
 
     digest: str
@@ -43,6 +44,7 @@ class Adapter:
     leaving: bool = False
     failures: int = 0
     retry_s: float = 0.0
+    given_up: bool = False
     reason: str | None = None
 
     @property

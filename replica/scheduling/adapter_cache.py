@@ -117,6 +117,10 @@ class AdapterCache:
             and (a.tier in (Tier.DISK, Tier.HOST) or (a.tier is Tier.FAILED and now_s >= a.retry_s))
         ]
 
+    def backing_off(self, now_s: float) -> set[str]:
+        """Adapters whose load failed and is not retried yet."""
+        return {d for d in self.quarantined if now_s < self.adapters[d].retry_s}
+
     def slot(self, digest: str | None) -> int:
         if digest is None:
             return 0
@@ -275,6 +279,7 @@ class AdapterCache:
         adapter.fresh = False
         pause_s = min(self._first_retry_s * 2.0 ** min(adapter.failures, 62), self._retry_max_s)
         adapter.retry_s = now_s + pause_s
+        adapter.given_up = pause_s >= self._retry_max_s
         adapter.failures += 1
         self.quarantined.add(adapter.digest)
         adapter.reason = reason

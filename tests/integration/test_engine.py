@@ -278,6 +278,44 @@ def test_a_broken_adapter_hurts_only_its_own_requests(
     made.close()
 
 
+@pytest.mark.usefixtures("driven")
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_parked_stream_survives_a_reload_that_fails_for_a_while(
+    model: str, versions: list[Version], tmp_path: Path, depth: int
+) -> None:
+    first, second = versions[0], versions[4]
+    files, away = tmp_path / "files", tmp_path / "away"
+    shutil.copytree(first.uri, files)
+    made = engine(model, [second], slots_max=1, host_memory=0, quantum_s=0.001, plan_depth=depth)
+    made.register(first, str(files))
+    threads = made._loader._threads
+    assert isinstance(threads, LoadsOnDemand)
+    long = Sampling(max_tokens=300, temperature=0.0, ignore_eos=True)
+    answers: list[list[int]] = []
+    for fails in (False, True):
+        got: dict[str, list[int]] = {}
+        tiers = set()
+        made.add(NewRequest("stream", PROMPTS[0], long, first.digest))
+        while made.has_work:
+            for delta in made.step():
+                assert delta.error is None, delta.error
+                got.setdefault(delta.request_id, []).extend(delta.tokens)
+            made.scheduler.check()
+            threads.carry_out_one()
+            tier = made.scheduler.adapter_cache.adapters[first.digest].tier
+            if fails and len(got.get("stream", [])) == 10 and not tiers:
+                tiers.add(tier)
+                made.add(NewRequest("other", PROMPTS[1], GREEDY, second.digest))
+                files.rename(away)
+            elif tier is Tier.FAILED and away.exists():
+                tiers.add(tier)
+                away.rename(files)
+        assert (Tier.FAILED in tiers) == fails
+        answers.append(got["stream"])
+    assert answers[0] == answers[1] and len(answers[0]) == 300
+    made.close()
+
+
 def test_the_seed_decides_the_draw_whatever_runs_beside(
     model: str, versions: list[Version]
 ) -> None:
