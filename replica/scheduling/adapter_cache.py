@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 from cluster.values import AdapterState, Tier
 from replica.scheduling.adapter import Adapter, ArenaChange, Evict, Load, PageMove, Slide, no_room
+from replica.scheduling.backoff import Backoff
 from replica.scheduling.budget import Budget
 from replica.scheduling.extents import Extents, Shift
 from replica.scheduling.host_tier import HostTier
@@ -52,7 +53,6 @@ class AdapterCache:
         self.slots = slots
         self.adapters: dict[str, Adapter] = {}
         self.placed: dict[str, Adapter] = {}  # those with a slot
-        self.quarantined: set[str] = set()
         self.touched: set[str] = set()  # may have begun or ceased to starve; for `ServiceOrder`
         self.loading = 0
         self.loads = self.evictions = 0
@@ -62,8 +62,7 @@ class AdapterCache:
         self.victim_search = VictimSearch(
             self.adapters, self.placed, self._free_slots, extents, budget, order, self.copy_s
         )
-        self._first_retry_s = retry_s
-        self._retry_max_s = retry_max_s
+        self.backoff = Backoff(retry_s, retry_max_s)
         self._changed: set[str] = set()
         self._pinned: set[str] = set()
 
@@ -116,10 +115,6 @@ class AdapterCache:
             if not a.wanted
             and (a.tier in (Tier.DISK, Tier.HOST) or (a.tier is Tier.FAILED and now_s >= a.retry_s))
         ]
-
-    def backing_off(self, now_s: float) -> set[str]:
-        """Adapters whose load failed and is not retried yet."""
-        return {d for d in self.quarantined if now_s < self.adapters[d].retry_s}
 
     def slot(self, digest: str | None) -> int:
         if digest is None:
@@ -195,8 +190,7 @@ class AdapterCache:
         slides = self._slides(shifts)
         adapter.tier, adapter.slot, adapter.since_s = Tier.LOADING, self._free_slots.pop(), now_s
         self.placed[digest] = adapter
-        self.quarantined.discard(digest)
-        adapter.reason = None
+        self.backoff.end(digest)
         self.loading += 1
         self.loads += 1
         self._touch(digest)
@@ -277,12 +271,7 @@ class AdapterCache:
         del self.placed[adapter.digest]
         adapter.tier, adapter.slot, adapter.since_s = Tier.FAILED, None, now_s
         adapter.fresh = False
-        pause_s = min(self._first_retry_s * 2.0 ** min(adapter.failures, 62), self._retry_max_s)
-        adapter.retry_s = now_s + pause_s
-        adapter.given_up = pause_s >= self._retry_max_s
-        adapter.failures += 1
-        self.quarantined.add(adapter.digest)
-        adapter.reason = reason
+        self.backoff.start(adapter, reason, now_s)
         self._touch(adapter.digest)
         self._starve(adapter, now_s)
         self._drop_if_unused(adapter)
@@ -328,8 +317,8 @@ class AdapterCache:
             assert not kept or adapter.tier is not Tier.DISK
         placed = [a for a in self.adapters.values() if a.slot is not None]
         assert {a.digest: a for a in placed} == self.placed
-        failed = {a.digest for a in self.adapters.values() if a.tier is Tier.FAILED}
-        assert failed == self.quarantined
+        failed = {a.digest: a for a in self.adapters.values() if a.tier is Tier.FAILED}
+        assert failed == self.backoff.adapters
         assert self._pinned == {a.digest for a in self.adapters.values() if a.pinned}
         slots = [a.slot for a in placed if a.slot is not None]
         assert sorted([*slots, *self._free_slots]) == list(range(1, self.slots + 1))
@@ -387,7 +376,7 @@ class AdapterCache:
             self.extents.give_back(adapter.digest)
         del self.adapters[adapter.digest]
         self._pinned.discard(adapter.digest)
-        self.quarantined.discard(adapter.digest)
+        self.backoff.end(adapter.digest)
         if adapter.digest in self.host:
             self.host.drop(adapter.digest)
         self._touch(adapter.digest)

@@ -96,10 +96,10 @@ class Drainer:
     def drained_for(self, digest: str) -> set[str]:
         return {victim for victim, drain in self.drains.items() if drain.starving == digest}
 
-    def tick(self, backing_off: Collection[str]) -> None:
+    def tick(self, paused: Collection[str]) -> None:
         """End drains whose starving adapter loads or stopped waiting, or whose victim left.
 
-        backing_off: adapters that may not load yet. Their drains end too.
+        paused: adapters that may not load yet. Their drains end too.
 
         Also end a drain if the victim's rows left before their first step. Such a victim is not
         evicted until its requests have run, and the drain would keep them out.
@@ -109,7 +109,7 @@ class Drainer:
             waits = starving is not None and starving.starved_s is not None
             if (
                 not waits
-                or drain.starving in backing_off
+                or drain.starving in paused
                 or not self._adapter_cache.usable(victim)
                 or self._loads(drain.starving)
                 or self._unused(victim)

@@ -82,7 +82,7 @@ class Loads:
         self._overloaded: bool | None = None  # as of this step
 
     def plan(
-        self, first: str | None, backing_off: Collection[str], now_s: float
+        self, first: str | None, paused: Collection[str], now_s: float
     ) -> tuple[list[ArenaChange], set[str]]:
         """Begin the loads that fit. Adapters that do not fit take another's place, or wait.
 
@@ -90,7 +90,7 @@ class Loads:
         soon.
 
         first: the only adapter that may load, if `on_miss` is "block".
-        backing_off: adapters that may not load yet.
+        paused: adapters that may not load yet.
         """
         arena_changes: list[ArenaChange] = []
         closed: set[str] = set()
@@ -109,7 +109,7 @@ class Loads:
         for digest in itertools.chain(pinned, self._starving(first)):
             if self._adapter_cache.loading >= self._in_flight_max:
                 break
-            if digest in backing_off:
+            if digest in paused:
                 continue
             size = self._adapter_cache.adapters[digest].bytes
             self._reserve(digest, now_s, all_pages=pages_saved)

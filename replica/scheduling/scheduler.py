@@ -169,9 +169,10 @@ class Scheduler:
         return bool(self._requests or self.in_flight.plans)
 
     def step(self, now_s: float) -> Plan:
-        closed = self.adapter_cache.backing_off(now_s)
-        failed = self._fail_quarantined(closed, now_s)
-        wake_s = self._retry_s(closed)
+        backoff = self.adapter_cache.backoff
+        hopeless = backoff.hopeless(self.waiting, now_s)
+        failed = [self._fail(request, error, now_s) for request, error in hopeless]
+        closed, retry_s = backoff.paused(now_s), backoff.next_retry_s(self.waiting, now_s)
         self.in_flight.begin()
         self.drainer.tick(closed)
         arena_changes: list[ArenaChange] = []
@@ -200,7 +201,7 @@ class Scheduler:
             tuple(rows),
             tuple(failed),
             self.in_flight.waits,
-            None if rows else min(filter(None, (hold_s, wake_s)), default=None),
+            None if rows else min(filter(None, (hold_s, retry_s)), default=None),
         )
         if rows:
             self.in_flight.add(plan)
@@ -285,28 +286,6 @@ class Scheduler:
         slots: dict[str | None, int | None] = {None: 0}
         slots |= {a.digest: a.slot for a in self.adapter_cache.adapters.values()}
         self.in_flight.check(self.pages.page_tokens, slots)
-
-    def _fail_quarantined(self, backing_off: Collection[str], now_s: float) -> list[Delta]:
-        """Fail requests whose adapter did not load. The first one after the pause retries.
-
-        Requests that have tokens wait for the retry, until the pause has grown to its longest.
-        """
-        failed = []
-        for digest in sorted(backing_off):
-            adapter = self.adapter_cache.adapters[digest]
-            left_s = adapter.retry_s - now_s
-            message = f"the adapter did not load: {adapter.reason}; retried in {left_s:.1f} s"
-            for request in self.waiting.group(digest):
-                if request.begun and not adapter.given_up:
-                    continue
-                error = AdapterFailed(message, field="model", retry_after_s=left_s)
-                failed.append(self._fail(request, error, now_s))
-        return failed
-
-    def _retry_s(self, backing_off: Collection[str]) -> float | None:
-        """When the first load is retried that a request waits for."""
-        waited_for = filter(self.waiting.waited_for, backing_off)
-        return min((self.adapter_cache.adapters[d].retry_s for d in waited_for), default=None)
 
     def _decodes(self, now_s: float) -> tuple[list[Work], list[Request]]:
         """Decode rows, oldest request first; and the requests whose prompt is in progress.

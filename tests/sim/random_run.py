@@ -200,7 +200,7 @@ class Run:
         plan = self.core.step(self.now_s)
         self.core.check()
         self.receive(plan.failed)
-        for digest in self.core.adapter_cache.backing_off(self.now_s):
+        for digest in self.core.adapter_cache.backoff.paused(self.now_s):
             assert all(r.begun for r in self.core.waiting.group(digest)), "it was to fail"
             if not plan.rows and self.core.waiting.waited_for(digest):
                 assert plan.wake_s is not None, "nothing wakes the engine for the retry"
