@@ -11,7 +11,7 @@ from cluster.values import Tier
 class Adapter:
     """One registered version.
 
-    path: directory of its files.
+    paths: directories of its files, those registered last first.
     claims: its requests that have not ended.
     users: its running rows.
     held: its requests that have ended while a step in flight still names them.
@@ -27,7 +27,7 @@ class Adapter:
     """
 
     digest: str
-    path: str
+    paths: list[str]
     bytes: int
     pinned: bool
     since_s: float
@@ -46,6 +46,11 @@ class Adapter:
     retry_s: float = 0.0
     given_up: bool = False
     reason: str | None = None
+
+    @property
+    def path(self) -> str:
+        """The directory for the next load: another one after each that failed."""
+        return self.paths[self.failures % len(self.paths)]
 
     @property
     def wanted(self) -> bool:

@@ -24,6 +24,9 @@ from replica.scheduling.victims import EvictionOrder, VictimSearch
 
 _HALF_LIFE_S = 60.0
 
+# Directories kept of one version.
+_PATHS_MAX = 4
+
 
 class AdapterCache:
     """The device directory and the arena's bytes.
@@ -67,14 +70,23 @@ class AdapterCache:
         self._pinned: set[str] = set()
 
     def register(self, digest: str, path: str, size: int, pinned: bool, now_s: float) -> None:
-        """`size`: bytes of the image, at most `most_bytes`."""
+        """`size`: bytes of the image, at most `most_bytes`.
+
+        Registered again from another directory, it keeps the earlier ones, in case the new one goes
+        first.
+        """
         assert self.extents.aligned(size) <= self.most_bytes
         adapter = self.adapters.get(digest)
         if adapter is None:
             size = self.extents.aligned(size)
-            self.adapters[digest] = Adapter(digest, path, size, pinned, now_s)
+            self.adapters[digest] = Adapter(digest, [path], size, pinned, now_s)
         else:
-            adapter.path = path
+            others = [other for other in adapter.paths if other != path]
+            adapter.paths = [path, *others][:_PATHS_MAX]
+            adapter.failures = 0
+            if adapter.tier is Tier.FAILED:
+                self.backoff.end(digest)
+                adapter.tier, adapter.since_s = self._source_tier(digest), now_s
             adapter.pinned = pinned
             adapter.leaving = False
         (self._pinned.add if pinned else self._pinned.discard)(digest)

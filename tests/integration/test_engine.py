@@ -278,6 +278,18 @@ def test_a_broken_adapter_hurts_only_its_own_requests(
     made.close()
 
 
+def test_a_version_registered_from_two_directories_needs_only_one_of_them(
+    model: str, versions: list[Version], tmp_path: Path
+) -> None:
+    made = engine(model, versions[:1])
+    copy = shutil.copytree(versions[0].uri, tmp_path / "copy")
+    made.register(versions[0], str(copy))
+    shutil.rmtree(copy)
+    made.add(NewRequest("r", PROMPTS[0], GREEDY, versions[0].digest))
+    drive(made, {})
+    made.close()
+
+
 @pytest.mark.usefixtures("driven")
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_parked_stream_survives_a_reload_that_fails_for_a_while(

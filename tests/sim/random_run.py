@@ -113,7 +113,9 @@ class Run:
             pinned = self.chance(0.05)
             size = rng.randint(1, 60)
             if core.adapter_cache.refusal(digest, size, pinned) is None:
-                core.adapter_cache.register(digest, "/", size, pinned, now_s=self.now_s)
+                core.adapter_cache.register(
+                    digest, rng.choice("xy"), size, pinned, now_s=self.now_s
+                )
         if self.chance(0.02) and core.adapter_cache.adapters:
             core.forget(rng.choice([d for d in sorted(core.adapter_cache.adapters) if d] or ["x"]))
         if self.chance(0.5):

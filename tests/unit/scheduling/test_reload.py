@@ -1,6 +1,7 @@
 """A load that fails is retried. Requests that have tokens wait for the retries, up to a bound."""
 
 from cluster.errors import AdapterFailed
+from cluster.values import Tier
 from replica.scheduling.drainer import Drain, Sharing
 from replica.scheduling.loads import Switches
 from replica.scheduling.request import Delta
@@ -117,3 +118,49 @@ def test_without_overlap_a_begun_row_waits_too() -> None:
     plan, _ = run(core, 1.2)
     assert loaded(plan) == ["a"] and ran(plan) == ["r"] and plan.rows[0].start == 0
     assert request.output[:-1] == output
+
+
+def test_a_registration_ends_the_pause() -> None:
+    core = failed_reload()
+    assert not loaded(run(core, 1.0)[0])
+    core.adapter_cache.register("a", "/a", 40, pinned=False, now_s=1.1)
+    (state,) = core.adapter_cache.entries(digests=["a"])
+    assert (state.tier, state.reason, state.since_s) == (Tier.DISK, None, 1.1)
+    core.add(new("fresh", "a"), 1.1)
+    plan, deltas = run(core, 1.1)
+    assert not deltas and loaded(plan) == ["a"]
+    core.load_failed("a", "still broken", 1.2)
+    run(core, 1.2)
+    assert core.adapter_cache.backoff.next_retry_s(core.waiting, 1.2) == 2.2, "as after the first"
+
+
+def loads_until_it_waits(core: Scheduler, now_s: float) -> list[str]:
+    """The directories that fail, one after another, before the first pause."""
+    paths = []
+    while loads := [c.load for c in run(core, now_s)[0].arena_changes if c.load]:
+        paths += [load.path for load in loads]
+        core.load_failed("a", "no such file", now_s)
+    return paths
+
+
+def test_a_load_falls_back_to_the_other_directories_of_the_digest() -> None:
+    core = scheduler()
+    core.adapter_cache.register("a", "/second", 40, pinned=False, now_s=0.0)
+    core.add(new("r", "a"), 0.0)
+    assert [c.load.path for c in run(core, 0.0)[0].arena_changes if c.load] == ["/second"]
+    core.load_failed("a", "no such file", 0.1)
+    plan, deltas = run(core, 0.1)
+    assert not deltas and [c.load.path for c in plan.arena_changes if c.load] == ["/a"]
+    core.loaded("a", 0.2)
+    assert ran(run(core, 0.2)[0]) == ["r"]
+
+
+def test_each_directory_is_tried_before_a_pause_and_few_are_kept() -> None:
+    core = scheduler()
+    for number in [*range(9), 3, 8]:
+        core.adapter_cache.register("a", f"/{number}", 40, pinned=False, now_s=0.0)
+    for now_s, pause_s in ((0.0, 1.0), (1.0, 2.0), (3.0, 4.0)):
+        core.add(new(f"r{now_s}", "a"), now_s)
+        assert loads_until_it_waits(core, now_s) == ["/8", "/3", "/7", "/6"]
+        assert core.adapter_cache.adapters["a"].retry_s == now_s + pause_s
+        assert not core.has_work
