@@ -85,7 +85,7 @@ class EngineConfig:
     load_retry_s: float = 1.0
     """Seconds before a failed adapter load is retried. Doubles with each failure."""
     load_retry_max_s: float = 60.0
-    """Longest time in seconds between retries of an adapter load."""
+    """Longest such pause in seconds. Once it is reached, requests that have tokens fail too."""
     loads_in_flight_max: int = 2
     """Most adapter loads at a time."""
     threads: int | None = None

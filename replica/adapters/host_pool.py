@@ -43,7 +43,7 @@ class HostPool:
 
     def fits(self, size: int) -> bool:
         self._collect()
-        return self._extents.copy().take("", size) is not None
+        return self._extents.hole(size) is not None
 
     def take(self, size: int) -> Piece | None:
         """None if no hole is large enough."""

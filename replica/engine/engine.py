@@ -311,8 +311,7 @@ class Engine:
 
     def _release_dropped(self) -> None:
         """Frees the images that the host tier has dropped."""
-        host = self.scheduler.adapter_cache.host
-        for digest in [digest for digest in self._images if digest not in host]:
+        for digest in self.scheduler.adapter_cache.host.drops():
             del self._images[digest]
             if self._workers is not None:
                 self._workers.tell(Drop(digest))

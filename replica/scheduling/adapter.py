@@ -1,5 +1,6 @@
 """One adapter on one device, and the commands that load it, evict it or move its image."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from cluster.values import Tier
 class Adapter:
     """One registered version.
 
-    path: directory of its files.
+    paths: directories of its files, those registered last first.
     claims: its requests that have not ended.
     users: its running rows.
     held: its requests that have ended while a step in flight still names them.
@@ -19,12 +20,14 @@ class Adapter:
     fresh: loaded, and no row has run with it since.
     slice_s: when the first row ran after the load; its slice starts then.
     starved_s: since when requests have waited for it while it was off the device.
-    frequency: uses per second, decayed (see `adapter_cache._use`).
+    heat: log2 of its uses per second, decayed, plus a term equal for all adapters (see
+        `adapter_cache._use`).
     leaving: forgotten; it is dropped when its last request ends.
+    given_up: the pause before the next retry of its load is the longest.
     """
 
     digest: str
-    path: str
+    paths: list[str]
     bytes: int
     pinned: bool
     since_s: float
@@ -37,11 +40,17 @@ class Adapter:
     fresh: bool = False
     slice_s: float = 0.0
     starved_s: float | None = None
-    frequency: float = 0.0
+    heat: float = -math.inf
     leaving: bool = False
     failures: int = 0
     retry_s: float = 0.0
+    given_up: bool = False
     reason: str | None = None
+
+    @property
+    def path(self) -> str:
+        """The directory for the next load: another one after each that failed."""
+        return self.paths[self.failures % len(self.paths)]
 
     @property
     def wanted(self) -> bool:

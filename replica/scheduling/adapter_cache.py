@@ -16,12 +16,16 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 from cluster.values import AdapterState, Tier
 from replica.scheduling.adapter import Adapter, ArenaChange, Evict, Load, PageMove, Slide, no_room
+from replica.scheduling.backoff import Backoff
 from replica.scheduling.budget import Budget
 from replica.scheduling.extents import Extents, Shift
 from replica.scheduling.host_tier import HostTier
 from replica.scheduling.victims import EvictionOrder, VictimSearch
 
 _HALF_LIFE_S = 60.0
+
+# Directories kept of one version.
+_PATHS_MAX = 4
 
 
 class AdapterCache:
@@ -52,7 +56,6 @@ class AdapterCache:
         self.slots = slots
         self.adapters: dict[str, Adapter] = {}
         self.placed: dict[str, Adapter] = {}  # those with a slot
-        self.quarantined: set[str] = set()
         self.touched: set[str] = set()  # may have begun or ceased to starve; for `ServiceOrder`
         self.loading = 0
         self.loads = self.evictions = 0
@@ -62,20 +65,28 @@ class AdapterCache:
         self.victim_search = VictimSearch(
             self.adapters, self.placed, self._free_slots, extents, budget, order, self.copy_s
         )
-        self._first_retry_s = retry_s
-        self._retry_max_s = retry_max_s
+        self.backoff = Backoff(retry_s, retry_max_s)
         self._changed: set[str] = set()
         self._pinned: set[str] = set()
 
     def register(self, digest: str, path: str, size: int, pinned: bool, now_s: float) -> None:
-        """`size`: bytes of the image, at most `most_bytes`."""
+        """`size`: bytes of the image, at most `most_bytes`.
+
+        Registered again from another directory, it keeps the earlier ones, in case the new one goes
+        first.
+        """
         assert self.extents.aligned(size) <= self.most_bytes
         adapter = self.adapters.get(digest)
         if adapter is None:
             size = self.extents.aligned(size)
-            self.adapters[digest] = Adapter(digest, path, size, pinned, now_s)
+            self.adapters[digest] = Adapter(digest, [path], size, pinned, now_s)
         else:
-            adapter.path = path
+            others = [other for other in adapter.paths if other != path]
+            adapter.paths = [path, *others][:_PATHS_MAX]
+            adapter.failures = 0
+            if adapter.tier is Tier.FAILED:
+                self.backoff.end(digest)
+                adapter.tier, adapter.since_s = self._source_tier(digest), now_s
             adapter.pinned = pinned
             adapter.leaving = False
         (self._pinned.add if pinned else self._pinned.discard)(digest)
@@ -159,6 +170,7 @@ class AdapterCache:
         if adapter.fresh:
             adapter.fresh, adapter.slice_s = False, now_s
         _use(adapter, now_s)
+        self.host.touch(digest)
         adapter.users += 1
         adapter.used_s = now_s
 
@@ -166,6 +178,7 @@ class AdapterCache:
         """A row stopped running. Its request waits again, or ends with `unclaim`."""
         adapter = self.adapters[digest]
         assert adapter.users > 0
+        self.host.touch(digest)
         adapter.users -= 1
         adapter.used_s = now_s
 
@@ -189,14 +202,12 @@ class AdapterCache:
         slides = self._slides(shifts)
         adapter.tier, adapter.slot, adapter.since_s = Tier.LOADING, self._free_slots.pop(), now_s
         self.placed[digest] = adapter
-        self.quarantined.discard(digest)
-        adapter.reason = None
+        self.backoff.end(digest)
         self.loading += 1
         self.loads += 1
         self._touch(digest)
         source = self._source_tier(digest)
-        if source is Tier.HOST:
-            self.host.touch(digest)
+        self.host.touch(digest)
         load = Load(digest, adapter.path, adapter.slot, offset, adapter.bytes, source)
         return ArenaChange(evictions, slides, load, page_moves)
 
@@ -272,11 +283,7 @@ class AdapterCache:
         del self.placed[adapter.digest]
         adapter.tier, adapter.slot, adapter.since_s = Tier.FAILED, None, now_s
         adapter.fresh = False
-        pause_s = min(self._first_retry_s * 2.0 ** min(adapter.failures, 62), self._retry_max_s)
-        adapter.retry_s = now_s + pause_s
-        adapter.failures += 1
-        self.quarantined.add(adapter.digest)
-        adapter.reason = reason
+        self.backoff.start(adapter, reason, now_s)
         self._touch(adapter.digest)
         self._starve(adapter, now_s)
         self._drop_if_unused(adapter)
@@ -322,8 +329,8 @@ class AdapterCache:
             assert not kept or adapter.tier is not Tier.DISK
         placed = [a for a in self.adapters.values() if a.slot is not None]
         assert {a.digest: a for a in placed} == self.placed
-        failed = {a.digest for a in self.adapters.values() if a.tier is Tier.FAILED}
-        assert failed == self.quarantined
+        failed = {a.digest: a for a in self.adapters.values() if a.tier is Tier.FAILED}
+        assert failed == self.backoff.adapters
         assert self._pinned == {a.digest for a in self.adapters.values() if a.pinned}
         slots = [a.slot for a in placed if a.slot is not None]
         assert sorted([*slots, *self._free_slots]) == list(range(1, self.slots + 1))
@@ -381,7 +388,7 @@ class AdapterCache:
             self.extents.give_back(adapter.digest)
         del self.adapters[adapter.digest]
         self._pinned.discard(adapter.digest)
-        self.quarantined.discard(adapter.digest)
+        self.backoff.end(adapter.digest)
         if adapter.digest in self.host:
             self.host.drop(adapter.digest)
         self._touch(adapter.digest)
@@ -389,6 +396,11 @@ class AdapterCache:
 
 
 def _use(adapter: Adapter, now_s: float) -> None:
-    """Count a use. Its weight halves every `_HALF_LIFE_S`."""
-    decay = math.exp2((adapter.used_s - now_s) / _HALF_LIFE_S)
-    adapter.frequency = adapter.frequency * decay + math.log(2) / _HALF_LIFE_S
+    """Count a use. Its weight halves every `_HALF_LIFE_S`.
+
+    Instead of the old uses halving, each later one weighs more: heat = log2 Σ 2^(time / half-life).
+    The ratio of two adapters is the same, and `heat` needs no decay when they are compared.
+    """
+    use = now_s / _HALF_LIFE_S
+    low, high = sorted((adapter.heat, use))
+    adapter.heat = high + math.log2(1.0 + math.exp2(low - high))

@@ -1,6 +1,6 @@
 """Which requests may be admitted next, and in which order."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from cluster.values import Tier
 from replica.scheduling.adapter_cache import AdapterCache
@@ -31,11 +31,18 @@ class AdmissionOrder:
         self._drainer = drainer
         self._share = share
 
-    def blocking_adapter(self) -> str | None:
-        """The adapter of the first request, if `on_miss` lets that one block the rest."""
+    def blocking_adapter(self, closed: Collection[str]) -> str | None:
+        """The adapter of the first request, if `on_miss` lets that one block the rest.
+
+        closed: adapters that take no new rows.
+        """
         if self._switches.skip:
             return None
-        admitted = (r.adapter_key for r in self._in_order() if self._drainer.may_admit(r))
+        admitted = (
+            request.adapter_key
+            for request in self._in_order()
+            if request.adapter_key not in closed and self._drainer.may_admit(request)
+        )
         return next(admitted, None)
 
     def scan(self, alone: Callable[[], bool]) -> Iterator[Request]:

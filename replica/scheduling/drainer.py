@@ -20,7 +20,7 @@ If KV pages or computing are the bottleneck (`Loads`), nothing is parked: a plac
 and parked rows hold pages. Only an adapter that waited very long then gets a drain.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from cluster.costs import Costs
@@ -96,8 +96,10 @@ class Drainer:
     def drained_for(self, digest: str) -> set[str]:
         return {victim for victim, drain in self.drains.items() if drain.starving == digest}
 
-    def tick(self) -> None:
+    def tick(self, paused: Collection[str]) -> None:
         """End drains whose starving adapter loads or stopped waiting, or whose victim left.
+
+        paused: adapters that may not load yet. Their drains end too.
 
         Also end a drain if the victim's rows left before their first step. Such a victim is not
         evicted until its requests have run, and the drain would keep them out.
@@ -107,6 +109,7 @@ class Drainer:
             waits = starving is not None and starving.starved_s is not None
             if (
                 not waits
+                or drain.starving in paused
                 or not self._adapter_cache.usable(victim)
                 or self._loads(drain.starving)
                 or self._unused(victim)

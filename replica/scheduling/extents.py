@@ -8,6 +8,7 @@ Every image is one contiguous extent. Free bytes may be scattered:
 An extent that is being copied into cannot move. Extents above it slide down only to its end.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ class Extents:
         self.alignment = alignment
         self.capacity = capacity - capacity % alignment
         self._spans: dict[str, tuple[int, int]] = {}
-        self._ordered: list[tuple[int, int, str]] | None = None
+        self._ordered: list[tuple[int, int, str]] = []  # (offset, size, digest)
         self.used = 0
 
     def aligned(self, size: int) -> int:
@@ -42,7 +43,7 @@ class Extents:
     @property
     def end(self) -> int:
         """End of the last image."""
-        return max((offset + size for offset, size in self._spans.values()), default=0)
+        return sum(self._ordered[-1][:2]) if self._ordered else 0
 
     def resize(self, capacity: int) -> None:
         assert capacity >= self.end
@@ -51,18 +52,13 @@ class Extents:
     def offset(self, digest: str) -> int:
         return self._spans[digest][0]
 
-    def copy(self) -> "Extents":
-        clone = Extents(self.capacity, self.alignment)
-        clone._spans, clone.used = dict(self._spans), self.used
-        return clone
-
     def packed(self, gone: Collection[str], immovable: Collection[str]) -> tuple[int, int]:
         """(end of the last image, largest hole below it) after `gone` left and the others slid
         down.
         """
         gone = frozenset(gone)
         end = hole = 0
-        for offset, size, digest in self._in_order():
+        for offset, size, digest in self._ordered:
             if digest in gone:
                 continue
             if digest in immovable:
@@ -71,44 +67,46 @@ class Extents:
             end += size
         return end, hole
 
+    def hole(self, size: int) -> int | None:
+        """Offset of the first hole that fits; None if there is none."""
+        size = self.aligned(size)
+        if size > self.free:
+            return None
+        end = 0
+        for offset, length, _ in self._ordered:
+            if offset - end >= size:
+                return end
+            end = offset + length
+        return end if self.capacity - end >= size else None
+
     def take(self, digest: str, size: int) -> int | None:
         """Offset of the first hole that fits; None, and nothing changed, if there is none."""
         assert digest not in self._spans
-        size = self.aligned(size)
-        end = 0
-        for offset, length, _ in self._in_order():
-            if offset - end >= size:
-                break
-            end = offset + length
-        if self.capacity - end < size:
-            return None
-        self._spans[digest] = (end, size)
-        self._ordered = None
-        self.used += size
-        return end
+        offset = self.hole(size)
+        if offset is not None:
+            size = self.aligned(size)
+            self._spans[digest] = (offset, size)
+            insort(self._ordered, (offset, size, digest))
+            self.used += size
+        return offset
 
     def give_back(self, digest: str) -> None:
-        self.used -= self._spans.pop(digest)[1]
-        self._ordered = None
+        offset, size = self._spans.pop(digest)
+        del self._ordered[bisect_left(self._ordered, (offset, size, digest))]
+        self.used -= size
 
     def slide(self, immovable: Collection[str]) -> list[Shift]:
         """Move every image down as far as it goes. Returns the shifts, in order."""
         shifts = []
         end = 0
-        for offset, size, digest in self._in_order():
+        for offset, size, digest in self._ordered:
             if offset > end and digest not in immovable:
                 shifts.append(Shift(digest, offset, end, size))
                 self._spans[digest] = (end, size)
                 offset = end
             end = offset + size
-        self._ordered = None
+        self._ordered = self._sorted()
         return shifts
-
-    def _in_order(self) -> list[tuple[int, int, str]]:
-        """(offset, size, digest) by rising offset."""
-        if self._ordered is None:
-            self._ordered = sorted((*span, digest) for digest, span in self._spans.items())
-        return self._ordered
 
     def check(self) -> None:
         end = 0
@@ -117,3 +115,7 @@ class Extents:
             end = offset + size
         assert end <= self.capacity
         assert self.used == sum(size for _, size in self._spans.values())
+        assert self._ordered == self._sorted()
+
+    def _sorted(self) -> list[tuple[int, int, str]]:
+        return sorted((*span, digest) for digest, span in self._spans.items())

@@ -9,7 +9,8 @@ class HostTier:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.used = 0
-        self._sizes: OrderedDict[str, int] = OrderedDict()
+        self._sizes: OrderedDict[str, int] = OrderedDict()  # least recently used first
+        self._dropped: set[str] = set()
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._sizes
@@ -21,6 +22,7 @@ class HostTier:
         """Keep an image as the most recently used. Returns those dropped for it."""
         assert self.fits(size) and digest not in self
         self._sizes[digest] = size
+        self._dropped.discard(digest)
         self.used += size
         dropped = []
         while self.used > self.capacity:
@@ -36,10 +38,19 @@ class HostTier:
         return oldest
 
     def touch(self, digest: str) -> None:
-        self._sizes.move_to_end(digest)
+        """The image is used, on the device or to load it. It may be none of those kept."""
+        if digest in self._sizes:
+            self._sizes.move_to_end(digest)
 
     def drop(self, digest: str) -> None:
         self.used -= self._sizes.pop(digest)
+        self._dropped.add(digest)
+
+    def drops(self) -> list[str]:
+        """The images dropped since the last call. Their memory must be freed."""
+        dropped = sorted(self._dropped)
+        self._dropped.clear()
+        return dropped
 
     def check(self) -> None:
         assert self.used == sum(self._sizes.values()) <= self.capacity

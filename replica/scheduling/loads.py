@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,13 +81,16 @@ class Loads:
         self._short_s = -math.inf  # when pages or computing were last the bottleneck
         self._overloaded: bool | None = None  # as of this step
 
-    def plan(self, first: str | None, now_s: float) -> tuple[list[ArenaChange], set[str]]:
+    def plan(
+        self, first: str | None, paused: Collection[str], now_s: float
+    ) -> tuple[list[ArenaChange], set[str]]:
         """Begin the loads that fit. Adapters that do not fit take another's place, or wait.
 
         Also returns the adapters that take no new rows in this step, because their running rows end
         soon.
 
         first: the only adapter that may load, if `on_miss` is "block".
+        paused: adapters that may not load yet.
         """
         arena_changes: list[ArenaChange] = []
         closed: set[str] = set()
@@ -106,6 +109,8 @@ class Loads:
         for digest in itertools.chain(pinned, self._starving(first)):
             if self._adapter_cache.loading >= self._in_flight_max:
                 break
+            if digest in paused:
+                continue
             size = self._adapter_cache.adapters[digest].bytes
             self._reserve(digest, now_s, all_pages=pages_saved)
             drained = bool(self._drainer.drained_for(digest))

@@ -125,7 +125,7 @@ class RunningSet:
                 request.pages += page
                 continue
             newest = next(reversed(self.running.values()))
-            self._preempt(newest, now_s)
+            self.preempt(newest, now_s)
             if newest is request:
                 return False
         return True
@@ -201,6 +201,14 @@ class RunningSet:
         """Pages being saved for a request that has been passed over since `since_s` or earlier."""
         saved = self._saved(now_s)
         return saved if self._passed_over is not None and self._passed_over[1] <= since_s else 0
+
+    def preempt(self, request: Request, now_s: float) -> None:
+        """Take its row and its pages."""
+        self._leave_batch(request, now_s)
+        self._lose_pages(request)
+        request.become(Phase.WAITING)
+        self._waiting.add(request)
+        self._timelines.note(request.id, now_s, Event.PREEMPTED)
 
     def free_parked(self, count: int, now_s: float) -> None:
         """Drop the pages of parked rows, newest first, if that makes `count` free."""
@@ -376,13 +384,6 @@ class RunningSet:
         self._lose_pages(request)
         request.become(Phase.WAITING)
         self._timelines.note(request.id, now_s, Event.PREEMPTED, "pages dropped while parked")
-
-    def _preempt(self, request: Request, now_s: float) -> None:
-        self._leave_batch(request, now_s)
-        self._lose_pages(request)
-        request.become(Phase.WAITING)
-        self._waiting.add(request)
-        self._timelines.note(request.id, now_s, Event.PREEMPTED)
 
     def _lose_pages(self, request: Request) -> None:
         request.lost = max(request.lost, request.computed)

@@ -138,10 +138,22 @@ class Scheduler:
         self.adapter_cache.failed(digest, reason, now_s)
 
     def lost(self, digest: str, reason: str, now_s: float) -> list[Delta]:
-        """Without overlap: a load that the plan assumed done has failed, and so do its rows."""
+        """Without overlap: a load that the newest plan assumed done has failed.
+
+        Of its rows, those that have tokens wait for a retry. The others fail.
+        """
         error = AdapterFailed(f"the adapter did not load: {reason}", field="model")
-        rows = [r for r in self.running_set.running.values() if r.adapter_key == digest]
-        failed = [self._fail(request, error, now_s) for request in rows]
+        failed = []
+        works = self.in_flight.plans[-1].rows if self.in_flight.plans else ()
+        for work in works:
+            request = work.request
+            if request.adapter_key != digest or request.phase is not Phase.RUNNING:
+                continue
+            if request.output:
+                _unplan(work)
+                self.running_set.preempt(request, now_s)
+            else:
+                failed.append(self._fail(request, error, now_s))
         if self.adapter_cache.usable(digest):  # else the same plan evicted it again
             self.adapter_cache.lost(digest, reason, now_s)
         return failed
@@ -157,15 +169,19 @@ class Scheduler:
         return bool(self._requests or self.in_flight.plans)
 
     def step(self, now_s: float) -> Plan:
-        failed = self._fail_quarantined(now_s)
+        backoff = self.adapter_cache.backoff
+        hopeless = backoff.hopeless(self.waiting, now_s)
+        failed = [self._fail(request, error, now_s) for request, error in hopeless]
+        closed, retry_s = backoff.paused(now_s), backoff.next_retry_s(self.waiting, now_s)
         self.in_flight.begin()
-        self.drainer.tick()
-        closed: set[str] = set()
+        self.drainer.tick(closed)
         arena_changes: list[ArenaChange] = []
         self.running_set.begin_step(arena_changes, self.drainer.drains)
         if self.switches.overlap or self.drainer.sharing.park:
-            changes, closed = self.loads.plan(self._order.blocking_adapter(), now_s)
+            first = self._order.blocking_adapter(closed)
+            changes, ending = self.loads.plan(first, closed, now_s)
             arena_changes += changes
+            closed |= ending
         rows, prefilling = self._decodes(now_s)
         budget = self.limits.step_tokens_max - len(rows)
         for request in prefilling:
@@ -185,7 +201,7 @@ class Scheduler:
             tuple(rows),
             tuple(failed),
             self.in_flight.waits,
-            None if rows else hold_s,
+            None if rows else min(filter(None, (hold_s, retry_s)), default=None),
         )
         if rows:
             self.in_flight.add(plan)
@@ -198,16 +214,15 @@ class Scheduler:
             return plan
         narrow = replace(plan, rows=tuple(work for work in plan.rows if not drop(work)))
         for work in dropped:
-            if work.request.phase not in ENDED:
-                work.request.computed = work.start
-                work.request.tokens -= work.sample
+            if work.request.phase is Phase.RUNNING:
+                _unplan(work)
         self.in_flight.narrow(narrow, dropped)
         self._release()
         return narrow
 
     def without_ended(self, plan: Plan) -> Plan:
-        """The plan less the rows whose request has ended since."""
-        return self.without(plan, lambda work: work.request.phase in ENDED)
+        """The plan less the rows whose request has ended, or left the batch, since."""
+        return self.without(plan, lambda work: work.request.phase is not Phase.RUNNING)
 
     def commit(self, plan: Plan, chosen: Sequence[Sampled | None], now_s: float) -> list[Delta]:
         """chosen: one for each row of the plan; None if the row did not sample."""
@@ -271,20 +286,6 @@ class Scheduler:
         slots: dict[str | None, int | None] = {None: 0}
         slots |= {a.digest: a.slot for a in self.adapter_cache.adapters.values()}
         self.in_flight.check(self.pages.page_tokens, slots)
-
-    def _fail_quarantined(self, now_s: float) -> list[Delta]:
-        """Fail requests whose adapter did not load. The first one after the pause retries."""
-        failed = []
-        for digest in sorted(self.adapter_cache.quarantined):
-            adapter = self.adapter_cache.adapters[digest]
-            if now_s >= adapter.retry_s:
-                continue
-            left_s = adapter.retry_s - now_s
-            message = f"the adapter did not load: {adapter.reason}; retried in {left_s:.1f} s"
-            for request in self.waiting.group(digest):
-                error = AdapterFailed(message, field="model", retry_after_s=left_s)
-                failed.append(self._fail(request, error, now_s))
-        return failed
 
     def _decodes(self, now_s: float) -> tuple[list[Work], list[Request]]:
         """Decode rows, oldest request first; and the requests whose prompt is in progress.
@@ -392,3 +393,9 @@ class Scheduler:
             self.running_set.free(request)
             if request.adapter_key is not None:
                 self._evictions += self.adapter_cache.let_go(request.adapter_key)
+
+
+def _unplan(work: Work) -> None:
+    """The newest plan will not carry out this row."""
+    work.request.computed, work.request.step = work.start, 0
+    work.request.tokens -= work.sample

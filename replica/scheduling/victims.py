@@ -1,5 +1,6 @@
 """Which adapters leave the device for an image or for KV pages. A search changes nothing."""
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -15,8 +16,8 @@ class Candidate(NamedTuple):
     wanted: a request waits for it.
     placed_s: when it reached the device.
     used_s: when a row last started or stopped running with it.
-    value: expected uses per second × seconds to reload ÷ bytes (greedy-dual, Cao and Irani 1997,
-        with a decayed frequency instead of its clock).
+    value: log2 of uses per second × seconds to reload ÷ bytes, plus a term equal for all
+        (greedy-dual, Cao and Irani 1997, with a decayed frequency instead of its clock).
     """
 
     digest: str
@@ -142,7 +143,7 @@ class VictimSearch:
                 a.since_s,
                 a.used_s,
                 a.wanted,
-                a.frequency * self._copy_s(a) / max(a.bytes, 1),
+                self._value(a),
             )
             for a in self._placed.values()
             if a.tier is Tier.DEVICE
@@ -150,6 +151,11 @@ class VictimSearch:
             and not a.pinned
             and not (spare_fresh and a.fresh and a.wanted and a.digest not in lacking)
         ]
+
+    def _value(self, adapter: Adapter) -> float:
+        if not adapter.bytes:
+            return -math.inf  # a reload is free
+        return adapter.heat + math.log2(self._copy_s(adapter) / adapter.bytes)
 
     def _fits(self, digest: str, victims: Sequence[str], loading: Collection[str]) -> bool:
         """True if the image finds a slot and a hole, after sliding if needed."""

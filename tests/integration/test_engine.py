@@ -8,7 +8,7 @@ import shutil
 import time
 import types
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from cluster.errors import ConfigError
 from cluster.values import Tier, Version
 from replica.adapters.adapter_files import inspect
 from replica.adapters.host_pool import HostPool
+from replica.adapters.image import Image
 from replica.engine.engine import Engine
 from replica.model.shape import read_shape
 from replica.scheduling.request import Delta, Finish, NewRequest, Sampling
@@ -277,6 +278,56 @@ def test_a_broken_adapter_hurts_only_its_own_requests(
     made.close()
 
 
+def test_a_version_registered_from_two_directories_needs_only_one_of_them(
+    model: str, versions: list[Version], tmp_path: Path
+) -> None:
+    made = engine(model, versions[:1])
+    copy = shutil.copytree(versions[0].uri, tmp_path / "copy")
+    made.register(versions[0], str(copy))
+    shutil.rmtree(copy)
+    made.add(NewRequest("r", PROMPTS[0], GREEDY, versions[0].digest))
+    drive(made, {})
+    made.close()
+
+
+@pytest.mark.usefixtures("driven")
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_parked_stream_survives_a_reload_that_fails_for_a_while(
+    model: str, versions: list[Version], tmp_path: Path, depth: int
+) -> None:
+    first, second = versions[0], versions[4]
+    files, away = tmp_path / "files", tmp_path / "away"
+    shutil.copytree(first.uri, files)
+    made = engine(model, [second], slots_max=1, host_memory=0, quantum_s=0.001, plan_depth=depth)
+    made.register(first, str(files))
+    threads = made._loader._threads
+    assert isinstance(threads, LoadsOnDemand)
+    long = Sampling(max_tokens=300, temperature=0.0, ignore_eos=True)
+    answers: list[list[int]] = []
+    for fails in (False, True):
+        got: dict[str, list[int]] = {}
+        tiers = set()
+        made.add(NewRequest("stream", PROMPTS[0], long, first.digest))
+        while made.has_work:
+            for delta in made.step():
+                assert delta.error is None, delta.error
+                got.setdefault(delta.request_id, []).extend(delta.tokens)
+            made.scheduler.check()
+            threads.carry_out_one()
+            tier = made.scheduler.adapter_cache.adapters[first.digest].tier
+            if fails and len(got.get("stream", [])) == 10 and not tiers:
+                tiers.add(tier)
+                made.add(NewRequest("other", PROMPTS[1], GREEDY, second.digest))
+                files.rename(away)
+            elif tier is Tier.FAILED and away.exists():
+                tiers.add(tier)
+                away.rename(files)
+        assert (Tier.FAILED in tiers) == fails
+        answers.append(got["stream"])
+    assert answers[0] == answers[1] and len(answers[0]) == 300
+    made.close()
+
+
 def test_the_seed_decides_the_draw_whatever_runs_beside(
     model: str, versions: list[Version]
 ) -> None:
@@ -313,6 +364,29 @@ def test_an_image_in_host_memory_comes_back_without_its_files(
             assert tiers == {first.digest: Tier.HOST, second.digest: Tier.DEVICE}
             shutil.rmtree(moved)
     assert answers[0] == answers[2] != answers[1]
+    made.close()
+
+
+def test_a_load_looks_at_no_image_in_host_memory_but_its_own_and_the_dropped(
+    model: str, versions: list[Version]
+) -> None:
+    """Host memory may hold thousands."""
+
+    class Unread(dict[str, Image]):
+        def __iter__(self) -> Iterator[str]:
+            raise AssertionError("the load looks at each image")
+
+        keys = values = items = __iter__  # type: ignore[assignment]
+
+    size = versions[0].parameters * 4 + 2**10
+    made = engine(model, versions, slots_max=1, host_memory=size)
+    made._images = Unread()
+    for version in (versions[0], versions[4], versions[8], versions[0]):  # of the same rank
+        made.add(NewRequest("r", PROMPTS[0], GREEDY, version.digest))
+        drive(made, {})
+        assert version.digest in made._images
+        assert len(made._images) <= 2, "the next load releases what this one dropped"
+    assert made.report().loads == 4
     made.close()
 
 

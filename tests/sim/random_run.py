@@ -89,7 +89,7 @@ class Run:
             ORDERS[rng.choice(sorted(ORDERS))],
             costs.copy_s,
             0.2,
-            1.0,
+            rng.choice([0.4, 1.0]),
             HostTier(rng.choice([0, 100])),
             budget,
         )
@@ -113,7 +113,9 @@ class Run:
             pinned = self.chance(0.05)
             size = rng.randint(1, 60)
             if core.adapter_cache.refusal(digest, size, pinned) is None:
-                core.adapter_cache.register(digest, "/", size, pinned, now_s=self.now_s)
+                core.adapter_cache.register(
+                    digest, rng.choice("xy"), size, pinned, now_s=self.now_s
+                )
         if self.chance(0.02) and core.adapter_cache.adapters:
             core.forget(rng.choice([d for d in sorted(core.adapter_cache.adapters) if d] or ["x"]))
         if self.chance(0.5):
@@ -150,6 +152,10 @@ class Run:
     def receive(self, deltas: Iterable[Delta]) -> None:
         for delta in deltas:
             assert delta.request_id in self.open, f"a token for {delta.request_id}, which has ended"
+            if delta.error is not None and self.got[delta.request_id]:
+                adapters = self.core.adapter_cache.adapters
+                adapter = adapters.get(self.open[delta.request_id].adapter_key or "")
+                assert adapter is None or adapter.given_up, "it has tokens: it waits for retries"
             self.got[delta.request_id] += delta.tokens
             if delta.last:
                 request = self.open[delta.request_id]
@@ -170,13 +176,18 @@ class Run:
         for load in list(self.memory.copies):
             if faults and not self.chance(0.4):
                 continue
-            good = not (faults and self.chance(0.2))
+            good = not (faults and self.chance(self.fault_rate(load, 0.2)))
             self.memory.end(load, good)
             if good:
                 self.core.loaded(load.digest, self.now_s)
             else:
                 self.core.load_failed(load.digest, "fault", self.now_s)
         self.clear()
+
+    def fault_rate(self, load: Load, usual: float) -> float:
+        """Loads that requests with tokens wait for are rare, so they fail more often."""
+        waiting = (r for r in self.open.values() if r.digest == load.digest)
+        return 0.6 if any(r.output for r in waiting) else usual
 
     def clear(self) -> None:
         for evict in self.core.evictions():
@@ -191,6 +202,10 @@ class Run:
         plan = self.core.step(self.now_s)
         self.core.check()
         self.receive(plan.failed)
+        for digest in self.core.adapter_cache.backoff.paused(self.now_s):
+            assert all(r.begun for r in self.core.waiting.group(digest)), "it was to fail"
+            if not plan.rows and self.core.waiting.waited_for(digest):
+                assert plan.wake_s is not None, "nothing wakes the engine for the retry"
         if plan.waits:
             self.commit()
         plan = self.apply_changes(plan, faults)
@@ -230,7 +245,7 @@ class Run:
 
     def load_now(self, load: Load, faults: bool) -> None:
         """Without overlap the batch waits, and rows whose load failed do not run."""
-        good = not (faults and load.digest and self.chance(0.1))
+        good = not (faults and load.digest and self.chance(self.fault_rate(load, 0.1)))
         self.memory.end(load, good)
         if not good:
             self.memory.lost.add(load.slot)

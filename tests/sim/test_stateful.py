@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 from cluster.errors import FleetError
 from cluster.values import Tier
 from replica.scheduling import victims
+from replica.scheduling.adapter import Load
 from replica.scheduling.adapter_cache import AdapterCache
 from replica.scheduling.drainer import Sharing
 from replica.scheduling.extents import Extents
@@ -282,12 +283,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.core.cancel(name, self.now_s)
         self.open.remove(name)
 
-    @rule(steps=st.integers(1, 8), copies=st.booleans())
-    def run_steps(self, steps: int, copies: bool) -> None:
-        for _ in range(steps):
+    @rule(steps=st.integers(1, 8), copies=st.booleans(), broken=st.booleans())
+    def run_steps(self, steps: int, copies: bool, broken: bool) -> None:
+        """broken: without overlap the loads of the last step fail."""
+        for left in reversed(range(steps)):
             if copies:
                 self.end_copies(good=True)
-            self.step()
+            self.step(broken and not left)
 
     @precondition(lambda self: self.memory.copies)
     @rule(good=st.booleans())
@@ -299,7 +301,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             else:
                 self.core.load_failed(load.digest, "broken", self.now_s)
 
-    def step(self) -> None:
+    def step(self, broken: bool = False) -> None:
         core = self.core
         plan = core.step(self.now_s)
         core.check()
@@ -311,7 +313,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if change.load is not None:
                 self.memory.begin(change.load)
                 if not core.switches.overlap:
-                    self.memory.end(change.load, good=True)
+                    self.end_load(change.load, good=not broken or not change.load.digest)
         plan = core.without_ended(plan)
         if plan.rows:
             self.launched_steps.append((plan, [work.request.pages for work in plan.rows]))
@@ -320,6 +322,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.launched_steps and (len(self.launched_steps) == self.depth or not plan.rows):
             self.commit()
         self.now_s += STEP_S
+
+    def end_load(self, load: Load, good: bool) -> None:
+        self.memory.end(load, good)
+        if not good:
+            self.memory.lost.add(load.slot)
+            self.receive(self.core.lost(load.digest, "broken", self.now_s))
 
     def commit(self) -> None:
         plan, pages = self.launched_steps.popleft()
@@ -378,11 +386,11 @@ class DrainerMachine(SchedulerMachine):
             adapter = adapter_cache.adapters.get(victim)
             assert adapter is None or not adapter.pinned
 
-    def step(self) -> None:
+    def step(self, broken: bool = False) -> None:
         drainer = self.core.drainer
         before = dict(drainer.drains)
         running = set(self.core.running_set.running)
-        super().step()
+        super().step(broken)
         for request in self.core.running_set.running.values():
             drain = before.get(request.adapter_key or "none")
             still = drain is not None and drainer.drains.get(request.adapter_key or "none") == drain

@@ -9,11 +9,13 @@ from replica.scheduling.adapter_cache import AdapterCache
 from replica.scheduling.extents import Extents
 
 
-def adapter_cache(capacity: int = 100, slots: int = 8) -> AdapterCache:
+def adapter_cache(
+    capacity: int = 100, slots: int = 8, order: victims.EvictionOrder = victims.lru
+) -> AdapterCache:
     return AdapterCache(
         Extents(capacity, alignment=1),
         slots,
-        victims.lru,
+        order,
         lambda size, _: size / 100,
         1.0,
         8.0,
@@ -273,3 +275,39 @@ def test_pins_leave_room_for_the_largest_other_image() -> None:
     for digest in "qr":
         cache.register(digest, "/", 0, pinned=True, now_s=0.0)
     assert "3 places" in (cache.refusal("s", 0, pinned=True) or "")
+
+
+def use(cache: AdapterCache, digest: str, now_s: float, end_s: float | None = None) -> None:
+    """One row runs with it, until `end_s`. It is loaded first if it is absent."""
+    cache.claim(digest, now_s)
+    if not cache.usable(digest):
+        load(cache, digest, now_s)
+    cache.acquire(digest, now_s)
+    cache.release(digest, now_s if end_s is None else end_s)
+    cache.unclaim(digest)
+
+
+@pytest.mark.parametrize("order", victims.ORDERS.values(), ids=victims.ORDERS)
+def test_adapters_that_fell_silent_give_their_places_to_those_in_use(
+    order: victims.EvictionOrder,
+) -> None:
+    cache = adapter_cache(capacity=8, order=order)
+    old, current = "abcdefgh", "ijklmnop"
+    for digest in old + current:
+        cache.register(digest, f"/{digest}", 1, pinned=False, now_s=0.0)
+    for use_number in range(4800):
+        use(cache, old[use_number % 8], use_number / 80)  # 10 a second each
+    for use_number in range(800):
+        use(cache, current[use_number % 8], 3600 + use_number * 1.25)  # 0.1 a second each
+    assert cache.loads == 16
+
+
+def test_the_value_of_an_adapter_falls_while_a_row_runs() -> None:
+    cache = adapter_cache(capacity=2, order=victims.cost)
+    for digest in "abc":
+        cache.register(digest, f"/{digest}", 1, pinned=False, now_s=0.0)
+    for _ in range(3):
+        use(cache, "a", 0.0)
+    use(cache, "a", 1.0, end_s=600.0)
+    use(cache, "b", 580.0)
+    assert cache.victim_search.for_image("c") == ["a"]

@@ -1,9 +1,13 @@
 """Images share no byte of the arena, and slide together if no hole is large enough."""
 
+import copy
 import random
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 
+from replica.scheduling import extents as extents_module
 from replica.scheduling.extents import Extents, Shift
 
 
@@ -82,12 +86,33 @@ def test_packed_predicts_what_sliding_gives(seed: int) -> None:
     left = [str(name) for name in range(30) if name % 3]
     gone, immovable = rng.sample(left, 5), rng.sample(left, 3)
     end, hole = extents.packed(gone, immovable)
-    trial = extents.copy()
+    trial = copy.deepcopy(extents)
     for name in gone:
         trial.give_back(name)
     trial.slide([name for name in immovable if name not in gone])
     trial.check()
     assert trial.end == end
     trial.resize(end)
-    assert hole == 0 or trial.copy().take("fits", hole) is not None
+    assert hole == 0 or trial.hole(hole) is not None
     assert trial.take("does not", hole + 1) is None
+
+
+def test_an_image_comes_and_goes_without_a_sort(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Host memory may hold thousands, and a load asks several times."""
+    extents = Extents(4000, alignment=1)
+    sorts: list[int] = []
+
+    def counted(items: Iterable[Any]) -> list[Any]:
+        found = sorted(items)
+        sorts.append(len(found))
+        return found
+
+    monkeypatch.setattr(extents_module, "sorted", counted, raising=False)
+    for number in range(4000):
+        extents.take(str(number), 1)
+    for number in range(0, 4000, 40):
+        assert extents.hole(1) is None
+        extents.give_back(str(number))
+        assert extents.take(f"new {number}", 1) == number
+    assert not sorts
+    extents.check()
