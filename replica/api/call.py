@@ -25,14 +25,26 @@ COMPLETION_TOKENS = 16
 class CallReader:
     """Builds calls with one replica's adapter names, tokenizer and limits.
 
-    base: the base model's name. context, vocab: the model's limits, in tokens.
+    base: the base model's name. context, vocab: the model's limits, in tokens. kv_tokens: what
+    all KV pages hold.
     """
 
-    def __init__(self, adapters: Adapters, text: Text, base: str, context: int, vocab: int) -> None:
+    def __init__(
+        self,
+        adapters: Adapters,
+        text: Text,
+        base: str,
+        context: int,
+        kv_tokens: int,
+        vocab: int,
+    ) -> None:
         self._adapters = adapters
         self._text = text
         self._base = base
-        self._context = context
+        # Of prompt and answer together.
+        self._tokens_max = min(context, kv_tokens)
+        self._limit = f"{'context length' if context <= kv_tokens else 'KV capacity'} of "
+        self._limit += f"{self._tokens_max}"
         self._vocab = vocab
 
     async def chat(self, request: ChatRequest) -> Call:
@@ -48,7 +60,7 @@ class CallReader:
         prompt = await self._encode(rendered, bool(request.add_special_tokens), "messages")
         top = (request.top_logprobs or 0) if request.logprobs else None
         requested = request.max_completion_tokens or request.max_tokens
-        return self._call(request, "chatcmpl", digest, (prompt,), (), requested, self._context, top)
+        return self._call(request, "chatcmpl", digest, (prompt,), (), requested, None, top)
 
     async def completion(self, request: CompletionRequest) -> Call:
         digest = await self._digest(request.model)
@@ -79,11 +91,9 @@ class CallReader:
 
     async def _encode(self, text: str, special: bool, field: str) -> tuple[int, ...]:
         tokens_min = self._text.tokens_min(text)
-        if tokens_min > self._context:  # Refuse it before the cost of tokenizing it.
+        if tokens_min > self._tokens_max:  # Refuse it before the cost of tokenizing it.
             raise ContextLengthExceeded(
-                f"{field}: at least {tokens_min} tokens, over the context length of "
-                f"{self._context}",
-                field=field,
+                f"{field}: at least {tokens_min} tokens, over the {self._limit}", field=field
             )
         return await self._text.encode(text, add_special_tokens=special)
 
@@ -103,10 +113,12 @@ class CallReader:
         prompts: tuple[tuple[int, ...], ...],
         echoes: tuple[str, ...],
         requested: int | None,
-        default: int,
+        default: int | None,
         logprobs: int | None,
     ) -> Call:
-        """requested: the client's max_tokens. default: used where the client gives none."""
+        """requested: the client's max_tokens. default: used where the client gives none; None: as
+        many as fit.
+        """
         choices = len(prompts) * (request.n or 1)
         if choices > CHOICES_MAX:
             raise BadRequest(
@@ -151,22 +163,22 @@ class CallReader:
         )
 
     def _max_tokens(
-        self, request: GenerationRequest, prompt: int, requested: int | None, default: int
+        self, request: GenerationRequest, prompt: int, requested: int | None, default: int | None
     ) -> int:
         """prompt: tokens of the longest prompt. Raises ContextLengthExceeded."""
-        left = self._context - prompt
+        left = self._tokens_max - prompt
         if left < 1:
             raise ContextLengthExceeded(
                 f"{request.prompt_field}: {prompt} tokens leave no room for an answer in the "
-                f"context length of {self._context}",
+                f"{self._limit}",
                 field=request.prompt_field,
             )
         if requested is None:
-            return min(default, left)
+            return left if default is None else min(default, left)
         if requested > left:
             raise ContextLengthExceeded(
                 f"{request.prompt_field}: {prompt} prompt tokens + max_tokens {requested} = "
-                f"{prompt + requested}, over the context length of {self._context}",
+                f"{prompt + requested}, over the {self._limit}",
                 field=request.prompt_field,
             )
         return requested

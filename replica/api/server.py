@@ -82,7 +82,10 @@ class Server:
         self._adapters = adapters
         self._text = text
         self._config = config
-        self._reader = CallReader(adapters, text, config.base, config.context, config.vocab)
+        kv_tokens = engine.report().capacity_pages * engine.config.page_tokens
+        self._reader = CallReader(
+            adapters, text, config.base, config.context, kv_tokens, config.vocab
+        )
         self._created = int(time.time())
         self._closing = False
         self._idle = asyncio.Event()
@@ -379,7 +382,7 @@ class Server:
 
 
 def build_app(engine: Engine, adapters: Adapters, text: Text, config: ServerConfig) -> Server:
-    """The ASGI application of one replica. It neither starts nor stops the engine."""
+    """The ASGI application of one replica. engine: has started. The app does not stop it."""
     return Server(engine, adapters, text, config)
 
 
