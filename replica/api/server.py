@@ -228,17 +228,18 @@ class Server:
         send: Send,
     ) -> None:
         """An ASGI application: it watches for the disconnect of who asked."""
-        if self._closing:
-            raise ShuttingDown("this replica is shutting down", retry_after_s=1.0)
         self.active += 1
         self._idle.clear()
         try:
+            if self._closing:
+                raise ShuttingDown("this replica is shutting down", retry_after_s=1.0)
             if stream:
                 work = self._stream(call, encoder, options, send)
             else:
                 work = self._whole(call, encoder, scope, receive, send)
             await asgi.until_disconnect(receive, work)
         finally:
+            call.release()
             self.active -= 1
             if not self.active:
                 self._idle.set()
