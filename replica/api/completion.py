@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
+from cluster.errors import LogitsNotFinite
 from replica.api.interfaces import Claim, Engine
 from replica.api.text import Detokenizer, StopStrings, Text
 from replica.scheduling.request import Delta, Finish, NewRequest, Sampling, TokenLogprobs
@@ -140,6 +141,8 @@ async def _choice(
     writer = _Writer(call, index, detokenizer)
     async with aclosing(engine.generate(request)) as deltas:
         async for delta in deltas:
+            if isinstance(delta.error, LogitsNotFinite):  # the engine does not know the name
+                raise LogitsNotFinite(f"{call.model}: {delta.error.message}", field="model")
             if delta.error is not None:
                 raise delta.error
             piece = writer.write(delta)
