@@ -8,6 +8,7 @@ FleetError
 ├── ModelNotFound             404  neither the base model nor an adapter has that name
 ├── QueueFull                 429  too many requests wait (Retry-After)
 ├── EngineFailed              500  the engine died while the request ran
+├── LogitsNotFinite           500  the forward pass overflowed, so there is no token to choose
 ├── AdapterFailed             503  the adapter is known but its load failed; it is retried later
 ├── CatalogUnavailable        503  Redis cannot be reached; nothing was changed
 ├── ShuttingDown              503  the replica stops: it takes no request and cuts off late ones
@@ -81,6 +82,10 @@ class QueueFull(FleetError):
 
 class EngineFailed(FleetError):
     code = "engine_failed"
+
+
+class LogitsNotFinite(FleetError):
+    code = "logits_not_finite"
 
 
 class AdapterFailed(FleetError):

@@ -17,7 +17,7 @@ import uvicorn
 from cluster.errors import BadRequest, FleetError, ModelNotFound
 from cluster.values import Version
 from replica.api.catalog_page import catalog_page
-from replica.api.interfaces import Acknowledgement
+from replica.api.interfaces import Acknowledgement, Claim
 from replica.api.server import Server, ServerConfig, build_app
 from replica.api.text import Text
 from tests.models import write_tokenizer
@@ -51,6 +51,10 @@ class Book:
 
     async def find(self, name: str) -> Version | None:
         return self._versions.get(name)
+
+    async def claim(self, name: str) -> Claim | None:
+        version = self._versions.get(name)
+        return None if version is None else Claim(version, lambda: None)
 
     def versions(self) -> list[Version]:
         return [self._versions[name] for name in sorted(self._versions)]

@@ -31,7 +31,7 @@ class StubEngine:
 
     For tests: `seen` lists every request, `running` those that run, and `ended` each one's end
     ("finished", "failed", "cancelled"). `hold` stops all tokens. With `fail`, each request fails
-    after `fail_after` tokens.
+    after `fail_after` tokens. capacity_pages: KV pages that it reports.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class StubEngine:
         scripts: dict[str | None, Sequence[int]] | None = None,
         eos: frozenset[int] = frozenset(),
         queue_max: int = 4096,
+        capacity_pages: int = 2**40,
         config: EngineConfig = EngineConfig("stub"),
     ) -> None:
         self.config = config
@@ -54,6 +55,7 @@ class StubEngine:
         self.scripts = scripts or {}
         self.eos = eos
         self.queue_max = queue_max
+        self.capacity_pages = capacity_pages
         self.seen: list[NewRequest] = []
         self.running: dict[str, NewRequest] = {}
         self.ended: dict[str, str] = {}
@@ -174,7 +176,12 @@ class StubEngine:
         return [self._entry(version) for version in self._registered.values()]
 
     def report(self) -> LoadReport:
-        return LoadReport(running=len(self.running), steps=self.steps, step_s=self.step_s)
+        return LoadReport(
+            running=len(self.running),
+            steps=self.steps,
+            step_s=self.step_s,
+            capacity_pages=self.capacity_pages,
+        )
 
     def on_residency(self, callback: Callable[[list[AdapterState]], None]) -> None:
         self._callbacks.append(callback)

@@ -250,15 +250,17 @@ def _gated_kernel(  # type: ignore[no-untyped-def]
 
 
 def choose(logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """A token a row, int64 [rows]. Nothing is read back, and equal inputs give equal tokens.
+    """int64 [rows, 2]: a token a row, and 1 where the row's logits are finite, else 0. Nothing is
+    read back, and equal inputs give equal tokens.
 
     logits: [rows, vocab]. temperature, uniform: float32 [rows]. Where the temperature is 0 the
     first of the largest; else the token in whose share of softmax(logits / temperature) `uniform`,
-    a number in [0, 1), lies: never one of probability 0. A row that is not finite gives any token.
+    a number in [0, 1), lies: never one of probability 0. A row that has NaN or +inf, or only -inf,
+    is not finite; it gives any token.
     """
     rows, vocab = logits.shape
     assert logits.stride(1) == 1 and temperature.is_contiguous() and uniform.is_contiguous()
-    out = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    out = torch.empty((rows, 2), dtype=torch.int64, device=logits.device)
     if not rows:
         return out
     blocks = -(-vocab // _CHOICE_BLOCK)
@@ -334,7 +336,9 @@ def _pick_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """The block in which the share lies, then the token within it."""
+    """The block in which the share lies, then the token within it. NaN and +inf make a share NaN,
+    and `max` ignores NaN.
+    """
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCKS)
     there = block < blocks
@@ -343,8 +347,9 @@ def _pick_kernel(  # type: ignore[no-untyped-def]
     most = tl.max(bests)
     heat = tl.load(temperature + row)
     token = tl.min(tl.where(bests == most, firsts, vocab))
+    shares = tl.load(share + row * blocks + block, mask=there, other=0.0)
+    finite = tl.sum(shares) > 0
     if heat > 0:
-        shares = tl.load(share + row * blocks + block, mask=there, other=0.0)
         shares = shares * tl.exp((bests - _above(most)) / heat)
         chosen, within = _find(shares, tl.load(uniform + row), block, BLOCKS)
         mine = chosen * BLOCK + tl.arange(0, BLOCK)
@@ -354,7 +359,8 @@ def _pick_kernel(  # type: ignore[no-untyped-def]
         weights = tl.exp((held - _above(tl.max(held))) / heat)
         index, _ = _find(weights, within, tl.arange(0, BLOCK), BLOCK)
         token = chosen * BLOCK + index
-    tl.store(out + row, tl.minimum(token, vocab - 1).to(tl.int64))
+    tl.store(out + 2 * row, tl.minimum(token, vocab - 1).to(tl.int64))
+    tl.store(out + 2 * row + 1, finite.to(tl.int64))
 
 
 @triton.jit

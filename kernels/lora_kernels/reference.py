@@ -190,7 +190,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def choose(logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Samples a token for each row.
+    """Samples a token for each row: int64 [rows, 2], the token and whether the logits are finite.
 
     Where temperature [rows] is 0: the first token with the largest logit. Elsewhere: the token
     whose interval of the cumulative softmax(logits / temperature) contains `uniform` [rows].
@@ -198,5 +198,6 @@ def choose(logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tenso
     divisor = torch.where(temperature > 0, temperature, 1.0)[:, None]
     sums = (logits.float() / divisor).softmax(-1).cumsum(-1)
     drawn = torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)[:, 0]
-    greedy = logits.max(-1).indices
-    return torch.where(temperature > 0, drawn.clamp(max=logits.shape[1] - 1), greedy)
+    most, greedy = logits.max(-1)
+    tokens = torch.where(temperature > 0, drawn.clamp(max=logits.shape[1] - 1), greedy)
+    return torch.stack((tokens, most.isfinite().long()), -1)

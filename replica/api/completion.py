@@ -5,7 +5,8 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from replica.api.interfaces import Engine
+from cluster.errors import LogitsNotFinite
+from replica.api.interfaces import Claim, Engine
 from replica.api.text import Detokenizer, StopStrings, Text
 from replica.scheduling.request import Delta, Finish, NewRequest, Sampling, TokenLogprobs
 
@@ -19,7 +20,8 @@ class Call:
     model: the name in the request. digest: its adapter's; None for the base model.
     prompts: each gets `n` choices; choice i continues prompt i // n.
     echoes: the text to put before each prompt's answer; empty without `echo`.
-    priority: lower runs first.
+    priority: lower runs first. claim: keeps the adapter's version until the engine has the
+    requests of all choices.
     """
 
     id: str
@@ -33,6 +35,7 @@ class Call:
     skip_special_tokens: bool = True
     echoes: tuple[str, ...] = ()
     priority: int = 0
+    claim: Claim | None = None
 
     @property
     def choices(self) -> int:
@@ -41,6 +44,10 @@ class Call:
     @property
     def prompt_tokens(self) -> int:
         return sum(len(prompt) for prompt in self.prompts)
+
+    def release(self) -> None:
+        if self.claim is not None:
+            self.claim.release()
 
     def request(self, index: int) -> NewRequest:
         """The engine's request for choice `index`. Choices of one seeded call get distinct seeds,
@@ -79,9 +86,13 @@ async def run(engine: Engine, text: Text, call: Call) -> AsyncGenerator[Piece, N
     """Yields the pieces of all choices in order of arrival.
 
     Raises the first choice's FleetError and cancels the other choices. Closing the generator
-    early cancels all of the call's requests in the engine.
+    early cancels all of the call's requests in the engine. Releases the call's claim once all its
+    requests are on their way to the engine: a callback runs after what was scheduled before it, and
+    after the current task waits.
     """
+    loop = asyncio.get_running_loop()
     if call.choices == 1:
+        loop.call_soon(call.release)
         async with aclosing(_choice(engine, text, call, 0)) as pieces:
             async for piece in pieces:
                 yield piece
@@ -91,6 +102,7 @@ async def run(engine: Engine, text: Text, call: Call) -> AsyncGenerator[Piece, N
         asyncio.create_task(_forward(queue, _choice(engine, text, call, index)))
         for index in range(call.choices)
     ]
+    loop.call_soon(call.release)
     running = len(tasks)
     try:
         while running:
@@ -129,6 +141,8 @@ async def _choice(
     writer = _Writer(call, index, detokenizer)
     async with aclosing(engine.generate(request)) as deltas:
         async for delta in deltas:
+            if isinstance(delta.error, LogitsNotFinite):  # the engine does not know the name
+                raise LogitsNotFinite(f"{call.model}: {delta.error.message}", field="model")
             if delta.error is not None:
                 raise delta.error
             piece = writer.write(delta)

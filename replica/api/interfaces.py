@@ -29,7 +29,9 @@ class Engine(Protocol):
         """Yields deltas; the final one is `last`. Closing the generator earlier cancels the
         request.
 
-        An error arrives as `Delta.error`. May be called from any event loop.
+        The request is on its way to the engine, ahead of any later `forget`, when the generator
+        waits for the first time. An error arrives as `Delta.error`. May be called from any event
+        loop.
         """
 
     def cut(self, reason: str) -> None:
@@ -63,10 +65,27 @@ class Acknowledgement:
     pending: tuple[str, ...] = ()
 
 
+class Claim:
+    """A version that the engine keeps until `release`, whatever its name is changed to."""
+
+    def __init__(self, version: Version, release: Callable[[], None]) -> None:
+        self.version = version
+        self._release: Callable[[], None] | None = release
+
+    def release(self) -> None:
+        """Idempotent."""
+        release, self._release = self._release, None
+        if release is not None:
+            release()
+
+
 class Adapters(Protocol):
     """The catalog of adapter names: in memory for a single process, in Redis for a fleet."""
 
     async def find(self, name: str) -> Version | None: ...
+
+    async def claim(self, name: str) -> Claim | None:
+        """Like `find`, and the engine keeps the version until the claim is released."""
 
     def versions(self) -> list[Version]:
         """All versions, sorted by name."""

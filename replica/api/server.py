@@ -82,7 +82,10 @@ class Server:
         self._adapters = adapters
         self._text = text
         self._config = config
-        self._reader = CallReader(adapters, text, config.base, config.context, config.vocab)
+        kv_tokens = engine.report().capacity_pages * engine.config.page_tokens
+        self._reader = CallReader(
+            adapters, text, config.base, config.context, kv_tokens, config.vocab
+        )
         self._created = int(time.time())
         self._closing = False
         self._idle = asyncio.Event()
@@ -225,17 +228,18 @@ class Server:
         send: Send,
     ) -> None:
         """An ASGI application: it watches for the disconnect of who asked."""
-        if self._closing:
-            raise ShuttingDown("this replica is shutting down", retry_after_s=1.0)
         self.active += 1
         self._idle.clear()
         try:
+            if self._closing:
+                raise ShuttingDown("this replica is shutting down", retry_after_s=1.0)
             if stream:
                 work = self._stream(call, encoder, options, send)
             else:
                 work = self._whole(call, encoder, scope, receive, send)
             await asgi.until_disconnect(receive, work)
         finally:
+            call.release()
             self.active -= 1
             if not self.active:
                 self._idle.set()
@@ -379,7 +383,7 @@ class Server:
 
 
 def build_app(engine: Engine, adapters: Adapters, text: Text, config: ServerConfig) -> Server:
-    """The ASGI application of one replica. It neither starts nor stops the engine."""
+    """The ASGI application of one replica. engine: has started. The app does not stop it."""
     return Server(engine, adapters, text, config)
 
 

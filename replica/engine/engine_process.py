@@ -32,6 +32,8 @@ _REPORT_S = 0.05
 _IDLE_S = 1.0
 # Net allocations that trigger a garbage collection: about those of 60 large steps.
 _COLLECT_THRESHOLD = 50_000
+# Once the engine stops or raises, the process ends within this time.
+_END_S = 2.0
 
 
 class Server:
@@ -125,6 +127,15 @@ def calm_collector() -> None:
     gc.set_threshold(_COLLECT_THRESHOLD)
 
 
+def _end_soon() -> None:
+    """Bounds the rest of the process: at exit, Python waits for a loader's thread without end, and
+    the thread may be stuck in a read.
+    """
+    timer = threading.Timer(_END_S, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
+
+
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server stops this process
     pipe = Connection(int(sys.argv[1]))
@@ -147,6 +158,8 @@ def main() -> None:
             print(f"lorafleet: {error.message}", file=sys.stderr, flush=True)
             pipe.send(error)
             os._exit(1)  # a kernel on the device may never end
+        finally:
+            _end_soon()
         engine.close()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the server is gone

@@ -76,8 +76,9 @@ class PagedExecutor:
         self._lora = lora
         self._tokens_max = max(tokens_max, rows_max)
         self._lora.reserve(self._tokens_max)
-        # The last launch: a token per output, logits, and the output of each row.
-        self._tokens = torch.zeros(rows_max, dtype=torch.int64, device=self._device)
+        # The last launch: each output's token and whether its logits are finite, the logits, and
+        # the output of each row.
+        self._tokens = torch.zeros((rows_max, 2), dtype=torch.int64, device=self._device)
         self._logits = cache.new_empty(rows_max, shape.vocab)
         self._output_of: list[int | None] = []
         self._graphs: DecodeGraphs | None = None
@@ -163,7 +164,7 @@ class PagedExecutor:
         batch = inputs.batch
         if inputs.carry is not None:
             # An index of -1 reads an arbitrary token, which `where` ignores.
-            tokens = torch.where(inputs.carry < 0, batch.tokens, self._tokens[inputs.carry])
+            tokens = torch.where(inputs.carry < 0, batch.tokens, self._tokens[:, 0][inputs.carry])
             batch = dataclasses.replace(batch, tokens=tokens)
         logits = self._decoder.forward(batch, self._lora if lora else None)
         tokens = fused.choose(logits, inputs.temperature, inputs.uniform)

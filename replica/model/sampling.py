@@ -75,8 +75,9 @@ class SamplingMetadata:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """tokens: int64 [rows]. logprobs: for rows that report, the token's logprob [reported, 1], the
-    largest logprobs, and their tokens, [reported, logprobs_max] each.
+    """tokens: int64 [rows, 2], the token, and 1 if the row's logits are finite, else 0. logprobs:
+    for rows that report, the token's logprob [reported, 1], the largest logprobs, and their tokens,
+    [reported, logprobs_max] each.
     """
 
     tokens: torch.Tensor
@@ -164,11 +165,12 @@ def choose(logits: torch.Tensor, rules: SamplingMetadata) -> Choice:
     if rules.barred is not None:
         logits = logits.index_put(rules.barred, logits.new_full((), float("-inf")))
     if rules.temperature_uniform is None:
-        # The first maximum, like `argmax`, which takes four times as long on a CPU.
-        tokens = logits.max(-1).indices
+        # The first maximum, like `argmax`, which takes four times as long on a CPU. NaN is one.
+        most, first = logits.max(-1)
+        tokens = torch.stack((first, most.isfinite().long()), -1)
         if rules.drawn is not None:
             probabilities = _probabilities(logits, rules.drawn)
-            tokens[rules.drawn.rows] = pick(probabilities, rules.drawn.uniform)
+            tokens[rules.drawn.rows, 0] = pick(probabilities, rules.drawn.uniform)
     else:
         from lora_kernels import fused
 
@@ -177,25 +179,25 @@ def choose(logits: torch.Tensor, rules: SamplingMetadata) -> Choice:
             kept = _probabilities(logits, rules.drawn).log()
             uniform = rules.drawn.uniform[:, 0]
             tokens[rules.drawn.rows] = fused.choose(kept, torch.ones_like(uniform), uniform)
-    return Choice(tokens, None if rules.reported is None else _logprobs(raw, tokens, rules))
+    return Choice(tokens, None if rules.reported is None else _logprobs(raw, tokens[:, 0], rules))
 
 
 def read(choice: Choice, draws: Sequence[Draw]) -> list[Sampled]:
     """Reads the tokens and logprobs. draws: the ones given to `prepare`."""
     tokens = choice.tokens.tolist()
     if choice.logprobs is None:
-        return [Sampled(token) for token in tokens]
+        return [Sampled(token, None, finite == 1) for token, finite in tokens]
     chosen, values, indices = (t.tolist() for t in choice.logprobs)
     sampled = []
     reported = 0
-    for token, draw in zip(tokens, draws, strict=True):
+    for (token, finite), draw in zip(tokens, draws, strict=True):
         count = draw.sampling.logprobs
         if count is None:
-            sampled.append(Sampled(token))
+            sampled.append(Sampled(token, None, finite == 1))
             continue
         pairs = zip(indices[reported][:count], values[reported][:count], strict=True)
         logprobs = TokenLogprobs(token, logprob=chosen[reported][0], top=tuple(pairs))
-        sampled.append(Sampled(token, logprobs))
+        sampled.append(Sampled(token, logprobs, finite == 1))
         reported += 1
     return sampled
 

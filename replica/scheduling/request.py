@@ -101,10 +101,11 @@ class TokenLogprobs:
 
 
 class Sampled(NamedTuple):
-    """The token chosen for a row."""
+    """The token chosen for a row. finite: False if the logits are not, and the token is any."""
 
     token: int
     logprobs: TokenLogprobs | None = None
+    finite: bool = True
 
 
 class Delta(NamedTuple):

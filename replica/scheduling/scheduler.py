@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from cluster.costs import Costs
-from cluster.errors import AdapterFailed, FleetError
+from cluster.errors import AdapterFailed, FleetError, LogitsNotFinite
 from cluster.values import Tier
 from replica.scheduling.adapter import ArenaChange, Evict
 from replica.scheduling.adapter_cache import AdapterCache
@@ -248,7 +248,11 @@ class Scheduler:
                 self.share.served(request.adapter_key, end - start, sample)
             if choice is None:
                 continue
-            token, logprobs = choice
+            token, logprobs, finite = choice
+            if not finite:
+                error = LogitsNotFinite("the logits are not finite: the forward pass overflowed")
+                deltas.append(self._fail(request, error, now_s))
+                continue
             cached = 0
             if not request.output:
                 cached = request.cached

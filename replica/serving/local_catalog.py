@@ -10,8 +10,9 @@ from cluster.values import Tier, Version
 from cluster.versions import Book, by_digest
 from replica.adapters.validation import Validation
 from replica.api.catalog_page import catalog_page
-from replica.api.interfaces import Acknowledgement, Engine
+from replica.api.interfaces import Acknowledgement, Claim, Engine
 from replica.model.shape import ModelShape, read_shape
+from replica.serving.claims import Claims
 
 
 class LocalCatalog:
@@ -32,6 +33,7 @@ class LocalCatalog:
         self._book = Book(config.engine.base_name)
         self._paths: dict[str, str] = {}  # digest → files, for versions the engine has
         self._change = asyncio.Lock()
+        self._claims = Claims()
 
     async def start(self) -> None:
         """Registers the configured adapters. Raises ConfigError naming the one that failed."""
@@ -47,6 +49,9 @@ class LocalCatalog:
 
     async def find(self, name: str) -> Version | None:
         return self._book.get(name)
+
+    async def claim(self, name: str) -> Claim | None:
+        return self._claims.claim(lambda: self._book.get(name))
 
     def versions(self) -> list[Version]:
         return self._book.by_name()
@@ -101,6 +106,7 @@ class LocalCatalog:
         if remaining is not None:
             await self._register(remaining, self._paths[digest])
         else:
+            await self._claims.wait_free(digest)
             await self._engine.forget(digest)
             del self._paths[digest]
 

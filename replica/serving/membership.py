@@ -37,8 +37,9 @@ from cluster.values import AdapterState, Version
 from cluster.versions import check_name
 from replica.adapters.validation import Validation
 from replica.api.catalog_page import catalog_page
-from replica.api.interfaces import Acknowledgement, Engine
+from replica.api.interfaces import Acknowledgement, Claim, Engine
 from replica.model.shape import ModelShape, read_shape
+from replica.serving.claims import Claims
 from replica.serving.reconciler import Reconciler
 
 log = logging.getLogger(__name__)
@@ -81,8 +82,13 @@ class Membership:
             on_change=self._catalog_changed,
         )
         self._registry = Registry(self._redis, config.name)
+        self._claims = Claims()
         self._reconciler = Reconciler(
-            engine, self._validation.store, config.engine, lambda: self._publisher.wake()
+            engine,
+            self._validation.store,
+            config.engine,
+            self._claims,
+            lambda: self._publisher.wake(),
         )
         self._publisher = Publisher(
             self._redis,
@@ -143,10 +149,15 @@ class Membership:
         """Raises AdapterFailed while the files cannot be fetched, and CatalogUnavailable if the
         catalog has never been read.
         """
-        version = self._catalog.book.get(name)
-        if version is not None and self._reconciler.has(version.digest):
-            return version
-        return await self._on_own_loop(self._find(name))
+        return self._registered(name) or await self._on_own_loop(self._find(name))
+
+    async def claim(self, name: str) -> Claim | None:
+        while True:
+            claim = self._claims.claim(lambda: self._registered(name))
+            if claim is not None:
+                return claim
+            if await self._on_own_loop(self._find(name)) is None:
+                return None
 
     def versions(self) -> list[Version]:
         return self._catalog.book.by_name()
@@ -172,6 +183,11 @@ class Membership:
 
     async def describe(self) -> dict[str, Any]:
         return await self._on_own_loop(self._describe())
+
+    def _registered(self, name: str) -> Version | None:
+        """The name's version, if the engine has it."""
+        version = self._catalog.book.get(name)
+        return version if version is not None and self._reconciler.has(version.digest) else None
 
     async def _on_own_loop(self, work: Coroutine[Any, Any, Result]) -> Result:
         if self._stopping:

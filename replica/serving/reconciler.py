@@ -2,7 +2,7 @@
 
 in the catalog, not registered ──> fetch ──> engine.register ──> registered
                                      └── fails ──> failed; retried by a request after a backoff
-registered, not in the catalog ──> engine.forget ──> absent
+registered, not in the catalog ──> no request claims it ──> engine.forget ──> absent
 """
 
 import asyncio
@@ -17,11 +17,11 @@ from cluster.store import Store
 from cluster.values import AdapterState, Tier, Version
 from cluster.versions import by_digest
 from replica.api.interfaces import Engine
+from replica.serving.claims import Claims
 
 log = logging.getLogger(__name__)
 
 FETCHES_MAX = 4
-FORGET_AFTER_S = 1.0
 ARRIVAL_WAIT_S = 30.0
 
 
@@ -45,14 +45,19 @@ class Reconciler:
     """Belongs to one event loop, except `has`. on_task_done: called when a task has ended."""
 
     def __init__(
-        self, engine: Engine, store: Store, config: EngineConfig, on_task_done: Callable[[], None]
+        self,
+        engine: Engine,
+        store: Store,
+        config: EngineConfig,
+        claims: Claims,
+        on_task_done: Callable[[], None],
     ) -> None:
         self._engine = engine
         self._store = store
         self._config = config
+        self._claims = claims
         self._on_task_done = on_task_done
         self._sequence = 0
-        self._names: dict[str, str] = {}
         self._desired: dict[str, Version] = {}
         self._registered: dict[str, Version] = {}
         self._failed: dict[str, _Failure] = {}
@@ -79,20 +84,11 @@ class Reconciler:
 
     def update(self, versions: Iterable[Version], sequence: int) -> None:
         """Starts the tasks that bring the engine to this state of the catalog."""
-        versions = list(versions)
         desired = by_digest(versions)
-        names = {version.name: version.digest for version in versions}
-        repointed = {old for name, old in self._names.items() if names.get(name, old) != old}
-        self._desired, self._names, self._sequence = desired, names, sequence
+        self._desired, self._sequence = desired, sequence
         self._failed = {d: failure for d, failure in self._failed.items() if d in desired}
         for digest in sorted(desired.keys() | self._registered.keys()):
-            if desired.get(digest) == self._registered.get(digest):
-                continue
-            if digest in repointed and digest not in desired:
-                # Requests that resolved the name just before are still on their way to the engine.
-                loop = asyncio.get_running_loop()
-                loop.call_later(FORGET_AFTER_S, self._reconcile, digest, None)
-            else:
+            if desired.get(digest) != self._registered.get(digest):
                 self._reconcile(digest, sequence)
 
     async def wait_idle(self, timeout_s: float) -> None:
@@ -132,9 +128,11 @@ class Reconciler:
                 version = self._desired.get(digest)
                 if version is not None:
                     await self._register(version)
+                elif self._claims.held(digest):
+                    await self._claims.wait_free(digest)
                 else:
+                    del self._registered[digest]  # first, so that no request claims it any more
                     await self._engine.forget(digest)
-                    del self._registered[digest]
             self._failed.pop(digest, None)
         except (FleetError, OSError) as error:
             self._fail(digest, str(error))

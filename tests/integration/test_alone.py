@@ -142,6 +142,23 @@ def test_without_a_word_on_memory_16_adapters_are_resident_at_once(
         assert re.match(r"lorafleet: memory: .* for adapters \(255 of rank 64\), ", memory)
 
 
+def test_a_chat_without_max_tokens_ends_where_the_kv_pages_do(files: Path, tmp_path: Path) -> None:
+    # 3 pages of 16 tokens, each 12,288 bytes; the context is 8,192 tokens.
+    arguments = ["--dtype", "float32", "--kv-memory", str(3 * 12288)]
+    arguments += ["--served-model-name", "base"]
+    with replica(files / "tiny", arguments, tmp_path / "log") as (_, url, _):
+        body = {"model": "base", "messages": [{"role": "user", "content": "hello"}]}
+        body |= {"ignore_eos": True}
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=ANSWER_S)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["choices"][0]["finish_reason"] == "length"
+        assert answer.json()["usage"]["total_tokens"] == 48
+        body |= {"max_tokens": 40}
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=ANSWER_S)
+    assert answer.status_code == 400
+    assert "over the KV capacity of 48" in answer.json()["error"]["message"]
+
+
 def test_an_adapter_that_cannot_fit_is_refused_at_the_start_with_the_numbers(
     files: Path,
 ) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config import EngineConfig
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, LogitsNotFinite
 from cluster.values import Tier, Version
 from replica.adapters.adapter_files import inspect
 from replica.adapters.host_pool import HostPool
@@ -325,6 +325,43 @@ def test_a_parked_stream_survives_a_reload_that_fails_for_a_while(
         assert (Tier.FAILED in tiers) == fails
         answers.append(got["stream"])
     assert answers[0] == answers[1] and len(answers[0]) == 300
+    made.close()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_an_adapter_whose_forward_pass_overflows_fails_its_own_requests_only(
+    model: str,
+    versions: list[Version],
+    expected: dict[tuple[str | None, int], list[int]],
+    tmp_path: Path,
+    depth: int,
+) -> None:
+    path = make_adapter(tmp_path / "hot", model, strength=1e20)
+    info = inspect(path, read_shape(model), rank_max=64)
+    hot = Version("hot", info.digest, path, info.rank, info.parameters)
+    # Pages for half of the requests, so that others take over the pages of those that overflowed.
+    made = engine(model, [versions[0], hot], plan_depth=depth, kv_memory=2**18)
+    samplings = (GREEDY, Sampling(temperature=1.0), Sampling(top_k=3, logprobs=2))
+    wanted = {}
+    for n in range(9):
+        made.add(NewRequest(f"hot{n}", PROMPTS[n % 4], samplings[n % 3], hot.digest))
+        digest = versions[0].digest if n % 2 else None
+        made.add(NewRequest(f"{n}", PROMPTS[n % 4], GREEDY, digest))
+        wanted[f"{n}"] = expected[digest, n % 4]
+    got: dict[str, list[int]] = {}
+    errors = {}
+    deadline = time.monotonic() + WORK_S
+    while made.has_work:
+        assert time.monotonic() < deadline
+        for delta in made.step():
+            if delta.error is not None:
+                errors[delta.request_id] = delta.error
+            else:
+                got.setdefault(delta.request_id, []).extend(delta.tokens)
+        made.scheduler.check()
+    assert got == wanted
+    assert set(errors) == {f"hot{n}" for n in range(9)}
+    assert {type(error) for error in errors.values()} == {LogitsNotFinite}
     made.close()
 
 

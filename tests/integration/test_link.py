@@ -1,12 +1,14 @@
 """The engine in its own process: streams, errors, and the death of either side."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +27,7 @@ from replica.engine.link import EngineLink
 from replica.model.shape import read_shape
 from replica.scheduling.request import Delta, Finish, NewRequest, Sampling
 from tests.models import edit_config, make_adapter, make_model
-from tests.until import until, until_now
+from tests.until import TIMEOUT_S, until, until_now
 
 GREEDY = Sampling(max_tokens=8, temperature=0.0, ignore_eos=True)
 # More tokens than a request can generate before its test ends it.
@@ -148,6 +150,71 @@ async def test_a_killed_engine_fails_its_streams_and_the_next_ones(link: EngineL
     assert isinstance(late.error, EngineFailed)
     with pytest.raises(EngineFailed):
         await link.forget("x")
+
+
+STUCK_ENGINE = """
+import sys
+from replica.adapters import loader
+from replica.engine import engine_process
+
+def read(*_, **options):
+    open(sys.argv[2]).read()
+
+loader.read_image = read
+engine_process.main()
+"""
+
+
+@pytest.fixture
+async def stuck(
+    model: str, adapter: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[EngineLink]:
+    """An engine whose loader waits in a read that does not end, for a request that waits too."""
+    pipe = str(tmp_path / "pipe")
+    os.mkfifo(pipe)
+    popen = subprocess.Popen
+
+    def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        return popen([command[0], "-c", STUCK_ENGINE, command[-1], pipe], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    link = EngineLink(EngineConfig(model, threads=1, kv_memory=2**24))
+    await link.start()
+    await link.register(adapter, adapter.uri)
+    waiting = asyncio.create_task(collect(link, NewRequest("r", (5, 6), GREEDY, adapter.digest)))
+    writers: list[int] = []
+
+    def reader_has_opened() -> bool:
+        with contextlib.suppress(OSError):
+            writers.append(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+        return bool(writers)
+
+    await until(reader_has_opened)
+    yield link
+    deltas = await asyncio.wait_for(waiting, TIMEOUT_S)
+    assert isinstance(deltas[-1].error, EngineFailed)
+    os.close(writers[0])
+    await link.stop()
+
+
+async def test_an_engine_that_raises_ends_though_a_loader_is_stuck_in_a_read(
+    stuck: EngineLink,
+) -> None:
+    bug = NewRequest("bug", (), GREEDY)  # the scheduler asserts that there is a prompt
+    deltas = await asyncio.wait_for(collect(stuck, bug), TIMEOUT_S)
+    assert isinstance(deltas[-1].error, EngineFailed)
+    assert not stuck.alive
+    pid = stuck.pid
+    assert pid is not None
+    await until(lambda: not _runs(pid))
+
+
+async def test_an_engine_that_stops_ends_by_itself_though_a_loader_is_stuck_in_a_read(
+    stuck: EngineLink,
+) -> None:
+    await stuck.stop()
+    assert stuck._process is not None
+    assert stuck._process.returncode >= 0, "it had to be killed"
 
 
 async def test_a_model_that_cannot_be_served_is_named_at_start(tmp_path: Path) -> None:

@@ -29,7 +29,6 @@ from cluster.redis_server import RedisServer
 from cluster.registry import FleetView
 from cluster.values import AdapterState, LoadReport, Version
 from replica.api.interfaces import Acknowledgement
-from replica.serving import reconciler
 from replica.serving.membership import Membership
 from tests.small_files import settled_config, write_adapter, write_model_config
 from tests.stub_engine import StubEngine
@@ -210,20 +209,63 @@ async def test_a_taken_name_is_refused_and_the_base_models_too(
     assert version is not None and version.digest == done.digest
 
 
-async def test_requests_that_just_read_a_name_still_find_its_old_version(
-    shared_redis: str, running: Fleet, monkeypatch: pytest.MonkeyPatch
+async def test_a_claimed_version_of_a_re_pointed_name_stays_until_its_release(
+    shared_redis: str, running: Fleet
 ) -> None:
-    monkeypatch.setattr(reconciler, "FORGET_AFTER_S", 3600.0)
     one, engine = await running.replica(shared_redis)
     old = await one.add("a", running.adapter("a"))
-    new = await one.add("a", running.adapter("b", seed=1), load_inplace=True)
-    assert digests(engine) == {old.digest, new.digest}
+    claims = [await one.claim("a"), await one.claim("a")]
+    change = asyncio.create_task(one.add("a", running.adapter("b", seed=1), load_inplace=True))
+    await until(lambda: len(digests(engine)) == 2)
+    later = await one.claim("a")
+    assert later is not None and later.version.digest != old.digest
+    for claim in claims:
+        await one.describe()  # a round through the membership's loop
+        assert digests(engine) == {old.digest, later.version.digest}
+        assert claim is not None and claim.version.digest == old.digest
+        claim.release()
+        claim.release()
+    new = await change
+    assert (new.digest, new.pending) == (later.version.digest, ())
+    assert digests(engine) == {new.digest}
+
+
+async def test_a_claimed_version_of_a_removed_name_stays_until_its_release(
+    shared_redis: str, running: Fleet
+) -> None:
+    one, engine = await running.replica(shared_redis)
+    old = await one.add("a", running.adapter("a"))
+    claim = await one.claim("a")
+    assert claim is not None
+    change = asyncio.create_task(one.remove("a"))
+    await until(lambda: one.versions() == [])
+    await one.describe()
+    assert await one.claim("a") is None
+    assert digests(engine) == {old.digest}
+    claim.release()
+    assert (await change).pending == ()
+    assert digests(engine) == set()
+
+
+async def test_a_version_added_elsewhere_is_claimed_once_the_engine_has_it(
+    shared_redis: str, running: Fleet
+) -> None:
+    one, _ = await running.replica(shared_redis, "r1")
+    slow, engine = await running.replica(shared_redis, "r2", engine_kind=GatedEngine)
+    assert isinstance(engine, GatedEngine)
+    adding = asyncio.create_task(one.add("a", running.adapter("a")))
+    await until(lambda: one.versions() != [])
+    claiming = asyncio.create_task(slow.claim("a"))
+    engine.gate.set()
+    claim = await claiming
+    assert claim is not None and digests(engine) == {claim.version.digest}
+    claim.release()
+    await adding
 
 
 async def test_a_name_is_re_pointed_everywhere_and_the_old_version_goes(
-    shared_redis: str, running: Fleet, monkeypatch: pytest.MonkeyPatch
+    shared_redis: str, running: Fleet
 ) -> None:
-    monkeypatch.setattr(reconciler, "FORGET_AFTER_S", 0.05)
     one, first = await running.replica(shared_redis, "r1")
     other, second = await running.replica(shared_redis, "r2")
     old = await one.add("a", running.adapter("a"))
@@ -232,7 +274,7 @@ async def test_a_name_is_re_pointed_everywhere_and_the_old_version_goes(
     for membership, engine in ((one, first), (other, second)):
         version = await membership.find("a")
         assert version is not None and version.digest == new.digest
-        await until(lambda engine=engine: digests(engine) == {new.digest})  # type: ignore[misc]
+        assert digests(engine) == {new.digest}
 
 
 async def test_a_version_stays_while_any_name_points_at_it(

@@ -1,5 +1,7 @@
 """The fused kernels against `reference.py`, and that against what the CPU's decoder computes."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -52,7 +54,7 @@ def test_no_rows() -> None:
     assert fused.rms_norm(weight.new_empty(0, 8), weight, 1e-5).shape == (0, 8)
     assert fused.silu_mul(weight.new_empty(0, 8)).shape == (0, 4)
     none = weight.new_empty(0)
-    assert fused.choose(weight.new_empty(0, 8), none, none).shape == (0,)
+    assert fused.choose(weight.new_empty(0, 8), none, none).shape == (0, 2)
 
 
 def test_add_rms_norm_leaves_the_sum_behind(kernel_dtype: torch.dtype) -> None:
@@ -161,7 +163,9 @@ def test_rotary_store_is_what_the_decoder_does(
 
 def chosen(logits: torch.Tensor, temperature: float, uniform: torch.Tensor) -> torch.Tensor:
     heat = torch.full((len(logits),), temperature, device=DEVICE)
-    return fused.choose(logits.to(DEVICE), heat, uniform.to(DEVICE)).cpu()
+    tokens, finite = fused.choose(logits.to(DEVICE), heat, uniform.to(DEVICE)).cpu().unbind(1)
+    assert finite.tolist() == [1] * len(logits)
+    return tokens
 
 
 @pytest.fixture
@@ -191,7 +195,7 @@ def test_a_draw_is_what_the_engine_draws_on_a_cpu(
     uniform = torch.from_numpy(uniforms([7] * 12, range(12))).float()
     wanted = [s.token for s in sample(logits, draws, frozenset())]
     heat = torch.full((12,), temperature)
-    assert reference.choose(logits, heat, uniform).tolist() == wanted
+    assert reference.choose(logits, heat, uniform)[:, 0].tolist() == wanted
     # Sums in another order: now and then a number between two shares falls to the other side.
     found = chosen(logits, temperature, uniform)
     assert torch.equal(found, chosen(logits, temperature, uniform))
@@ -221,10 +225,33 @@ def test_rows_of_all_kinds_in_one_batch(small_blocks: None) -> None:
     logits[3, 77] = float("inf")
     heat = torch.tensor([0.0, 1.0, 1.0, 1.0, 1e-6, 0.0], device=DEVICE)
     uniform = torch.full((6,), 0.4, device=DEVICE)
-    found = fused.choose(logits.to(DEVICE), heat, uniform).tolist()
+    found = fused.choose(logits.to(DEVICE), heat, uniform)[:, 0].tolist()
     # Nothing but any token at all is asked of those that are not finite.
     assert all(0 <= token < 200 for token in found)
     assert found[0] == int(logits[0].argmax()) and found[4] == int(logits[4].argmax())
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("choose", [fused.choose, reference.choose])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_rows_that_are_not_finite_are_told(
+    choose: Callable[..., torch.Tensor],
+    temperature: float,
+    kernel_dtype: torch.dtype,
+    small_blocks: None,
+) -> None:
+    logits = randn(7, 200, dtype=kernel_dtype)
+    logits[1] = float("nan")
+    logits[2, 77] = float("nan")
+    logits[3, 199] = float("inf")
+    logits[4] = float("-inf")
+    logits[5, :150] = float("-inf")  # ruled out, and whole blocks of it
+    heat = torch.full((7,), temperature, device=DEVICE)
+    tokens, finite = choose(logits, heat, torch.full((7,), 0.4, device=DEVICE)).unbind(1)
+    assert finite.tolist() == [1, 0, 0, 0, 0, 1, 1]
+    assert ((tokens >= 0) & (tokens < 200)).all()
+    alone = choose(logits[[0, 5, 6]], heat[:3], torch.full((3,), 0.4, device=DEVICE))[:, 0]
+    assert tokens[[0, 5, 6]].tolist() == alone.tolist()
 
 
 def test_draws_follow_the_probabilities(small_blocks: None) -> None:
@@ -250,16 +277,22 @@ def draws_of_all_kinds() -> list[Draw]:
     return [Draw(each, n, 3 * n, n % 4) for n, each in enumerate(settings)]
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_all_kinds_of_rows_are_chosen_as_on_a_cpu(small_blocks: None) -> None:
     draws = draws_of_all_kinds()
     logits = randn(len(draws), 150) * 3
     logits[:, 0] = 4.0
+    overflowed = {3, len(draws) - 1}
+    logits[list(overflowed), 7] = float("nan")
     rules = sampling.prepare(draws, EOS, 150, logits.device, kernel=True)
     choice = sampling.choose(logits, rules).to_host()
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     found, wanted = sampling.read(choice, draws), sample(logits.cpu(), draws, EOS)
-    for draw, mine, theirs in zip(draws, found, wanted, strict=True):
+    for row, (draw, mine, theirs) in enumerate(zip(draws, found, wanted, strict=True)):
+        assert mine.finite == theirs.finite == (row not in overflowed)
+        if row in overflowed:
+            continue
         assert mine.token == theirs.token
         assert mine.token != 0 or draw.generated >= 2, "the end comes after min_tokens"
         assert (mine.logprobs is None) == (theirs.logprobs is None)
@@ -276,6 +309,6 @@ def test_choosing_reads_nothing_back() -> None:
         logits = torch.empty(len(draws), 150)
         rules = sampling.prepare(draws, EOS, 150, logits.device, kernel=False)
         choice = sampling.choose(logits, rules)
-        assert choice.tokens.shape == (len(draws),) and choice.logprobs is not None
+        assert choice.tokens.shape == (len(draws), 2) and choice.logprobs is not None
         with pytest.raises(DataDependentOutputException):
             sampling.read(choice, draws)

@@ -27,6 +27,7 @@ from tests.kernels.pipelined import (
     VOCAB,
     WARM,
     adapters_of,
+    assert_alike,
     load,
     run_both,
     texts_of,
@@ -265,6 +266,26 @@ def test_on_a_gpu_a_capture_that_failed_leaves_streams_and_memory_as_they_were(
         assert int(torch.ones(3, device=device).sum()) == 3
     torch.cuda.synchronize()
     assert (x == 1).all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
+@pytest.mark.parametrize("reference", [True, False])
+def test_rows_beside_an_adapter_that_overflows_give_what_torch_gives(
+    llama: str, tmp_path: Path, request: pytest.FixtureRequest, reference: bool
+) -> None:
+    if reference:
+        request.getfixturevalue("by_reference")
+    fine = make_adapter(tmp_path / "fine", llama, rank=4, seed=1, strength=0.15)
+    hot = make_adapter(tmp_path / "hot", llama, rank=4, seed=2, strength=1e20)
+    runners = [load(llama, [fine, hot], kernels=kernels) for kernels in ("torch", "triton")]
+    prompts = texts_of((5, 2, 0, GREEDY), (4, 2, 2, GREEDY), (3, 2, 1, REPORT), (5, 2, 2, WARM))
+    last: int | None
+    for last in (None, 0):  # the prompts, then the tokens that each launch carries over
+        rows = [text.row(9, None if last is None else n) for n, text in enumerate(prompts)]
+        torch_rows, triton_rows = (runner.launch(rows).results() for runner in runners)
+        for results in (torch_rows, triton_rows):
+            assert [s and s.finite for s in results] == [True, False, True, False]
+        assert_alike(triton_rows[0::2], torch_rows[0::2])
 
 
 def test_an_engine_gives_the_same_tokens_by_the_kernels_themselves(

@@ -88,7 +88,8 @@ def sampling(draw: Draw, rows: int, vocab: int) -> Case:
     first = torch.where(largest, tokens, vocab).min(-1).values
 
     def missed() -> torch.Tensor:
-        chosen = fused.choose(logits, temperature, uniform)
+        chosen, finite = fused.choose(logits, temperature, uniform).unbind(1)
+        assert finite.all()
         end = ends.gather(1, chosen[:, None])[:, 0]
         begin = ends.gather(1, (chosen - 1).clamp(min=0)[:, None])[:, 0]
         begin = torch.where(chosen == 0, 0.0, begin)

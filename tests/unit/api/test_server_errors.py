@@ -1,6 +1,7 @@
 """Bad input and failures: the status, code, field and message of each answer."""
 
 import asyncio
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +15,11 @@ from cluster.errors import (
     CatalogUnavailable,
     EngineFailed,
     FleetError,
+    LogitsNotFinite,
     QueueFull,
 )
 from replica.api.openai_protocol import UNSUPPORTED
-from tests.serving import BASE, CONFIG, Book, app_with, client_of, live
+from tests.serving import ADAPTER, BASE, CONFIG, Book, app_with, client_of, live
 from tests.stub_engine import StubEngine
 from tests.until import TIMEOUT_S, until
 
@@ -254,6 +256,26 @@ async def test_an_error_before_the_first_token_has_its_status(
         "code": error.code,
     }
     assert engine.running == {}
+
+
+@pytest.mark.parametrize("fail_after", [0, 2])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_logits_that_are_not_finite_are_a_server_error_that_names_the_adapter(
+    stream: bool, fail_after: int
+) -> None:
+    engine = StubEngine()
+    engine.fail, engine.fail_after = LogitsNotFinite("the logits are not finite"), fail_after
+    path, body = chat(model=ADAPTER.name, stream=stream)
+    async with client_of(await app_with(engine)) as client:
+        answer = await client.post(path, json=body)
+    assert answer.status_code == (200 if stream and fail_after else 500)
+    last = answer.text.strip().split("\n\n")[-1].removeprefix("data: ")
+    assert json.loads(last)["error"] == {
+        "message": f"{ADAPTER.name}: the logits are not finite",
+        "type": "server_error",
+        "param": "model",
+        "code": "logits_not_finite",
+    }
 
 
 async def test_a_full_engine_queue_gets_429() -> None:

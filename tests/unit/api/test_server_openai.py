@@ -294,6 +294,36 @@ async def test_default_max_tokens() -> None:
     assert [request.sampling.max_tokens for request in engine.seen] == [128 - 6, 8]
 
 
+async def test_default_max_tokens_is_what_the_kv_pages_leave() -> None:
+    engine = StubEngine(capacity_pages=2)  # 32 tokens, less than the context of 128
+    async with client_of(await app_with(engine)) as client:
+        chat = await client.post("/v1/chat/completions", json={"model": BASE, "messages": ASK})
+        for length in (10, 28):
+            await client.post("/v1/completions", json={"model": BASE, "prompt": "x" * length})
+    assert chat.json()["choices"][0]["finish_reason"] == "length"
+    assert [request.sampling.max_tokens for request in engine.seen] == [32 - 6, 16, 4]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"prompt": "hi", "max_tokens": 31}, ["2 prompt tokens", "31", "33", "32"]),
+        ({"prompt": "x" * 32}, ["32 tokens", "32"]),
+        ({"prompt": "x" * 10**6}, ["at least", "32"]),
+    ],
+)
+async def test_what_the_kv_pages_cannot_hold_is_refused(
+    body: dict[str, Any], words: list[str]
+) -> None:
+    engine = StubEngine(capacity_pages=2)
+    async with client_of(await app_with(engine)) as client:
+        answer = await client.post("/v1/completions", json={"model": BASE, **body})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (400, "context_length_exceeded")
+    assert all(word in error["message"] for word in [*words, "KV capacity"])
+    assert engine.seen == []
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("kind", ["chat/completions", "completions"])
 async def test_token_ids_as_vllm_returns_them(kind: str, stream: bool) -> None:

@@ -186,3 +186,21 @@ def test_a_broken_row_does_not_disturb_its_neighbours() -> None:
         found = sample(values, [draw(temperature=temperature, top_k=1, top_p=0.9)] * 3, EOS)
         assert found[0].token == found[2].token == 1
         assert 0 <= found[1].token < 2
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [{"temperature": 0.0}, {}, {"top_k": 2}, {"top_p": 0.5}, {"logprobs": 1}, {"min_tokens": 2}],
+)
+def test_rows_that_are_not_finite_are_told(sampling: dict[str, Any]) -> None:
+    values = torch.tensor([[0.0, 3.0, 1.0]] * 6)
+    values[1] = math.nan
+    values[2, 1] = math.nan
+    values[3, 2] = math.inf
+    values[4] = -math.inf
+    values[5, 1] = -math.inf  # only ruled out
+    draws = [draw(position=row, **sampling) for row in range(6)]
+    found = sample(values, draws, EOS)
+    assert [s.finite for s in found] == [True, False, False, False, False, True]
+    alone = sample(values[[0, 5]], [draws[0], draws[5]], EOS)
+    assert [found[0], found[5]] == alone

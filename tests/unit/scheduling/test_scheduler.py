@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from cluster.costs import Costs
-from cluster.errors import AdapterFailed, BadRequest, ModelNotFound, QueueFull
+from cluster.errors import AdapterFailed, BadRequest, LogitsNotFinite, ModelNotFound, QueueFull
 from cluster.values import Tier
 from replica.scheduling import victims
 from replica.scheduling.adapter_cache import AdapterCache
@@ -115,6 +115,21 @@ def test_rows_carry_the_slot_of_their_own_version() -> None:
     core.loaded("b", 0.0)
     plan, _ = run(core)
     assert {w.request.id: w.slot for w in plan.rows} == {"x": slots["a"], "y": slots["b"], "z": 0}
+
+
+def test_a_row_whose_logits_are_not_finite_fails_and_the_others_go_on() -> None:
+    core = scheduler()
+    for name in ("before", "bad", "after"):
+        core.add(new(name, max_tokens=2), 0.0)
+    plan = core.step(0.0)
+    chosen = [Sampled(7, finite=work.request.id != "bad") for work in plan.rows]
+    deltas = {delta.request_id: delta for delta in core.commit(plan, chosen, 0.0)}
+    core.check()
+    assert isinstance(deltas["bad"].error, LogitsNotFinite) and deltas["bad"].tokens == ()
+    assert (deltas["before"].tokens, deltas["after"].tokens) == ((7,), (7,))
+    plan, _ = run(core)
+    assert ran(plan) == ["before", "after"]
+    assert not core.has_work and core.pages.free == 64
 
 
 def test_a_prompt_that_finds_no_pages_does_not_block_a_shorter_one() -> None:

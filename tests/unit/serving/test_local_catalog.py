@@ -5,15 +5,21 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cluster.config import FleetConfig
 from cluster.errors import AdapterRefused, BadRequest, ConfigError, ModelNotFound
 from cluster.values import Version
+from replica.api.server import build_app
+from replica.api.text import INLINE_CHARACTERS, Text
 from replica.serving.local_catalog import LocalCatalog
+from tests.serving import CONFIG, client_of
+from tests.serving import text as tokenizer
 from tests.small_files import settled_config, write_adapter, write_model_config
 from tests.stub_engine import StubEngine
+from tests.until import TIMEOUT_S, until
 
 
 @pytest.fixture
@@ -80,6 +86,84 @@ async def test_a_name_is_re_pointed_only_with_load_inplace(
     new = await adapters.add("a", path, load_inplace=True)
     assert new.digest != old.digest
     assert [entry.digest for entry in engine.adapter_states()] == [new.digest]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("kind", ["chat/completions", "completions"])
+async def test_a_request_keeps_the_version_it_resolved_while_it_is_tokenized(
+    config: FleetConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, n: int
+) -> None:
+    engine, adapters, (old, new) = await catalog_with_two(config, tmp_path)
+    begun, gate, encode = asyncio.Event(), asyncio.Event(), Text.encode
+
+    async def gated(self: Text, text: str, **options: bool) -> tuple[int, ...]:
+        begun.set()
+        await gate.wait()
+        return await encode(self, text, **options)
+
+    monkeypatch.setattr(Text, "encode", gated)
+    app = build_app(engine, adapters, tokenizer(), dataclasses.replace(CONFIG, context=10**5))
+    prompt = "x" * (INLINE_CHARACTERS + 1)
+    body = {"model": "a", "prompt": prompt, "messages": [{"role": "user", "content": prompt}]}
+    body |= {"max_tokens": 2, "n": n}
+    async with client_of(app) as client:
+        asking = asyncio.create_task(client.post(f"/v1/{kind}", json=body))
+        await begun.wait()
+        adding = asyncio.create_task(adapters.add("a", new, load_inplace=True))
+        await until(lambda: adapters.versions()[0].digest != old)
+        gate.set()
+        answer = await asking
+        await adding
+    assert answer.status_code == 200, answer.text
+    assert [request.digest for request in engine.seen] == [old] * n
+    assert [entry.digest for entry in engine.adapter_states()] == [adapters.versions()[0].digest]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+async def test_a_version_is_forgotten_while_requests_that_the_engine_has_still_run(
+    config: FleetConfig, tmp_path: Path, n: int
+) -> None:
+    engine, adapters, (_old, new) = await catalog_with_two(config, tmp_path)
+    engine.hold = True
+    async with client_of(build_app(engine, adapters, tokenizer(), CONFIG)) as client:
+        body = {"model": "a", "prompt": "hi", "n": n}
+        asking = asyncio.create_task(client.post("/v1/completions", json=body))
+        await until(lambda: len(engine.running) == n)
+        done = await asyncio.wait_for(adapters.add("a", new, load_inplace=True), TIMEOUT_S)
+        assert [entry.digest for entry in engine.adapter_states()] == [done.digest]
+        engine.hold = False
+        assert (await asking).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "closing", "status"),
+    [
+        ({"prompt": "hi", "max_tokens": 1000}, False, 400),
+        ({"prompt": 5}, False, 400),
+        ({"prompt": "hi"}, True, 503),
+    ],
+)
+async def test_a_request_that_fails_before_the_engine_releases_its_version(
+    config: FleetConfig, tmp_path: Path, body: dict[str, Any], closing: bool, status: int
+) -> None:
+    engine, adapters, (_, new) = await catalog_with_two(config, tmp_path)
+    app = build_app(engine, adapters, tokenizer(), CONFIG)
+    if closing:
+        app.close()
+    async with client_of(app) as client:
+        answer = await client.post("/v1/completions", json={"model": "a", **body})
+    assert answer.status_code == status
+    await asyncio.wait_for(adapters.add("a", new, load_inplace=True), TIMEOUT_S)
+
+
+async def catalog_with_two(
+    config: FleetConfig, directory: Path
+) -> tuple[StubEngine, LocalCatalog, tuple[str, str]]:
+    """A catalog in which "a" is an adapter; its digest, and the path of another adapter."""
+    engine = StubEngine()
+    adapters = LocalCatalog(engine, config)
+    old = await adapters.add("a", write_adapter(directory / "adapters" / "a"))
+    return engine, adapters, (old.digest, write_adapter(directory / "adapters" / "b", seed=1))
 
 
 async def test_names_of_one_content_share_its_pin_and_weight(
