@@ -65,7 +65,7 @@ def measure(args: argparse.Namespace, directory: Path) -> None:
         model=model_dir,
         device="cpu",
         adapter_memory=512 * 2**20,
-        kv_memory=256 * 2**20,
+        kv_memory=512 * 2**20,
         step_tokens_max=args.rows * PROMPT_TOKENS,
         threads=args.threads,
         dtype=args.dtype,
