@@ -52,6 +52,7 @@ class Engine:
     idle: the last step ran nothing, and no step will until a request comes, a load ends, or the
     monotonic clock reaches `wake_s`.
     depth: most batches in flight.
+    committed_s: when the last batch ended, on the monotonic clock.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class Engine:
         self._random = random.Random(config.seed)
         self.steps = 0
         self._step_s = Smoothed(0.0)
-        self._committed_s = 0.0
+        self.committed_s = 0.0
 
     def register(self, version: Version, path: str) -> None:
         """Accepts requests for `version.digest` from now on. Raises AdapterRefused."""
@@ -223,8 +224,8 @@ class Engine:
         deltas = self.scheduler.commit(launched.plan, sampled, now_s)
         self.steps += 1
         # A batch that was planned ahead started when the one before it ended.
-        self._record_step(launched.plan, now_s - max(launched.since_s, self._committed_s))
-        self._committed_s = now_s
+        self._record_step(launched.plan, now_s - max(launched.since_s, self.committed_s))
+        self.committed_s = now_s
         return deltas
 
     def _row(self, work: Work, before: Mapping[str, int]) -> Row:

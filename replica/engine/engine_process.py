@@ -43,7 +43,7 @@ class Server:
         self._pipe = pipe
         self._engine = engine
         self._inbox = inbox
-        self._next_report = 0
+        self._next_report_s = 0.0
 
     def serve(self) -> None:
         while True:
@@ -52,16 +52,15 @@ class Server:
                 return
             message.deltas += self._engine.step()
             message.residency = self._engine.changes()
-            if self._engine.idle or self._engine.steps >= self._next_report:
+            if self._engine.idle or self._engine.committed_s >= self._next_report_s:
                 self._report(message)
             if message:
                 self._pipe.send(message)
 
     def _report(self, message: Message) -> None:
-        report = self._engine.report()
-        message.report = report
-        # Counted in steps, so that a step need not read the clock.
-        self._next_report = report.steps + max(int(_REPORT_S / max(report.step_s, 1e-6)), 1)
+        message.report = self._engine.report()
+        # By the engine's own time of the last commit, so that a step need not read the clock.
+        self._next_report_s = self._engine.committed_s + _REPORT_S
 
     def _receive(self, message: Message) -> bool:
         """Executes the commands that have arrived. An idle engine waits for one. Returns True on

@@ -196,7 +196,8 @@ async def test_64_slow_requests_are_in_the_engines_at_once_and_the_bound_is_ours
         refused = []
         for task in asyncio.as_completed(more, timeout=ANSWER_S):
             answer = await task
-            if answer.status_code != 200:
+            # HAProxy gives a client 5 s to send its request, which a busy machine may not keep to.
+            if answer.status_code not in (200, 408):
                 refused.append(answer)
             # Some of the first may have ended meanwhile, on a slow machine.
             if len(refused) >= 10:
