@@ -45,7 +45,7 @@ class Backoff:
         """Adapters that may not load yet."""
         return {digest for digest, adapter in self.adapters.items() if now_s < adapter.retry_s}
 
-    def hopeless(self, waiting: Waiting, now_s: float) -> list[tuple[Request, AdapterFailed]]:
+    def failing(self, waiting: Waiting, now_s: float) -> list[tuple[Request, AdapterFailed]]:
         """Requests that fail instead of waiting for the retry, and why."""
         found = []
         for digest in sorted(self.paused(now_s)):

@@ -170,8 +170,8 @@ class Scheduler:
 
     def step(self, now_s: float) -> Plan:
         backoff = self.adapter_cache.backoff
-        hopeless = backoff.hopeless(self.waiting, now_s)
-        failed = [self._fail(request, error, now_s) for request, error in hopeless]
+        failing = backoff.failing(self.waiting, now_s)
+        failed = [self._fail(request, error, now_s) for request, error in failing]
         closed, retry_s = backoff.paused(now_s), backoff.next_retry_s(self.waiting, now_s)
         self.in_flight.begin()
         self.drainer.tick(closed)
