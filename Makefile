@@ -8,7 +8,11 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := demo
-.PHONY: install demo serve test check
+.PHONY: install demo serve test clients check audit
+
+# Beginnings of keys and tokens as their issuers make them.
+SECRETS := -----BEGIN [A-Z ]*PRIVATE KEY|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{36}|hf_[A-Za-z0-9]{30}|sk-[A-Za-z0-9_-]{24}
+SECRETS := $(SECRETS)|xox[abpr]-[0-9A-Za-z-]{10}|glpat-[A-Za-z0-9_-]{20}
 
 install: $(INSTALLED)
 
@@ -39,3 +43,22 @@ check: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	@if git grep -nIE -e '$(SECRETS)'; then echo "these look like secrets" >&2; exit 1; fi
+
+# Runs other people's clients and schemathesis against the demo's fleet. Needs a package index, and Node for
+# some of them. ARGS goes to it: make clients ARGS='--only with_openai'.
+CLIENTS := tests/clients
+clients: install
+	@for file in $(CLIENTS)/requirements*.txt; do \
+		venv=.venv/$$(basename $$file .txt | sed s/requirements/clients/); \
+		$(PYTHON) -m venv $$venv && $$venv/bin/pip install -qq --disable-pip-version-check \
+			--no-deps -r $$file || exit 1; \
+	done
+	cd $(CLIENTS)/node && npm ci --silent
+	$(BIN)/python -m tests.clients.run $(ARGS)
+
+# Looks the pinned versions up among known vulnerabilities. Needs a package index, so `check` leaves it out.
+audit:
+	$(PYTHON) -m venv .venv/audit
+	.venv/audit/bin/pip install -qq --disable-pip-version-check pip-audit==2.10.1
+	.venv/audit/bin/pip-audit --no-deps --disable-pip -r constraints.txt

@@ -2,7 +2,9 @@
 
 import asyncio
 import dataclasses
+import importlib.metadata
 import math
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +13,15 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from cluster.errors import AdapterRefused, ConfigError, FleetError
-from replica.serving.process import listen, until_signalled
-from replica.serving.settings import absolute, check_files, read_settings, with_rank_expected
-from router.flags import ApiKey, Url, with_flags
+from replica.serving.process import ending_at_once, listen, until_signalled
+from replica.serving.settings import (
+    absolute,
+    check_files,
+    read_adapters,
+    read_settings,
+    with_rank_expected,
+)
+from router.flags import AllRows, ApiKey, AsJson, Filter, Url, with_flags
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
@@ -28,10 +36,27 @@ adapters_cli = typer.Typer(
     help="Add, remove and list the adapters of a running fleet.", no_args_is_help=True
 )
 cli.add_typer(adapters_cli, name="adapters")
+config_cli = typer.Typer(help="What the configuration is.", no_args_is_help=True)
+cli.add_typer(config_cli, name="config")
 simulate_cli = typer.Typer(
     help="Run the scheduler on a virtual clock; no model or GPU is needed.", no_args_is_help=True
 )
 cli.add_typer(simulate_cli, name="simulate")
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(importlib.metadata.version("lorafleet"))
+        raise typer.Exit
+
+
+@cli.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_say_version)
+    ] = False,
+) -> None:
+    pass
 
 
 def app(arguments: dict[str, Any]) -> Any:
@@ -51,6 +76,7 @@ def main() -> None:
 
 
 LOCAL_URL = "http://127.0.0.1:8000"
+PRIVATE = 0o077  # a fleet's files, sockets and logs are its user's alone
 
 
 @cli.command()
@@ -58,21 +84,25 @@ LOCAL_URL = "http://127.0.0.1:8000"
 def serve(flags: Mapping[str, Any]) -> None:
     """Serve a model and its adapters on one or more replicas, until Ctrl-C.
 
+    Ctrl-C lets running requests end, for `drain_s` at most; a second one does not.
+
     Example: lorafleet serve --model ./llama --adapter fr=./adapters/french --replicas 2
 
     A SIZE is a number of bytes, or one such as 64MiB or 8GiB.
     """
+    os.umask(PRIVATE)
     settings = read_settings(flags)
     check_files(settings)
     listen(settings.host, settings.port).close()  # HAProxy's own words are harder to read
     from router.local import LocalFleet
 
     fleet = LocalFleet(settings)
-    with until_signalled() as signalled:
+    with until_signalled(fleet.kill) as signalled:
         try:
-            fleet.start()
+            with ending_at_once(fleet.abandon):
+                fleet.start()
             fleet.say(f"ready: {fleet.url}/v1")
-            signalled.wait()
+            fleet.wait(signalled)
         finally:
             fleet.stop()
 
@@ -86,6 +116,7 @@ def replica(flags: Mapping[str, Any]) -> None:
 
     A SIZE is a number of bytes, or one such as 64MiB or 8GiB.
     """
+    os.umask(PRIVATE)
     settings = read_settings(flags)
     check_files(settings)
     settings = dataclasses.replace(settings, engine=with_rank_expected(settings))
@@ -96,26 +127,72 @@ def replica(flags: Mapping[str, Any]) -> None:
 
 
 @cli.command()
-def status(url: Url = LOCAL_URL, api_key: ApiKey = None) -> None:
-    """Show each replica's load, and where each adapter is.
+@with_flags()
+def doctor(flags: Mapping[str, Any]) -> None:
+    """Look at what `serve` with the same flags needs, and say what is wrong and what to do.
+
+    Example: lorafleet doctor --model ./llama --adapter fr=./adapters/french --replicas 2
+
+    Exits with 1 if anything would keep the fleet from starting.
+    """
+    from router.doctor import State, examine
+
+    failed = False
+    for found in examine(read_settings(flags)):
+        print(f"{found.state:7}  {found.about:8}  {found.text}", flush=True)
+        if found.step:
+            print(f"{'':19}-> {found.step}", flush=True)
+        failed = failed or found.state is State.FAILED
+    raise SystemExit(EXIT_FAILED if failed else 0)
+
+
+@config_cli.command("show")
+@with_flags()
+def show(flags: Mapping[str, Any]) -> None:
+    """Print the whole configuration that these flags and files make, as YAML, without secrets.
+
+    Example: lorafleet config show --config fleet.yaml --replicas 2
+    """
+    from replica.serving.settings import shown_settings
+
+    print(shown_settings(read_settings(flags)), end="")
+
+
+@cli.command()
+def status(
+    name: Filter = "",
+    every: AllRows = False,
+    as_json: AsJson = False,
+    url: Url = LOCAL_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Show each replica's load, and where each adapter is: those on most devices first.
 
     device: ready to run. loading: on its way. host, disk: near. -: not there.
     """
-    from rich.console import Console
-
     from router.client import call
-    from router.tables import load_table, tier_table
+    from router.tables import load_table, narrowed, show, tier_table
 
-    page = call(url, api_key, "GET", "/v1/adapters").json()
-    console = Console()
-    console.print(load_table(page))
-    console.print(tier_table(page))
+    page, left = narrowed(call(url, api_key, "GET", "/v1/adapters").json(), name, every or as_json)
+    show(page, [load_table(page), tier_table(page)], left, as_json)
 
 
 @adapters_cli.command()
 def add(
-    name: Annotated[str, typer.Argument(help="The model name that clients will ask for.")],
-    path: Annotated[str, typer.Argument(help="Directory of the adapter, below an --adapter-root.")],
+    name: Annotated[
+        str | None, typer.Argument(help="The model name that clients will ask for.")
+    ] = None,
+    path: Annotated[
+        str | None,
+        typer.Argument(
+            help="Directory of the adapter. On the fleet's machine its own user may add any; "
+            "others, those below an --adapter-root."
+        ),
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", help="YAML with `adapters: {NAME: PATH, …}`: add all of them."),
+    ] = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Point an existing name at this adapter.")
     ] = False,
@@ -128,17 +205,23 @@ def add(
     url: Url = LOCAL_URL,
     api_key: ApiKey = None,
 ) -> None:
-    """Add an adapter to the whole fleet.
+    """Add an adapter, or all of a file, to the whole fleet.
 
     Example: lorafleet adapters add fr ./adapters/french
     """
-    from router.client import call
+    from router.client import add_adapters
 
     if not math.isfinite(weight):  # JSON has no word for it
         raise ConfigError(f"--weight {weight}: must be a finite number", field="weight")
-    body = {"lora_name": name, "lora_path": absolute(path), "load_inplace": replace}
-    body |= {"pinned": pinned, "weight": weight}
-    print(call(url, api_key, "POST", "/v1/load_lora_adapter", body).text)
+    if (file is None) == (name is None or path is None):
+        raise ConfigError("adapters add: give either NAME and PATH, or --file")
+    paths = {name: absolute(path)} if name and path else read_adapters(file or Path())
+    entries = [
+        {"lora_name": name, "lora_path": path, "pinned": pinned, "weight": weight}
+        for name, path in paths.items()
+    ]
+    for line in add_adapters(url, api_key, entries, replace):
+        print(line)
 
 
 @adapters_cli.command()
@@ -154,19 +237,28 @@ def rm(
 
 
 @adapters_cli.command()
-def ls(url: Url = LOCAL_URL, api_key: ApiKey = None) -> None:
-    """List the adapters: name, rank, weight, version, on how many devices, files."""
-    from rich.console import Console
+def ls(
+    name: Filter = "",
+    every: AllRows = False,
+    as_json: AsJson = False,
+    url: Url = LOCAL_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """List the adapters, those on most devices first.
 
+    Name, rank, weight, version, on how many devices, files.
+    """
     from router.client import call
-    from router.tables import adapter_table
+    from router.tables import adapter_table, narrowed, show
 
-    Console().print(adapter_table(call(url, api_key, "GET", "/v1/adapters").json()))
+    page, left = narrowed(call(url, api_key, "GET", "/v1/adapters").json(), name, every or as_json)
+    show(page, [adapter_table(page)], left, as_json)
 
 
+@config_cli.callback()
 @simulate_cli.callback()
-def _simulate() -> None:
-    """Without it typer takes the only command for the whole of `simulate`."""
+def _group() -> None:
+    """Without it typer takes a group's only command for the group."""
 
 
 @simulate_cli.command()
@@ -182,6 +274,13 @@ def upstream(
             "runs on CUDA; 1 plans it when that one has ended.",
         ),
     ] = 2,
+    cold: Annotated[
+        bool,
+        typer.Option(
+            "--cold",
+            help="Adapters start as files, and are read from disk once (1.3 GB/s), by all servers.",
+        ),
+    ] = False,
 ) -> None:
     """Replay the published upstream tables: before and after them, and ours (under a minute)."""
     import json
@@ -190,11 +289,11 @@ def upstream(
     from replica.simulation.upstream import TABLES
 
     if json_only:
-        print(json.dumps(as_json([compare(name, seeds, depth) for name in TABLES]), indent=2))
+        print(json.dumps(as_json([compare(name, seeds, depth, cold) for name in TABLES]), indent=2))
         return
     print(HEADER)
     for name in TABLES:
-        print("", *lines(compare(name, seeds, depth)), sep="\n", flush=True)
+        print("", *lines(compare(name, seeds, depth, cold)), sep="\n", flush=True)
 
 
 @simulate_cli.command("workload")
@@ -213,11 +312,21 @@ def simulate_workload(
         ),
     ] = None,
     ttft_slo: Annotated[
-        float, typer.Option(min=0, help="Goodput: most seconds to the first token.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            min=0,
+            help="Goodput: most seconds to the first token (default: `engine.ttft_target_s` of the "
+            "file, or 1).",
+        ),
+    ] = None,
     tpot_slo: Annotated[
-        float, typer.Option(min=0, help="Goodput: most seconds a token after it, on average.")
-    ] = 0.05,
+        float | None,
+        typer.Option(
+            min=0,
+            help="Goodput: most seconds a token after it, on average (default: "
+            "`engine.tpot_target_s` of the file, or 0.05).",
+        ),
+    ] = None,
 ) -> None:
     """Play a workload on the scheduler and a virtual clock: waits, copies, what is computed twice.
 

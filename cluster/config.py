@@ -1,28 +1,17 @@
-"""The configuration: frozen dataclasses, and a loader that rejects unknown keys."""
+"""The configuration: frozen dataclasses that check themselves."""
 
-import dataclasses
 import re
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 from cluster.errors import ConfigError
 
-_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-_UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _THREADS_MAX = 1024
 _SLOTS_MAX = 2**16
 _DRAIN_MAX_S = 86_400
-
-
-def parse_bytes(text: str, field: str) -> int:
-    """'64MiB' → 67108864. A bare number is bytes. Raises ConfigError naming the field."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].lower() not in _UNITS:
-        raise ConfigError(f"{field}: {text!r} is not a size such as 64MiB or 2GiB", field=field)
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+_ORIGIN = re.compile(r"\*|https?://[^/\s]+")
+DEFAULT_MODEL = "default"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +23,9 @@ class EngineConfig:
     """
 
     model: str
-    """Directory of a Hugging Face checkpoint."""
+    """Directory of a Hugging Face checkpoint, or its id on the Hub (OWNER/NAME)."""
     served_model_name: str | None = None
-    """Name of the base model on the API. Default: the name of the checkpoint's directory."""
+    """Name of the base model on the API. Default: that of the checkpoint's directory or id."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto, cpu or cuda. auto takes a CUDA device if torch finds one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -52,6 +41,8 @@ class EngineConfig:
     """Bytes of device memory for adapter images. Default: chosen at startup."""
     host_memory: int | None = None
     """Bytes of host memory for evicted images; 0 keeps none. Default: chosen at startup."""
+    host_kv_memory: int | None = None
+    """Bytes of host memory for KV pages of rows that left the batch. Default: chosen at startup."""
     rank_max: int = 256
     """Largest adapter rank accepted."""
     slots_max: int | None = None
@@ -76,8 +67,9 @@ class EngineConfig:
     """Longest prompt plus output, in tokens. Default: the model's limit, or what fits in memory."""
     batch_rows_max: int = 64
     """Most requests computed in one step."""
-    step_tokens_max: int = 512
-    """Most tokens computed in one step. Longer prompts are prefilled in chunks."""
+    step_tokens_max: int | None = None
+    """Most tokens computed in one step. Longer prompts are prefilled in chunks. Default: 1,024 on
+    CUDA, 512 on a CPU."""
     plan_depth: Literal[1, 2] | None = None
     """2 launches a step while the last one runs; 1 waits for it. Default: 2 on CUDA, 1 on a CPU."""
     queue_max: int = 1024
@@ -92,6 +84,9 @@ class EngineConfig:
     """CPU threads for compute. Default: torch's choice."""
     tensor_parallel: int = 1
     """Ranks (GPUs or CPU processes) that share the model. Memory sizes and threads are per rank."""
+    hang_s: float = 5.0
+    """Seconds without progress after which the engine is started again; more where a step may take
+    longer."""
     seed: int | None = None
     """Seed of dummy weights (default: 0) and of requests that give no seed (default: random)."""
     base_slot: Literal["pinned", "shared"] = "pinned"
@@ -99,17 +94,22 @@ class EngineConfig:
     on_miss: Literal["skip", "block"] = "skip"
     """skip passes over requests that cannot run yet. block stops at the first one."""
     overlap: bool = True
-    """Load adapters while the batch computes. Off stops the batch during a load."""
+    """Load adapters while the batch computes. Off (refused for a fleet) stops it during a load."""
     prefetch_depth: int = 8
     """Adapters to load ahead for requests that do not fit in the batch yet."""
     park: bool = True
     """Park running rows, with their KV pages, so that a starving adapter gets their place."""
     quantum_s: float = 0.5
     """Shortest time in seconds that an adapter keeps its place before its rows may be parked."""
-    head_start_s: float = 0.2
-    """Seconds a parked adapter waits longer than one with a request that has no token yet."""
+    ttft_target_s: float = 1.0
+    """Seconds to a request's first token that scheduling aims at. Longer waits count as late."""
+    tpot_target_s: float = 0.05
+    """Mean seconds per later token that scheduling aims at. Rows that meet it may be parked."""
     parked_pages_max: int | None = None
-    """Most KV pages that parked rows may hold. Default: all."""
+    """Most KV pages that parked rows may keep on the device. Default: all."""
+    page_copies: bool = True
+    """Copy the KV pages of rows that leave the batch to host memory, and back when they return. Off
+    computes their tokens again if the device runs out of pages."""
     drain_wait_threshold_s: float = 0.0
     """Without `park`: seconds an adapter starves before another is drained. 0 never drains."""
     eviction: Literal["cost", "lru", "fifo"] = "cost"
@@ -130,10 +130,12 @@ class EngineConfig:
             "directory_slots",
             "page_tokens",
             "batch_rows_max",
-            "step_tokens_max",
             "queue_max",
             "loads_in_flight_max",
             "quantum_s",
+            "ttft_target_s",
+            "tpot_target_s",
+            "hang_s",
             "tensor_parallel",
         ):
             _positive(name, getattr(self, name))
@@ -145,17 +147,18 @@ class EngineConfig:
             "replica_memory",
             "rank_expected",
             "context_tokens_max",
+            "step_tokens_max",
             "threads",
         ):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
         for name in (
             "host_memory",
+            "host_kv_memory",
             "headroom_pages",
             "load_retry_s",
             "load_retry_max_s",
             "prefetch_depth",
-            "head_start_s",
             "parked_pages_max",
             "drain_wait_threshold_s",
             "page_wait_max_s",
@@ -190,6 +193,12 @@ class EngineConfig:
         return apart or self.device_memory is not None
 
     @property
+    def step_tokens(self) -> int:
+        """Most tokens of a step, which has one of each row at least."""
+        chosen = self.step_tokens_max or (1024 if self.device == "cuda" else 512)
+        return max(chosen, self.batch_rows_max)
+
+    @property
     def base_name(self) -> str:
         return self.served_model_name or self.model.rstrip("/").rsplit("/", 1)[-1]
 
@@ -212,18 +221,41 @@ class FleetConfig:
     """Adapters registered at startup: name → path."""
     adapter_roots: tuple[str, ...] = ()
     """Directories from which the API may load adapters. Default: none."""
+    adapter_sources: tuple[str, ...] = ()
+    """Directories in which a model that nobody registered is looked up by name. Default: none."""
     redis_url: str | None = None
-    """URL of the fleet's Redis. Default: an embedded Redis with its data in `directory`."""
+    """URL of the fleet's Redis, also redis+sentinel://. Default: an embedded one in `directory`."""
     directory: str = ".fleet"
-    """Directory for logs, downloaded adapters and the embedded Redis."""
+    """Directory on local disk for copies of adapters, logs and the embedded Redis."""
+    adapter_disk: int | None = None
+    """Bytes of disk for copies of adapters, shared like `directory`. Default: half of the disk."""
     api_keys: tuple[str, ...] = ()
-    """API keys; a request must carry one as a bearer token. Default: no key is needed."""
+    """Keys that may use models, sent as bearer tokens. Default: no key is needed."""
+    admin_keys: tuple[str, ...] = ()
+    """Keys that may also change adapters and see the whole fleet. Default: none."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Without keys: names of this fleet, beside loopback, to which changes may be sent."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins whose web pages may call the API, such as https://chat.example.com. * allows all.
+    Default: none."""
+    strict_fields: bool = False
+    """Refuse a request with unknown fields. Off names them in a header of the answer."""
+    default_is_base: bool = False
+    """Also call the base model `default`."""
+    request_log: str | None = None
+    """File to which each request adds a line of JSON, without its text. Default: none."""
+    open_metrics: bool = False
+    """Answer /metrics without a key."""
+    shared_prefixes: bool = False
+    """Share cached prompt prefixes between API keys, which shows one what others asked."""
+    source_connections_max: int | None = None
+    """Most connections of one client address. Default: half of all that HAProxy takes."""
     lease_s: float = 3.0
     """Seconds that a silent replica stays in the fleet's view."""
     report_s: float = 0.2
     """Seconds between the load reports of a replica; at most half of `lease_s`."""
-    drain_s: float = 1.0
-    """Seconds that a stopping replica may keep running its requests."""
+    drain_s: float = 600.0
+    """Seconds that a stopping replica may keep running its requests. A second Ctrl-C ends them."""
     acknowledge_s: float = 5.0
     """Seconds to wait for all replicas to apply a change of the catalog."""
     gpus_per_replica: float | None = None
@@ -232,8 +264,16 @@ class FleetConfig:
     """CPU cores that Ray reserves per replica."""
 
     def __post_init__(self) -> None:
-        for name in ("replicas", "lease_s", "report_s", "acknowledge_s"):
-            _positive(name, getattr(self, name))
+        for name in (
+            "replicas",
+            "lease_s",
+            "report_s",
+            "acknowledge_s",
+            "adapter_disk",
+            "source_connections_max",
+        ):
+            if getattr(self, name) is not None:
+                _positive(name, getattr(self, name))
         for name in ("drain_s", "cpus_per_replica"):
             _not_negative(name, getattr(self, name))
         _at_most("drain_s", self.drain_s, _DRAIN_MAX_S)
@@ -241,19 +281,29 @@ class FleetConfig:
             raise ConfigError(
                 "host: '' is no address; 0.0.0.0 listens on every interface", field="host"
             )
-        if not all(self.api_keys):
-            raise ConfigError("api_keys: an empty key would match any request", field="api_keys")
+        for name in ("api_keys", "admin_keys"):
+            if not all(getattr(self, name)):
+                raise ConfigError(f"{name}: an empty key would match any request", field=name)
+        if set(self.api_keys) & set(self.admin_keys):
+            raise ConfigError("admin_keys: one of them is in api_keys too", field="admin_keys")
+        for origin in self.allowed_origins:
+            if not _ORIGIN.fullmatch(origin):
+                what = f"allowed_origins: {origin!r} is neither * nor like https://example.com:8080"
+                raise ConfigError(what, field="allowed_origins")
+        if self.default_is_base and DEFAULT_MODEL in self.adapters:
+            what = f"default_is_base: an adapter is called {DEFAULT_MODEL!r} too"
+            raise ConfigError(what, field="default_is_base")
         if self.gpus_per_replica is not None:
             _not_negative("gpus_per_replica", self.gpus_per_replica)
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port: {self.port} is not between 0 and 65535", field="port")
         ranks, gpus = self.engine.tensor_parallel, self.gpus_per_replica
         if ranks > 1 and gpus not in (None, ranks):
-            raise ConfigError(
-                f"gpus_per_replica: {gpus}, but tensor_parallel {ranks} needs {ranks} GPUs per "
-                "replica; leave gpus_per_replica out",
-                field="gpus_per_replica",
-            )
+            what = f"gpus_per_replica: {gpus}, but tensor_parallel {ranks} needs {ranks} GPUs"
+            raise ConfigError(f"{what} per replica; leave it out", field="gpus_per_replica")
+        if not self.engine.overlap:
+            what = "engine.overlap: false is for benchmarks: a read that hangs stops all requests"
+            raise ConfigError(what, field="engine.overlap")
         if self.report_s * 2 > self.lease_s:
             raise ConfigError(
                 f"report_s: {self.report_s} must be at most half of lease_s {self.lease_s}, so "
@@ -281,68 +331,3 @@ def _not_negative(name: str, value: float) -> None:
 def _at_most(name: str, value: float, most: float) -> None:
     if not value <= most:
         raise ConfigError(f"{name}: {value} must be at most {most}", field=name)
-
-
-Config = TypeVar("Config")
-
-
-def load(kind: type[Config], data: Mapping[str, Any], where: str = "") -> Config:
-    """Builds a frozen dataclass from parsed YAML or JSON.
-
-    Fields whose name ends in `_memory` accept sizes such as '64MiB'. Unknown keys and wrong types
-    raise ConfigError naming the key.
-    """
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{where or 'configuration'}: {data!r} is not a mapping", field=where)
-    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(kind)
-    values: dict[str, Any] = {}
-    for key, value in data.items():
-        path = f"{where}.{key}" if where else str(key)
-        if key not in fields:
-            known = ", ".join(sorted(fields))
-            raise ConfigError(f"{path}: unknown key (known: {known})", field=path)
-        if key.endswith("_memory") and isinstance(value, str):
-            value = parse_bytes(value, path)
-        values[key] = _check(hints[key], value, path)
-    missing = [
-        name
-        for name, f in fields.items()
-        if name not in values
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        path = f"{where}.{missing[0]}" if where else missing[0]
-        raise ConfigError(f"{path}: required", field=path)
-    return kind(**values)
-
-
-def _check(hint: Any, value: Any, path: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        (hint,) = (a for a in args if a is not type(None))
-        return _check(hint, value, path)
-    if origin is Literal:
-        if not any(value == arg and type(value) is type(arg) for arg in args):
-            raise ConfigError(
-                f"{path}: {value!r} is not one of {', '.join(map(str, args))}", field=path
-            )
-        return value
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"{path}: {value!r} is not a list", field=path)
-        return tuple(_check(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{path}: {value!r} is not a mapping", field=path)
-        return {str(k): _check(args[1], v, f"{path}.{k}") for k, v in value.items()}
-    if dataclasses.is_dataclass(hint):
-        return load(hint, value, path)  # type: ignore[arg-type]
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        raise ConfigError(f"{path}: {value!r} is not of type {hint.__name__}", field=path)
-    return value

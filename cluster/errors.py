@@ -5,11 +5,17 @@ FleetError
 │   ├── ContextLengthExceeded 400  prompt + max_tokens exceeds the context length
 │   └── AdapterRefused        400  this fleet can never serve the adapter
 ├── Unauthorized              401  the API key is missing or wrong
+├── Forbidden                 403  the caller has no right to it
 ├── ModelNotFound             404  neither the base model nor an adapter has that name
 ├── QueueFull                 429  too many requests wait (Retry-After)
-├── EngineFailed              500  the engine died while the request ran
+├── Poisoned                  400  engines died under this request, one after another
+├── RetriesSpent              503  engines died under too many requests lately (Retry-After)
+├── EngineFailed              502  the engine died while the request ran; nothing was sent
+│   └── EngineGone            502  no engine could run the request, or it was stopped
 ├── LogitsNotFinite           500  the forward pass overflowed, so there is no token to choose
+├── DeadlineExceeded          504  the client's deadline passed first
 ├── AdapterFailed             503  the adapter is known but its load failed; it is retried later
+│   └── StoreFull             507  this node's disk has no room for the adapter's files
 ├── CatalogUnavailable        503  Redis cannot be reached; nothing was changed
 ├── ShuttingDown              503  the replica stops: it takes no request and cuts off late ones
 └── StartupError                   nothing is served: the configuration or the model is wrong
@@ -68,6 +74,12 @@ class Unauthorized(FleetError):
     type = "invalid_request_error"
 
 
+class Forbidden(FleetError):
+    status = 403
+    code = "forbidden"
+    type = "invalid_request_error"
+
+
 class ModelNotFound(FleetError):
     status = 404
     code = "model_not_found"
@@ -80,17 +92,48 @@ class QueueFull(FleetError):
     type = "rate_limit_error"
 
 
+class Poisoned(FleetError):
+    status = 400
+    code = "poisoned"
+    type = "invalid_request_error"
+
+
+class RetriesSpent(FleetError):
+    status = 503
+    code = "retries_spent"
+
+
 class EngineFailed(FleetError):
+    """death: names the end of one engine, for all requests that it ran. It does not cross
+    processes.
+    """
+
+    status = 502
     code = "engine_failed"
+    death: str = ""
+
+
+class EngineGone(EngineFailed):
+    pass
 
 
 class LogitsNotFinite(FleetError):
     code = "logits_not_finite"
 
 
+class DeadlineExceeded(FleetError):
+    status = 504
+    code = "deadline_exceeded"
+
+
 class AdapterFailed(FleetError):
     status = 503
     code = "adapter_failed"
+
+
+class StoreFull(AdapterFailed):
+    status = 507
+    code = "store_full"
 
 
 class CatalogUnavailable(FleetError):

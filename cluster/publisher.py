@@ -1,7 +1,6 @@
 """Publishes a replica's adapter states, lease and load reports to the registry."""
 
 import asyncio
-import dataclasses
 import json
 import logging
 import secrets
@@ -10,59 +9,74 @@ from collections.abc import Callable, Iterable, Mapping
 
 from redis.asyncio import Redis
 
+from cluster.catalog import keys as catalog_keys
 from cluster.errors import CatalogUnavailable
+from cluster.recovery import Stamp
 from cluster.redis_client import RECONNECT_FIRST_S, RECONNECT_MAX_S, call, heed_cancellation, prefix
-from cluster.registry import Lease, channel, encode_residency
+from cluster.registry import (
+    Lease,
+    acknowledgements,
+    channel,
+    encode_acknowledgement,
+    encode_lease,
+    encode_residency,
+)
 from cluster.values import AdapterState, LoadReport, Tier
 
 log = logging.getLogger(__name__)
 
-# KEYS: epoch, sequence, incarnations, catalog sequence, lease, residency.
-# ARGV: a fresh epoch, channel, incarnation, lease, lease_ms, 'whole' or 'change', number of entries
+# KEYS: state, incarnations, the catalog's state, the catalog, lease, residency, mark.
+# ARGV: a fresh id, channel, incarnation, lease, lease_ms, 'whole' or 'change', number of entries
 # that the hash must have before a change, entries to set (JSON object), digests to drop (JSON
-# array), then digest, entry, digest, entry ...
+# array), channel of acknowledgements or '', the id of the call before, the acknowledgement, then
+# digest, entry, digest, entry ...
+# The id becomes the epoch if there is none, and this replica's mark: a Redis that went back to an
+# older state has an older mark, however many entries that state has.
 _ANNOUNCE = """
-local epoch = redis.call('GET', KEYS[1])
-if not epoch then
-  epoch = ARGV[1]
-  redis.call('SET', KEYS[1], epoch)
-end
-local catalog = redis.call('GET', KEYS[4]) or '0'
+redis.call('HSETNX', KEYS[1], 'epoch', ARGV[1])
+local epoch = redis.call('HGET', KEYS[1], 'epoch')
+local head = redis.call('HMGET', KEYS[3], 'generation', 'sequence', 'count', 'settling')
+local settled = head[1] and not head[4] and tonumber(head[3]) == redis.call('HLEN', KEYS[4])
+local catalog = {head[1] or '0', head[2] or '0', settled and '1' or ''}
 local whole = ARGV[6] == 'whole'
+local listed = redis.call('SADD', KEYS[2], ARGV[3]) == 0
 if whole then
   redis.call('DEL', KEYS[6])
-  redis.call('SADD', KEYS[3], ARGV[3])
-elseif redis.call('EXISTS', KEYS[5]) == 0 or redis.call('HLEN', KEYS[6]) ~= tonumber(ARGV[7]) then
-  return {'lost', catalog}
+elseif not listed or redis.call('EXISTS', KEYS[5]) == 0
+    or redis.call('GET', KEYS[7]) ~= ARGV[11]
+    or redis.call('HLEN', KEYS[6]) ~= tonumber(ARGV[7]) then
+  return {'lost', unpack(catalog)}
 end
 local changed = whole
 for _, digest in ipairs(cjson.decode(ARGV[9])) do
   redis.call('HDEL', KEYS[6], digest)
   changed = true
 end
-for i = 10, #ARGV, 2 do
+for i = 13, #ARGV, 2 do
   redis.call('HSET', KEYS[6], ARGV[i], ARGV[i + 1])
   changed = true
 end
-if changed then redis.call('INCR', KEYS[2]) end
+if changed then redis.call('HINCRBY', KEYS[1], 'sequence', 1) end
 redis.call('SET', KEYS[5], ARGV[4], 'PX', ARGV[5])
+redis.call('SET', KEYS[7], ARGV[1], 'PX', ARGV[5])
 redis.call('PEXPIRE', KEYS[6], ARGV[5])
 local kind = whole and 'whole' or (changed and 'change' or 'report')
 redis.call('PUBLISH', ARGV[2], '{"epoch":"' .. epoch .. '","sequence":'
-  .. (redis.call('GET', KEYS[2]) or '0') .. ',"kind":"' .. kind .. '","lease":' .. ARGV[4]
-  .. ',"set":' .. ARGV[8] .. ',"drop":' .. ARGV[9] .. '}')
-return {'ok', catalog}
+  .. (redis.call('HGET', KEYS[1], 'sequence') or '0') .. ',"kind":"' .. kind
+  .. '","lease":' .. ARGV[4] .. ',"set":' .. ARGV[8] .. ',"drop":' .. ARGV[9] .. '}')
+if ARGV[10] ~= '' then redis.call('PUBLISH', ARGV[10], ARGV[12]) end
+return {'ok', unpack(catalog)}
 """
 
 # KEYS as above. ARGV as above, up to incarnation.
 _WITHDRAW = """
-local epoch = redis.call('GET', KEYS[1])
+local epoch = redis.call('HGET', KEYS[1], 'epoch')
 if not epoch then return end
-redis.call('DEL', KEYS[5], KEYS[6])
-redis.call('SREM', KEYS[3], ARGV[3])
-redis.call('INCR', KEYS[2])
+redis.call('DEL', KEYS[5], KEYS[6], KEYS[7])
+redis.call('SREM', KEYS[2], ARGV[3])
+local sequence = redis.call('HINCRBY', KEYS[1], 'sequence', 1)
 redis.call('PUBLISH', ARGV[2], '{"epoch":"' .. epoch .. '","sequence":'
-  .. redis.call('GET', KEYS[2]) .. ',"kind":"gone","incarnation":'
+  .. sequence .. ',"kind":"gone","incarnation":'
   .. cjson.encode(ARGV[3]) .. '}')
 """
 
@@ -70,12 +84,13 @@ redis.call('PUBLISH', ARGV[2], '{"epoch":"' .. epoch .. '","sequence":'
 class Publisher:
     """Publishes one replica: adapter states when they change, the lease with every report.
 
-    Call it on the event loop of `run`. It compares `residency` with what it published last, so a
-    lost call of `wake` only delays a change by report_s.
+    Call it on the event loop of `run`. A report costs what has changed, not what is held: `changed`
+    says what has. `residency` is read when Redis has nothing of this replica yet, or lost it.
 
-    residency, report: read the engine. applied: the catalog sequence applied here.
+    residency, report: read the engine. applied: the state of the catalog applied here.
     alive: False withdraws the replica and ends `run`.
-    on_catalog: called at each renewal with the catalog sequence in Redis.
+    on_catalog: called at each renewal with the catalog's state in Redis, and whether it is settled,
+    as far as this shows without asking which server it is.
     """
 
     def __init__(
@@ -88,9 +103,10 @@ class Publisher:
         report_s: float,
         residency: Callable[[], Iterable[AdapterState]],
         report: Callable[[], LoadReport],
-        applied: Callable[[], int] = lambda: 0,
+        applied: Callable[[], Stamp] = lambda: (0, 0),
         alive: Callable[[], bool] = lambda: True,
-        on_catalog: Callable[[int], None] = lambda sequence: None,
+        on_catalog: Callable[[Stamp, bool], None] = lambda stamp, settled: None,
+        url: Callable[[], str] = lambda: "",
     ) -> None:
         self.replica_id = replica_id
         self.incarnation = f"{replica_id}:{secrets.token_hex(4)}"
@@ -98,28 +114,44 @@ class Publisher:
         self._lease_s, self._report_s = lease_s, report_s
         self._residency, self._report = residency, report
         self._applied, self._alive, self._on_catalog = applied, alive, on_catalog
-        self._channel = channel(fleet)
+        self._url = url
+        self._channel = channel(redis, fleet)
         root = prefix(fleet)
         self._keys = [
-            root + key
-            for key in (
-                "epoch",
-                "residency:sequence",
-                "incarnations",
-                "catalog:sequence",
-                f"lease:{self.incarnation}",
-                f"residency:{self.incarnation}",
-            )
+            root + "residency:state",
+            root + "incarnations",
+            *catalog_keys(fleet),
+            f"{root}lease:{self.incarnation}",
+            f"{root}residency:{self.incarnation}",
+            f"{root}mark:{self.incarnation}",
         ]
         self._announce = redis.register_script(_ANNOUNCE)
         self._withdraw = redis.register_script(_WITHDRAW)
+        self._acknowledgements = acknowledgements(redis, fleet)
         self._published: dict[str, AdapterState] | None = None
+        self._changed: dict[str, AdapterState] = {}
+        self._failed: set[str] = set()  # digests that this replica cannot serve
+        self._acknowledged: Stamp = (0, 0)  # the last state of the catalog published as applied
+        self._mark = ""  # the id of the last call that Redis took
         self._wake = asyncio.Event()
 
     @property
     def published(self) -> Mapping[str, AdapterState]:
         """What Redis has of this replica; empty before the first report and while Redis is away."""
         return self._published or {}
+
+    def changed(self, entries: Iterable[AdapterState]) -> None:
+        """The next report tells these states. ABSENT: the replica no longer has it."""
+        for entry in entries:
+            self._changed[entry.digest] = entry
+            if entry.tier is Tier.FAILED:
+                self._failed.add(entry.digest)
+            else:
+                self._failed.discard(entry.digest)
+
+    def fails(self, digest: str) -> bool:
+        """True if this replica cannot serve the version."""
+        return digest in self._failed
 
     def wake(self) -> None:
         """Publishes now instead of at the next report."""
@@ -135,7 +167,7 @@ class Publisher:
                 await self.publish()
                 delay_s, wait_s = RECONNECT_FIRST_S, self._report_s
             except CatalogUnavailable:
-                self._published = None
+                self._published = None  # nobody knows what Redis has taken of it
                 delay_s = wait_s = min(delay_s * 2, RECONNECT_MAX_S)
             try:
                 async with asyncio.timeout(wait_s):
@@ -146,15 +178,18 @@ class Publisher:
 
     async def publish(self) -> None:
         """Publishes what changed since the last call, or everything if Redis lost this replica."""
-        held = {r.digest: r for r in self._residency() if r.tier is not Tier.ABSENT}
-        before = self._published
-        if before is not None:
-            changed = [r for d, r in held.items() if before.get(d) != r]
-            dropped = [digest for digest in before if digest not in held]
-            if await self._send("change", changed, dropped, len(before)):
-                self._published = held
+        entries, self._changed = self._changed, {}
+        held = self._published
+        if held is not None:
+            changed, dropped = _difference(held, entries)
+            if await self._send("change", changed, dropped, len(held)):
+                held.update((entry.digest, entry) for entry in changed)
+                for digest in dropped:
+                    del held[digest]
                 return
             log.warning("%s: Redis lost this replica's state", self.incarnation)
+        held = {r.digest: r for r in self._residency() if r.tier is not Tier.ABSENT}
+        self._failed = {digest for digest, entry in held.items() if entry.tier is Tier.FAILED}
         await self._send("whole", list(held.values()), [], 0)
         self._published = held
 
@@ -168,23 +203,46 @@ class Publisher:
     async def _send(
         self, kind: str, changed: list[AdapterState], dropped: list[str], count: int
     ) -> bool:
+        applied = self._applied()
         lease = Lease(
             self.replica_id,
             self.incarnation,
             self._started_s,
             self._lease_s,
-            self._applied(),
+            applied,
             self._report(),
+            url=self._url(),
         )
         pairs: list[str] = []
         for entry in changed:
             pairs += [entry.digest, encode_residency(entry)]
         entries = ",".join(f'"{d}":{r}' for d, r in zip(pairs[::2], pairs[1::2], strict=True))
-        head = [secrets.token_hex(8), self._channel, self.incarnation]
-        terms = [json.dumps(dataclasses.asdict(lease)), str(int(self._lease_s * 1000)), kind]
-        change = [str(count), "{" + entries + "}", json.dumps(dropped)]
-        outcome, catalog = await call(
+        mark = secrets.token_hex(8)
+        head = [mark, self._channel, self.incarnation]
+        terms = [encode_lease(lease), str(int(self._lease_s * 1000)), kind]
+        # With its first report, so that those who wait for a change hear of a replica that starts.
+        tells = kind == "whole" or applied != self._acknowledged
+        told = self._acknowledgements if tells else ""
+        change = [str(count), "{" + entries + "}", json.dumps(dropped), told, self._mark]
+        change.append(encode_acknowledgement(self.incarnation, applied, bool(self._failed)))
+        outcome, generation, sequence, settled = await call(
             self._announce(keys=self._keys, args=head + terms + change + pairs)
         )
-        self._on_catalog(int(catalog))
+        self._on_catalog((int(generation), int(sequence)), bool(settled))
+        if outcome == "ok":
+            self._acknowledged, self._mark = applied, mark
         return bool(outcome == "ok")
+
+
+def _difference(
+    held: Mapping[str, AdapterState], entries: Mapping[str, AdapterState]
+) -> tuple[list[AdapterState], list[str]]:
+    """What to set and what to drop, so that `held` follows `entries`."""
+    changed, dropped = [], []
+    for digest, entry in entries.items():
+        if entry.tier is not Tier.ABSENT:
+            if held.get(digest) != entry:
+                changed.append(entry)
+        elif digest in held:
+            dropped.append(digest)
+    return changed, dropped

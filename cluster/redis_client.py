@@ -1,6 +1,7 @@
 """Connections to Redis: bounded waits, one key prefix, a subscription that reconnects itself."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import random
@@ -10,13 +11,19 @@ from typing import Any
 from redis import Redis as SyncRedis
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
+from redis.sentinel import Sentinel as SyncSentinel
+from redis.sentinel import SentinelConnectionPool as SyncSentinelConnectionPool
 
 from cluster.errors import CatalogUnavailable, ConfigError
+from cluster.redis_address import risks, sentinel_address
 
 log = logging.getLogger(__name__)
 
+# Of the keys and what they hold. Raise it if an older process would misread them.
+SCHEMA = 2
 COMMAND_TIMEOUT_S = 1.0
 CALL_TIMEOUT_S = 2.0
 RECONNECT_FIRST_S = 0.05
@@ -27,36 +34,101 @@ Unreachable = (RedisError, OSError, TimeoutError)
 
 
 def connect(url: str) -> Redis:
-    """A client that fails fast. The caller decides whether to retry."""
-    return Redis.from_url(
-        url,
-        decode_responses=True,
-        socket_timeout=COMMAND_TIMEOUT_S,
-        socket_connect_timeout=COMMAND_TIMEOUT_S,
-        retry=Retry(NoBackoff(), 0),
+    """A client that fails fast. The caller decides whether to retry.
+
+    url: redis://, rediss:// (TLS), unix://, or redis+sentinel:// and rediss+sentinel:// as
+    `sentinel_address` explains. Raises ValueError if it is none of these.
+    """
+    options: dict[str, Any] = {
+        "decode_responses": True,
+        "socket_timeout": COMMAND_TIMEOUT_S,
+        "socket_connect_timeout": COMMAND_TIMEOUT_S,
+        "retry": Retry(NoBackoff(), 0),
+    }
+    found = sentinel_address(url)
+    if found is None:
+        return Redis.from_url(url, **options)
+    of_sentinels = {**found.sentinel_options, **options}
+    sentinel = Sentinel(found.sentinels, sentinel_kwargs=of_sentinels)  # type: ignore[no-untyped-call]
+    master: Redis = sentinel.master_for(
+        found.service, connection_pool_class=_SentinelPool, **found.options, **options
     )
+    return master
 
 
-def check_reachable(url: str) -> None:
-    """Blocking. Raises ConfigError. Its message omits the URL, which may hold a password."""
+def connect_blocking(url: str) -> SyncRedis:
+    """A client for a thread that may wait; see `connect`."""
+    options: dict[str, Any] = {
+        "decode_responses": True,
+        "socket_timeout": CALL_TIMEOUT_S,
+        "socket_connect_timeout": CALL_TIMEOUT_S,
+    }
+    found = sentinel_address(url)
+    if found is None:
+        return SyncRedis.from_url(url, **options)
+    of_sentinels = {**found.sentinel_options, **options}
+    sentinel: Any = SyncSentinel(found.sentinels, sentinel_kwargs=of_sentinels)  # type: ignore[no-untyped-call]
+    master: SyncRedis = sentinel.master_for(
+        found.service, connection_pool_class=_BlockingSentinelPool, **found.options, **options
+    )
+    return master
+
+
+class _SentinelPool(SentinelConnectionPool):
+    """Closes its connections to the sentinels too, which redis-py leaves open."""
+
+    async def disconnect(self, inuse_connections: bool = True) -> None:
+        await super().disconnect(inuse_connections)
+        for client in self.sentinel_manager.sentinels:
+            await client.aclose()
+
+
+class _BlockingSentinelPool(SyncSentinelConnectionPool):
+    def disconnect(self, inuse_connections: bool = True) -> None:
+        super().disconnect(inuse_connections)
+        for client in self.sentinel_manager.sentinels:
+            client.close()
+
+
+def check_reachable(url: str) -> list[str]:
+    """Blocking. Returns what may lose the catalog at this Redis, a sentence a risk.
+
+    Raises ConfigError. Its message omits the URL, which may hold a password.
+    """
     try:
-        client = SyncRedis.from_url(
-            url, socket_timeout=CALL_TIMEOUT_S, socket_connect_timeout=CALL_TIMEOUT_S
-        )
+        client = connect_blocking(url)
     except ValueError as error:
         raise ConfigError(
             "redis_url: not a URL such as redis://HOST:6379/0", field="redis_url"
         ) from error
     try:
         client.ping()
+        return risks_of(client)
     except Unreachable as error:
         raise ConfigError(f"redis_url: no Redis answers: {error}", field="redis_url") from error
     finally:
         client.close()
 
 
+def risks_of(client: SyncRedis) -> list[str]:
+    """Reads what this user may read; what is not shown is not a risk."""
+    facts: dict[str, str] = {}
+    for section in ("memory", "persistence"):
+        with contextlib.suppress(ResponseError):
+            facts |= {str(name): str(value) for name, value in client.info(section).items()}
+    with contextlib.suppress(ResponseError):
+        facts["save"] = str(client.config_get("save")["save"])
+    return risks(facts)
+
+
 def prefix(fleet: str) -> str:
-    return f"lf:{fleet}:"
+    """Processes with another schema use other keys: during an upgrade they do not meet."""
+    return f"lf{SCHEMA}:{fleet}:"
+
+
+def channel_name(redis: Redis, name: str) -> str:
+    """The same fleet's name may be in use in another database, but channels know no databases."""
+    return f"{name}@{redis.connection_pool.connection_kwargs.get('db') or 0}"
 
 
 async def call(reply: Awaitable[Any]) -> Any:

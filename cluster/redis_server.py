@@ -8,7 +8,6 @@ import logging
 import os
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ from urllib.parse import quote
 import redis
 
 from cluster.errors import StartupError
+from cluster.private import make_private
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +80,8 @@ class RedisServer:
     def start(self) -> None:
         """Returns when the server answers. Raises StartupError."""
         binary = find_redis_server()
-        self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._socket.parent.mkdir(exist_ok=True, mode=0o700)
-        _check_private(self._socket.parent)
+        make_private(self._directory)
+        make_private(self._socket.parent)
         self._lock = self._take_lock()
         self._stopping.clear()
         self._process = self._failure = None
@@ -196,6 +195,7 @@ class RedisServer:
     def _answers(self) -> bool:
         client = redis.Redis.from_url(self.url, socket_timeout=1.0, socket_connect_timeout=1.0)
         try:
+            client.ping()  # INFO is answered while the data is read, too
             return int(client.info("server")["process_id"]) == self.pid
         except (redis.RedisError, OSError):
             return False  # not listening yet, or still reading its data
@@ -241,14 +241,6 @@ def _socket_path(directory: Path) -> Path:
         return path
     short = hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]
     return Path(f"/tmp/lorafleet-{os.getuid()}-{short}") / "redis.sock"
-
-
-def _check_private(directory: Path) -> None:
-    """Raises StartupError if another user owns it: anyone may create a directory below /tmp."""
-    status = directory.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-        raise StartupError(f"{directory}: not a directory of this user")
-    directory.chmod(0o700)
 
 
 def _quoted(path: Path) -> str:

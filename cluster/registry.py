@@ -1,10 +1,16 @@
 """Adapter states, leases and load reports of all replicas in Redis, and how to read them.
 
-    lf:{fleet}:residency:{incarnation}  hash: digest → {tier, bytes, since, reason} (JSON), TTL
-    lf:{fleet}:lease:{incarnation}      lease with the replica's load report (JSON), TTL
-    lf:{fleet}:incarnations             set of the incarnations that may be alive
-    lf:{fleet}:residency:sequence       number of changes so far
-    lf:{fleet}:residency:changes        channel: {epoch, sequence, kind, incarnation, ...}
+    lf2:{fleet}:residency:{incarnation}  hash: digest → {tier, bytes, since, reason} (JSON), TTL
+    lf2:{fleet}:lease:{incarnation}      lease with the replica's load report (JSON), TTL
+    lf2:{fleet}:mark:{incarnation}       random id of the replica's last report, TTL
+    lf2:{fleet}:incarnations             set of the incarnations that may be alive
+    lf2:{fleet}:residency:state          hash: epoch, a random id, new when Redis has none;
+                                         sequence, the number of changes so far
+    lf2:{fleet}:residency:changes@N      channel for database N: {epoch, sequence, kind,
+                                         incarnation, ...}
+    lf2:{fleet}:acknowledgements@N       channel: {incarnation, catalog, failed} of a replica that
+                                         starts or has applied changes of the catalog; failed: true
+                                         if there are versions that it cannot serve
 
 incarnation = replica_id:start_nonce. Lease and residency have the same TTL, so a killed replica
 disappears from Redis after lease_s. `publisher.py` writes these keys. The snapshot script computes
@@ -16,7 +22,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -24,28 +30,47 @@ from typing import Any
 from redis.asyncio import Redis
 
 from cluster.catalog import Catalog
-from cluster.redis_client import Subscription, call, connect, prefix
+from cluster.recovery import Stamp
+from cluster.redis_client import SCHEMA, Subscription, call, channel_name, connect, prefix
 from cluster.values import AdapterState, LoadReport, Tier
+from cluster.versions import Book
 
 log = logging.getLogger(__name__)
 
-# KEYS: epoch, sequence, incarnations. ARGV: the prefix, 'residency' or '' to omit it.
+# KEYS: state, incarnations. ARGV: the prefix.
 _SNAPSHOT = """
 local live = {}
-for _, incarnation in ipairs(redis.call('SMEMBERS', KEYS[3])) do
+for _, incarnation in ipairs(redis.call('SMEMBERS', KEYS[2])) do
   local key = ARGV[1] .. 'lease:' .. incarnation
   local lease = redis.call('GET', key)
   if lease then
-    local held = {}
-    if ARGV[2] == 'residency' then
-      held = redis.call('HGETALL', ARGV[1] .. 'residency:' .. incarnation)
-    end
+    local held = redis.call('HGETALL', ARGV[1] .. 'residency:' .. incarnation)
     live[#live + 1] = {lease, redis.call('PTTL', key), held}
   else
-    redis.call('SREM', KEYS[3], incarnation)
+    redis.call('SREM', KEYS[2], incarnation)
   end
 end
-return {redis.call('GET', KEYS[1]) or '', redis.call('GET', KEYS[2]) or '0', live}
+return {redis.call('HGET', KEYS[1], 'epoch') or '', redis.call('HGET', KEYS[1], 'sequence') or '0',
+  live}
+"""
+
+
+# KEYS as above. ARGV: the prefix, then digests. Returns epoch, sequence, [[lease, [entry of each
+# digest]]].
+_STANDING = """
+local live = {}
+for _, incarnation in ipairs(redis.call('SMEMBERS', KEYS[2])) do
+  local lease = redis.call('GET', ARGV[1] .. 'lease:' .. incarnation)
+  if lease then
+    local held = {}
+    for i = 2, #ARGV do
+      held[i - 1] = redis.call('HGET', ARGV[1] .. 'residency:' .. incarnation, ARGV[i])
+    end
+    live[#live + 1] = {lease, held}
+  end
+end
+return {redis.call('HGET', KEYS[1], 'epoch') or '', redis.call('HGET', KEYS[1], 'sequence') or '0',
+  live}
 """
 
 
@@ -54,15 +79,18 @@ class Lease:
     """What a replica publishes with each renewal.
 
     started_s: Unix time. Of two incarnations of one replica the later one counts.
-    catalog_sequence: the last change of the catalog that the replica has applied.
+    catalog: the state of the catalog, (generation, sequence), that the replica has applied.
+    url: where other replicas reach its server; "" if it is not known.
     """
 
     replica_id: str
     incarnation: str
     started_s: float
     lease_s: float
-    catalog_sequence: int
+    catalog: Stamp
     report: LoadReport
+    schema: int = SCHEMA
+    url: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +104,20 @@ class ReplicaState:
     residency: Mapping[str, AdapterState]
     report: LoadReport
     seen_s: float
-    catalog_sequence: int = 0
+    catalog: Stamp = (0, 0)
 
 
-def channel(fleet: str) -> str:
-    return prefix(fleet) + "residency:changes"
+def channel(redis: Redis, fleet: str) -> str:
+    return channel_name(redis, prefix(fleet) + "residency:changes")
+
+
+def acknowledgements(redis: Redis, fleet: str) -> str:
+    """Its channel."""
+    return channel_name(redis, prefix(fleet) + "acknowledgements")
+
+
+def encode_acknowledgement(incarnation: str, catalog: Stamp, failed: bool) -> str:
+    return json.dumps({"incarnation": incarnation, "catalog": catalog, "failed": failed})
 
 
 def encode_residency(entry: AdapterState) -> str:
@@ -95,6 +132,14 @@ def _decode_residency(digest: str, record: Mapping[str, Any]) -> AdapterState:
 
 
 _REPORT_FIELDS = frozenset(field.name for field in dataclasses.fields(LoadReport))
+_LEASE_FIELDS = tuple(field.name for field in dataclasses.fields(Lease))
+
+
+def encode_lease(lease: Lease) -> str:
+    # Each report is encoded: `dataclasses.asdict`, which copies, takes three times as long.
+    record = {name: getattr(lease, name) for name in _LEASE_FIELDS}
+    record["report"] = {name: getattr(lease.report, name) for name in _REPORT_FIELDS}
+    return json.dumps(record)
 
 
 def _decode_lease(record: Mapping[str, Any]) -> Lease:
@@ -104,9 +149,15 @@ def _decode_lease(record: Mapping[str, Any]) -> Lease:
         incarnation=record["incarnation"],
         started_s=record["started_s"],
         lease_s=record["lease_s"],
-        catalog_sequence=record["catalog_sequence"],
+        catalog=(record["catalog"][0], record["catalog"][1]),
         report=LoadReport(**report),
+        schema=record.get("schema", 0),
+        url=record.get("url", ""),
     )
+
+
+# A replica's lease, and of digests that it cannot read: digest → why.
+Standing = tuple[Lease, dict[str, str]]
 
 
 class Registry:
@@ -114,15 +165,15 @@ class Registry:
 
     def __init__(self, redis: Redis, fleet: str) -> None:
         self._root = prefix(fleet)
-        self._keys = [self._root + key for key in ("epoch", "residency:sequence", "incarnations")]
+        self._keys = [self._root + key for key in ("residency:state", "incarnations")]
         self._snapshot = redis.register_script(_SNAPSHOT)
+        self._standing = redis.register_script(_STANDING)
 
     async def read(
-        self, *, residency: bool = True
+        self,
     ) -> tuple[str, int, list[tuple[Lease, float, dict[str, AdapterState]]]]:
         """(epoch, sequence, [(lease, seconds until it expires, residency)])."""
-        args = [self._root, "residency" if residency else ""]
-        epoch, sequence, live = await call(self._snapshot(keys=self._keys, args=args))
+        epoch, sequence, live = await call(self._snapshot(keys=self._keys, args=[self._root]))
         found = []
         for lease, ttl_ms, held in live:
             try:
@@ -137,10 +188,29 @@ class Registry:
             found.append((known, max(ttl_ms, 0) / 1000, entries))
         return epoch, int(sequence), found
 
-    async def leases(self) -> list[Lease]:
-        """The newest lease of each live replica, sorted by replica_id."""
-        _, _, live = await self.read(residency=False)
-        return newest([lease for lease, _, _ in live])
+    async def standing(
+        self, digests: Sequence[str] = ()
+    ) -> tuple[tuple[str, int], dict[str, Standing]]:
+        """((epoch, sequence), by replica id the standing of its newest incarnation)."""
+        found: dict[str, Standing] = {}
+        args = [self._root, *digests]
+        epoch, sequence, live = await call(self._standing(keys=self._keys, args=args))
+        for text, held in live:
+            try:
+                lease = _decode_lease(json.loads(text))
+                entries = {
+                    digest: _decode_residency(digest, json.loads(record))
+                    for digest, record in zip(digests, held, strict=True)
+                    if record
+                }
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                log.warning("ignoring a replica's record, which cannot be read (%s)", error)
+                continue
+            before = found.get(lease.replica_id)
+            if before is None or newest([before[0], lease]) == [lease]:
+                failed = {d: e.reason or "" for d, e in entries.items() if e.tier is Tier.FAILED}
+                found[lease.replica_id] = lease, failed
+        return (epoch, int(sequence)), found
 
 
 def newest(leases: Iterable[Lease]) -> list[Lease]:
@@ -181,18 +251,17 @@ class FleetView:
     ) -> None:
         self._redis = connect(redis_url)
         self._clock = clock
-        self._catalog = Catalog(self._redis, fleet, base_name, on_change=self._renamed)
+        self._catalog = Catalog(self._redis, fleet, base_name)
         self._registry = Registry(self._redis, fleet)
         self._subscription = Subscription(
             self._redis,
-            channel(fleet),
+            channel(self._redis, fleet),
             apply=self._apply,
             resync=self._resync,
             silence_s=silence_s,
         )
         self._epoch, self._sequence = "", 0
         self._seen: dict[str, _Seen] = {}
-        self._names: dict[str, str | None] = {}
         self._replicas: dict[str, ReplicaState] | None = None
         self._next_expiry_s = float("inf")
         self.resyncs = 0
@@ -202,9 +271,14 @@ class FleetView:
         return self._subscription.connected and self._catalog.connected
 
     @property
-    def names(self) -> Mapping[str, str | None]:
-        """Adapter name → digest. The base model's name, if it was given, → None."""
-        return MappingProxyType(self._names)
+    def book(self) -> Book:
+        """This process's copy of the catalog."""
+        return self._catalog.book
+
+    def digest_of(self, name: str) -> str | None:
+        """None for the base model and for an unknown name."""
+        version = self._catalog.book.get(name)
+        return version.digest if version is not None else None
 
     @property
     def replicas(self) -> Mapping[str, ReplicaState]:
@@ -223,12 +297,6 @@ class FleetView:
                 tasks.create_task(self._subscription.run())
         finally:
             await self._redis.aclose()
-
-    def _renamed(self) -> None:
-        book = self._catalog.book
-        self._names = {version.name: version.digest for version in book.by_name()}
-        if book.base_name:
-            self._names[book.base_name] = None
 
     async def _resync(self) -> None:
         epoch, sequence, live = await self._registry.read()
@@ -269,10 +337,10 @@ class FleetView:
         if known is None and kind != "whole":
             return False
         held = {} if known is None or kind == "whole" else known.residency
-        if kind != "report":
-            dropped = message["drop"]
-            held = {d: r for d, r in held.items() if d not in dropped}
-            held |= {d: _decode_residency(d, record) for d, record in message["set"].items()}
+        for digest in message["drop"]:
+            held.pop(digest, None)
+        for digest, record in message["set"].items():
+            held[digest] = _decode_residency(digest, record)
         now = self._clock()
         self._seen[lease.incarnation] = _Seen(lease, held, now, now + lease.lease_s)
         return True
@@ -297,6 +365,6 @@ class FleetView:
                 MappingProxyType(seen.residency),
                 lease.report,
                 seen.seen_s,
-                lease.catalog_sequence,
+                lease.catalog,
             )
         return states

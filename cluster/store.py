@@ -1,111 +1,384 @@
-"""Adapter files: paths are used in place, URLs (s3://, hf:// …) are stored on disk by digest."""
+"""Adapter files on local disk, by digest: copied when an adapter is added, and never changed."""
 
+import contextlib
+import fcntl
 import os
+import re
+import secrets
 import shutil
-import tempfile
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from typing import Generic, Protocol, TypeVar
 
-from cluster.errors import AdapterFailed, AdapterRefused, BadRequest
+from cluster.adapter_paths import files_of, is_url, local_path
+from cluster.downloads import DISK_FULL, DISK_REFUSES, alone, download, sweep
+from cluster.errors import AdapterFailed, AdapterRefused, StoreFull
+from cluster.file_copies import copy_file
+from cluster.holds import Holds
 
-FILES = ("adapter_config.json", "adapter_model.safetensors")
-
-
-def is_url(uri: str) -> bool:
-    return "://" in uri and not uri.startswith("file://")
-
-
-def local_path(uri: str) -> str:
-    """The absolute path of a path or a file:// URL. `..` stays in it, because only the kernel can
-    resolve it behind a symlink."""
-    if uri.startswith("file://"):
-        uri = unquote(urlsplit(uri).path)
-    return os.path.join(os.getcwd(), uri).rstrip(os.sep) or os.sep
+_INCOMING = ".incoming-"
+_UNCHECKED = ".unchecked-"
+_DIGEST = re.compile("[0-9a-f]{64}")
+_KEPT = re.compile(rf"({re.escape(_UNCHECKED)})?{_DIGEST.pattern}")
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_SUM_BYTES = 20
 
 
-def check_allowed(uri: str, roots: Sequence[str]) -> None:
-    """Raises BadRequest naming `lora_path` unless the adapter's files are under one of the roots.
+class Inspected(Protocol):
+    """What an inspection found. digest: SHA-256 (hex) of the files."""
 
-    Symlinks and `..` are resolved first, in roots, directory and files. The message is the same
-    whether or not a path outside exists. A URL needs a root that is a URL and a prefix of it.
-    """
-    if any(_lies_under(uri, root) for root in roots):
-        return
-    allowed = ", ".join(roots) or "none is configured"
-    raise BadRequest(
-        f"lora_path: {uri!r} is outside the allowed adapter roots ({allowed})", field="lora_path"
-    )
+    @property
+    def digest(self) -> str: ...
 
 
-def _lies_under(uri: str, root: str) -> bool:
-    if "\0" in uri:
-        return False
-    if is_url(uri) or is_url(root):
-        plain = "::" not in uri and ".." not in uri.split("/")
-        return plain and (uri + "/").startswith(root.rstrip("/") + "/")
-    top = os.path.realpath(local_path(root))
-    path = local_path(uri)
-    candidates = [path, *(os.path.join(path, name) for name in FILES)]
-    return all(_contains(top, os.path.realpath(candidate)) for candidate in candidates)
+Info = TypeVar("Info", bound=Inspected)
 
 
-def _contains(top: str, path: str) -> bool:
-    return path == top or path.startswith(top.rstrip(os.sep) + os.sep)
+class Store(Generic[Info]):
+    """Blocking: call it on a thread. Any thread may call it.
 
+        DIGEST/       the files of one version: complete, read-only, never changed
+        .incoming-*/  what is being copied or deleted; a crash leaves it for `_sweep`
+        .partial-*/   what is there of a URL (`downloads.py`)
+        .unchecked-*/ versions kept before the machine last started: their data may not have reached
+                      the disk, so they are inspected once before they are used
+        .boot         id of the machine's start
+        .held-*       which versions the processes need (`holds.py`)
+        .lock         locked during each change of the above; the bytes of all versions, or more
 
-class Store:
-    """Blocking: call it on a thread. digest_of: checks the files in a directory and returns their
-    digest.
+    All processes of a node may share a directory. `add` and `fetch` hold a version until `release`
+    or the end of the process. A version that no process holds stays until room is needed. Those
+    that were held last stay longest.
+
+    inspect: checks the files in a directory, which it may rewrite, or raises AdapterRefused.
+    capacity: bytes of all versions. None: half of the directory's file system.
     """
 
-    def __init__(self, directory: str, digest_of: Callable[[str], str]) -> None:
-        self._directory = Path(directory).absolute()
-        self._digest_of = digest_of
+    def __init__(
+        self, directory: str, inspect: Callable[[str], Info], capacity: int | None = None
+    ) -> None:
+        self._directory = os.path.abspath(directory)
+        self._inspect = inspect
+        self._capacity = 0 if capacity is None else capacity
+        self._sized = capacity is not None
+        self._opening = threading.Lock()
+        self._opened: Holds | None = None
 
-    def fetch(self, uri: str, digest: str | None = None) -> str:
-        """Returns the local directory of the files.
+    def add(self, uri: str) -> Info:
+        """Copies the files of a path or URL, checks the copy, and holds its version.
 
-        A path is returned unchecked, because reading the image checks its digest. A URL is
-        downloaded to a temporary directory, checked, and renamed, so a directory named by a digest
-        is always complete. Raises AdapterRefused, or AdapterFailed if the digest differs.
+        Raises AdapterRefused, AdapterFailed or StoreFull.
         """
-        if not is_url(uri):
-            return local_path(uri)
-        if digest is not None and (self._directory / digest).is_dir():
-            return str(self._directory / digest)
-        self._directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self._directory, prefix=".incoming-") as incoming:
-            new = Path(incoming) / "adapter"
-            new.mkdir()
-            _download(uri, new)
-            found = self._digest_of(str(new))
-            if digest is not None and found != digest:
-                raise AdapterFailed(f"{uri}: its files changed (digest {found}, not {digest})")
-            return self._keep(new, found)
+        with self._incoming(uri) as new, self._alone(uri) as partial:
+            info = self._checked_copy(uri, new, partial)
+            self._keep(uri, new, info.digest)
+            return info
 
-    def _keep(self, new: Path, digest: str) -> str:
-        target = self._directory / digest
-        try:
-            new.rename(target)
-        except OSError:
-            # Another replica on this machine was first. Same digest, same files.
-            if not target.is_dir():
+    def fetch(self, uris: Sequence[str], digest: str) -> str:
+        """The directory of a version's files. Holds it, and copies the files if they are not here,
+        from the first of `uris` that has them.
+
+        Raises what the first one raises: as `add` does, or AdapterFailed if it has other files.
+        """
+        if _DIGEST.fullmatch(digest) is None:
+            raise AdapterFailed(f"{uris[0]}: {digest!r} is not a SHA-256 digest")
+        if self._hold_present(uris[0], digest) or self._check_again(uris[0], digest):
+            return self.path(digest)
+        failures: list[AdapterRefused | AdapterFailed] = []
+        for uri in uris:
+            try:
+                self._fetch_from(uri, digest)
+                return self.path(digest)
+            except StoreFull:
                 raise
-            shutil.rmtree(new)
-        return str(target)
+            except (AdapterRefused, AdapterFailed) as error:
+                failures.append(error)
+        raise failures[0]
+
+    def drop_damaged(self, digest: str) -> None:
+        """Drops a version's files if someone has changed them."""
+        with contextlib.suppress(AdapterRefused, OSError):
+            if self._inspect(self.path(digest)).digest == digest:
+                return
+        # If it is not there, there is nothing to drop.
+        with contextlib.suppress(OSError), self._locked():
+            retired = self._retire(digest)
+            _delete([retired])
+
+    def _fetch_from(self, uri: str, digest: str) -> None:
+        with self._incoming(uri) as new, self._alone(uri) as partial:
+            if partial and self._hold_present(uri, digest):
+                return  # another process or thread has downloaded it meanwhile
+            found = self._checked_copy(uri, new, partial).digest
+            if found != digest:
+                raise AdapterFailed(f"{uri}: its files changed (digest {found}, not {digest})")
+            self._keep(uri, new, digest)
+
+    def hold_again(self, digest: str) -> bool:
+        """Holds a version that this process holds already; False if it does not. Does no I/O."""
+        return self._opened is not None and self._opened.hold_again(digest)
+
+    def path(self, digest: str) -> str:
+        """Where the files of a version are while it is held."""
+        return f"{self._directory}/{digest}"
+
+    def release(self, digest: str) -> None:
+        """Ends one hold of `add` or `fetch`."""
+        if self._opened is not None and self._opened.release(digest):
+            with contextlib.suppress(OSError):  # someone deleted it by hand
+                os.utime(self.path(digest))
+
+    def close(self) -> None:
+        """Ends all holds."""
+        if self._opened is not None:
+            self._opened.close()
+
+    @property
+    def _holds(self) -> Holds:
+        assert self._opened is not None
+        return self._opened
+
+    def _open(self) -> None:
+        with self._opening:
+            if self._opened is not None:
+                return
+            # Others of the machine must not read what their originals may hide.
+            Path(self._directory).mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not self._sized:
+                disk = os.statvfs(self._directory)
+                self._capacity = disk.f_frsize * disk.f_blocks // 2
+            holds = Holds(Path(self._directory))
+            with self._locked():
+                self._sweep()
+                self._distrust_earlier_boots(holds)
+            self._opened = holds
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[int]:
+        """Yields the file of the sum, for `_used` and `_set_used`."""
+        descriptor = os.open(f"{self._directory}/.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    @contextlib.contextmanager
+    def _disk(self, uri: str) -> Iterator[None]:
+        """Turns an error of the store's own disk into StoreFull."""
+        try:
+            yield
+        except OSError as error:
+            raise StoreFull(f"{uri}: the store {self._directory} failed: {error}") from error
+
+    @contextlib.contextmanager
+    def _incoming(self, uri: str) -> Iterator[str]:
+        """A new directory, which is deleted at the end unless it was renamed."""
+        with self._disk(uri), contextlib.ExitStack() as stack:
+            self._open()
+            with self._locked():
+                new = self._unused_name()
+                os.mkdir(new)
+                # Tells `_sweep` in other processes that this one lives.
+                descriptor = os.open(new, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                stack.callback(os.close, descriptor)
+                stack.callback(shutil.rmtree, new, ignore_errors=True)
+                with contextlib.suppress(OSError):  # NFS locks no directories, also not in `_sweep`
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield new
+
+    def _alone(self, uri: str) -> contextlib.AbstractContextManager[str]:
+        return alone(self._directory, uri) if is_url(uri) else contextlib.nullcontext("")
+
+    def _checked_copy(self, uri: str, new: str, partial: str) -> Info:
+        """Checks the copy, because the files at `uri` may change at any time."""
+        where = uri if is_url(uri) else local_path(uri)
+        try:
+            self._copy(where, new, partial)
+        except OSError as error:
+            if error.errno not in DISK_FULL or not self._drop_idle():
+                raise
+            for name in os.listdir(new):
+                os.unlink(f"{new}/{name}")
+            self._copy(where, new, partial)
+        try:
+            return self._inspect(new)
+        except AdapterRefused as error:
+            message = error.message.replace(new, where)
+            raise AdapterRefused(message, field=error.field) from None
+
+    def _copy(self, where: str, new: str, partial: str) -> None:
+        """Raises OSError if the store's disk is at fault."""
+        if is_url(where):
+            download(where, new, partial, self._capacity)
+            return
+        try:
+            before = _stamps(where)
+            size = sum(size for _, size, _ in before)
+            if size > self._capacity:
+                raise self._full(where, size, 0)
+            for name in files_of(where):
+                copy_file(f"{where}/{name}", f"{new}/{name}")
+            changed = _stamps(where) != before
+        except OSError as error:
+            if error.errno in DISK_REFUSES:
+                raise
+            raise AdapterRefused(f"{where}: {error}", field="lora_path") from error
+        if changed:
+            raise AdapterFailed(
+                f"{where}: its files changed while they were copied",
+                field="lora_path",
+                retry_after_s=1.0,
+            )
+
+    def _hold_present(self, uri: str, digest: str) -> bool:
+        """Holds the version if its files are here."""
+        with self._disk(uri):
+            self._open()
+            with self._locked():
+                present = os.path.isdir(self.path(digest))
+                if present:
+                    self._holds.hold(digest)
+                    os.utime(self.path(digest))
+                return present
+
+    def _distrust_earlier_boots(self, holds: Holds) -> None:
+        record, boot = Path(self._directory, ".boot"), _BOOT_ID.read_text()
+        if record.exists() and record.read_text() == boot:
+            return
+        for name, _ in self._versions():
+            # One that is held is used by another machine, through a network file system.
+            if not name.startswith(_UNCHECKED) and not holds.held(name):
+                os.rename(self.path(name), self.path(_UNCHECKED + name))
+        record.write_text(boot)
+
+    def _check_again(self, uri: str, digest: str) -> bool:
+        """Holds the version if its files are here from before the machine last started."""
+        unchecked = self.path(_UNCHECKED + digest)
+        # If it is not there, they are damaged, or another process was first.
+        with contextlib.suppress(AdapterRefused, OSError):
+            if self._inspect(unchecked).digest == digest:
+                with self._locked():
+                    os.rename(unchecked, self.path(digest))
+        return self._hold_present(uri, digest)
+
+    def _keep(self, uri: str, new: str, digest: str) -> None:
+        """Moves the files to their place, and holds them."""
+        target, size = self.path(digest), _size(new)
+        retired: list[str] = []
+        with self._locked() as lock:
+            if os.path.isdir(target) and _size(target) != size:
+                retired.append(self._retire(digest))  # someone damaged it
+            if not os.path.isdir(target):
+                used = self._used(lock)
+                if used + size > self._capacity:
+                    used, victims = self._make_room(uri, size)
+                    retired += victims
+                # Before the rename: a crash between the two leaves a sum that is too large, which
+                # `_make_room` corrects.
+                _set_used(lock, used + size)
+                os.rename(new, target)
+            self._holds.hold(digest)
+        _delete(retired)
+
+    def _make_room(self, uri: str, size: int) -> tuple[int, list[str]]:
+        """Returns the bytes of the versions that stay, and directories to delete.
+
+        Raises StoreFull, and drops nothing, if those that are held leave too little.
+        """
+        self._sweep()
+        versions = self._versions()
+        used = sum(bytes for _, bytes in versions)
+        victims = []
+        for name, bytes in versions:
+            if used + size <= self._capacity:
+                break
+            if not self._in_use(name):
+                victims.append(name)
+                used -= bytes
+        if used + size > self._capacity:
+            raise self._full(uri, size, used)
+        return used, [self._retire(name) for name in victims]
+
+    def _drop_idle(self) -> bool:
+        """Drops all versions that no process holds. False if there are none."""
+        with self._locked() as lock:
+            versions = self._versions()
+            idle = [name for name, _ in versions if not self._in_use(name)]
+            retired = [self._retire(name) for name in idle]
+            _set_used(lock, sum(bytes for name, bytes in versions if name not in idle))
+        _delete(retired)
+        return bool(retired)
+
+    def _in_use(self, name: str) -> bool:
+        return self._holds.held(name.removeprefix(_UNCHECKED))
+
+    def _versions(self) -> list[tuple[str, int]]:
+        """(name, bytes) of each version's directory. The one held last is last."""
+        found = []
+        for entry in os.scandir(self._directory):
+            if _KEPT.fullmatch(entry.name):
+                found.append((entry.stat().st_mtime_ns, entry.name, _size(entry.path)))
+        return [(name, bytes) for _, name, bytes in sorted(found)]
+
+    def _retire(self, name: str) -> str:
+        """Renames a directory, so that no crash leaves half of one under its digest."""
+        retired = self._unused_name()
+        os.rename(self.path(name), retired)
+        return retired
+
+    def _unused_name(self) -> str:
+        return self.path(_INCOMING + secrets.token_hex(8))
+
+    def _sweep(self) -> None:
+        """Deletes what processes that died left."""
+        sweep(self._directory)
+        for left in Path(self._directory).glob(f"{_INCOMING}*"):
+            with contextlib.suppress(OSError):  # it is in use, or gone
+                descriptor = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(left, ignore_errors=True)
+                finally:
+                    os.close(descriptor)
+
+    def _used(self, lock: int) -> int:
+        try:
+            return int(os.pread(lock, _SUM_BYTES, 0))
+        except ValueError:
+            return sum(bytes for _, bytes in self._versions())
+
+    def _full(self, uri: str, size: int, used: int) -> StoreFull:
+        return StoreFull(
+            f"{uri}: takes {size} bytes, but adapters in use take {used} of the {self._capacity} "
+            f"bytes of the store {self._directory} (adapter_disk)"
+        )
 
 
-def _download(uri: str, target: Path) -> None:
-    import fsspec  # most fleets use paths and need not import it
+def _set_used(lock: int, bytes: int) -> None:
+    # Without a truncation, after which ext4 would flush the file: a disk's time for each version.
+    os.pwrite(lock, b"%-*d" % (_SUM_BYTES, bytes), 0)
 
-    try:
-        files, top = fsspec.core.url_to_fs(uri)
-        for name in FILES:
-            files.get_file(f"{top.rstrip('/')}/{name}", str(target / name))
-    except FileNotFoundError as error:
-        raise AdapterRefused(f"{uri}: not found ({error})", field="lora_path") from error
-    except (ImportError, ValueError) as error:
-        raise AdapterRefused(f"{uri}: cannot be read ({error})", field="lora_path") from error
-    except Exception as error:  # each filesystem raises its own exceptions
-        raise AdapterFailed(f"{uri}: download failed ({error})") from error
+
+def stamps(uri: str) -> list[tuple[int, int, int]]:
+    """Differ if the files of a path have changed. Empty if they are not there, and for a URL."""
+    with contextlib.suppress(OSError, ValueError):
+        return [] if is_url(uri) else _stamps(local_path(uri))
+    return []
+
+
+def _stamps(directory: str) -> list[tuple[int, int, int]]:
+    """(inode, bytes, time of the last change) of each file."""
+    found = [os.stat(f"{directory}/{name}") for name in files_of(directory)]
+    return [(entry.st_ino, entry.st_size, entry.st_mtime_ns) for entry in found]
+
+
+def _size(directory: str) -> int:
+    """Bytes of the files in it, without those that someone deleted by hand."""
+    return sum(entry.stat().st_size for entry in os.scandir(directory))
+
+
+def _delete(directories: Sequence[str]) -> None:
+    for directory in directories:
+        shutil.rmtree(directory, ignore_errors=True)

@@ -1,6 +1,6 @@
 """Ids and values that every package uses."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 
 
@@ -24,6 +24,7 @@ class Version:
     rank: the largest rank of its projections.
     parameters: elements of its image.
     pinned: never evicted.
+    invocation: the tokens that activate it, if it is an activated LoRA.
     weight: its share of the batch, relative to other adapters, with `fair_share`.
     """
 
@@ -34,6 +35,10 @@ class Version:
     parameters: int
     pinned: bool = False
     weight: float = 1.0
+    invocation: tuple[int, ...] = ()
+
+
+VERSION_FIELDS = tuple(field.name for field in fields(Version))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +61,9 @@ class LoadReport:
 
     queued_tokens: prompt tokens that waiting and running requests still have to compute.
     remaining_tokens: most tokens that waiting and running requests may still generate.
-    step_s: smoothed duration of a step. copy_bytes_per_s: smoothed rate of adapter loads.
+    step_s: smoothed duration of a step.
+    copy_bytes_per_s, host_bytes_per_s: smoothed rates of adapter loads from disk and from host
+    memory.
     free_bytes, capacity_bytes: adapter memory; free means without an eviction.
     free_pages, capacity_pages: KV pages. If adapters and pages share memory, both capacities are
     the current ones.
@@ -64,6 +71,9 @@ class LoadReport:
     capture_fallback: 0: decode steps run as configured. 1: they are captured without a separate
     stream for the shrink kernel, because capturing with one failed. 2: they are not captured.
     host_locked_bytes: page-locked memory for images. The system may lock less than `host_memory`.
+    streams: requests that the replica's server holds open. age_s: age of what the engine says here;
+    streams and stalled are the server's.
+    stalled: 1 while the engine hangs or is started again.
 
     Counters since start:
     hits_device, hits_loading, misses: requests by the tier of their adapter on arrival.
@@ -77,6 +87,7 @@ class LoadReport:
     remaining_tokens: int = 0
     step_s: float = 0.0
     copy_bytes_per_s: float = 0.0
+    host_bytes_per_s: float = 0.0
     free_bytes: int = 0
     capacity_bytes: int = 0
     free_pages: int = 0
@@ -94,3 +105,6 @@ class LoadReport:
     preemptions: int = 0
     capture_fallback: int = 0
     host_locked_bytes: int = 0
+    streams: int = 0
+    age_s: float = 0.0
+    stalled: int = 0

@@ -4,11 +4,14 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Coroutine
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
+from cluster.redis_client import connect
 from cluster.registry import FleetView
+from router.peers import Peers
 from router.policy import RoutingWeights, rank
 from router.view import View
 
@@ -19,26 +22,37 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # ray has no 
     """One instance per process that holds a handle to the replicas."""
 
     def initialize_state(
-        self, *, redis_variable: str, fleet: str, step_tokens: int, batch_rows: int
+        self,
+        *,
+        redis_variable: str,
+        fleet: str,
+        step_tokens: int,
+        batch_rows: int,
+        queue_max: int,
     ) -> None:
         """redis_variable: the environment variable with Redis' URL. Serve shows these arguments."""
-        self._view = View()
+        self._view = View(queue_max=queue_max)
         self._weights = RoutingWeights(step_tokens=step_tokens, batch_rows=batch_rows)
         self._fleet_view = FleetView(os.environ[redis_variable], fleet)
-        self._fleet_view_task: asyncio.Task[None] | None = None
+        self._peers = Peers(connect(os.environ[redis_variable]), fleet)
+        self._tasks: list[asyncio.Task[None]] = []
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Serve calls this on the routing loop before the first request; starts the fleet view."""
-        if self._fleet_view_task is None:
-            self._fleet_view_task = asyncio.get_running_loop().create_task(self._run_fleet_view())
+        if not self._tasks:
+            loop = asyncio.get_running_loop()
+            self._tasks = [loop.create_task(self._keep(each.run())) for each in self._followed()]
         super().update_replicas(replicas)
 
-    async def _run_fleet_view(self) -> None:
+    def _followed(self) -> tuple[FleetView, Peers]:
+        return self._fleet_view, self._peers
+
+    async def _keep(self, work: Coroutine[Any, Any, None]) -> None:
         try:
-            await self._fleet_view.run()
+            await work
         except Exception:
             # Routing continues with the last known states and this router's own picks.
-            logger.exception("the router's fleet view has stopped")
+            logger.exception("the router has stopped following the fleet")
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None
@@ -50,8 +64,13 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # ray has no 
         if not candidate_replicas:
             return []
         model, tokens = _arguments(pending_request)
-        digest = self._fleet_view.names.get(model) if model is not None else None
+        digest = None
+        if model is not None:
+            named = self._fleet_view.digest_of
+            digest = named(model) or named(model.partition(":")[2])  # "BASE:ADAPTER" as in SGLang
         now_s = time.monotonic()
+        self._peers.picked(now_s)
+        self._view.routers = self._peers.count
         by_id = {r.replica_id.to_full_id_str(): r for r in candidate_replicas}
         candidates = self._view.candidates(by_id, self._fleet_view.replicas, digest, now_s)
         ranked = rank(candidates, digest or model or "", self._weights)

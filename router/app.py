@@ -2,17 +2,19 @@
 
 import dataclasses
 import os
-import secrets
 from collections.abc import Mapping
+from hashlib import blake2b
 from typing import Any
 
 import ray
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
-from cluster.config import EngineConfig, FleetConfig, load
+from cluster.config import EngineConfig, FleetConfig
+from cluster.config_loader import load
 from cluster.errors import ConfigError
 from replica.serving.actor import Replica
+from replica.serving.keys import ADMIN_KEYS, API_KEYS
 from router import environment
 from router.ingress import Ingress
 
@@ -22,6 +24,11 @@ UNBOUNDED = 1_000_000
 
 # Serve's default is 20 attempts; what prevents a start rarely goes away by itself.
 STARTS_MAX = 3
+
+# From the end of the drain time, when streams get an error, until Serve kills the replica.
+DRAIN_MARGIN_S = 10
+
+ROUTER_LINGERS_S = 3
 
 ENGINE = "replica.engine.link:EngineLink"
 
@@ -33,7 +40,8 @@ def build(arguments: Mapping[str, Any]) -> serve.Application:
     """
     for field, variable in (
         ("redis_url", environment.REDIS_URL),
-        ("api_keys", environment.API_KEYS),
+        ("api_keys", API_KEYS),
+        ("admin_keys", ADMIN_KEYS),
     ):
         if arguments.get(field):
             raise ConfigError(
@@ -48,14 +56,15 @@ def compose(config: FleetConfig, engine: str = ENGINE) -> serve.Application:
     environment.check(os.environ)
     environment.redis_url()
     resolved = dataclasses.replace(config, engine=settle(config))
+    asked = {
+        "redis_variable": environment.REDIS_URL,
+        "fleet": resolved.name,
+        "step_tokens": resolved.engine.step_tokens,
+        "batch_rows": resolved.engine.batch_rows_max,
+        "queue_max": resolved.engine.queue_max,
+    }
     router_config = RequestRouterConfig(
-        request_router_class="router.affinity:AdapterAffinityRouter",
-        request_router_kwargs={
-            "redis_variable": environment.REDIS_URL,
-            "fleet": resolved.name,
-            "step_tokens": resolved.engine.step_tokens_max,
-            "batch_rows": resolved.engine.batch_rows_max,
-        },
+        request_router_class="router.affinity:AdapterAffinityRouter", request_router_kwargs=asked
     )
     on_gpu = resolved.engine.device == "cuda"
     replicas = serve.deployment(
@@ -74,26 +83,35 @@ def compose(config: FleetConfig, engine: str = ENGINE) -> serve.Application:
         health_check_timeout_s=10,
         max_constructor_retry_count=STARTS_MAX,
         graceful_shutdown_wait_loop_s=0.2,
-        graceful_shutdown_timeout_s=resolved.drain_s + 5,
+        graceful_shutdown_timeout_s=resolved.drain_s + DRAIN_MARGIN_S,
     )(serve.ingress()(Replica))
-    run = secrets.token_hex(8)
-    bound = replicas.bind(resolved, engine, run, environment.REDIS_URL, environment.API_KEYS)
+    # The number of replicas changes nothing in a replica.
+    arguments = (dataclasses.replace(resolved, replicas=1), engine)
+    replicas = replicas.options(version=_version(*arguments), _internal=True)
+    bound = replicas.bind(*arguments, environment.REDIS_URL)
     ingress = serve.deployment(
         name="router",
         # Reserve no CPU, so that it fits on every node with a proxy.
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=UNBOUNDED,
         max_constructor_retry_count=STARTS_MAX,
-        graceful_shutdown_wait_loop_s=0.2,
-        graceful_shutdown_timeout_s=2,
+        # It answers until every HAProxy knows its successor.
+        graceful_shutdown_wait_loop_s=ROUTER_LINGERS_S,
+        graceful_shutdown_timeout_s=ROUTER_LINGERS_S + 2,
     )(serve.ingress()(Ingress))
+    ingress = ingress.options(version=_version(asked), _internal=True)
     return bound._with_ingress_request_router(ingress.bind(bound))
 
 
-def settle(config: FleetConfig) -> EngineConfig:
-    """Resolves `device: auto` and the thread count, once for all replicas.
+def _version(*arguments: Any) -> str:
+    """Of a deployment. Serve replaces its replicas only where this has changed."""
+    return blake2b(repr(arguments).encode(), digest_size=8).hexdigest()
 
-    Leaves memory and dtype open: they depend on each replica's node. Raises ConfigError.
+
+def settle(config: FleetConfig) -> EngineConfig:
+    """Resolves `device: auto`, once for all replicas.
+
+    Leaves memory, threads and dtype open: they depend on each replica's node. Raises ConfigError.
     """
     engine = config.engine
     if engine.device == "auto":
@@ -106,8 +124,4 @@ def settle(config: FleetConfig) -> EngineConfig:
             "all of its free memory; set engine.device_memory",
             field="gpus_per_replica",
         )
-    if engine.device == "cpu" and engine.threads is None:
-        cores = len(os.sched_getaffinity(0))
-        processes = config.replicas * engine.tensor_parallel
-        engine = dataclasses.replace(engine, threads=max(1, cores // processes))
     return engine

@@ -14,12 +14,34 @@ from typing import Annotated, Any, Literal
 import typer
 
 from cluster.config import EngineConfig, FleetConfig
+from cluster.config_loader import SIZES
 
 Url = Annotated[
     str, typer.Option(envvar="LORAFLEET_URL", help="Where the fleet (or a replica) answers.")
 ]
 ApiKey = Annotated[
     str | None, typer.Option(envvar="LORAFLEET_API_KEY", help="Key, when the fleet wants one.")
+]
+Filter = Annotated[
+    str, typer.Argument(metavar="[NAME]", help="Only adapters whose name has this in it.")
+]
+AllRows = Annotated[bool, typer.Option("--all", help="Every adapter, however many there are.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print all there is as JSON.")]
+_KeyFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="File with `api_keys`, one a line: they may use models."),
+]
+_Keys = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY",
+        help="One of `api_keys`; programs of this machine can see it, so rather name a file. "
+        "Repeat it for more.",
+    ),
+]
+_AdminKeyFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="File with `admin_keys`, one a line: they may change it."),
 ]
 _Config = Annotated[
     Path | None,
@@ -36,20 +58,30 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "dtype": {},
     "served_model_name": {"metavar": "NAME"},
     "adapter_roots": {"metavar": "DIR"},
+    "adapter_sources": {"metavar": "DIR"},
     "adapter_memory": {"metavar": "SIZE"},
     "host_memory": {"metavar": "SIZE"},
     "kv_memory": {"metavar": "SIZE"},
     "device_memory": {"metavar": "SIZE"},
     "rank_max": {},
     "slots_max": {},
+    "context_tokens_max": {},
     "batch_rows_max": {},
     "queue_max": {},
+    "allowed_origins": {"metavar": "ORIGIN"},
+    "strict_fields": {},
+    "request_log": {"metavar": "FILE"},
+    "default_is_base": {},
     "fair_share": {},
     "threads": {},
     "tensor_parallel": {},
     "redis_url": {"metavar": "URL", "envvar": "LORAFLEET_REDIS_URL"},
     "directory": {"metavar": "DIR"},
+    "adapter_disk": {"metavar": "SIZE"},
 }
+
+# What others call a field.
+_ALIASES = {"context_tokens_max": "--max-model-len", "allowed_origin": "--allowed-origins"}
 
 Command = Callable[[Mapping[str, Any]], None]
 
@@ -61,6 +93,9 @@ def with_flags(*without: str) -> Callable[[Command], Callable[..., None]]:
     """
     made = {**_flags(EngineConfig), **_flags(FleetConfig)}
     flags = [made[name] for name in _OPTIONS if name not in without]
+    flags.append(_parameter("api_key_file", _KeyFile))
+    flags.append(_parameter("api_key", _Keys))
+    flags.append(_parameter("admin_key_file", _AdminKeyFile))
     flags.append(_parameter("config", _Config))
 
     def decorate(command: Command) -> Callable[..., None]:
@@ -100,15 +135,19 @@ def _flag(field: "Field[Any]", hint: Any, text: str) -> inspect.Parameter:
     name, kind = field.name, hint
     if isinstance(kind, UnionType):
         (kind,) = (member for member in typing.get_args(kind) if member is not NoneType)
-    if name.endswith("_memory") or typing.get_origin(kind) is Literal:
+    if name.endswith(SIZES) or typing.get_origin(kind) is Literal:
         kind = str
     if typing.get_origin(kind) in (tuple, Mapping):
         name, kind = name.removesuffix("s"), list[str]
         text += " Repeat it for more."
     elif kind is not bool and field.default not in (MISSING, None):
         text += f" Default: {field.default}."
-    names = [f"--{name.replace('_', '-')}"] if kind is bool else []  # no --no-
-    option = typer.Option(*names, help=text.strip(), **_OPTIONS[field.name])
+    names, beside = [f"--{name.replace('_', '-')}"], _OPTIONS[field.name]
+    if name in _ALIASES:
+        names.append(_ALIASES[name])
+    if kind is bool:
+        beside = {**beside, "metavar": " "}  # it takes no value
+    option = typer.Option(*names, help=text.strip(), **beside)
     return _parameter(name, Annotated[kind | None, option])
 
 

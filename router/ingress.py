@@ -1,10 +1,16 @@
 """POST /internal/route: tells HAProxy which replica gets a request, given the request's body."""
 
+import asyncio
+import contextlib
 import json
 import logging
 import re
+import time
+import zlib
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+
+from router.environment import MODEL_HEADER
 
 logger = logging.getLogger(__name__)
 
@@ -18,17 +24,36 @@ _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[{}\[\]]|"', re.DOTALL)
 _STRING_VALUE = re.compile(rb'\s*:\s*("(?:[^"\\]++|\\.)*+")', re.DOTALL)
 _COLON = re.compile(rb"\s*:")
 
+_GZIP_MAGIC = b"\x1f\x8b"
+# As much as HAProxy forwards of a body that is not compressed.
+_INFLATED_MAX = 2**18
+
 # English text has about four bytes a token. Routing needs only the order of magnitude.
 _BYTES_PER_TOKEN = 4
+
+# A router that finds no replica within this time serves all the same: the replicas may still start.
+_REPLICAS_S = 5.0
+_POLL_S = 0.05
 
 
 class Ingress:
     """The router deployment. handle: the replica deployment's DeploymentHandle."""
 
     def __init__(self, handle: Any) -> None:
-        self._handle = handle
+        from replica.serving.node_port import bind_to_node
+
+        bind_to_node()
+        # Connects the handle to Serve's controller, with the help of Ray's control store. Otherwise
+        # the first request would wait for that, in vain if the store has ended meanwhile.
+        self._handle = handle.options()
 
     async def __serve_build_asgi_app__(self) -> App:
+        deadline_s = time.monotonic() + _REPLICAS_S
+        while not self._handle.running_replicas_populated():
+            if time.monotonic() >= deadline_s:
+                break
+            await asyncio.sleep(_POLL_S)
+
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             await self._answer(scope, receive, send)
 
@@ -40,8 +65,9 @@ class Ingress:
             return
         if scope["type"] != "http":
             return
-        body = await _read(receive)
-        endpoint = await self._pick(find_model(body), prompt_tokens(scope, body))
+        body = inflated(await _read(receive))
+        model = find_model(body) or named_model(scope)
+        endpoint = await self._pick(model, prompt_tokens(scope, body))
         status, answer = (200, endpoint) if endpoint else (503, {"error": "no replica"})
         content = json.dumps(answer).encode()
         headers = [
@@ -62,14 +88,25 @@ class Ingress:
             return {"host": host, "port": port, "replica_id": replica_id}
 
 
+def inflated(body: bytes) -> bytes:
+    """The start of a gzip body, which no JSON begins like; any other body as it is."""
+    if not body.startswith(_GZIP_MAGIC):
+        return body
+    with contextlib.suppress(zlib.error):
+        return zlib.decompressobj(16 + zlib.MAX_WBITS).decompress(body, _INFLATED_MAX)
+    return body
+
+
 def find_model(body: bytes) -> str | None:
-    """The value of the top-level key `model` in a JSON object that may be truncated anywhere.
+    """The value of the top-level key `model` in a JSON object that may be truncated anywhere, or of
+    `lora_path`, which names an adapter beside the base model.
 
     Of repeated keys, the last one counts, as in JSON parsers. None if this prefix has no such key,
     or its value is not a string: the request is then routed by load, and the replica, which
     parses the whole body, answers.
     """
-    depth, model = 0, None
+    depth = 0
+    found: dict[str | None, str | None] = {}
     for token in _TOKEN.finditer(body):
         text = token.group()
         if text in (b"{", b"["):
@@ -78,10 +115,20 @@ def find_model(body: bytes) -> str | None:
             depth -= 1
         elif text == b'"':
             break
-        elif depth == 1 and _COLON.match(body, token.end()) and _decode(text) == "model":
-            value = _STRING_VALUE.match(body, token.end())
-            model = _decode(value[1]) if value else None
-    return model
+        elif depth == 1 and _COLON.match(body, token.end()):
+            key = _decode(text)
+            if key in ("model", "lora_path"):
+                value = _STRING_VALUE.match(body, token.end())
+                found[key] = _decode(value[1]) if value else None
+    return found.get("lora_path") or found.get("model")
+
+
+def named_model(scope: Scope) -> str | None:
+    """The model that a header names."""
+    for name, value in scope.get("headers", ()):
+        if name == MODEL_HEADER.encode():
+            return str(value.decode("utf-8", "replace")) or None
+    return None
 
 
 def prompt_tokens(scope: Scope, body: bytes) -> int:

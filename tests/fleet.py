@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,23 @@ class ReplicaProcess:
         return {name: float(value) for name, value in re.findall(r"^(\S+) (\S+)$", text, re.M)}
 
 
+def replicas_among(processes: Iterable[psutil.Process]) -> list[ReplicaProcess]:
+    """The replicas' servers, sorted by id. Serve does not report their ports."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            title = " ".join(process.cmdline())
+            if not title.startswith("ray::ServeReplica:default:replica"):
+                continue
+            for connection in process.net_connections("tcp"):
+                replica_id = None
+                if connection.status == psutil.CONN_LISTEN:
+                    replica_id = _replica_at(connection.laddr.port)
+                if replica_id:
+                    found.append(ReplicaProcess(process.pid, connection.laddr.port, replica_id))
+    return sorted(found, key=lambda replica: replica.id)
+
+
 class Fleet:
     """`lorafleet serve` and the processes that it has started."""
 
@@ -74,19 +91,7 @@ class Fleet:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def replicas(self) -> list[ReplicaProcess]:
-        found = []
-        for process in self.processes():
-            with contextlib.suppress(psutil.Error):
-                title = " ".join(process.cmdline())
-                if not title.startswith("ray::ServeReplica:default:replica"):
-                    continue
-                for connection in process.net_connections("tcp"):
-                    replica_id = None
-                    if connection.status == psutil.CONN_LISTEN:
-                        replica_id = _replica_at(connection.laddr.port)
-                    if replica_id:
-                        found.append(ReplicaProcess(process.pid, connection.laddr.port, replica_id))
-        return sorted(found, key=lambda replica: replica.id)
+        return replicas_among(self.processes())
 
     def adapters(self) -> dict[str, Any]:
         answer = httpx.get(f"{self.url}/v1/adapters", timeout=ANSWER_S)

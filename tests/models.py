@@ -107,11 +107,14 @@ def make_adapter(
     alpha_pattern: Mapping[str, float] | None = None,
     seed: int = 1,
     strength: float = 0.1,
+    saving: Mapping[str, Any] | None = None,
+    trained: bool = False,
     **settings: Any,
 ) -> str:
     """Writes a PEFT adapter with random A and B, so that it changes the logits. Returns its path.
 
-    strength: standard deviation of A and B. settings: further fields of `LoraConfig`.
+    strength: standard deviation of A and B, and of what is added to `modules_to_save` if they are
+    trained. saving: arguments of `save_pretrained`. settings: further fields of `LoraConfig`.
     """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -135,9 +138,12 @@ def make_adapter(
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_" in name:
-                weight.copy_(torch.randn(weight.shape, generator=generator) * strength)
+                drawn = torch.randn(weight.shape, generator=generator) * strength
+                weight.copy_(weight * (1 + drawn) if "magnitude" in name else drawn)
+            elif trained and ".modules_to_save." in name:
+                weight.add_(torch.randn(weight.shape, generator=generator) * strength)
     path = Path(directory)
-    model.save_pretrained(path)
+    model.save_pretrained(path, **(saving or {}))
     return str(path)
 
 

@@ -5,7 +5,7 @@ import functools
 import socket
 import tempfile
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import uvicorn
 from cluster.errors import BadRequest, FleetError, ModelNotFound
 from cluster.values import Version
 from replica.api.catalog_page import catalog_page
-from replica.api.interfaces import Acknowledgement, Claim
+from replica.api.interfaces import Acknowledgement, Claim, NewAdapter
 from replica.api.server import Server, ServerConfig, build_app
 from replica.api.text import Text
 from tests.models import write_tokenizer
@@ -26,7 +26,7 @@ from tests.until import until
 
 BASE = "tiny"
 ADAPTER = Version("poet", "d" * 64, "file:///adapters/poet", rank=8, parameters=1000)
-CONFIG = ServerConfig(base=BASE, context=128, vocab=320, root="/models/tiny", replica_id="r-1")
+CONFIG = ServerConfig(base=BASE, context=128, vocab=320, replica_id="r-1")
 
 
 @functools.cache
@@ -48,6 +48,7 @@ class Book:
         self._versions = {version.name: version for version in versions}
         self.refusal: FleetError | None = None
         self.pending: tuple[str, ...] = ()
+        self.failed: dict[str, str] = {}
 
     async def find(self, name: str) -> Version | None:
         return self._versions.get(name)
@@ -74,7 +75,21 @@ class Book:
         if name in self._versions and not load_inplace:
             raise BadRequest(f"lora_name: {name!r} is taken", field="lora_name")
         self._versions[name] = replace(ADAPTER, name=name, uri=path, pinned=pinned, weight=weight)
-        return Acknowledgement(name, ADAPTER.digest, 1, self.pending)
+        return Acknowledgement(name, ADAPTER.digest, 1, self.pending, self.failed, ("r-1",))
+
+    async def add_all(
+        self, adapters: Sequence[NewAdapter], *, load_inplace: bool = False
+    ) -> list[Acknowledgement]:
+        return [
+            await self.add(
+                new.name,
+                new.path,
+                load_inplace=load_inplace,
+                pinned=new.pinned,
+                weight=new.weight,
+            )
+            for new in adapters
+        ]
 
     async def remove(self, name: str) -> Acknowledgement:
         if name not in self._versions:
@@ -99,7 +114,7 @@ async def app_with(
 async def client_of(app: Server) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the app, in process."""
     transport = httpx.ASGITransport(app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         yield client
 
 

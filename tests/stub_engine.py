@@ -1,13 +1,14 @@
 """An engine without a model, for tests and benches: repeats scripted tokens at a set rate."""
 
 import asyncio
+import struct
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.config import EngineConfig
 from cluster.errors import FleetError, ModelNotFound, QueueFull, ShuttingDown
 from cluster.values import AdapterState, LoadReport, Tier, Version
-from replica.scheduling.request import Delta, Finish, NewRequest, TokenLogprobs
+from replica.scheduling.request import Delta, Finish, NewRequest, PromptResult, TokenLogprobs
 from replica.scheduling.timeline import Event, TimelineEvent
 
 
@@ -31,7 +32,8 @@ class StubEngine:
 
     For tests: `seen` lists every request, `running` those that run, and `ended` each one's end
     ("finished", "failed", "cancelled"). `hold` stops all tokens. With `fail`, each request fails
-    after `fail_after` tokens. capacity_pages: KV pages that it reports.
+    after `fail_after` tokens. `paths` are the registered directories. capacity_pages: KV pages that
+    it reports.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class StubEngine:
         self.steps = 0
         self._rows: dict[str, Row] = {}
         self._ticker: asyncio.Task[None] | None = None
+        self.paths: dict[str, str] = {}
         self._registered: dict[str, Version] = {}
         self._callbacks: list[Callable[[list[AdapterState]], None]] = []
 
@@ -153,7 +156,8 @@ class StubEngine:
         logprobs: tuple[TokenLogprobs, ...] = ()
         if sampling.logprobs is not None:
             logprobs = tuple(_logprobs(token, sampling.logprobs) for token in tokens)
-        return Delta(request.id, tuple(tokens), logprobs, finish)
+        told = _told(request) if row.sent == len(tokens) and sampling.asks_of_prompt else None
+        return Delta(request.id, tuple(tokens), logprobs, finish, prompt=told)
 
     def cut(self, reason: str) -> None:
         for row in self._rows.values():
@@ -163,10 +167,12 @@ class StubEngine:
 
     async def register(self, version: Version, path: str) -> None:
         self._registered[version.digest] = version
+        self.paths[version.digest] = path
         self._tell([self._entry(version)])
 
     async def forget(self, digest: str) -> None:
         self._registered.pop(digest, None)
+        self.paths.pop(digest, None)
         self._tell([AdapterState(digest, Tier.ABSENT, 0, 0.0)])
 
     async def timeline(self, request_id: str) -> list[TimelineEvent]:
@@ -193,6 +199,16 @@ class StubEngine:
     @staticmethod
     def _entry(version: Version) -> AdapterState:
         return AdapterState(version.digest, Tier.DEVICE, 2 * version.parameters, 0.0)
+
+
+def _told(request: NewRequest) -> PromptResult:
+    """Each token of the prompt is the likeliest, after which the next one is half as likely."""
+    top, state = request.sampling.prompt_logprobs, None
+    scored = () if top is None else request.prompt[1:]
+    if request.sampling.embeds:
+        state = struct.pack("<4f", len(request.prompt), request.prompt[0], -3.0, 0.0)
+    logprobs = (replace(_logprobs(token, top or 0), rank=1) for token in scored)
+    return PromptResult(tuple(logprobs), state)
 
 
 def _logprobs(token: int, count: int) -> TokenLogprobs:

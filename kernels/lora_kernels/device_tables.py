@@ -10,8 +10,11 @@ import torch
 from lora_kernels.host_reads import fetch
 from lora_kernels.reference import Directory
 
-ENTRY = 6
-"""int32 values an entry: A's and B's offsets as int64, in units; the rank; the scale as float32."""
+ENTRY = 8
+"""int32 values an entry: offsets of A, B and the gains as int64, in units; the rank; the scale as
+float32."""
+RANK, SCALE = 6, 7
+"""Where the last two are."""
 
 
 class DeviceDirectory:
@@ -61,24 +64,26 @@ class DeviceDirectory:
             rank = self._directory.rank[slot]
             assert self.highest[slot] == rank.max()
             entries = self.ranks[slot].cpu()
-            assert np.array_equal(entries[..., 4].numpy(), rank)
+            assert np.array_equal(entries[..., RANK].numpy(), rank)
             offsets = entries.view(torch.int64).numpy() * self._unit
             used = rank > 0
             assert np.array_equal(offsets[used][:, 0], self._directory.a_offset[slot][used])
             assert np.array_equal(offsets[used][:, 1], self._directory.b_offset[slot][used])
+            assert np.array_equal(offsets[used][:, 2], self._directory.gain_offset[slot][used])
 
     def _stage(self, slot: int) -> None:
         directory = self._directory
         rank = directory.rank[slot]
         used = rank > 0
-        offsets = np.stack((directory.a_offset[slot], directory.b_offset[slot]), -1)
+        places = (directory.a_offset, directory.b_offset, directory.gain_offset)
+        offsets = np.stack([place[slot] for place in places], -1)
         assert not (offsets[used] % self._unit).any(), f"slot {slot}: unaligned offset"
         assert rank.max() <= self._rank_max, f"slot {slot}: rank {rank.max()}"
         staged = self._staged[slot]
-        staged.view(torch.int64).numpy()[..., :2] = np.where(used[..., None], offsets, 0)
-        staged.view(torch.int64).numpy()[..., :2] //= self._unit
-        staged.numpy()[..., 4] = rank
-        staged.view(torch.float32).numpy()[..., 5] = directory.scale[slot]
+        staged.view(torch.int64).numpy()[..., :3] = np.where(used[..., None], offsets, 0)
+        staged.view(torch.int64).numpy()[..., :3] //= self._unit
+        staged.numpy()[..., RANK] = rank
+        staged.view(torch.float32).numpy()[..., SCALE] = directory.scale[slot]
         self.highest[slot] = rank.max()
 
 

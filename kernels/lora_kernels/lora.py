@@ -1,9 +1,10 @@
 """LoRA deltas on a GPU: shrink (x · A) and expand (· B, added to y), two Triton launches a group.
+Of gate and up the second one also applies the activation, so that y is read once and not written.
 
 Both work through one table of row tiles (`segments.py`) and read offsets, rank and scale from a
 copy of the directory, so that what a launch computes is data: a captured CUDA graph follows other
 batches and other adapters. A grid is as large as the largest batch of its size needs, up to
-`PROGRAMS`; programs loop over the tiles there are.
+`Tiling.programs`; programs loop over the tiles there are.
 
 Shrink sums over pieces of the inputs in programs of their own, each into a plane of its own, and
 expand adds the planes up: no atomics, so the same batch gives the same bits.
@@ -14,17 +15,15 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_kernels import segments
-from lora_kernels.delta_kernels import expand_kernel, shrink_kernel
+from lora_kernels import fused, segments
+from lora_kernels.delta_kernels import expand_kernel, gated_kernel, shrink_kernel
 from lora_kernels.device_tables import DeviceDirectory, DeviceTable, event, offset_unit
 from lora_kernels.launching import Launcher
-from lora_kernels.matmuls import Matmuls, index_of
+from lora_kernels.matmuls import Matmuls, gained_rows, index_of
 from lora_kernels.reference import Directory
-from lora_kernels.tilings import TILINGS, WIDE_ROWS, Tiling
+from lora_kernels.tilings import TILINGS, WIDE_ROWS, Choice, Tiling
+from lora_kernels.vocabulary import Vocabulary
 
-# As many small programs as run at once on the largest GPUs; more would be idle ones that real ones
-# wait for.
-PROGRAMS = 1024
 # A step of up to so many rows that is not captured waits for the host to launch it, so its shrinks
 # have no stream of their own, which takes two events a group. On an H200, with an 8B model, a step
 # of 576 rows was 10% faster in line; one of 1,024 waits for the device.
@@ -37,7 +36,7 @@ _CPU = torch.device("cpu")
 
 class TritonLora:
     """One step at a time: `begin`; then, for each layer and group, `start` before the base matmul
-    (or not at all) and `add` after it.
+    (or not at all) and `add` after it, or `add_gated` for gate and up.
 
     All that the kernels read or write beside x and y lies in buffers that `reserve` makes, once and
     before any graph is captured: a graph captured after one `begin` is replayed after another with
@@ -56,7 +55,7 @@ class TritonLora:
         rank_max: int = 256,
         *,
         overlap: bool = True,
-        tilings: Sequence[tuple[int | None, Tiling]] = TILINGS,
+        tilings: Sequence[Choice] = TILINGS,
     ) -> None:
         for group in groups:
             assert len(group) <= 3
@@ -70,6 +69,8 @@ class TritonLora:
         self._directory = directory
         self._followed = DeviceDirectory(directory, arena.device, self._unit, rank_max)
         self._matmuls = Matmuls(directory, arena, self._groups)
+        self.vocabulary = Vocabulary(directory, arena)
+        self.gained: torch.Tensor | None = None
         self._side: torch.cuda.Stream | None = None
         if arena.is_cuda:
             self._side = torch.cuda.Stream(arena.device)  # type: ignore[no-untyped-call]
@@ -80,9 +81,9 @@ class TritonLora:
         self._begun: tuple[list[int], list[int], int | None] | None = None
         self._alone: tuple[int, slice] | None = None
         self._host_bound = False
-        self._tiling = self._tilings[0][1]
+        self._tiling = self._tilings[0].tiling
         self._cuts: list[_Cut] = []
-        self._tiles = self._blocks = 0
+        self._tiles = self._base_tiles = self._blocks = 0
         self._started: tuple[int, int] | None = None
 
     def reserve(self, rows_max: int) -> None:
@@ -94,7 +95,7 @@ class TritonLora:
 
     def _allocate(self, rows_max: int) -> None:
         slots = len(self._directory.generation)
-        heights = [tiling.rows for _, tiling in self._tilings]
+        heights = [choice.tiling.rows for choice in self._tilings]
         self._tiles_max = segments.tiles_max(rows_max, slots, min(heights))
         self._table = DeviceTable(segments.rows_at(self._tiles_max) + rows_max, self._arena.device)
         # One row of planes has room for each projection of a group at the highest rank.
@@ -108,16 +109,20 @@ class TritonLora:
             "RANK_MAX": self._rank_max,
             "PRECISION": "ieee" if self._arena.dtype == torch.float32 else "tf32",
         }
-        self._tiled: list[tuple[int | None, Tiling, list[_Cut]]] = []
-        for limit, tiling in self._tilings:
-            rows = rows_max if limit is None else min(limit, rows_max)
+        self._tiled: list[tuple[Choice, list[_Cut]]] = []
+        held: dict[tuple[tuple[int, ...], torch.dtype], torch.Tensor] = {}
+        for choice in self._tilings:
+            tiling = choice.tiling
+            rows = rows_max if choice.rows_max is None else min(choice.rows_max, rows_max)
             planes = max(tiling.planes(group[0][1]) for group in self._groups)
             dtype = self._arena.dtype if tiling.rows >= WIDE_ROWS else torch.float32
             assert dtype == torch.float32 or planes == 1
             size = (planes, rows, self._row)
-            memory = torch.empty(size, dtype=dtype, device=self._arena.device)
+            if (size, dtype) not in held:
+                held[size, dtype] = torch.empty(size, dtype=dtype, device=self._arena.device)
+            memory = held[size, dtype]
             cuts = [_Cut.of(group, tiling, memory, constants) for group in self._groups]
-            self._tiled.append((limit, tiling, cuts))
+            self._tiled.append((choice, cuts))
         self._rows_max = rows_max
         self._begun = None
 
@@ -131,6 +136,8 @@ class TritonLora:
             assert not self._reserved, "more rows than reserved"
             self._allocate(1 << (padded - 1).bit_length())
         slots = list(row_slots)
+        self.vocabulary.begin(slots)
+        self.gained = gained_rows(self._directory, slots, self._arena)
         active = sorted(set(slots) - {0})
         generations = [int(self._directory.generation[slot]) for slot in active]
         self._started = None
@@ -139,10 +146,11 @@ class TritonLora:
         self._begun = slots, generations, rows
         self._followed.follow(active)
         self._host_bound = rows is None and padded <= HOST_BOUND_ROWS
+        highest = self._rank_max
+        if rows is None:
+            highest = max((int(self._followed.highest[slot]) for slot in active), default=0)
         self._tiling, self._cuts = next(
-            (tiling, cuts)
-            for limit, tiling, cuts in self._tiled
-            if limit is None or padded <= limit
+            (choice.tiling, cuts) for choice, cuts in self._tiled if choice.suits(padded, highest)
         )
         many = rows is None and padded > ALONE_ROWS
         self._alone = self._run_of_one(slots, active) if many else None
@@ -150,14 +158,20 @@ class TritonLora:
             return
         table = self._table.next()
         used = segments.fill(
-            table, slots, self._followed.highest, self._tiles_max, self._tiling.rows,
+            table,
+            slots + [0] * (padded - len(slots)),
+            self._followed.highest,
+            self._tiles_max,
+            self._tiling.rows,
             self._tiling.ranks,
-        )  # fmt: skip
+        )
         self._table.send(used)
-        self._tiles, self._blocks = int(table[0]), int(table[1])
+        self._tiles, self._blocks, tiles = (int(value) for value in table[:3])
+        self._base_tiles = tiles - self._tiles
         if rows is not None:
             count = len(self._directory.generation)
-            self._tiles = segments.tiles_max(rows, count, self._tiling.rows)
+            self._tiles = segments.tiles_max(rows, count, self._tiling.rows) - 1
+            self._base_tiles = 1
             self._blocks = -(-self._rank_max // self._tiling.ranks)
 
     def start(self, x: torch.Tensor, layer: int, group: int) -> None:
@@ -182,14 +196,35 @@ class TritonLora:
             return
         if not self._tiles:
             return
+        self._finish_shrink(x, layer, group)
+        self._expand(y, layer, group)
+
+    def add_gated(self, x: torch.Tensor, y: torch.Tensor, layer: int, group: int) -> torch.Tensor:
+        """`add` for gate and up, then `fused.silu_mul` of y, whose values are then undefined."""
+        if self._alone is not None or not self._tiles:
+            self.add(x, y, layer, group)
+            return fused.silu_mul(y)
+        self._finish_shrink(x, layer, group)
+        cut = self._cuts[group]
+        out = y.new_empty(len(y), cut.outputs // 2)
+        parts = cut.expand_parts // 2
+        cut.gated[parts, _workers(self._tiles + self._base_tiles, parts, self._tiling.programs)](
+            y,
+            y.stride(0),
+            out,
+            *self._b(cut),
+            layer,
+        )
+        return out
+
+    def _finish_shrink(self, x: torch.Tensor, layer: int, group: int) -> None:
         if self._started is None:
             self._shrink(x, layer, group)
-        else:
-            assert self._started == (layer, group), "start and add of different matmuls"
-            self._started = None
-            if self._side is not None:
-                torch.cuda.current_stream().wait_event(self._joined)
-        self._expand(y, layer, group)
+            return
+        assert self._started == (layer, group), "start and add of different matmuls"
+        self._started = None
+        if self._side is not None:
+            torch.cuda.current_stream().wait_event(self._joined)
 
     def check(self) -> None:
         self._followed.check()
@@ -205,7 +240,8 @@ class TritonLora:
     def _shrink(self, x: torch.Tensor, layer: int, group: int) -> None:
         cut = self._cuts[group]
         assert x.shape[1] == cut.inputs and x.stride(1) == 1 and x.dtype == self._arena.dtype
-        workers = _workers(self._tiles * self._blocks, cut.shrink_parts)
+        work = self._tiles * self._blocks * (self._tiling.rows // self._tiling.shrink_rows)
+        workers = _workers(work, cut.shrink_parts, self._tiling.programs)
         cut.shrink[cut.shrink_parts, workers](
             x,
             x.stride(0),
@@ -217,18 +253,20 @@ class TritonLora:
             layer,
         )
 
+    def _b(self, cut: "_Cut") -> tuple[torch.Tensor, ...]:
+        """What a launch reads to multiply with B."""
+        followed = self._followed
+        tables = followed.offsets, followed.ranks, followed.scales
+        return self._arena, cut.planes, self._table.values, *tables
+
     def _expand(self, y: torch.Tensor, layer: int, group: int) -> None:
         cut = self._cuts[group]
         assert y.shape[1] == cut.outputs and y.stride(1) == 1
-        cut.expand[cut.expand_parts, _workers(self._tiles, cut.expand_parts)](
+        workers = _workers(self._tiles, cut.expand_parts, self._tiling.programs)
+        cut.expand[cut.expand_parts, workers](
             y,
             y.stride(0),
-            self._arena,
-            cut.planes,
-            self._table.values,
-            self._followed.offsets,
-            self._followed.ranks,
-            self._followed.scales,
+            *self._b(cut),
             layer,
         )
 
@@ -244,6 +282,7 @@ class _Cut:
     expand_parts: int
     shrink: Launcher
     expand: Launcher
+    gated: Launcher
 
     @classmethod
     def of(
@@ -259,9 +298,13 @@ class _Cut:
             "FIRST": first,
             "PLANES": tiling.planes(inputs),
             "PLANE_ROWS": planes.shape[1],
-            "BLOCK_ROWS": tiling.rows,
             "num_warps": tiling.warps,
             "num_stages": tiling.stages,
+        }
+        expand = shared | {
+            "BLOCK_ROWS": tiling.rows,
+            "BLOCK_OUTPUTS": tiling.outputs,
+            "DEPTH": tiling.depth,
         }
         return cls(
             inputs,
@@ -272,19 +315,20 @@ class _Cut:
             shrink_kernel.bound(
                 INPUTS=inputs,
                 PLANE_STEP=tiling.plane_step(inputs),
+                CUTS=tiling.rows // tiling.shrink_rows,
+                BLOCK_ROWS=tiling.shrink_rows,
                 BLOCK_RANKS=tiling.ranks,
                 BLOCK_INPUTS=tiling.inputs,
                 **shared,
             ),
             expand_kernel.bound(
                 **{f"OUTPUTS_{i}": width for i, width in enumerate([*outputs, 0, 0][:3])},
-                BLOCK_OUTPUTS=tiling.outputs,
-                DEPTH=tiling.depth,
-                **shared,
+                **expand,
             ),
+            gated_kernel.bound(INNER=outputs[0], **expand),
         )
 
 
-def _workers(work: int, parts: int) -> int:
+def _workers(work: int, parts: int, programs: int) -> int:
     """Programs that share the work, for each part of a group's inputs or outputs."""
-    return max(1, min(work, PROGRAMS // parts))
+    return max(1, min(work, programs // parts))

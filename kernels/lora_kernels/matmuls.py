@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
-from lora_kernels.reference import Directory, matrices
+from lora_kernels.reference import Directory, gains, matrices
 
-_Views = list[tuple[torch.Tensor, torch.Tensor, float] | None]
+_Views = list[tuple[torch.Tensor, torch.Tensor, float, torch.Tensor | None] | None]
 
 
 class Matmuls:
@@ -32,23 +32,25 @@ class Matmuls:
         layer: int,
         group: int,
     ) -> None:
-        """Adds the delta of the slot's adapter to `rows` of y, in place."""
+        """Adds the delta of the slot's adapter to `rows` of y, then applies its gain, in place."""
         views = self._slot_views(slot)[layer]
         own = x[rows]
         start = 0
         for projection, _, outputs in self._groups[group]:
             view = views[projection]
             if view is not None:
-                a, b, scale = view
+                a, b, scale, gain = view
                 target = y[:, start : start + outputs]
                 if isinstance(rows, slice):
                     target[rows].addmm_(own @ a.T, b.T, alpha=scale)
                 else:
                     target.index_add_(0, rows, own @ a.T @ b.T, alpha=scale)
+                if gain is not None:
+                    target[rows] = (target[rows] * gain.float().sum(0)).to(y.dtype)
             start += outputs
 
     def _slot_views(self, slot: int) -> list[_Views]:
-        """[layer][projection] → A, B, scale. Views of the arena, cached for a slot's generation."""
+        """[layer][projection] → A, B, scale, gains. Views of the arena, cached for a generation."""
         generation = int(self._directory.generation[slot])
         kept = self._views.get(slot)
         if kept is None or kept[0] != generation:
@@ -65,7 +67,8 @@ class Matmuls:
                     self._directory, self._arena, slot, layer, projection, inputs, outputs
                 )
                 scale = float(self._directory.scale[slot, layer, projection])
-                views[projection] = (a, b, scale)
+                gain = gains(self._directory, self._arena, slot, layer, projection, outputs)
+                views[projection] = (a, b, scale, gain)
         return views
 
 
@@ -74,3 +77,13 @@ def index_of(rows: Sequence[int], device: torch.device) -> torch.Tensor | slice:
     if rows[-1] - rows[0] == len(rows) - 1:
         return slice(rows[0], rows[-1] + 1)
     return torch.tensor(rows, device=device)
+
+
+def gained_rows(
+    directory: Directory, row_slots: Sequence[int], arena: torch.Tensor
+) -> torch.Tensor | None:
+    """[rows, 1] in the arena's dtype: 1 where the adapter has gains, else 0. None if none has."""
+    if directory.gained.isdisjoint(row_slots):
+        return None
+    rows = torch.tensor([[slot in directory.gained] for slot in row_slots], dtype=arena.dtype)
+    return rows.pin_memory().to(arena.device, non_blocking=True) if arena.is_cuda else rows

@@ -3,16 +3,18 @@
 An adapter with many rows (prefill) takes two matmuls a projection (`matmuls.py`). An adapter with
 few rows (decode) runs from tiles (`tiles.py`). It is packed into tiles in its second consecutive
 step of few rows, and dropped after IDLE_STEPS_MAX steps without rows. An adapter that does not fit
-into the tiles takes matmuls.
+into the tiles, or that has gains (DoRA), takes matmuls.
 """
 
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch.nn import functional as F
 
-from lora_kernels.matmuls import Matmuls, index_of
+from lora_kernels.matmuls import Matmuls, gained_rows, index_of
 from lora_kernels.reference import Directory
 from lora_kernels.tiles import TILE_RANK, TilePack
+from lora_kernels.vocabulary import Vocabulary
 
 # Costs of one adapter's matmuls: fixed, and per rank. Measured with a 12-layer, 768-wide model in
 # bf16; the unit is the cost of a rank-30 adapter.
@@ -47,6 +49,8 @@ class Lora:
         self._arena = arena
         self._groups = [tuple(group) for group in groups]
         self._matmuls = Matmuls(directory, arena, self._groups)
+        self.vocabulary = Vocabulary(directory, arena)
+        self.gained: torch.Tensor | None = None
         self._packs: list[TilePack] = []
         if arena.device.type == "cpu":
             if tile_bytes_max is None:
@@ -63,6 +67,8 @@ class Lora:
     def begin(self, row_slots: Sequence[int]) -> None:
         """row_slots: one slot a token row; 0 is the base model."""
         slots = list(row_slots)
+        self.vocabulary.begin(slots)
+        self.gained = gained_rows(self._directory, slots, self._arena)
         active = sorted(set(slots) - {0})
         generations = [int(self._directory.generation[slot]) for slot in active]
         same = slots == self._row_slots and generations == self._generations
@@ -93,6 +99,11 @@ class Lora:
         for slot, rows in self._segments:
             self._matmuls.add(x, y, slot, rows, layer, group)
 
+    def add_gated(self, x: torch.Tensor, y: torch.Tensor, layer: int, group: int) -> torch.Tensor:
+        """`add` for gate and up, then `silu_mul` of y, whose values are then undefined."""
+        self.add(x, y, layer, group)
+        return silu_mul(y)
+
     def check(self) -> None:
         for pack in self._packs:
             pack.check()
@@ -101,8 +112,13 @@ class Lora:
         """The slots to tile: those of at most n rows, for the n with the least total cost."""
         if not self._packs:
             return []
+        gained = self._directory.gained
         ranks = {slot: int(self._directory.rank[slot].max()) for slot in rows}
-        small = {slot: len(own) for slot, own in rows.items() if ranks[slot] <= TILED_RANK_MAX}
+        small = {
+            slot: len(own)
+            for slot, own in rows.items()
+            if ranks[slot] <= TILED_RANK_MAX and slot not in gained
+        }
 
         def cost(height: int) -> float:
             tiles = sum(
@@ -146,6 +162,12 @@ class Lora:
                 budget -= 1
             self._stable = self._stable and not idle and not gap
         return tiled
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """[rows, 2 · inner], gate then up → [rows, inner]."""
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate).mul_(up)
 
 
 def _tile_packs(

@@ -1,10 +1,38 @@
 """The kernels' specification in plain torch: what a launch computes, row by row."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+
+@dataclass(frozen=True, slots=True)
+class VocabularyDelta:
+    """What an adapter changes of the embedding or the head.
+
+    A is [rank, inputs] at `a_offset` and B is [outputs, rank] at `b_offset`. rank None: the weight
+    [vocab, hidden] at `b_offset` replaces the base model's.
+    """
+
+    head: bool
+    inputs: int
+    outputs: int
+    a_offset: int
+    b_offset: int
+    rank: int | None
+    scale: float = 1.0
+
+    @property
+    def elements(self) -> int:
+        if self.rank is None:
+            return self.inputs * self.outputs
+        return self.rank * (self.inputs + self.outputs)
+
+    def moved(self, elements: int) -> "VocabularyDelta":
+        a, b = self.a_offset + elements, self.b_offset + elements
+        return replace(self, a_offset=a, b_offset=b)
 
 
 class Directory:
@@ -13,6 +41,8 @@ class Directory:
     A is [rank, in] at `a_offset` and B is [out, rank] at `b_offset`, both row-major; offsets count
     elements of the arena. rank 0: the adapter does not change the projection. Each change of a
     slot increments `generation[slot]`, which invalidates copies of its weights.
+    gain_offset: where DoRA's gains are, [2, out], of which the sum counts; 0: there are none.
+    gained: the slots with gains. vocabulary: of the slots that change embedding or head.
     """
 
     def __init__(self, slots: int, layers: int, projections: int) -> None:
@@ -21,7 +51,10 @@ class Directory:
         self.b_offset: npt.NDArray[np.int64] = np.zeros(size, np.int64)
         self.rank: npt.NDArray[np.int32] = np.zeros(size, np.int32)
         self.scale: npt.NDArray[np.float32] = np.zeros(size, np.float32)
+        self.gain_offset: npt.NDArray[np.int64] = np.zeros(size, np.int64)
         self.generation: npt.NDArray[np.int64] = np.zeros(slots, np.int64)
+        self.gained: set[int] = set()
+        self.vocabulary: dict[int, tuple[VocabularyDelta, ...]] = {}
 
     def write(
         self,
@@ -31,21 +64,35 @@ class Directory:
         b_offset: npt.NDArray[np.int64],
         rank: npt.NDArray[np.int32],
         scale: npt.NDArray[np.float32],
+        gain_offset: npt.NDArray[np.int64] | None = None,
+        vocabulary: Sequence[VocabularyDelta] = (),
     ) -> None:
         """Fills a slot. start: the image's first element in the arena; offsets count from it."""
         self.a_offset[slot] = a_offset + start
         self.b_offset[slot] = b_offset + start
         self.rank[slot] = rank
         self.scale[slot] = scale
+        self.gain_offset[slot] = 0
+        if gain_offset is not None:
+            self.gained.add(slot)
+            self.gain_offset[slot] = np.where(gain_offset, gain_offset + start, 0)
+        if vocabulary:
+            self.vocabulary[slot] = tuple(delta.moved(start) for delta in vocabulary)
         self.generation[slot] += 1
 
     def shift(self, slot: int, elements: int) -> None:
         self.a_offset[slot] += elements
         self.b_offset[slot] += elements
+        self.gain_offset[slot] += np.where(self.gain_offset[slot], elements, 0)
+        if slot in self.vocabulary:
+            self.vocabulary[slot] = tuple(d.moved(elements) for d in self.vocabulary[slot])
         self.generation[slot] += 1
 
     def clear(self, slot: int) -> None:
         self.rank[slot] = 0
+        self.gain_offset[slot] = 0
+        self.gained.discard(slot)
+        self.vocabulary.pop(slot, None)
         self.generation[slot] += 1
 
 
@@ -58,7 +105,7 @@ def lora(
     layer: int,
     group: Sequence[tuple[int, int]],
 ) -> None:
-    """Adds every row's delta to `y` in place, before the bias.
+    """Adds every row's delta to `y` in place, before the bias, and multiplies by its gain.
 
     x: [rows, in]. y: [rows, sum of the group's outputs]. group: (index, outputs) of each
     projection, in the order of the outputs in y.
@@ -71,7 +118,12 @@ def lora(
                 a, b = matrices(directory, arena, slot, layer, projection, x.shape[1], outputs)
                 shrunk = a.float() @ x[row].float()
                 delta = b.float() @ shrunk * float(directory.scale[slot, layer, projection])
-                y[row, start : start + outputs] += delta.to(y.dtype)
+                own = y[row, start : start + outputs]
+                gain = gains(directory, arena, slot, layer, projection, outputs)
+                if gain is None:
+                    own += delta.to(y.dtype)
+                else:
+                    own.copy_((own.float() + delta) * gain.float().sum(0))
             start += outputs
 
 
@@ -92,6 +144,19 @@ def matrices(
         arena[a : a + rank * inputs].view(rank, inputs),
         arena[b : b + rank * outputs].view(outputs, rank),
     )
+
+
+def gains(
+    directory: Directory,
+    arena: torch.Tensor,
+    slot: int,
+    layer: int,
+    projection: int,
+    outputs: int,
+) -> torch.Tensor | None:
+    """A view of the gains in the arena, [2, out]."""
+    start = int(directory.gain_offset[slot, layer, projection])
+    return arena[start : start + 2 * outputs].view(2, outputs) if start else None
 
 
 def attention(

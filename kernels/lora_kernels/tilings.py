@@ -1,4 +1,4 @@
-"""The tile sizes of LoRA launches, by the number of rows."""
+"""The tile sizes of LoRA launches, by the number of rows and the highest rank."""
 
 from dataclasses import dataclass
 
@@ -7,21 +7,24 @@ from dataclasses import dataclass
 class Tiling:
     """Tile sizes for batches of some size. All but planes_max are powers of two.
 
-    A shrink program computes `rows` × `ranks` outputs and loops over its plane's inputs in steps
-    of `inputs`. Planes split the inputs (split-K): a plane sums `plane_inputs` of them, or more if
-    that would take more than `planes_max` planes. An expand program computes `rows` × `outputs`
-    and loops over the rank in steps of `depth`.
+    A tile of the table has `rows`. A shrink program computes `shrink_rows` × `ranks` outputs, so
+    several may share a tile, and loops over its plane's inputs in steps of `inputs`. Planes split
+    the inputs (split-K): a plane sums `plane_inputs` of them, or more if that would take more than
+    `planes_max` planes. An expand program computes `rows` × `outputs` and loops over the rank in
+    steps of `depth`. programs: most programs of a launch, which then loop over the tiles.
     """
 
     rows: int
+    shrink_rows: int
     ranks: int
     inputs: int
     plane_inputs: int
     planes_max: int
     outputs: int
     depth: int
-    warps: int = 4
+    programs: int
     stages: int = 3
+    warps: int = 4
 
     def planes(self, inputs: int) -> int:
         return min(self.planes_max, max(1, inputs // self.plane_inputs))
@@ -31,16 +34,38 @@ class Tiling:
         return -(-inputs // (self.planes(inputs) * self.inputs)) * self.inputs
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A tiling for batches of up to `rows_max` rows and ranks of up to `rank_max`. None: any."""
+
+    rows_max: int | None
+    rank_max: int | None
+    tiling: Tiling
+
+    def suits(self, rows: int, rank: int) -> bool:
+        fits = self.rows_max is None or rows <= self.rows_max
+        return fits and (self.rank_max is None or rank <= self.rank_max)
+
+
 WIDE_ROWS = 64
 """From this many rows a tile, the shrink result is stored in the arena's dtype (see below)."""
 
-# (most rows of the batch, tiling). With few rows of many adapters, reading A and B dominates: tiles
-# are as small as tensor cores allow, and planes add programs. With many rows, x and y dominate.
-# There the shrink result is one plane in the arena's dtype, so that expand loads its left operand
-# without converting it. Triton issue 9433 gives wrong sums on Hopper when the left operand of a
-# pipelined product comes from registers; that instruction needs tiles of at least 64 rows.
-TILINGS: tuple[tuple[int | None, Tiling], ...] = (
-    (16, Tiling(16, 16, 256, plane_inputs=512, planes_max=8, outputs=128, depth=16)),
-    (512, Tiling(16, 16, 256, plane_inputs=1024, planes_max=8, outputs=128, depth=16)),
-    (None, Tiling(64, 64, 64, plane_inputs=2**31, planes_max=1, outputs=128, depth=32, warps=8)),
+# A captured graph's launches are as large as any batch of its size needs, and most programs find
+# nothing to do: no more of them than run at once on the largest GPUs, for real ones wait for them.
+_CAPTURED = 1024
+# Steps that are not captured launch what they need. More programs at once hide that each waits for
+# the table, then for the directory, then for A or B.
+_EXACT = 1 << 14
+
+# The first that suits. With few rows of many adapters, reading A and B dominates: tiles are as
+# small as tensor cores allow, and planes add programs. With many rows, x and y dominate. There the
+# shrink result is one plane in the arena's dtype, so that expand loads its left operand without
+# converting it. Triton issue 9433 gives wrong sums on Hopper when the left operand of a pipelined
+# product comes from registers; that instruction needs tiles of at least 64 rows. At low ranks,
+# programs of a few rows of x read it fastest; at high ranks, each would read all of A.
+TILINGS: tuple[Choice, ...] = (
+    Choice(16, None, Tiling(16, 16, 16, 256, 512, 8, outputs=128, depth=16, programs=_CAPTURED)),
+    Choice(512, None, Tiling(16, 16, 16, 256, 1024, 8, outputs=128, depth=16, programs=_CAPTURED)),
+    Choice(None, 16, Tiling(64, 16, 16, 256, 2**31, 1, outputs=64, depth=16, programs=_EXACT)),
+    Choice(None, None, Tiling(64, 64, 16, 128, 2**31, 1, outputs=64, depth=32, programs=_EXACT)),
 )

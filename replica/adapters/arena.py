@@ -18,15 +18,16 @@ import torch
 from lora_kernels.ops import Lora
 from lora_kernels.reference import Directory
 from replica.adapters.host_pool import HostPool
-from replica.adapters.image import PIECE_ELEMENTS, Image, Layout
+from replica.adapters.image import Image, Layout
 from replica.adapters.streams import CopyStream, Event
-from replica.model.shape import GROUPS, PROJECTIONS, ModelShape
+from replica.model.shape import Shape
 from replica.scheduling.adapter import Slide
 
 if TYPE_CHECKING:
     from lora_kernels.lora import TritonLora
 
 ALIGNMENT_BYTES = 256
+PIECE_ELEMENTS = 2**17
 SLIDE_ELEMENTS = 2**20
 # Larger on a GPU, where the engine waits for the launch of each piece.
 QUEUED_SLIDE_ELEMENTS = 2**24
@@ -66,7 +67,7 @@ class Arena:
 
     def __init__(
         self,
-        shape: ModelShape,
+        shape: Shape,
         capacity_bytes: int,
         slots: int,
         dtype: torch.dtype,
@@ -85,12 +86,16 @@ class Arena:
         self._streams = copies
         self.capacity_bytes = capacity_bytes - capacity_bytes % ALIGNMENT_BYTES
         self._projections = list(shape.projections.values())
+        index = {name: i for i, name in enumerate(shape.projections)}
+        self._groups = [
+            [(index[name], *shape.projections[name]) for name in group] for group in shape.groups
+        ]
         # Not zeroed: the system allocates pages on the first write.
         if memory is None:
             size = self.capacity_bytes // dtype.itemsize
             memory = torch.empty(size, dtype=dtype, device=device)
         self.memory = memory
-        self.directory = Directory(slots, shape.layers, len(PROJECTIONS))
+        self.directory = Directory(slots, shape.layers, len(self._projections))
         self._placed: dict[int, tuple[int, int]] = {}
         self._copies: list[tuple[int, int]] = []
         self._guards: list[tuple[tuple[int, int], Event]] = []
@@ -100,19 +105,14 @@ class Arena:
 
     def lora(self) -> Lora:
         """The operation that adds deltas. It follows changes of the directory."""
-        return Lora(self.directory, self.memory, self._groups())
+        return Lora(self.directory, self.memory, self._groups)
 
     def triton_lora(self, rank_max: int) -> TritonLora:
         """The same with Triton kernels."""
         # Triton may be missing on a CPU.
         from lora_kernels.lora import TritonLora
 
-        return TritonLora(self.directory, self.memory, self._groups(), rank_max)
-
-    def _groups(self) -> list[list[tuple[int, int, int]]]:
-        index = {name: i for i, name in enumerate(PROJECTIONS)}
-        sizes = self._projections
-        return [[(index[name], *sizes[index[name]]) for name in group] for group in GROUPS]
+        return TritonLora(self.directory, self.memory, self._groups, rank_max)
 
     @property
     def in_place(self) -> bool:
@@ -168,7 +168,14 @@ class Arena:
             self._streams.arrived(arrived)
         start = offset // self.memory.element_size()
         self.directory.write(
-            slot, start, layout.a_offset, layout.b_offset, layout.rank, layout.scale
+            slot,
+            start,
+            layout.a_offset,
+            layout.b_offset,
+            layout.rank,
+            layout.scale,
+            layout.gain_offset,
+            layout.vocabulary,
         )
 
     def clear(self, slot: int) -> None:
@@ -224,7 +231,12 @@ class Arena:
 
     def _bytes(self, layout: Layout) -> int:
         widths = np.array([sum(sizes) for sizes in self._projections])
-        return int((layout.rank * widths).sum()) * self.memory.element_size()
+        elements = int((layout.rank * widths).sum())
+        if layout.gain_offset is not None:
+            outputs = np.array([outputs for _, outputs in self._projections])
+            elements += 2 * int(((layout.gain_offset > 0) * outputs).sum())
+        elements += sum(delta.elements for delta in layout.vocabulary)
+        return elements * self.memory.element_size()
 
 
 def _slide(

@@ -3,17 +3,18 @@
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 import torch
 
-from cluster.errors import AdapterFailed, FleetError
+from cluster.errors import FleetError
 from replica.adapters.arena import Arena
+from replica.adapters.gains import BaseWeights
 from replica.adapters.host_pool import Piece
-from replica.adapters.image import Image, Layout, read_image
-from replica.model.shape import ModelShape, Shard
+from replica.adapters.image import CHUNK_BYTES, Image, Layout, read_image
+from replica.model.shape import Shape, Shard
 from replica.scheduling.adapter import Load
 
 # On a CPU, a load alternates work and rest while batches run: all cores compute, and one late core
@@ -21,6 +22,8 @@ from replica.scheduling.adapter import Load
 # core may hold the GIL.
 _WORK_S = 0.0003
 _REST_S = 0.002
+# Bytes of the file between two looks at the clock: some 0.2 ms.
+_PIECE_BYTES = 2**18
 # A load starts without rests: a small image is done before a step ends.
 _HEAD_START_S = 0.004
 
@@ -39,13 +42,14 @@ class Loaded:
 class Loader:
     """Runs at most `threads` loads at a time.
 
-    shape: of the whole model. shard: the part of each image that this rank loads.
+    shape: of the whole model. shard: the part of each image that this rank loads. base: its
+    weights, if it has all of them.
     wake: called on a loader thread when a load has ended. busy: True while batches run.
     """
 
     def __init__(
         self,
-        shape: ModelShape,
+        shape: Shape,
         dtype: torch.dtype,
         arena: Arena,
         rank_max: int,
@@ -53,6 +57,7 @@ class Loader:
         wake: Callable[[], None],
         busy: Callable[[], bool],
         shard: Shard = Shard(),
+        base: BaseWeights | None = None,
     ) -> None:
         self._shape = shape
         self._dtype = dtype
@@ -62,10 +67,11 @@ class Loader:
         self._busy = busy
         self._active = 0
         self._shard = shard
+        self._base = base
         self._lock = threading.Lock()
         self._done: SimpleQueue[Loaded] = SimpleQueue()
         self._bug: BaseException | None = None
-        self._threads = ThreadPoolExecutor(threads, "adapter-loader")
+        self._threads = single_threaded(threads)
 
     def begin(self, load: Load, image: Image | None, keep: bool) -> None:
         """image: the image, if host memory has it. keep: return the image in `Loaded`."""
@@ -142,11 +148,11 @@ class Loader:
             self._dtype,
             into=into,
             rank_max=self._rank_max,
+            base=self._base,
             shard=self._shard,
+            chunk_bytes=_PIECE_BYTES if self._arena.in_place else CHUNK_BYTES,
             pause=pause,
         )
-        if image.digest != load.digest:
-            raise AdapterFailed(f"{load.path}: the files changed since they were registered")
         assert image.bytes <= load.bytes, f"{image.bytes} bytes in an extent of {load.bytes}"
         return image
 
@@ -168,6 +174,25 @@ class Loader:
                 since_s = time.monotonic()
 
         return pause
+
+
+def single_threaded(threads: int) -> ThreadPoolExecutor:
+    """Threads on which torch computes alone. Its thread pool belongs to the batches: a load that
+    used it would stall their steps.
+    """
+    pool = ThreadPoolExecutor(threads, "adapter-loader")
+    together = threading.Barrier(threads)
+
+    def begin() -> None:
+        torch.get_num_threads()  # a thread's first use of the count sets it, also after this
+        torch.set_num_threads(1)
+        together.wait()  # so that each call gets a thread of its own
+
+    batches = torch.get_num_threads()
+    wait([pool.submit(begin) for _ in range(threads)])
+    # The count is each thread's own, but the last one set is also what new threads begin with.
+    torch.set_num_threads(batches)
+    return pool
 
 
 def _no_pause() -> None:

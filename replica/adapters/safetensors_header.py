@@ -3,11 +3,13 @@
 import json
 import math
 import os
-import stat
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
+
+from cluster.file_copies import open_regular
 
 HEADER_BYTES_MAX = 8 * 2**20
+GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
 ELEMENT_BYTES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 
@@ -33,20 +35,6 @@ class TensorSpan:
         return self.elements * ELEMENT_BYTES[self.dtype]
 
 
-def open_regular(path: str) -> BinaryIO:
-    """Opens a regular file for reading. Raises OSError for a pipe, device or directory, without
-    blocking.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(f"{path}: not a regular file")
-        return open(descriptor, "rb", buffering=0)
-    except BaseException:
-        os.close(descriptor)
-        raise
-
-
 def read_header(path: str) -> dict[str, TensorSpan]:
     """Tensor name → span. Raises OSError, HeaderInvalid.
 
@@ -54,13 +42,19 @@ def read_header(path: str) -> dict[str, TensorSpan]:
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
+        start = file.read(len(GIT_LFS_POINTER))
+        if start == GIT_LFS_POINTER:
+            raise HeaderInvalid("a Git LFS pointer: run `git lfs pull` there")
+        if not start:
+            raise HeaderInvalid("empty; copy or download it again")
+        length = int.from_bytes(start[:8], "little")
         if size < 8 or length > size - 8:
             raise HeaderInvalid(
                 f"not a safetensors file: a header of {length} bytes in a file of {size}"
             )
         if length > HEADER_BYTES_MAX:
             raise HeaderInvalid(f"the header has {length} bytes, the maximum is {HEADER_BYTES_MAX}")
+        file.seek(8)
         text = file.read(length)
     try:
         header = json.loads(text, object_pairs_hook=_unique)
@@ -95,17 +89,22 @@ def _span(name: str, entry: Any, data_start: int) -> tuple[int, int, TensorSpan]
     if not _is_sizes(shape) or len(shape) > 8 or not _is_sizes(offsets) or len(offsets) != 2:
         raise HeaderInvalid(f"tensor {name[:120]!r}: shape or data_offsets are invalid")
     begin, end = offsets
-    span = TensorSpan(dtype, tuple(shape), data_start + begin)
-    if end - begin != span.bytes:
+    size = math.prod(shape) * ELEMENT_BYTES[dtype]
+    if end - begin != size:
         raise HeaderInvalid(
-            f"tensor {name[:120]!r}: {dtype} {shape} takes {span.bytes} bytes, "
+            f"tensor {name[:120]!r}: {dtype} {shape} takes {size} bytes, "
             f"its data_offsets span {end - begin}"
         )
-    return begin, end, span
+    return begin, end, TensorSpan(dtype, tuple(shape), data_start + begin)
 
 
 def _is_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**48 for n in value)
+    if not isinstance(value, list):
+        return False
+    for size in value:  # noqa: SIM110 -- called twice a tensor, and a generator takes twice as long
+        if type(size) is not int or not 0 <= size < 2**48:
+            return False
+    return True
 
 
 def _check_cover(spans: list[tuple[int, int, str]], size: int) -> None:

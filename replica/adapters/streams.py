@@ -77,14 +77,17 @@ class CopyStream:
             self._pieces.put((piece, None))
 
     @classmethod
-    def on(cls, device: torch.device) -> Self:
-        """Takes the current stream for `compute`: forwards must run on it."""
+    def on(cls, device: torch.device, piece_bytes: int = _STAGING_BYTES) -> Self:
+        """Takes the current stream for `compute`: forwards must run on it.
+
+        piece_bytes: of one staging piece.
+        """
         with torch.cuda.device(device):
             return cls(
                 CudaStream(torch.cuda.current_stream()),
                 CudaStream(torch.cuda.Stream()),  # type: ignore[no-untyped-call]
                 [
-                    torch.empty(_STAGING_BYTES, dtype=torch.uint8, pin_memory=True)
+                    torch.empty(piece_bytes, dtype=torch.uint8, pin_memory=True)
                     for _ in range(_STAGING_PIECES)
                 ],
             )

@@ -1,32 +1,134 @@
 """Checks that an adapter can be served: path rules, files, shapes and sizes."""
 
 import contextlib
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 
+from cluster.adapter_paths import check_allowed, is_url, local_path
 from cluster.config import FleetConfig
 from cluster.errors import AdapterRefused
-from cluster.store import Store, check_allowed, is_url, local_path
+from cluster.store import Store
 from cluster.values import Version
-from replica.adapters.adapter_files import inspect, read_adapter
+from replica.adapters.adapter_files import AdapterInfo, inspect, read_adapter
+from replica.adapters.foreign_files import foreign, rewrite_foreign
+from replica.adapters.found_files import check_present
+from replica.adapters.unused_files import unused
 from replica.model.memory import DTYPE_BYTES, divide
-from replica.model.shape import ModelShape
+from replica.model.shape import Shape
 from replica.scheduling.adapter import no_room
 
 
 class Validation:
-    """Blocking: call it on a thread. config: with the dtype and sizes that the engine chose."""
+    """config: with the dtype and sizes that the engine chose. store: of this node."""
 
-    def __init__(self, config: FleetConfig, shape: ModelShape) -> None:
+    def __init__(self, config: FleetConfig, shape: Shape) -> None:
         self._config = config
         self._shape = shape
         self._weight_bytes = DTYPE_BYTES[config.engine.dtype]
         self._part = shape.divided(config.engine.tensor_parallel)
         self._part_parameters: dict[str, int] = {}  # by digest
         self._arena_bytes = divide(config.engine, self._part, self._weight_bytes).arena_bytes
-        rank_max = config.engine.rank_max
-        self.store = Store(
-            f"{config.directory}/adapters", lambda path: inspect(path, shape, rank_max).digest
+        self.store: Store[AdapterInfo] = Store(
+            f"{config.directory}/adapters", self._inspect, config.adapter_disk
         )
+
+    def _inspect(self, path: str) -> AdapterInfo:
+        """path: of copies, which are rewritten if they have another form than PEFT's."""
+        engine, vocabulary = self._config.engine, self._shape.vocabulary
+        if foreign(path, vocabulary):
+            rewrite_foreign(path, engine.model, vocabulary)
+        info = inspect(path, self._shape, engine.rank_max, engine.dtype)
+        if info.dora and engine.tensor_parallel > 1:
+            raise AdapterRefused(
+                f"{path}: DoRA is not supported with tensor_parallel", field="lora_path"
+            )
+        return info
+
+    @property
+    def reads_for_room(self) -> bool:
+        """False if `bytes_of` and `check_room` never read files."""
+        return self._config.engine.tensor_parallel > 1
+
+    @contextlib.contextmanager
+    def adding(self) -> Iterator["Adding"]:
+        """The store holds the files of the versions that are added in the block, until its end."""
+        adding = Adding(self)
+        try:
+            yield adding
+        finally:
+            adding.end()
+
+    def held_version(
+        self, name: str, path: str, pinned: bool, weight: float, trusted: bool
+    ) -> Version:
+        """Holds the files, unless it raises. Blocking: see `Adding.version`."""
+        if not trusted:
+            check_allowed(path, self._config.adapter_roots)
+        uri = path if is_url(path) else local_path(path)
+        if not is_url(path):
+            check_present(uri)
+        info = self.store.add(uri)
+        image_bytes = self._bytes(info.digest, info.parameters)
+        if image_bytes > self._arena_bytes:
+            self.store.release(info.digest)
+            engine = self._config.engine
+            raise AdapterRefused(
+                f"lora_path: {path!r} takes {image_bytes} bytes of adapter memory in "
+                f"{engine.dtype}, the total is {self._arena_bytes} "
+                f"({'adapter_memory' if engine.device_memory is None else 'device_memory'})",
+                field="lora_path",
+            )
+        found = info.digest, uri, info.rank, info.parameters
+        return Version(name, *found, pinned, weight, info.invocation)
+
+    def remarks(self, version: Version) -> list[str]:
+        """What its directory has that is not used. Of a URL, nothing is known."""
+        if is_url(version.uri):
+            return []
+        return unused(version.uri, self._config.engine.model, self._shape.vocab)
+
+    def check_room(self, version: Version, others: Iterable[tuple[int, bool]]) -> None:
+        """Raises AdapterRefused if it does not fit beside the pinned adapters. May read files.
+
+        others: (bytes, pinned) of the other images.
+        """
+        engine = self._config.engine
+        refusal = no_room(
+            self.bytes_of(version),
+            version.pinned,
+            others,
+            self._arena_bytes,
+            engine.slots_max or engine.directory_slots - 1,
+        )
+        if refusal is not None:
+            raise AdapterRefused(f"lora_path: {version.name!r} has {refusal}", field="lora_path")
+
+    def bytes_of(self, version: Version) -> int:
+        """Bytes of its image on one rank. May read its files."""
+        return self._bytes(version.digest, version.parameters)
+
+    def _bytes(self, digest: str, parameters: int) -> int:
+        """Bytes of one rank's image. That is more than its share, because each rank has one matrix
+        of a pair whole. A lower bound if the files cannot be read.
+        """
+        ranks = self._config.engine.tensor_parallel
+        if ranks == 1:
+            return parameters * self._weight_bytes
+        if digest not in self._part_parameters:
+            with contextlib.suppress(AdapterRefused):
+                files = read_adapter(self.store.path(digest), self._shape)
+                self._part_parameters[digest] = files.parameters_of(self._part)
+        return self._part_parameters.get(digest, parameters // ranks) * self._weight_bytes
+
+
+class Adding:
+    """Versions that are being added. Made by `Validation.adding`."""
+
+    def __init__(self, validation: Validation) -> None:
+        self._validation = validation
+        self._lock = threading.Lock()
+        self._held: list[str] | None = []  # None: it has ended
+        self.remarks: dict[str, list[str]] = {}  # by name: what is not used
 
     def version(
         self,
@@ -37,55 +139,22 @@ class Validation:
         weight: float = 1.0,
         trusted: bool = False,
     ) -> Version:
-        """Raises AdapterRefused, BadRequest or AdapterFailed with the path and the reason."""
-        if not trusted:
-            check_allowed(path, self._config.adapter_roots)
-        engine = self._config.engine
-        fetched = self.store.fetch(path)
-        info = inspect(fetched, self._shape, engine.rank_max)
-        image_bytes = self._bytes(info.digest, info.parameters, fetched)
-        if image_bytes > self._arena_bytes:
-            raise AdapterRefused(
-                f"lora_path: {path!r} takes {image_bytes} bytes of adapter memory in "
-                f"{engine.dtype}, the total is {self._arena_bytes} "
-                f"({'adapter_memory' if engine.device_memory is None else 'device_memory'})",
-                field="lora_path",
-            )
-        uri = path if is_url(path) else local_path(path)
-        return Version(name, info.digest, uri, info.rank, info.parameters, pinned, weight)
+        """A version for the catalog. Blocking: call it on a thread.
 
-    def check_room(self, version: Version, versions: Iterable[Version]) -> None:
-        """Raises AdapterRefused if it does not fit beside the pinned adapters. May read files."""
-        others: dict[str, tuple[int, bool]] = {}
-        for other in versions:
-            if other.digest != version.digest:
-                pinned = other.pinned or others.get(other.digest, (0, False))[1]
-                others[other.digest] = self._bytes_of(other), pinned
-        engine = self._config.engine
-        refusal = no_room(
-            self._bytes_of(version),
-            version.pinned,
-            others.values(),
-            self._arena_bytes,
-            engine.slots_max or engine.directory_slots - 1,
-        )
-        if refusal is not None:
-            raise AdapterRefused(f"lora_path: {version.name!r} has {refusal}", field="lora_path")
-
-    def _bytes_of(self, version: Version) -> int:
-        path = None if is_url(version.uri) else local_path(version.uri)
-        return self._bytes(version.digest, version.parameters, path)
-
-    def _bytes(self, digest: str, parameters: int, path: str | None) -> int:
-        """Bytes of one rank's image. That is more than its share, because each rank has one matrix
-        of a pair whole. A lower bound if the files cannot be read.
+        trusted: the path may lie outside the allowed roots.
+        Raises AdapterRefused, BadRequest or AdapterFailed with the path and the reason.
         """
-        ranks = self._config.engine.tensor_parallel
-        if ranks == 1:
-            return parameters * self._weight_bytes
-        if digest not in self._part_parameters and path is not None:
-            with contextlib.suppress(AdapterRefused):
-                files = read_adapter(path, self._shape)
-                if files.parameters == parameters:  # else another version has replaced the files
-                    self._part_parameters[digest] = files.parameters_of(self._part)
-        return self._part_parameters.get(digest, parameters // ranks) * self._weight_bytes
+        version = self._validation.held_version(name, path, pinned, weight, trusted)
+        self.remarks[name] = self._validation.remarks(version)
+        with self._lock:
+            if self._held is not None:
+                self._held.append(version.digest)
+                return version
+        self._validation.store.release(version.digest)  # whoever asked was cancelled meanwhile
+        return version
+
+    def end(self) -> None:
+        with self._lock:
+            held, self._held = self._held or [], None
+        for digest in held:
+            self._validation.store.release(digest)

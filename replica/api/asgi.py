@@ -13,21 +13,37 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope
 
-from cluster.errors import FleetError
+from cluster.errors import BadRequest, FleetError
 
 EVENT_STREAM = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 )
+# A whole body may take so long to come; HAProxy waits less for its start.
+BODY_S = 60.0
 # A client that still sends its body may not read our answer: so much more is read and dropped.
 DISCARDED_BODIES_MAX = 4
+DEADLINE_HEADER = "x-request-deadline-ms"
+MILLISECONDS = r"^[0-9]{1,12}$"
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 class BodyTooLarge(FleetError):
     status = 413
     code = "body_too_large"
+    type = "invalid_request_error"
+
+
+class UnsupportedMediaType(FleetError):
+    status = 415
+    code = "unsupported_media_type"
+    type = "invalid_request_error"
+
+
+class BodyTooSlow(FleetError):
+    status = 408
+    code = "body_too_slow"
     type = "invalid_request_error"
 
 
@@ -38,7 +54,10 @@ class NoSuchRoute(FleetError):
 
 
 class MethodNotAllowed(FleetError):
+    """allow: the methods that the path takes."""
+
     status = 405
+    allow = ""
     code = "method_not_allowed"
     type = "invalid_request_error"
 
@@ -47,7 +66,10 @@ def refused(error: HTTPException, scope: Scope) -> FleetError:
     """What the router says, as ours."""
     method, path = scope["method"], scope["path"]
     if error.headers:
-        return MethodNotAllowed(f"{path} takes {error.headers['Allow']}, not {method}")
+        allow = error.headers["Allow"]
+        wrong = MethodNotAllowed(f"{path} takes {allow}, not {method}")
+        wrong.allow = allow
+        return wrong
     return NoSuchRoute(f"no route {method} {path}")
 
 
@@ -58,8 +80,31 @@ class JsonResponse(Response):
         return orjson.dumps(content)
 
 
+def deadline_s(request: Request, now_s: float) -> float | None:
+    """The time until which the client waits, by a header that gives milliseconds from now.
+
+    Raises BadRequest.
+    """
+    text = request.headers.get(DEADLINE_HEADER)
+    if text is None:
+        return None
+    if not re.search(MILLISECONDS, text):
+        raise BadRequest(
+            f"{DEADLINE_HEADER}: must be a number of milliseconds from now", field=DEADLINE_HEADER
+        )
+    return now_s + int(text) / 1e3
+
+
 async def read_body(request: Request, limit: int) -> bytes:
-    """Raises BodyTooLarge when all of it is read or it is far over the limit."""
+    """Raises BodyTooLarge when all of it is read or it is far over the limit; BodyTooSlow."""
+    try:
+        async with asyncio.timeout(BODY_S):
+            return await _read_body(request, limit)
+    except TimeoutError as error:
+        raise BodyTooSlow(f"the request body took more than {BODY_S:.0f} s") from error
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
     parts: list[bytes] = []
     size = 0
     async with aclosing(request.stream()) as stream:
@@ -80,8 +125,10 @@ def error_response(error: FleetError) -> Response:
     headers = {}
     if error.retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
-    if isinstance(error, BodyTooLarge):
+    if isinstance(error, BodyTooLarge | BodyTooSlow):
         headers["connection"] = "close"
+    if isinstance(error, MethodNotAllowed):
+        headers["allow"] = error.allow
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     return Response(error_body(error), error.status, headers, JsonResponse.media_type)

@@ -1,14 +1,17 @@
 """Turns a validated HTTP request into a `Call`: resolves the model, tokenizes, checks lengths."""
 
+import asyncio
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Set
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 from cluster.errors import BadRequest, ContextLengthExceeded, ModelNotFound
 from replica.api.completion import Call
 from replica.api.interfaces import Adapters, Claim
 from replica.api.openai_protocol import (
     CHOICES_MAX,
+    PROMPT_LOGPROBS_MAX,
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
@@ -16,8 +19,11 @@ from replica.api.openai_protocol import (
     read_prompts,
     shown,
 )
+from replica.api.reasoning import BEGIN, reasons
+from replica.api.sampling import SamplingReader
+from replica.api.structured import checked
 from replica.api.text import Text
-from replica.scheduling.request import Sampling
+from replica.api.tools import ToolFormat, ToolUse, read_tools
 
 # OpenAI's default of `max_tokens` for /v1/completions.
 COMPLETION_TOKENS = 16
@@ -28,8 +34,9 @@ class CallReader:
 
     A call holds a claim on its adapter's version. Whoever gets the call releases it.
 
-    base: the base model's name. context, vocab: the model's limits, in tokens. kv_tokens: what
-    all KV pages hold.
+    base: the base model's name. context: the model's limit, in tokens. kv_tokens: what all KV pages
+    hold. tool_format: how the model writes calls of tools; None: it has none. base_names: all
+    that requests may call the base model.
     """
 
     def __init__(
@@ -39,7 +46,9 @@ class CallReader:
         base: str,
         context: int,
         kv_tokens: int,
-        vocab: int,
+        sampling: SamplingReader,
+        tool_format: ToolFormat | None,
+        base_names: Set[str],
     ) -> None:
         self._adapters = adapters
         self._text = text
@@ -48,127 +57,191 @@ class CallReader:
         self._tokens_max = min(context, kv_tokens)
         self._limit = f"{'context length' if context <= kv_tokens else 'KV capacity'} of "
         self._limit += f"{self._tokens_max}"
-        self._vocab = vocab
+        self._sampling = sampling
+        self._tool_format = tool_format
+        self._base_names = base_names
+        self._reasons = reasons(text.chat_template)
 
     async def chat(self, request: ChatRequest) -> Call:
-        async with self._claim(request.model) as claim:
+        async with self._claim(request) as (model, claim):
+            tools = read_tools(request, self._tool_format, self._text)
             resume = bool(request.continue_final_message)
-            rendered = self._text.render_chat(
+            rendered = await self._text.render(
                 read_messages(request),
                 add_generation_prompt=not resume and request.add_generation_prompt is not False,
                 continue_final_message=resume,
                 template_arguments=request.chat_template_kwargs,
+                tools=() if tools is None else tools.definitions,
             )
-            # The template writes the special tokens, so the tokenizer adds none unless asked to.
-            prompt = await self._encode(rendered, bool(request.add_special_tokens), "messages")
-            top = (request.top_logprobs or 0) if request.logprobs else None
             requested = request.max_completion_tokens or request.max_tokens
-            return self._call(request, "chatcmpl", claim, (prompt,), (), requested, None, top)
+            # The template writes the special tokens, so the tokenizer adds none unless asked to.
+            special = bool(request.add_special_tokens)
+            prompt = await self._encode(rendered, special, request, requested or 1)
+            top = (request.top_logprobs or 0) if request.logprobs else None
+            call = await self._call(
+                request, "chatcmpl", model, claim, (prompt,), requested, None, top
+            )
+            if tools is not None:
+                call = await self._with_tools(call, tools)
+            splits = self._reasons and request.separate_reasoning is not False
+            # An answer that must follow a grammar cannot think.
+            if splits and call.sampling.grammar is None:
+                hidden = call.skip_special_tokens and not self._text.is_special(BEGIN)
+                begun = rendered.rstrip().endswith(BEGIN)
+                call = replace(call, thinks=begun, skip_special_tokens=hidden)
+            return call
 
-    async def completion(self, request: CompletionRequest) -> Call:
-        async with self._claim(request.model) as claim:
+    async def _with_tools(self, call: Call, tools: ToolUse) -> Call:
+        sampling = call.sampling
+        if tools.grammar is not None:
+            if sampling.grammar is not None:
+                raise BadRequest(
+                    "tool_choice: a call that must be made excludes a format of the answer",
+                    field="tool_choice",
+                )
+            grammar = await asyncio.to_thread(checked, "tools", tools.grammar)
+            sampling = replace(sampling, grammar=grammar)
+        hidden = call.skip_special_tokens and not self._text.is_special(tools.format.mark)
+        return replace(call, sampling=sampling, tools=tools, skip_special_tokens=hidden)
+
+    async def completion(
+        self,
+        request: CompletionRequest,
+        default: int = COMPLETION_TOKENS,
+        choices_max: int = CHOICES_MAX,
+    ) -> Call:
+        """default: of `max_tokens`."""
+        async with self._claim(request) as (model, claim):
             special = request.add_special_tokens is not False
+            # The engine generates one token at least; `prompt_only` drops it.
+            requested = 1 if request.max_tokens == 0 else request.max_tokens
+            room = requested or default
             prompts: list[tuple[int, ...]] = []
             echoes: list[str] = []
-            for prompt in read_prompts(request.prompt):
+            for prompt in read_prompts(request.prompt, choices_max):
                 if isinstance(prompt, str):
-                    tokens = await self._encode(prompt, special, "prompt")
+                    tokens = await self._encode(prompt, special, request, room)
+                else:
+                    tokens = self._truncated(tuple(prompt), request, room)
+                    self._sampling.check(tokens, "prompt")
+                prompts.append(tokens)
+                if not request.echo:
+                    continue
+                if isinstance(prompt, str) and request.truncate_prompt_tokens is None:
                     echoes.append(prompt)
                 else:
-                    tokens = tuple(prompt)
-                    self._check_vocabulary(tokens, "prompt")
-                    echoes.append(self._text.decode(tokens) if request.echo else "")
-                prompts.append(tokens)
-            if not request.echo:
-                echoes = []
-            return self._call(
+                    echoes.append(await self._text.decode_long(tokens))
+            call = await self._call(
                 request,
                 "cmpl",
+                model,
                 claim,
                 tuple(prompts),
-                tuple(echoes),
-                request.max_tokens,
-                COMPLETION_TOKENS,
+                requested,
+                default,
                 request.logprobs,
+                request.best_of,
+                choices_max,
             )
+            only = request.max_tokens == 0
+            return replace(call, prompt_only=only, echoes=tuple(echoes))
 
-    async def _encode(self, text: str, special: bool, field: str) -> tuple[int, ...]:
-        tokens_min = self._text.tokens_min(text)
-        if tokens_min > self._tokens_max:  # Refuse it before the cost of tokenizing it.
+    async def _encode(
+        self, text: str, special: bool, request: GenerationRequest, room: int
+    ) -> tuple[int, ...]:
+        """room: tokens that a truncated prompt leaves for the answer."""
+        tokens_min, field = self._text.tokens_min(text), request.prompt_field
+        # Refuse it before the cost of tokenizing it.
+        if tokens_min > self._tokens_max and request.truncate_prompt_tokens is None:
             raise ContextLengthExceeded(
                 f"{field}: at least {tokens_min} tokens, over the {self._limit}", field=field
             )
-        return await self._text.encode(text, add_special_tokens=special)
+        tokens = await self._text.encode(text, add_special_tokens=special)
+        return self._truncated(tokens, request, room)
+
+    def _truncated(
+        self, prompt: tuple[int, ...], request: GenerationRequest, room: int
+    ) -> tuple[int, ...]:
+        """The last `truncate_prompt_tokens`, as in vLLM; −1: as many as fit before an answer."""
+        count = request.truncate_prompt_tokens
+        if count == -1:
+            count = max(1, self._tokens_max - room)
+        return prompt if count is None else prompt[max(0, len(prompt) - count) :]
 
     @asynccontextmanager
-    async def _claim(self, model: str) -> AsyncIterator[Claim | None]:
-        """A claim that outlives the block, unless the block raises. None for the base model."""
+    async def _claim(self, request: GenerationRequest) -> AsyncIterator[tuple[str, Claim | None]]:
+        """The model's name, and a claim that outlives the block, unless the block raises. None for
+        the base model.
+        """
+        model = self._base if request.model in self._base_names else request.model or self._base
+        if request.lora_path is not None:
+            if model not in (self._base, request.lora_path):
+                raise BadRequest(
+                    f"lora_path: {shown(request.lora_path)} and model: {shown(model)} differ",
+                    field="lora_path",
+                )
+            model = request.lora_path
         if model == self._base:
-            yield None
+            yield model, None
             return
         claim = await self._adapters.claim(model)
+        if claim is None and model.startswith(f"{self._base}:"):  # as SGLang writes it
+            model = model.removeprefix(f"{self._base}:")
+            claim = await self._adapters.claim(model)
         if claim is None:
             raise ModelNotFound(f"the model {shown(model)} does not exist", field="model")
         try:
-            yield claim
+            yield model, claim
         except BaseException:
             claim.release()
             raise
 
-    def _call(
+    async def _call(
         self,
         request: GenerationRequest,
         kind: str,
+        model: str,
         claim: Claim | None,
         prompts: tuple[tuple[int, ...], ...],
-        echoes: tuple[str, ...],
         requested: int | None,
         default: int | None,
         logprobs: int | None,
+        best_of: int | None = None,
+        choices_max: int = CHOICES_MAX,
     ) -> Call:
         """requested: the client's max_tokens. default: used where the client gives none; None: as
-        many as fit.
+        many as fit. best_of: None: as many choices as the client gets.
         """
-        choices = len(prompts) * (request.n or 1)
-        if choices > CHOICES_MAX:
+        n, field = (request.n or 1, "n") if best_of is None else (best_of, "best_of")
+        choices = len(prompts) * n
+        if choices > choices_max:
             raise BadRequest(
-                f"n: {choices} choices (n × prompts), over the limit of {CHOICES_MAX}", field="n"
+                f"{field}: {choices} choices ({field} × prompts), over the limit of {choices_max}",
+                field=field,
             )
         longest = max(len(prompt) for prompt in prompts)
         for prompt in prompts:
             if not prompt:
                 raise BadRequest(f"{request.prompt_field}: is empty", field=request.prompt_field)
-            self._check_vocabulary(prompt, request.prompt_field)
+            self._sampling.check(prompt, request.prompt_field)
+        if self._sampling.defaults.max_tokens is not None:
+            default = min(default or self._tokens_max, self._sampling.defaults.max_tokens)
         max_tokens = self._max_tokens(request, longest, requested, default)
-        stop_tokens = request.stop_token_ids or []
-        self._check_vocabulary(stop_tokens, "stop_token_ids")
-        min_tokens = request.min_tokens or 0
-        if min_tokens > max_tokens:
-            raise BadRequest(
-                f"min_tokens: {min_tokens} is more than max_tokens, {max_tokens}",
-                field="min_tokens",
-            )
+        sampling = await self._sampling.read(request, max_tokens, logprobs)
+        _check_prompt_logprobs(sampling.prompt_logprobs, n * sum(map(len, prompts)))
+        if best_of is not None and sampling.logprobs is None:
+            sampling = replace(sampling, logprobs=0)  # which choice is best
         return Call(
             id=f"{kind}-{uuid.uuid4().hex}",
-            model=request.model,
+            model=model,
             digest=None if claim is None else claim.version.digest,
             prompts=prompts,
-            n=request.n or 1,
-            sampling=Sampling(
-                max_tokens=max_tokens,
-                min_tokens=min_tokens,
-                temperature=1.0 if request.temperature is None else request.temperature,
-                top_p=1.0 if request.top_p is None else request.top_p,
-                top_k=max(0, request.top_k or 0),
-                seed=request.seed,
-                stop_tokens=frozenset(stop_tokens),
-                ignore_eos=bool(request.ignore_eos),
-                logprobs=logprobs,
-            ),
+            n=n,
+            kept=None if best_of is None else request.n or 1,
+            sampling=sampling,
             stops=tuple(request.stop),
             include_stop=bool(request.include_stop_str_in_output),
             skip_special_tokens=request.skip_special_tokens is not False,
-            echoes=echoes,
             priority=request.priority or 0,
             claim=claim,
         )
@@ -194,12 +267,13 @@ class CallReader:
             )
         return requested
 
-    def _check_vocabulary(self, tokens: Sequence[int], field: str) -> None:
-        if not tokens or (min(tokens) >= 0 and max(tokens) < self._vocab):
-            return
-        for i, token in enumerate(tokens):
-            if not 0 <= token < self._vocab:
-                raise BadRequest(
-                    f"{field}[{i}]: token id {shown(token)} is not between 0 and {self._vocab - 1}",
-                    field=field,
-                )
+
+def _check_prompt_logprobs(top: int | None, tokens: int) -> None:
+    """tokens: of the prompts of all choices."""
+    if top is None or tokens * (top + 1) <= PROMPT_LOGPROBS_MAX:
+        return
+    raise BadRequest(
+        f"prompt_logprobs: {tokens} prompt tokens × {top + 1} are over the limit of "
+        f"{PROMPT_LOGPROBS_MAX} log-probabilities",
+        field="prompt_logprobs",
+    )

@@ -5,10 +5,20 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from cluster.errors import LogitsNotFinite
+from cluster.errors import DeadlineExceeded, LogitsNotFinite
 from replica.api.interfaces import Claim, Engine
+from replica.api.openai_protocol import CHOICES_MAX
+from replica.api.reasoning import ReasoningReader
 from replica.api.text import Detokenizer, StopStrings, Text
-from replica.scheduling.request import Delta, Finish, NewRequest, Sampling, TokenLogprobs
+from replica.api.tools import ToolCall, ToolReader, ToolUse
+from replica.scheduling.request import (
+    Delta,
+    Finish,
+    NewRequest,
+    PromptResult,
+    Sampling,
+    TokenLogprobs,
+)
 
 SEED_RANGE = 2**63
 
@@ -20,8 +30,13 @@ class Call:
     model: the name in the request. digest: its adapter's; None for the base model.
     prompts: each gets `n` choices; choice i continues prompt i // n.
     echoes: the text to put before each prompt's answer; empty without `echo`.
-    priority: lower runs first. claim: keeps the adapter's version until the engine has the
-    requests of all choices.
+    prompt_only: the token that is generated is no part of the answer.
+    kept: of each prompt's choices, how many the client gets: the likeliest; None: all of them.
+    thinks: reasoning is split from the answer; True if the prompt begins it.
+    tools: those that the answer may call. priority: lower runs first.
+    claim: keeps the adapter's version until the engine has the requests of all choices.
+    deadline_s: on the event loop's clock; the answer is of no use later.
+    salt: cached prefixes are shared with this salt only.
     """
 
     id: str
@@ -34,8 +49,14 @@ class Call:
     include_stop: bool = False
     skip_special_tokens: bool = True
     echoes: tuple[str, ...] = ()
+    prompt_only: bool = False
+    kept: int | None = None
+    thinks: bool | None = None
+    tools: ToolUse | None = None
     priority: int = 0
     claim: Claim | None = None
+    deadline_s: float | None = None
+    salt: str | None = None
 
     @property
     def choices(self) -> int:
@@ -44,6 +65,11 @@ class Call:
     @property
     def prompt_tokens(self) -> int:
         return sum(len(prompt) for prompt in self.prompts)
+
+    @property
+    def given(self) -> "Call":
+        """The call with the choices that the client gets."""
+        return self if self.kept is None else replace(self, n=self.kept, kept=None)
 
     def release(self) -> None:
         if self.claim is not None:
@@ -63,6 +89,7 @@ class Call:
             sampling,
             self.digest,
             self.priority,
+            self.salt,
         )
 
 
@@ -71,6 +98,8 @@ class Piece:
     """The output of one choice in one step. `finish` is set on a choice's last piece.
 
     stop_reason: the stop string or stop token that ended the choice, as vLLM reports it.
+    queued_s: on a choice's first piece, how long it waited for its first row. calls: of tools.
+    prompt: on a choice's first piece, if the call asks for it. thought: reasoning before `text`.
     """
 
     index: int
@@ -80,15 +109,38 @@ class Piece:
     finish: Finish | None = None
     stop_reason: str | int | None = None
     cached_tokens: int = 0
+    queued_s: float = 0.0
+    calls: tuple[ToolCall, ...] = ()
+    prompt: PromptResult | None = None
+    thought: str = ""
 
 
 async def run(engine: Engine, text: Text, call: Call) -> AsyncGenerator[Piece, None]:
-    """Yields the pieces of all choices in order of arrival.
+    """Yields the pieces of all choices in order of arrival, until the call's deadline.
 
-    Raises the first choice's FleetError and cancels the other choices. Closing the generator
+    Raises DeadlineExceeded, and what `_run` raises. The engine drops the requests then.
+    """
+    async with aclosing(_run(engine, text, call)) as pieces:
+        if call.deadline_s is None:
+            async for piece in pieces:
+                yield piece
+            return
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                yield await asyncio.wait_for(anext(pieces), call.deadline_s - loop.time())
+        except StopAsyncIteration:
+            return
+        except TimeoutError as error:
+            raise DeadlineExceeded("the deadline passed before the answer was complete") from error
+
+
+async def _run(engine: Engine, text: Text, call: Call) -> AsyncGenerator[Piece, None]:
+    """Raises the first choice's FleetError and cancels the other choices. Closing the generator
     early cancels all of the call's requests in the engine. Releases the call's claim once all its
     requests are on their way to the engine: a callback runs after what was scheduled before it, and
-    after the current task waits.
+    after the current task waits. More than CHOICES_MAX are not on their way at once; then whoever
+    has the call releases it at the end.
     """
     loop = asyncio.get_running_loop()
     if call.choices == 1:
@@ -98,11 +150,13 @@ async def run(engine: Engine, text: Text, call: Call) -> AsyncGenerator[Piece, N
                 yield piece
         return
     queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
+    at_once = asyncio.Semaphore(CHOICES_MAX)
     tasks = [
-        asyncio.create_task(_forward(queue, _choice(engine, text, call, index)))
+        asyncio.create_task(_forward(queue, _choice(engine, text, call, index), at_once))
         for index in range(call.choices)
     ]
-    loop.call_soon(call.release)
+    if call.choices <= CHOICES_MAX:
+        loop.call_soon(call.release)
     running = len(tasks)
     try:
         while running:
@@ -120,11 +174,13 @@ async def run(engine: Engine, text: Text, call: Call) -> AsyncGenerator[Piece, N
 
 
 async def _forward(
-    queue: asyncio.Queue[Piece | BaseException | None], pieces: AsyncGenerator[Piece, None]
+    queue: asyncio.Queue[Piece | BaseException | None],
+    pieces: AsyncGenerator[Piece, None],
+    at_once: asyncio.Semaphore,
 ) -> None:
     """Puts one choice's pieces on the queue, then None at its end or the exception it raised."""
     try:
-        async with aclosing(pieces):
+        async with at_once, aclosing(pieces):
             async for piece in pieces:
                 queue.put_nowait(piece)
     except Exception as error:  # `run` raises it.
@@ -159,11 +215,17 @@ class _Writer:
         self._index = index
         self._detokenizer = detokenizer
         self._stops = StopStrings(call.stops, include=call.include_stop) if call.stops else None
+        self._tools = None if call.tools is None else ToolReader(call.tools)
+        self._reasoning = None if call.thinks is None else ReasoningReader(call.thinks)
         self._count = 0
         self._echo = call.echoes[index // call.n] if call.echoes else ""
 
     def write(self, delta: Delta) -> Piece:
         echo, self._echo = self._echo, ""
+        if self._call.prompt_only:
+            cached, queued_s, told = delta.cached_tokens, delta.queued_s, delta.prompt
+            ended = (Finish.LENGTH, None, cached, queued_s, (), told)
+            return Piece(self._index, echo, (), (), *ended)
         tokens, logprobs = delta.tokens, delta.logprobs
         finish = delta.finish
         reason: str | int | None = None
@@ -179,8 +241,29 @@ class _Writer:
                 finish, reason = Finish.STOP, self._stops.found
         if reason is None and finish is Finish.STOP:
             reason = self._stop_token(tokens)
+        thought, calls = "", list[ToolCall]()
+        if self._reasoning is not None:
+            thought, text = self._reasoning.push(text)
+            if finish is not None:
+                more_thought, more_text = self._reasoning.flush()
+                thought, text = thought + more_thought, text + more_text
+        if self._tools is not None:
+            text, calls = self._tools.push(text)
+            if finish is not None:
+                rest, more = self._tools.flush()
+                text, calls = text + rest, calls + more
         return Piece(
-            self._index, echo + text, tokens, logprobs, finish, reason, delta.cached_tokens
+            self._index,
+            echo + text,
+            tokens,
+            logprobs,
+            finish,
+            reason,
+            delta.cached_tokens,
+            delta.queued_s,
+            tuple(calls),
+            delta.prompt,
+            thought,
         )
 
     def _push_until_stop(

@@ -1,7 +1,7 @@
 """The API's interfaces: the engine and the adapter catalog that the HTTP server works with."""
 
-from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from cluster.config import EngineConfig
@@ -57,12 +57,32 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Acknowledgement:
-    """A completed catalog change. pending: replicas that did not confirm it in time."""
+    """A completed catalog change.
+
+    applied: replicas that have it. failed: replicas that could not read the adapter's files → why.
+    pending: replicas that did not answer in time. remarks: sentences for whoever added it.
+    """
 
     name: str
     digest: str
     sequence: int
     pending: tuple[str, ...] = ()
+    failed: Mapping[str, str] = field(default_factory=dict)
+    applied: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NewAdapter:
+    """An adapter to add. trusted: the path is from the operator's configuration, so it may lie
+    outside the roots.
+    """
+
+    name: str
+    path: str
+    pinned: bool = False
+    weight: float = 1.0
+    trusted: bool = False
 
 
 class Claim:
@@ -106,8 +126,32 @@ class Adapters(Protocol):
         trusted: the path is from the operator's configuration, so it may lie outside the roots.
         """
 
+    async def add_all(
+        self, adapters: Sequence[NewAdapter], *, load_inplace: bool = False
+    ) -> list[Acknowledgement]:
+        """Adds adapters, in their order. Raises as `add` does. In a fleet, all are added or none; a
+        single process keeps those before the one that it refuses.
+        """
+
     async def remove(self, name: str) -> Acknowledgement:
         """Raises ModelNotFound or CatalogUnavailable."""
 
     async def describe(self) -> dict[str, Any]:
         """The body of GET /v1/adapters: the catalog and each replica's residency."""
+
+
+class Suspects(Protocol):
+    """The digests of requests that an engine has ended under, kept for a while."""
+
+    @property
+    def any(self) -> bool:
+        """False if no request is suspected."""
+
+    def poisoned(self, digest: str) -> bool:
+        """True if engines have ended under it so often that it is refused."""
+
+    async def died(self, digest: str, death: str) -> int:
+        """An engine has ended under it. death: names that end. Returns how many there were."""
+
+    async def cleared(self, digest: str) -> None:
+        """It has been answered, so it was not the reason."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import orjson
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from cluster.errors import BadRequest, ModelUnsupported
@@ -20,6 +21,7 @@ CONTEXT_TOKENS = 6
 REPLACEMENT = "\ufffd"
 # Longer texts are tokenized on another thread: 240 kB take 0.2 s, which would stall every stream.
 INLINE_CHARACTERS = 8192
+INLINE_TOKENS = 2048
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -64,6 +66,28 @@ class Text:
             )
         return tuple(encoding.ids)
 
+    def word_tokens(self, text: str) -> tuple[int, ...]:
+        """The tokens of a short text, without special tokens."""
+        return tuple(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def literal(self, text: str) -> str:
+        """A fixed text in a Lark grammar: as its one special token if it is one."""
+        token = self._special_token(text)
+        return orjson.dumps(text).decode() if token is None else f"<[{token}]>"
+
+    def is_special(self, text: str) -> bool:
+        """True if this text is one special token."""
+        return self._special_token(text) is not None
+
+    def _special_token(self, text: str) -> int | None:
+        found = (t for t, content in self._added.items() if content == text and t in self.special)
+        return next(found, None)
+
+    @property
+    def chat_template(self) -> str | None:
+        template = self._tokenizer.chat_template
+        return template if isinstance(template, str) else None
+
     def tokens_min(self, text: str) -> int:
         """A lower bound on the number of tokens in `text`, from its length alone."""
         return len(text) // self._token_characters_max
@@ -71,7 +95,17 @@ class Text:
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         if skip_special_tokens:
             tokens = [token for token in tokens if token not in self.special]
-        return str(self._backend.decode(tokens, skip_special_tokens=False))
+        if len(tokens) <= INLINE_TOKENS:
+            return str(self._backend.decode(tokens, skip_special_tokens=False))
+        # The batch call releases the GIL; `decode` holds it.
+        (text,) = self._backend.decode_batch([tokens], skip_special_tokens=False)
+        return str(text)
+
+    async def decode_long(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """As `decode`, for any number of tokens: many are decoded on another thread."""
+        if len(tokens) <= INLINE_TOKENS:
+            return self.decode(tokens, skip_special_tokens=skip_special_tokens)
+        return await asyncio.to_thread(self.decode, tokens, skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, token: int) -> bytes:
         """A token's bytes, possibly part of a character. b"" for an id outside the vocabulary."""
@@ -87,6 +121,14 @@ class Text:
             return bytes.fromhex(byte[1])
         return piece.replace("\u2581", " ").encode()
 
+    async def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """As `render_chat`; many or long messages are rendered on another thread."""
+        parts = [part for message in messages for part in message.values()]
+        length = sum(len(p if isinstance(p, str) else repr(p)) for p in parts) + len(parts)
+        if length <= INLINE_CHARACTERS:
+            return self.render_chat(messages, **options)
+        return await asyncio.to_thread(self.render_chat, messages, **options)
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -94,6 +136,7 @@ class Text:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_arguments: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
         """Renders messages with the model's chat template. Raises BadRequest for `messages`."""
         arguments = dict(template_arguments or {})
@@ -112,9 +155,17 @@ class Text:
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
+                tools=list(tools) or None,
                 **arguments,
             )
-        except (TemplateError, ValueError, TypeError, LookupError, AttributeError) as error:
+        except (
+            TemplateError,
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             # `read` has checked the template, so the cause is in the messages.
             raise BadRequest(
                 f"messages: refused by the model's chat template: {error}", field="messages"
@@ -248,7 +299,7 @@ class StopStrings:
             start, _, self.found = min(hits)
             self._held = ""
             return text[: start + len(self.found)] if self._include else text[:start]
-        keep = self._partial_match(text)
+        keep = max((overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -257,12 +308,10 @@ class StopStrings:
         held, self._held = self._held, ""
         return held + piece
 
-    def _partial_match(self, text: str) -> int:
-        """Length of the longest suffix of `text` that is a proper prefix of a stop string."""
-        longest = 0
-        for stop in self._stops:
-            for length in range(min(len(stop) - 1, len(text)), longest, -1):
-                if text.endswith(stop[:length]):
-                    longest = length
-                    break
-        return longest
+
+def overlap(text: str, mark: str) -> int:
+    """How many characters at the end of `text` may begin `mark`."""
+    for count in range(min(len(mark) - 1, len(text)), 0, -1):
+        if text.endswith(mark[:count]):
+            return count
+    return 0

@@ -18,11 +18,15 @@ from cluster.values import AdapterState, LoadReport, Tier, Version
 from replica.adapters.adapter_files import read_adapter
 from replica.adapters.image import Image, Layout
 from replica.adapters.loader import Loaded, Loader
+from replica.engine.grammars import Grammars
+from replica.engine.prompt_results import PromptResults
+from replica.engine.pulse import SLOW_S, longest_s
 from replica.engine.runner import Runner
 from replica.engine.tensor_parallel import JointLoader, TensorParallelWorkers, start_ranks
 from replica.engine.tp_messages import Drop
+from replica.model.checkpoint import read_shape_here
 from replica.model.launch import Row, Ticket
-from replica.model.shape import Shard, read_shape
+from replica.model.shape import Shard
 from replica.scheduling.adapter import Load
 from replica.scheduling.assembly import assemble
 from replica.scheduling.loads import BASE_KEY
@@ -31,23 +35,26 @@ from replica.scheduling.request import Delta, NewRequest
 from replica.scheduling.timeline import Event, TimelineEvent
 
 
-def _nothing() -> None:
+def _nothing(*_: float) -> None:
     pass
 
 
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    """since_s: when its planning started."""
+    """since_s: when its planning started. allowed_s: the longest time that it may take."""
 
     plan: Plan
     ticket: Ticket
     since_s: float
+    allowed_s: float
 
 
 class Engine:
     """Runs one device. Not thread-safe: one thread calls it.
 
-    wake: called on a loader thread when a load has ended, for a caller that waits for work.
+    wake: called on another thread when a load or a page copy has ended, for a caller that waits
+        for work.
+    expect: called before each step with the monotonic time by which it must have ended.
     steps: batches run.
     idle: the last step ran nothing, and no step will until a request comes, a load ends, or the
     monotonic clock reaches `wake_s`.
@@ -59,11 +66,13 @@ class Engine:
         self,
         config: EngineConfig,
         wake: Callable[[], None] = _nothing,
+        expect: Callable[[float], None] = _nothing,
     ) -> None:
-        self.shape = read_shape(config.model)
+        self.shape = read_shape_here(config.model)
+        self._expect = expect
         self._workers: TensorParallelWorkers | None = None
         if config.tensor_parallel == 1:
-            self.runner = Runner(config, self.shape)
+            self.runner = Runner(config, self.shape, wake=wake)
         else:
             self.runner, self._workers = start_ranks(config, self.shape, wake)
         # The runner has filled in what the configuration left open.
@@ -86,8 +95,11 @@ class Engine:
             wake,
             self.runner.busy,
             Shard(0, config.tensor_parallel),
+            self.runner.model,
         )
         self._loader = loader if self._workers is None else JointLoader(loader, self._workers)
+        self._grammars = Grammars(config.model, self.shape.vocab, self.shape.eos_tokens, wake)
+        self._prompts = PromptResults(self.runner.tells_prompts)
         self.depth = config.plan_depth or (2 if self.runner.device.type == "cuda" else 1)
         self._in_flight: deque[_Launched] = deque()
         self.idle = True
@@ -102,12 +114,12 @@ class Engine:
     def register(self, version: Version, path: str) -> None:
         """Accepts requests for `version.digest` from now on. Raises AdapterRefused."""
         size = self._parameters(version, path) * self.runner.image_dtype_bytes
-        refusal = self.scheduler.adapter_cache.refusal(version.digest, size, version.pinned)
+        cache = self.scheduler.adapter_cache
+        refusal = cache.refusal(version.digest, size, version.pinned)
         if refusal is not None:
             raise AdapterRefused(f"lora_path: {version.name!r} has {refusal}", field="lora_path")
-        self.scheduler.adapter_cache.register(
-            version.digest, path, size, version.pinned, time.monotonic()
-        )
+        cache.register(version.digest, path, size, version.pinned, time.monotonic())
+        self.scheduler.activations.register(version.digest, version.invocation)
         self.scheduler.share.weigh(version.digest, version.weight)
 
     def forget(self, digest: str) -> None:
@@ -116,14 +128,18 @@ class Engine:
 
     def add(self, request: NewRequest) -> None:
         """Raises FleetError if the request cannot be accepted."""
-        self.scheduler.add(request, time.monotonic())
+        self._prompts.check(request)
+        accepted = self.scheduler.add(request, time.monotonic())
         seed = request.sampling.seed
         self._seeds[request.id] = self._random.getrandbits(63) if seed is None else seed
+        self._prompts.add(accepted)
+        if accepted.stepwise:
+            self._grammars.add(accepted)
 
     def cancel(self, request_id: str) -> None:
         """Frees its pages and its adapter as soon as no batch in flight uses them."""
         if self.scheduler.cancel(request_id, time.monotonic()):
-            del self._seeds[request_id]
+            self._forget_request(request_id)
 
     @property
     def has_work(self) -> bool:
@@ -133,23 +149,32 @@ class Engine:
     def step(self) -> list[Delta]:
         """Runs at most one batch. Returns at once if nothing can run."""
         self._finish_loads()
+        self._finish_page_copies()
         start_s = time.monotonic()
         plan = self.scheduler.step(start_s)
         deltas = list(plan.failed)
         self.idle, self.wake_s = not plan.rows and not self._in_flight, plan.wake_s
+        step_s = self._allowed_s(plan)
+        self._expect(start_s + step_s + sum(each.allowed_s for each in self._in_flight))
         if plan.waits:
             deltas += self._commit()
         deltas += self._apply_arena_changes(plan)
-        if plan.waits or not self.config.overlap:
+        for copy in plan.page_copies:
+            self.runner.copy_pages(copy)
+            self.idle = False  # it may have ended already
+        plan, broken = self._with_masks(plan)
+        deltas += broken
+        if plan.waits or broken or not self.config.overlap:
             plan = self.scheduler.without_ended(plan)
         if plan.rows:
-            self._launch(plan, start_s)
+            self._launch(plan, start_s, step_s)
         if self._in_flight and (len(self._in_flight) == self.depth or not plan.rows):
             deltas += self._commit()
         self._clear_slots()
+        self._release_dropped()
         for delta in deltas:
             if delta.last:
-                del self._seeds[delta.request_id]
+                self._forget_request(delta.request_id)
         return deltas
 
     def timeline(self, request_id: str) -> list[TimelineEvent]:
@@ -167,7 +192,7 @@ class Engine:
         scheduler = self.scheduler
         requests = [*scheduler.waiting, *scheduler.running_set.running.values()]
         extents = scheduler.adapter_cache.extents
-        limit_bytes = scheduler.adapter_cache.victim_search.limit_bytes
+        limit_bytes = scheduler.adapter_cache.victim_search.limit_bytes()
         return LoadReport(
             running=len(scheduler.running_set.running),
             waiting=len(scheduler.waiting),
@@ -175,6 +200,7 @@ class Engine:
             remaining_tokens=sum(r.remaining for r in requests),
             step_s=self._step_s.value,
             copy_bytes_per_s=scheduler.costs.copy_bytes_per_s,
+            host_bytes_per_s=scheduler.costs.host_bytes_per_s,
             free_bytes=limit_bytes - extents.used,
             capacity_bytes=limit_bytes,
             free_pages=scheduler.pages.free,
@@ -200,6 +226,8 @@ class Engine:
 
     def close(self) -> None:
         self._loader.close()
+        self._grammars.close()
+        self.runner.close()
         if self._workers is not None:
             self._workers.close()
 
@@ -210,11 +238,22 @@ class Engine:
                 return read_adapter(path, self.shape).parameters_of(self.runner.shape)
         return version.parameters
 
-    def _launch(self, plan: Plan, start_s: float) -> None:
+    def _forget_request(self, request_id: str) -> None:
+        del self._seeds[request_id]
+        self._grammars.remove(request_id)
+        self._prompts.remove(request_id)
+
+    def _allowed_s(self, plan: Plan) -> float:
+        """The longest time that the plan's step may take."""
+        if not self.config.overlap and any(change.load for change in plan.arena_changes):
+            return SLOW_S
+        return longest_s(self.scheduler.costs.step_s(_prompt_tokens(plan)), self.config.hang_s)
+
+    def _launch(self, plan: Plan, start_s: float, allowed_s: float) -> None:
         before = self._in_flight[-1].plan.rows if self._in_flight else ()
         index = {work.request.id: row for row, work in enumerate(before)}
         rows = [self._row(work, index) for work in plan.rows]
-        self._in_flight.append(_Launched(plan, self.runner.launch(rows), start_s))
+        self._in_flight.append(_Launched(plan, self.runner.launch(rows), start_s, allowed_s))
 
     def _commit(self) -> list[Delta]:
         """Reads the tokens of the oldest batch in flight."""
@@ -222,11 +261,28 @@ class Engine:
         sampled = launched.ticket.results()
         now_s = time.monotonic()
         deltas = self.scheduler.commit(launched.plan, sampled, now_s)
+        self._prompts.take(launched.plan.rows, launched.ticket.prompts())
+        deltas = self._prompts.join(deltas)
+        for request, _, _, _, sample in launched.plan.rows:
+            if request.stepwise and sample and not request.ended:
+                self._grammars.advance(request)
         self.steps += 1
         # A batch that was planned ahead started when the one before it ended.
         self._record_step(launched.plan, now_s - max(launched.since_s, self.committed_s))
         self.committed_s = now_s
         return deltas
+
+    def _with_masks(self, plan: Plan) -> tuple[Plan, list[Delta]]:
+        """The plan less the rows whose masks are late, and the errors of broken grammars."""
+        rows = [w.request for w in plan.rows if w.request.stepwise and w.sample]
+        late, broken = self._grammars.wait([request for request in rows if not request.ended])
+        if not late and not broken:
+            return plan, []
+        now_s = time.monotonic()
+        failed = [self.scheduler.fail(r, broken[r.id], now_s) for r in rows if r.id in broken]
+        plan = self.scheduler.without(plan, lambda w: w.sample and w.request.id in late)
+        self.idle = not plan.rows and not self._in_flight
+        return plan, failed
 
     def _row(self, work: Work, before: Mapping[str, int]) -> Row:
         """before: request id → index of its row in the previous batch."""
@@ -241,6 +297,10 @@ class Engine:
             seed=self._seeds[request.id],
             generated=max(end - len(request.prompt), 0),
             carry=before[request.id] if unknown else None,
+            past=(request.prompt, request.output) if request.sampling.looks_back else None,
+            mask=self._grammars.mask(request) if request.stepwise and sample else None,
+            asked=self._prompts.asked(request, start, end, sample),
+            base_until=request.base_tokens,
         )
 
     def _apply_arena_changes(self, plan: Plan) -> list[Delta]:
@@ -287,6 +347,11 @@ class Engine:
                 self.scheduler.loaded(ended.load.digest, now_s)
         self._clear_slots()
 
+    def _finish_page_copies(self) -> None:
+        for copied in self.runner.pages_copied():
+            self.scheduler.costs.pages_copied(copied.bytes, copied.seconds)
+            self.scheduler.pages_copied(copied.copy.number, time.monotonic())
+
     def _place(self, ended: Loaded, layout: Layout) -> None:
         load = ended.load
         self.runner.arena.place(load.slot, load.offset, layout)
@@ -318,14 +383,17 @@ class Engine:
                 self._workers.tell(Drop(digest))
 
     def _record_step(self, plan: Plan, seconds: float) -> None:
-        prompt_tokens = sum(w.end - w.start for w in plan.rows if w.end - w.start > 1)
-        self.scheduler.costs.stepped(prompt_tokens, seconds)
+        self.scheduler.costs.stepped(_prompt_tokens(plan), seconds)
         self._step_s.take_in(seconds)
 
     def _clear_slots(self) -> None:
         for evict in self.scheduler.evictions():
             assert evict.digest != BASE_KEY, "the base model is never unloaded"
             self.runner.arena.clear(evict.slot)
+
+
+def _prompt_tokens(plan: Plan) -> int:
+    return sum(work.end - work.start for work in plan.rows if work.end - work.start > 1)
 
 
 def _epoch_s() -> float:

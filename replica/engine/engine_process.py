@@ -9,6 +9,7 @@ import threading
 import time
 from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
+from typing import Any
 
 from cluster.errors import EngineFailed, FleetError
 from replica.engine.engine import Engine
@@ -23,6 +24,7 @@ from replica.engine.messages import (
     Submit,
     Wake,
 )
+from replica.engine.pulse import SLOW_S, Pulse
 from replica.engine.sizing import described
 from replica.scheduling.request import Delta
 
@@ -39,10 +41,13 @@ _END_S = 2.0
 class Server:
     """Steps the engine, executes commands and sends the results."""
 
-    def __init__(self, pipe: Connection, engine: Engine, inbox: "SimpleQueue[Command]") -> None:
+    def __init__(
+        self, pipe: Connection, engine: Engine, inbox: "SimpleQueue[Command]", pulse: Pulse
+    ) -> None:
         self._pipe = pipe
         self._engine = engine
         self._inbox = inbox
+        self._pulse = pulse
         self._next_report_s = 0.0
 
     def serve(self) -> None:
@@ -68,17 +73,20 @@ class Server:
         """
         commands: list[Command] = []
         if self._engine.idle:
+            now_s = time.monotonic()
+            wait_s = self._idle_wait_s(now_s)
+            self._pulse.expect(now_s + wait_s + self._engine.config.hang_s)
             with contextlib.suppress(Empty):
-                commands.append(self._inbox.get(timeout=self._idle_wait_s()))
+                commands.append(self._inbox.get(timeout=wait_s))
         while not self._inbox.empty():
             commands.append(self._inbox.get())
         hangups = [self._execute(command, message) for command in commands]
         return any(hangups)
 
-    def _idle_wait_s(self) -> float:
+    def _idle_wait_s(self, now_s: float) -> float:
         if self._engine.wake_s is None:
             return _IDLE_S
-        return min(max(self._engine.wake_s - time.monotonic(), 0.0), _IDLE_S)
+        return min(max(self._engine.wake_s - now_s, 0.0), _IDLE_S)
 
     def _execute(self, command: Command, message: Message) -> bool:
         """Returns True on Hangup."""
@@ -91,6 +99,7 @@ class Server:
             case Cancel(request_id):
                 self._engine.cancel(request_id)
             case Register(call, version, path):
+                self._pulse.expect(time.monotonic() + SLOW_S)  # it may read the adapter's header
                 try:
                     self._engine.register(version, path)
                     message.done.append((call, None))
@@ -126,6 +135,20 @@ def calm_collector() -> None:
     gc.set_threshold(_COLLECT_THRESHOLD)
 
 
+def _expect_compilations(pulse: Pulse) -> None:
+    """Gives a step more time while Triton compiles a kernel for it."""
+    try:
+        from triton import knobs
+    except ImportError:  # a CPU needs no Triton
+        return
+
+    def before(**_: Any) -> bool:
+        pulse.expect(time.monotonic() + SLOW_S)
+        return False  # True would skip the compilation
+
+    knobs.runtime.jit_cache_hook = before
+
+
 def _end_soon() -> None:
     """Bounds the rest of the process: at exit, Python waits for a loader's thread without end, and
     the thread may be stuck in a read.
@@ -137,12 +160,12 @@ def _end_soon() -> None:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server stops this process
-    pipe = Connection(int(sys.argv[1]))
+    pipe, pulse = Connection(int(sys.argv[1])), Pulse(int(sys.argv[2]))
     inbox: SimpleQueue[Command] = SimpleQueue()
     try:
         config = pipe.recv()
         try:
-            engine = Engine(config, wake=lambda: inbox.put(Wake()))
+            engine = Engine(config, wake=lambda: inbox.put(Wake()), expect=pulse.expect)
         except FleetError as error:
             pipe.send(error)
             return
@@ -150,9 +173,11 @@ def main() -> None:
             print(f"lorafleet: {line}", file=sys.stderr, flush=True)
         pipe.send((engine.config, engine.report()))
         calm_collector()
+        if engine.runner.device.type == "cuda":
+            _expect_compilations(pulse)
         threading.Thread(target=_listen, args=(pipe, inbox), name="reader", daemon=True).start()
         try:
-            Server(pipe, engine, inbox).serve()
+            Server(pipe, engine, inbox, pulse).serve()
         except EngineFailed as error:
             print(f"lorafleet: {error.message}", file=sys.stderr, flush=True)
             pipe.send(error)

@@ -12,9 +12,8 @@ import torch
 from cluster.config import EngineConfig
 from replica.adapters.arena import ALIGNMENT_BYTES, Arena
 from replica.model.memory import kv_page_bytes
+from replica.model.native import Model
 from replica.model.page_memory import PageMemory
-from replica.model.shape import ModelShape
-from replica.model.weights import Weights
 from replica.scheduling.assembly import Division
 
 
@@ -34,28 +33,21 @@ def free_beside(device: torch.device, step: Callable[[], None]) -> tuple[int, in
     return torch.cuda.mem_get_info(device)[0], peak
 
 
-def run_largest_step(
-    config: EngineConfig,
-    shape: ModelShape,
-    weights: Weights,
-    cos_sin: tuple[torch.Tensor, torch.Tensor],
-) -> None:
+def run_largest_step(config: EngineConfig, model: Model) -> None:
     """Runs it on an executor with its usual buffers, but with the scratch page only."""
     # These modules import triton.
-    from replica.model.paged_decoder import paged_cache
+    from replica.model.paged_attention import paged_cache
     from replica.model.paged_executor import PagedExecutor
 
-    dtype, device = weights.embeddings.dtype, weights.embeddings.device
+    shape, dtype, device = model.shape, model.dtype, model.device
     page_bytes = kv_page_bytes(config, shape, dtype.itemsize)
     pages = PageMemory(Division(0, page_bytes, 0, 0, shared=False), dtype, device)
     arena = Arena(shape, ALIGNMENT_BYTES, config.directory_slots, dtype, device)
     executor = PagedExecutor(
-        shape,
-        weights,
-        cos_sin,
+        model,
         paged_cache(pages.flat, shape, config.page_tokens),
         arena.triton_lora(config.rank_max),
         rows_max=config.batch_rows_max,
-        tokens_max=max(config.step_tokens_max, config.batch_rows_max),
+        tokens_max=config.step_tokens,
     )
     executor.warm()

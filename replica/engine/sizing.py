@@ -7,12 +7,14 @@ On a CPU:
                if 16 such adapters need it
     host tier  an eighth of the rest
     KV pages   a full batch of sequences of 2,048 tokens; at most what is left
+    host's KV  as much again; at most an eighth of the rest, and what is left
 
 The system allocates a page of this memory on the first write, but in the end all may be written.
 
 On CUDA adapters and pages share one memory: `memory_utilization` of what is free with the model
-loaded and one largest step run. The remainder is for graphs and fragmentation. The host tier is
-page-locked and therefore allocated at once: a quarter of the replica's memory, at most 32 GiB.
+loaded and one largest step run. The remainder is for graphs and fragmentation. The host tier and
+the host's KV pages are page-locked and therefore allocated at once, which takes 0.5 s a GiB: each
+an eighth of the replica's memory, at most 16 GiB.
 
 With tensor parallelism all sizes are per rank.
 """
@@ -24,7 +26,7 @@ from cluster.config import EngineConfig
 from cluster.errors import ConfigError
 from replica.engine.node import Node
 from replica.model.memory import DTYPE_BYTES, batch_pages, divide, kv_page_bytes
-from replica.model.shape import ModelShape
+from replica.model.shape import Shape
 from replica.scheduling.assembly import Division
 
 _RANK_EXPECTED = 64
@@ -34,11 +36,11 @@ _ADAPTERS_LEAST = 16
 # The server's and the engine's processes: Python, torch and the state of requests.
 _PROCESSES_BYTES = 5 * 2**27
 _HOST_SHARE = 8
-_LOCKED_SHARE = 4
-_LOCKED_MAX = 32 * 2**30
+_LOCKED_SHARE = 8
+_LOCKED_MAX = 16 * 2**30
 
 
-def settled(config: EngineConfig, whole: ModelShape, device: str, node: Node) -> EngineConfig:
+def settled(config: EngineConfig, whole: Shape, device: str, node: Node) -> EngineConfig:
     """Chooses what depends on `node` only. On CUDA, `on_gpu` later sizes adapters and pages. Values
     that are set stay, so settling twice changes nothing. whole: shape of the whole model, before
     tensor parallelism. Raises ConfigError.
@@ -47,10 +49,13 @@ def settled(config: EngineConfig, whole: ModelShape, device: str, node: Node) ->
     config = dataclasses.replace(config, device=device, dtype=dtype)  # type: ignore[arg-type]
     if device == "cpu":
         return _on_cpu(config, whole, node)
-    if config.host_memory is None:
-        memory = _replica_memory(config, node) // _LOCKED_SHARE // config.tensor_parallel
-        return dataclasses.replace(config, host_memory=min(memory, _LOCKED_MAX))
-    return config
+    memory = _replica_memory(config, node) // _LOCKED_SHARE // config.tensor_parallel
+    host, kv = config.host_memory, config.host_kv_memory
+    return dataclasses.replace(
+        config,
+        host_memory=min(memory, _LOCKED_MAX) if host is None else host,
+        host_kv_memory=min(memory, _LOCKED_MAX) * config.page_copies if kv is None else kv,
+    )
 
 
 def share(memory: int, replicas: int) -> int:
@@ -97,7 +102,7 @@ def on_gpu(
     return dataclasses.replace(config, adapter_memory=adapters, kv_memory=pages)
 
 
-def with_context_that_fits(config: EngineConfig, part: ModelShape) -> EngineConfig:
+def with_context_that_fits(config: EngineConfig, part: Shape) -> EngineConfig:
     """Limits the context, if it is not set, so that one sequence takes at most half of the shared
     memory and adapters keep the rest. On CUDA, after `on_gpu`.
     """
@@ -114,32 +119,32 @@ def expected_rank(config: EngineConfig) -> int:
     return min(config.rank_expected or _RANK_EXPECTED, config.rank_max)
 
 
-def image_bytes(config: EngineConfig, part: ModelShape, rank: int) -> int:
+def image_bytes(config: EngineConfig, part: Shape, rank: int) -> int:
     """Image of an adapter that targets all projections. part: shape of one rank."""
-    width = sum(map(sum, part.projections.values())) * part.layers
+    width = sum(sum(part.projections[name]) for _, name in part.modules.values())
     return width * rank * DTYPE_BYTES[config.dtype]
 
 
-def weight_bytes(config: EngineConfig, part: ModelShape) -> int:
+def weight_bytes(config: EngineConfig, part: Shape) -> int:
     """Upper bound for one rank. Each rank has all embeddings, and at most the whole head."""
-    width = sum(i * o for i, o in part.projections.values()) * part.layers
-    return (width + 2 * part.vocab * part.hidden) * DTYPE_BYTES[config.dtype]
+    return part.parameters * DTYPE_BYTES[config.dtype]
 
 
-def step_bytes(config: EngineConfig, part: ModelShape) -> int:
+def step_bytes(config: EngineConfig, part: Shape) -> int:
     """Rough size of the largest step's intermediates: one layer's activations, logits in fp32."""
     widths = sum(map(sum, part.projections.values()))
-    tokens = max(config.step_tokens_max, config.batch_rows_max)
+    tokens = config.step_tokens
     logits = config.batch_rows_max * part.vocab * 4
     return tokens * widths * DTYPE_BYTES[config.dtype] + 4 * logits
 
 
-def _on_cpu(config: EngineConfig, whole: ModelShape, node: Node) -> EngineConfig:
+def _on_cpu(config: EngineConfig, whole: Shape, node: Node) -> EngineConfig:
     part = whole.divided(config.tensor_parallel)
     adapters, pages, host = config.adapter_memory, config.kv_memory, config.host_memory
+    host_kv = config.host_kv_memory
     if config.device_memory is not None:
         adapters = pages = 0  # Triton's interpreter; only it accepts device_memory on a CPU
-    if None not in (adapters, pages, host):
+    if None not in (adapters, pages, host, host_kv):
         return config
     memory = _replica_memory(config, node) // config.tensor_parallel
     taken = (
@@ -150,6 +155,7 @@ def _on_cpu(config: EngineConfig, whole: ModelShape, node: Node) -> EngineConfig
         ("kv_memory", pages or 0),
         ("device_memory", config.device_memory or 0),
         ("host_memory", host or 0),
+        ("host_kv_memory", host_kv or 0),
     )
     rest = int(memory * config.memory_utilization) - sum(size for _, size in taken)
     page = kv_page_bytes(config, part, DTYPE_BYTES[config.dtype])
@@ -169,13 +175,17 @@ def _on_cpu(config: EngineConfig, whole: ModelShape, node: Node) -> EngineConfig
         left -= host
     if pages is None:
         pages = min(batch_pages(config, part) * page, left)
-    given = {"host_memory": host}
+        left -= pages
+    if host_kv is None:
+        most = min(config.device_memory or pages, rest // _HOST_SHARE, left)
+        host_kv = max(most, 0) * config.page_copies
+    given = {"host_memory": host, "host_kv_memory": host_kv}
     if config.device_memory is None:
         given |= {"adapter_memory": adapters, "kv_memory": pages}
     return dataclasses.replace(config, **given)  # type: ignore[arg-type]
 
 
-def _adapters_wanted(config: EngineConfig, part: ModelShape) -> int:
+def _adapters_wanted(config: EngineConfig, part: Shape) -> int:
     """Bytes. Allows for at least one adapter of rank_max, which may come later."""
     slots = config.slots_max or config.directory_slots - 1
     count = max(slots, _ADAPTERS_LEAST)
@@ -185,7 +195,7 @@ def _adapters_wanted(config: EngineConfig, part: ModelShape) -> int:
     )
 
 
-def _adapters_share(config: EngineConfig, part: ModelShape, rest: int) -> int:
+def _adapters_share(config: EngineConfig, part: Shape, rest: int) -> int:
     """Half of the rest, or up to three quarters if `_ADAPTERS_LEAST` adapters need it."""
     fewest = _ADAPTERS_LEAST * image_bytes(config, part, expected_rank(config))
     return max(rest // 2, min(fewest, rest * 3 // 4))
@@ -209,7 +219,7 @@ def _itemized(taken: Iterable[tuple[str, int]]) -> str:
     return ", ".join(f"{name} {size}" for name, size in taken if size)
 
 
-def described(asked: EngineConfig, made: EngineConfig, whole: ModelShape) -> list[str]:
+def described(asked: EngineConfig, made: EngineConfig, whole: Shape) -> list[str]:
     """The choices of an engine as lines for its log: dtype, memory, and a reduced context."""
     part = whole.divided(made.tensor_parallel)
     why = ""
@@ -220,7 +230,8 @@ def described(asked: EngineConfig, made: EngineConfig, whole: ModelShape) -> lis
         sizes = _sizes(made, divide(made, part, DTYPE_BYTES[made.dtype]), part)
     lines = [
         f"dtype: {made.dtype} on {made.device}{why}",
-        f"memory: {sizes}, host tier {shown(made.host_memory or 0)}",
+        f"memory: {sizes}, host tier {shown(made.host_memory or 0)}, "
+        f"host's KV pages {shown(made.host_kv_memory or 0)}",
     ]
     if made.context_tokens_max != asked.context_tokens_max:
         lines.append(
@@ -230,7 +241,7 @@ def described(asked: EngineConfig, made: EngineConfig, whole: ModelShape) -> lis
     return lines
 
 
-def _sizes(made: EngineConfig, memory: Division, part: ModelShape) -> str:
+def _sizes(made: EngineConfig, memory: Division, part: Shape) -> str:
     rank = expected_rank(made)
     images = memory.arena_bytes // image_bytes(made, part, rank)
     adapters = f"{min(images, made.slots_max or made.directory_slots - 1)} of rank {rank}"
@@ -246,7 +257,7 @@ def _sizes(made: EngineConfig, memory: Division, part: ModelShape) -> str:
 
 
 def shown(size: int) -> str:
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if size >= unit:
             return f"{size / unit:.1f} {name}"
     return f"{size} bytes"

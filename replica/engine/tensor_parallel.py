@@ -42,9 +42,9 @@ from replica.engine.tp_messages import (
 )
 from replica.model.launch import Executor, Row, Ticket
 from replica.model.ranks import Ranks, device_of, open_store
-from replica.model.shape import ModelShape, Shard
+from replica.model.shape import Shape, Shard
 from replica.scheduling.adapter import Load
-from replica.scheduling.request import Sampled
+from replica.scheduling.request import PromptResult, Sampled
 
 _STOP_S = 5.0
 # Time after the loss of a rank until rank 0, stuck in a collective operation, exits.
@@ -62,7 +62,7 @@ class _Process:
         self._lifeline, their_lifeline = socket.socketpair()
         fds = [theirs.fileno(), their_lifeline.fileno()]
         self._popen = subprocess.Popen(
-            [sys.executable, "-m", "replica.engine.tp_process", *map(str, fds)],
+            [sys.executable, "-P", "-m", "replica.engine.tp_process", *map(str, fds)],
             pass_fds=fds,
             stdin=subprocess.DEVNULL,
         )
@@ -240,7 +240,7 @@ class TensorParallelWorkers:
 
 
 def start_ranks(
-    config: EngineConfig, shape: ModelShape, wake: Callable[[], None]
+    config: EngineConfig, shape: Shape, wake: Callable[[], None]
 ) -> tuple[Runner, TensorParallelWorkers]:
     """Starts all ranks. Returns when all have loaded the model. Raises StartupError."""
     shape.divided(config.tensor_parallel)  # raises before processes start
@@ -249,7 +249,7 @@ def start_ranks(
     workers = TensorParallelWorkers(config, wake)
     try:
         with workers.together():
-            runner = Runner(config, shape, workers.ranks, workers)
+            runner = Runner(config, shape, workers.ranks, workers, wake)
         workers.wait_ready()
     except EngineFailed as error:
         workers.close()
@@ -280,6 +280,9 @@ class _SharedTicket:
     def results(self) -> list[Sampled | None]:
         with self._workers.together():
             return self._ticket.results()
+
+    def prompts(self) -> dict[int, PromptResult]:
+        return self._ticket.prompts()
 
 
 class JointLoader:

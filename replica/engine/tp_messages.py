@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from replica.adapters.arena import ArenaMessage
-from replica.model.launch import Row
+from replica.model.launch import Asked, Row
 from replica.scheduling.adapter import Load, PageMove
+from replica.scheduling.pages import PageCopy
 from replica.scheduling.request import Sampling
 
 # Only rank 0 samples. Workers only need to know that a row's logits are computed.
@@ -15,17 +16,20 @@ _WANTED = Sampling(temperature=0.0)
 @dataclass(frozen=True, slots=True)
 class PackedRow:
     """A `Row` without what only sampling needs. wanted: the row samples. key: its seed. pages: the
-    ones after the first `kept` pages that the row with this key had in the last step.
+    ones after the first `kept` pages that the row with this key had in the last step. following:
+    how many logits of its prompt are computed, which all ranks do together.
     """
 
     tokens: Sequence[int]
     position: int
     slot: int
+    base_until: int
     carry: int | None
     wanted: bool
     key: int
     kept: int
     pages: list[int]
+    following: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,21 @@ class MovePages:
     moves: tuple[PageMove, ...]
 
 
-Command = Step | LoadAdapter | Drop | ArenaMessage | MovePages
+@dataclass(frozen=True, slots=True)
+class CopyPages:
+    """Begins to copy KV pages to host memory or back."""
+
+    copy: PageCopy
+
+
+@dataclass(frozen=True, slots=True)
+class FinishPageCopy:
+    """The copy of this number has ended on rank 0. Later steps use its pages."""
+
+    number: int
+
+
+Command = Step | LoadAdapter | Drop | ArenaMessage | MovePages | CopyPages | FinishPageCopy
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +129,13 @@ class PageTables:
                     row.tokens,
                     row.position,
                     row.slot,
+                    row.base_until,
                     row.carry,
                     row.sampling is not None,
                     row.seed,
                     kept,
                     pages[kept:],
+                    0 if row.asked is None else len(row.asked.following),
                 )
             )
             tables[row.seed] = pages
@@ -138,6 +158,8 @@ class PageTables:
                     seed=0,
                     generated=0,
                     carry=row.carry,
+                    base_until=row.base_until,
+                    asked=Asked([0] * row.following) if row.following else None,
                 )
             )
             tables[row.key] = pages

@@ -19,7 +19,9 @@ from replica.engine.tp_messages import (
     AdapterLoaded,
     Answer,
     Command,
+    CopyPages,
     Drop,
+    FinishPageCopy,
     Hello,
     LoadAdapter,
     MovePages,
@@ -77,6 +79,10 @@ class TensorParallelWorker:
                 self._runner.arena.slide(slot, source, target, size)
             case MovePages(moves):
                 self._runner.move_pages(moves)
+            case CopyPages(copy):
+                self._runner.copy_pages(copy)
+            case FinishPageCopy(number):
+                self._runner.finish_page_copy(number)
             case Drop(digest):
                 self._images.pop(digest, None)
 

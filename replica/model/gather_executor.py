@@ -4,28 +4,36 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from lora_kernels.ops import Lora
-from replica.model.decoder import Decoder, ModelInputs, Span
-from replica.model.launch import Row
-from replica.model.sampling import Draw, draw_of, sample
-from replica.model.shape import ModelShape
-from replica.model.weights import Weights
-from replica.scheduling.request import Sampled
+from replica.model.gather_attention import GatherAttention, ModelInputs, Span
+from replica.model.launch import Row, slots_of
+from replica.model.logit_rules import Draw, draw_of
+from replica.model.native import Model
+from replica.model.prompt_reader import AskedRow, PromptTensors, read_prompts
+from replica.model.sampling import sample
+from replica.scheduling.request import PromptResult, Sampled
 
 
 class Computed:
     """The ticket of a launch that computes before it returns."""
 
-    def __init__(self, sampled: list[Sampled | None]) -> None:
-        self._sampled = sampled
+    def __init__(self, sampled: list[Sampled | None], prompts: PromptTensors | None) -> None:
+        self._sampled, self._prompts = sampled, prompts
 
     def results(self) -> list[Sampled | None]:
         return self._sampled
+
+    def prompts(self) -> dict[int, PromptResult]:
+        return {} if self._prompts is None else self._prompts.read()
+
+
+PAGE_DIM = 3  # of the cache
 
 
 class GatherExecutor:
@@ -33,48 +41,72 @@ class GatherExecutor:
 
     def __init__(
         self,
-        shape: ModelShape,
-        weights: Weights,
-        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        model: Model,
         lora: Lora,
         page_count: int,
         page_tokens: int,
     ) -> None:
-        self._shape = shape
-        self._decoder = Decoder(shape, weights, cos_sin)
+        self._shape = shape = model.shape
         self._lora = lora
-        self._ranks = weights.ranks
-        self._device, self._dtype = weights.embeddings.device, weights.embeddings.dtype
+        self._ranks = model.ranks
+        self._device, self._dtype = model.device, model.dtype
         self._page_count, self._page_tokens = page_count, page_tokens
-        size = (shape.layers, 2, shape.kv_heads, page_count + 1, page_tokens, shape.head_dim)
+        size = (shape.cached_layers, 2, shape.kv_heads, page_count + 1, page_tokens, shape.head_dim)
         # Zeros, because masked values must be finite. The additional page is for padding.
         self.cache = _zeros(size, self._dtype, self._device)
+        self._decoder = model.decoder(GatherAttention(self.cache))
         self._previous: list[Sampled | None] = []
 
     def launch(self, rows: Sequence[Row]) -> Computed:
         known = [row if row.carry is None else self._carried(row) for row in rows]
-        self._previous = self._run(known)
-        return Computed(self._previous)
+        self._previous, prompts = self._run(known)
+        return Computed(self._previous, prompts)
 
     def _carried(self, row: Row) -> Row:
         assert row.carry is not None
         sampled = self._previous[row.carry]
         assert sampled is not None, "the row to carry from did not sample"
-        return dataclasses.replace(row, tokens=[sampled.token, *row.tokens[1:]])
+        past = row.past and (row.past[0], [*row.past[1], sampled.token])
+        tokens = [sampled.token, *row.tokens[1:]]
+        return dataclasses.replace(row, tokens=tokens, carry=None, past=past)
+
+    def logits(self, rows: Sequence[Row]) -> torch.Tensor:
+        """[rows that sample, vocab]. rows: without carry, single tokens first."""
+        return self._decoder.forward(self._batch(rows), self._deltas(rows))
+
+    def _read(
+        self, rows: Sequence[Row], order: Sequence[int]
+    ) -> tuple[torch.Tensor, PromptTensors]:
+        """Logits, and what rows tell of their prompts. order: the rows' indices in the launch."""
+        batch, deltas = self._batch(rows), self._deltas(rows)
+        hidden = self._decoder.hidden(batch, deltas)
+        head = partial(self._decoder.head, hidden, deltas=deltas)
+        ends = itertools.accumulate(len(row.tokens) for row in rows)
+        asked = [
+            AskedRow(i, end - len(row.tokens), end, row.asked)
+            for i, row, end in zip(order, rows, ends, strict=True)
+            if row.asked is not None
+        ]
+        prompts = read_prompts(hidden, head, self._shape.vocab, asked)
+        return head(batch.wanted), prompts
 
     @torch.inference_mode()
-    def _run(self, rows: Sequence[Row]) -> list[Sampled | None]:
+    def _run(self, rows: Sequence[Row]) -> tuple[list[Sampled | None], PromptTensors | None]:
         # Single tokens first, sorted by length, so that neighbours attend in one span.
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i].tokens) > 1, rows[i].position))
         packed = [rows[i] for i in order]
-        logits = self._decoder.forward(self._batch(packed), self.cache, self._deltas(packed))
+        prompts = None
+        if any(row.asked for row in packed):
+            logits, prompts = self._read(packed, order)
+        else:
+            logits = self.logits(packed)
         draws = [draw for row in packed if (draw := draw_of(row)) is not None]
         tokens = iter(self._sample(logits, draws))
         results: list[Sampled | None] = [None] * len(rows)
         for i, row in zip(order, packed, strict=True):
             if row.sampling is not None:
                 results[i] = next(tokens)
-        return results
+        return results, prompts
 
     def _sample(self, logits: torch.Tensor, draws: Sequence[Draw]) -> list[Sampled]:
         """Rank 0 samples and broadcasts: the next rows of other ranks may carry these tokens."""
@@ -90,9 +122,10 @@ class GatherExecutor:
         return sampled
 
     def _deltas(self, rows: Sequence[Row]) -> Lora | None:
-        if not any(row.slot for row in rows):
+        slots = slots_of(rows)
+        if not any(slots):
             return None
-        self._lora.begin([row.slot for row in rows for _ in row.tokens])
+        self._lora.begin(slots)
         return self._lora
 
     def _batch(self, rows: Sequence[Row]) -> ModelInputs:

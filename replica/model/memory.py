@@ -2,13 +2,13 @@
 
 from cluster.config import EngineConfig
 from cluster.errors import ConfigError
-from replica.model.shape import ModelShape
+from replica.model.shape import Shape
 from replica.scheduling.assembly import Division
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def divide(config: EngineConfig, shape: ModelShape, dtype_bytes: int) -> Division:
+def divide(config: EngineConfig, shape: Shape, dtype_bytes: int) -> Division:
     """shape: of this rank's part of the model. Raises ConfigError."""
     size = config.page_tokens
     page_bytes = kv_page_bytes(config, shape, dtype_bytes)
@@ -19,6 +19,7 @@ def divide(config: EngineConfig, shape: ModelShape, dtype_bytes: int) -> Divisio
             field="page_tokens",
         )
     context_pages = -(-context // size)
+    host_pages = (config.host_kv_memory or 0) // page_bytes if config.page_copies else 0
     if config.device_memory is not None:
         pages = config.device_memory // page_bytes - 1
         if pages <= context_pages:
@@ -29,7 +30,7 @@ def divide(config: EngineConfig, shape: ModelShape, dtype_bytes: int) -> Divisio
                 field="device_memory",
             )
         arena_bytes = (pages - context_pages) * page_bytes
-        return Division(pages, page_bytes, context_pages, arena_bytes, shared=True)
+        return Division(pages, page_bytes, context_pages, arena_bytes, True, host_pages)
     if config.kv_memory is None:
         pages = batch_pages(config, shape)
     else:
@@ -39,20 +40,21 @@ def divide(config: EngineConfig, shape: ModelShape, dtype_bytes: int) -> Divisio
             f"kv_memory: {config.kv_memory} bytes hold no page of {page_bytes}", field="kv_memory"
         )
     assert config.adapter_memory is not None, "the sizes are not chosen yet"
-    return Division(pages, page_bytes, context_pages, config.adapter_memory, shared=False)
+    arena_bytes = config.adapter_memory
+    return Division(pages, page_bytes, context_pages, arena_bytes, False, host_pages)
 
 
-def kv_page_bytes(config: EngineConfig, shape: ModelShape, dtype_bytes: int) -> int:
+def kv_page_bytes(config: EngineConfig, shape: Shape, dtype_bytes: int) -> int:
     """Bytes of one page: keys and values of all layers."""
-    token = 2 * shape.layers * shape.kv_heads * shape.head_dim * dtype_bytes
+    token = 2 * shape.cached_layers * shape.kv_heads * shape.head_dim * dtype_bytes
     return token * config.page_tokens
 
 
-def batch_pages(config: EngineConfig, shape: ModelShape) -> int:
+def batch_pages(config: EngineConfig, shape: Shape) -> int:
     """Pages for a full batch of sequences of 2,048 tokens, or of the model's limit if lower."""
     longest = min(2048, _context(config, shape))
     return config.batch_rows_max * -(-longest // config.page_tokens)
 
 
-def _context(config: EngineConfig, shape: ModelShape) -> int:
+def _context(config: EngineConfig, shape: Shape) -> int:
     return min(shape.context, config.context_tokens_max or shape.context)

@@ -17,11 +17,12 @@ class PageMemory:
     def __init__(self, division: Division, dtype: torch.dtype, device: torch.device) -> None:
         self._page_bytes = division.page_bytes
         size = division.page_bytes // dtype.itemsize
-        self._pages = torch.empty(division.pages + 1, size, dtype=dtype, device=device)
+        # [pages + 1, elements of a page]
+        self.pages = torch.empty(division.pages + 1, size, dtype=dtype, device=device)
 
     @property
     def flat(self) -> torch.Tensor:
-        return self._pages.view(-1)
+        return self.pages.view(-1)
 
     @torch.inference_mode()
     def move(self, moves: Sequence[PageMove]) -> tuple[int, int]:
@@ -30,12 +31,12 @@ class PageMemory:
         """
         for start in range(0, len(moves), _MOVED_AT_ONCE):
             some = moves[start : start + _MOVED_AT_ONCE]
-            pages = self._pages.index_select(0, self._ids([move.source for move in some]))
-            self._pages.index_copy_(0, self._ids([move.target for move in some]), pages)
+            pages = self.pages.index_select(0, self._ids([move.source for move in some]))
+            self.pages.index_copy_(0, self._ids([move.target for move in some]), pages)
         first, last = min(m.source for m in moves), max(m.source for m in moves)
         return first * self._page_bytes, (last + 1 - first) * self._page_bytes
 
     def _ids(self, pages: Sequence[int]) -> torch.Tensor:
-        device = self._pages.device
+        device = self.pages.device
         ids = torch.tensor(pages, pin_memory=device.type == "cuda")
         return ids.to(device, non_blocking=True)

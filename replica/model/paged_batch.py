@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from lora_kernels.host_reads import fetch
 from replica.model.launch import Row
-from replica.model.paged_decoder import PagedBatch
-from replica.model.sampling import Draw, draw_of, uniforms
+from replica.model.logit_rules import Draw, draw_of
+from replica.model.paged_attention import PagedBatch
+from replica.model.prompt_reader import AskedRow
+from replica.model.sampling import uniforms
 from replica.scheduling.request import Sampling
 
 Array = TypeVar("Array", NDArray[np.int32], torch.Tensor)
@@ -133,17 +135,17 @@ class PageTable:
 class PackedRows:
     """Rows in the order of computation, single tokens first, and what they need.
 
-    carries: per row, the output of the previous launch that is its token, or None.
+    carries: per row, the output of the previous launch that is its token, or None; kept as −1.
     outputs: rows whose logits are computed: all rows if all are single tokens, else those that
-    sample. draws: one per output.
+    sample. draws: one per output. asked: rows that tell of their prompts, by their index here.
     """
 
     def __init__(
         self, rows: Sequence[Row], carries: Sequence[int | None], page_tokens: int
     ) -> None:
         self.rows = rows
-        self._carries = [-1 if carry is None else carry for carry in carries]
-        self.carried = max(self._carries) >= 0
+        self.carries = [-1 if carry is None else carry for carry in carries]
+        self.carried = max(self.carries) >= 0
         self._page_tokens = page_tokens
         self._counts = np.array([len(row.tokens) for row in rows])
         self._first = np.array([row.position for row in rows])
@@ -157,6 +159,11 @@ class PackedRows:
         self.longest = int(chunks.max(initial=0))
         self.outputs = [i for i, r in enumerate(rows) if r.sampling is not None or not self.longest]
         self.draws = [draw_of(rows[i]) or _UNREAD for i in self.outputs]
+        self.asked = [
+            AskedRow(i, int(self._ends[i]) - len(row.tokens), int(self._ends[i]), row.asked)
+            for i, row in enumerate(rows)
+            if row.asked is not None
+        ]
 
     def to_device(
         self, table: PageTable, layout: BufferLayout, rows: int, buffer: torch.Tensor | None = None
@@ -192,7 +199,7 @@ class PackedRows:
         ids = itertools.chain.from_iterable(row.tokens for row in self.rows)
         lists.ids[:tokens] = np.fromiter(ids, np.int32, tokens)
         lists.carry[:tokens] = -1
-        lists.carry[begins] = self._carries
+        lists.carry[begins] = self.carries
         lists.positions[:tokens] = positions
         lists.targets[:tokens] = table[owners, pages] * self._page_tokens + offsets
         lists.lengths[:count] = self._first + self._counts

@@ -11,28 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from replica.model.launch import Row
+from replica.model.logit_rules import Draw, LogitRules, rules_of, to_device
 from replica.scheduling.request import Sampled, Sampling, TokenLogprobs
-
-
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """Parameters for sampling one token. position: of the sampled token.
-
-    generated: tokens generated so far. Below `sampling.min_tokens` no stop token may be sampled.
-    """
-
-    sampling: Sampling
-    seed: int
-    position: int
-    generated: int
-
-
-def draw_of(row: Row) -> Draw | None:
-    """The draw for the token after the row's own, or None if the row does not sample."""
-    if row.sampling is None:
-        return None
-    return Draw(row.sampling, row.seed, row.position + len(row.tokens), row.generated)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +20,15 @@ class Drawn:
     """Rows that torch operations sample. All tensors are on the logits' device.
 
     rows: their indices in the logits; the other indices refer to `rows`. temperature, uniform:
-    [rows, 1]. limited: rows with top-k. limit_max: their largest k. bound: [limited, 1], k − 1.
-    narrow: rows with top-p. top_p: [narrow, 1].
+    [rows, 1]. floor: [rows, 1], the logarithm of min-p; None if no row has it. limited: rows with
+    top-k. limit_max: their largest k. bound: [limited, 1], k − 1. narrow: rows with top-p. top_p:
+    [narrow, 1].
     """
 
     rows: torch.Tensor
     temperature: torch.Tensor
     uniform: torch.Tensor
+    floor: torch.Tensor | None
     limited: torch.Tensor | None
     limit_max: int
     bound: torch.Tensor
@@ -58,24 +40,28 @@ class Drawn:
 class SamplingMetadata:
     """Sampling parameters of one step, on the device before the logits are.
 
-    barred: (rows, tokens) of equal length: tokens that a row must not sample.
+    rules: what changes logits; None if nothing does.
     temperature_uniform: float32 [2, rows], temperatures and random numbers in [0, 1), for the
     kernel that samples all rows; None if torch operations sample.
     drawn: rows with a temperature that torch operations sample. With the kernel, only those with
-    top-k or top-p.
+    top-k, top-p or min-p.
     reported: rows that report logprobs. logprobs_max: most tokens that one of them reports.
     """
 
-    barred: tuple[torch.Tensor, torch.Tensor] | None
+    rules: LogitRules | None
     temperature_uniform: torch.Tensor | None
     drawn: Drawn | None
     reported: torch.Tensor | None
     logprobs_max: int
 
 
+# The logits are not finite; all is well; no token is allowed → Sampled's `finite` and `allowed`.
+_STATES = {0: (False, True), 1: (True, True), 2: (True, False)}
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """tokens: int64 [rows, 2], the token, and 1 if the row's logits are finite, else 0. logprobs:
+    """tokens: int64 [rows, 2], the token, and a key of `_STATES`. logprobs:
     for rows that report, the token's logprob [reported, 1], the largest logprobs, and their tokens,
     [reported, logprobs_max] each.
     """
@@ -97,12 +83,13 @@ class Choice:
 def sample(
     logits: torch.Tensor, draws: Sequence[Draw], eos_tokens: frozenset[int]
 ) -> list[Sampled]:
-    """Samples one token per row of logits [rows, vocab]: temperature, top-k, top-p, draw.
+    """Samples one token per row of logits [rows, vocab]: rules, temperature, min-p, top-k, top-p,
+    draw.
 
     Logprobs are those of the unmodified logits.
     """
-    rules = prepare(draws, eos_tokens, logits.shape[1], logits.device)
-    return read(choose(logits, rules), draws)
+    metadata = prepare(draws, eos_tokens, logits.shape[1], logits.device)
+    return read(choose(logits, metadata), draws)
 
 
 def prepare(
@@ -115,26 +102,19 @@ def prepare(
     """kernel: sample with `lora_kernels.fused`; None: on CUDA only."""
     if kernel is None:
         kernel = device.type == "cuda"
-    barred = [
-        (row, token)
-        for row, draw in enumerate(draws)
-        if draw.generated < draw.sampling.min_tokens
-        for token in sorted(eos_tokens | draw.sampling.stop_tokens)
-        if token < vocab
-    ]
     rows = [
         row
         for row, draw in enumerate(draws)
-        if draw.sampling.temperature > 0 and (not kernel or _narrows(draw.sampling, vocab))
+        if draw.sampling.temperature > 0 and (not kernel or narrows(draw.sampling, vocab))
     ]
     reported = [row for row, draw in enumerate(draws) if draw.sampling.logprobs is not None]
     counts = [draws[row].sampling.logprobs or 0 for row in reported]
     both = [[draw.sampling.temperature for draw in draws], _uniforms_of(draws)] if kernel else None
     return SamplingMetadata(
-        barred=_pairs(barred, device) if barred else None,
-        temperature_uniform=None if both is None else _tensor(np.array(both), np.float32, device),
+        rules=rules_of(draws, eos_tokens, vocab, device),
+        temperature_uniform=None if both is None else to_device(np.array(both), np.float32, device),
         drawn=_drawn([draws[row] for row in rows], rows, vocab, device) if rows else None,
-        reported=_tensor(reported, np.int64, device) if reported else None,
+        reported=to_device(reported, np.int64, device) if reported else None,
         logprobs_max=min(max(counts, default=0), vocab),
     )
 
@@ -143,68 +123,84 @@ def _drawn(draws: Sequence[Draw], rows: list[int], vocab: int, device: torch.dev
     limited = [i for i, d in enumerate(draws) if 0 < d.sampling.top_k < vocab]
     counts = [draws[i].sampling.top_k for i in limited]
     narrow = [i for i, d in enumerate(draws) if d.sampling.top_p < 1]
+    floors = [d.sampling.min_p for d in draws]
 
     def column(values: Sequence[float] | NDArray[np.float64]) -> torch.Tensor:
-        return _tensor(values, np.float32, device)[:, None]
+        return to_device(values, np.float32, device)[:, None]
 
     return Drawn(
-        rows=_tensor(rows, np.int64, device),
+        rows=to_device(rows, np.int64, device),
         temperature=column([d.sampling.temperature for d in draws]),
         uniform=column(_uniforms_of(draws)),
-        limited=_tensor(limited, np.int64, device) if limited else None,
+        floor=column(floors).log() if any(floors) else None,
+        limited=to_device(limited, np.int64, device) if limited else None,
         limit_max=max(counts, default=0),
-        bound=_tensor([count - 1 for count in counts], np.int64, device)[:, None],
-        narrow=_tensor(narrow, np.int64, device) if narrow else None,
+        bound=to_device([count - 1 for count in counts], np.int64, device)[:, None],
+        narrow=to_device(narrow, np.int64, device) if narrow else None,
         top_p=column([draws[i].sampling.top_p for i in narrow]),
     )
 
 
-def choose(logits: torch.Tensor, rules: SamplingMetadata) -> Choice:
-    """Samples without waiting: on CUDA all work goes to the current stream."""
+def choose(
+    logits: torch.Tensor, metadata: SamplingMetadata, previous: torch.Tensor | None = None
+) -> Choice:
+    """Samples without waiting: on CUDA all work goes to the current stream.
+
+    previous: int64 [rows], what the previous launch sampled for draws with `carried`.
+    """
     raw = logits
-    if rules.barred is not None:
-        logits = logits.index_put(rules.barred, logits.new_full((), float("-inf")))
-    if rules.temperature_uniform is None:
+    if metadata.rules is not None:
+        logits = metadata.rules.apply(logits, previous)
+    if metadata.temperature_uniform is None:
         # The first maximum, like `argmax`, which takes four times as long on a CPU. NaN is one.
         most, first = logits.max(-1)
         tokens = torch.stack((first, most.isfinite().long()), -1)
-        if rules.drawn is not None:
-            probabilities = _probabilities(logits, rules.drawn)
-            tokens[rules.drawn.rows, 0] = pick(probabilities, rules.drawn.uniform)
+        if metadata.drawn is not None:
+            probabilities = _probabilities(logits, metadata.drawn)
+            tokens[metadata.drawn.rows, 0] = pick(probabilities, metadata.drawn.uniform)
     else:
         from lora_kernels import fused
 
-        tokens = fused.choose(logits, *rules.temperature_uniform)
-        if rules.drawn is not None:
-            kept = _probabilities(logits, rules.drawn).log()
-            uniform = rules.drawn.uniform[:, 0]
-            tokens[rules.drawn.rows] = fused.choose(kept, torch.ones_like(uniform), uniform)
-    return Choice(tokens, None if rules.reported is None else _logprobs(raw, tokens[:, 0], rules))
+        tokens = fused.choose(logits, *metadata.temperature_uniform)
+        if metadata.drawn is not None:
+            kept = _probabilities(logits, metadata.drawn).log()
+            uniform = metadata.drawn.uniform[:, 0]
+            tokens[metadata.drawn.rows] = fused.choose(kept, torch.ones_like(uniform), uniform)
+    if metadata.rules is not None:
+        # Finite before the rules, but not after them.
+        emptied = (tokens[:, 1] == 0) & raw.amax(-1).isfinite()
+        tokens[:, 1].masked_fill_(emptied, 2)
+    return Choice(
+        tokens, None if metadata.reported is None else _logprobs(raw, tokens[:, 0], metadata)
+    )
 
 
 def read(choice: Choice, draws: Sequence[Draw]) -> list[Sampled]:
     """Reads the tokens and logprobs. draws: the ones given to `prepare`."""
     tokens = choice.tokens.tolist()
     if choice.logprobs is None:
-        return [Sampled(token, None, finite == 1) for token, finite in tokens]
+        return [Sampled(token, None, *_STATES[state]) for token, state in tokens]
     chosen, values, indices = (t.tolist() for t in choice.logprobs)
     sampled = []
     reported = 0
-    for (token, finite), draw in zip(tokens, draws, strict=True):
+    for (token, state), draw in zip(tokens, draws, strict=True):
         count = draw.sampling.logprobs
         if count is None:
-            sampled.append(Sampled(token, None, finite == 1))
+            sampled.append(Sampled(token, None, *_STATES[state]))
             continue
         pairs = zip(indices[reported][:count], values[reported][:count], strict=True)
         logprobs = TokenLogprobs(token, logprob=chosen[reported][0], top=tuple(pairs))
-        sampled.append(Sampled(token, logprobs, finite == 1))
+        sampled.append(Sampled(token, logprobs, *_STATES[state]))
         reported += 1
     return sampled
 
 
 def _probabilities(logits: torch.Tensor, drawn: Drawn) -> torch.Tensor:
-    """[drawn.rows, vocab], 0 outside top-k and top-p. Rows need not sum to 1."""
+    """[drawn.rows, vocab], 0 outside min-p, top-k and top-p. Rows need not sum to 1."""
     logits = logits[drawn.rows].float() / drawn.temperature
+    if drawn.floor is not None:
+        least = logits.amax(-1, keepdim=True) + drawn.floor
+        logits = logits.masked_fill(logits < least, float("-inf"))
     if drawn.limited is not None:
         logits = _top_k(logits, drawn.limited, drawn.limit_max, drawn.bound)
     probabilities = logits.softmax(-1)
@@ -213,8 +209,8 @@ def _probabilities(logits: torch.Tensor, drawn: Drawn) -> torch.Tensor:
     return probabilities
 
 
-def _narrows(sampling: Sampling, vocab: int) -> bool:
-    return 0 < sampling.top_k < vocab or sampling.top_p < 1
+def narrows(sampling: Sampling, vocab: int) -> bool:
+    return 0 < sampling.top_k < vocab or sampling.top_p < 1 or sampling.min_p > 0
 
 
 def pick(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
@@ -269,27 +265,10 @@ def _uniforms_of(draws: Sequence[Draw]) -> NDArray[np.float64]:
 
 
 def _logprobs(
-    logits: torch.Tensor, tokens: torch.Tensor, rules: SamplingMetadata
+    logits: torch.Tensor, tokens: torch.Tensor, metadata: SamplingMetadata
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    assert rules.reported is not None
-    logprobs = logits[rules.reported].float().log_softmax(-1)
-    chosen = logprobs.gather(1, tokens[rules.reported][:, None])
-    top = logprobs.topk(rules.logprobs_max)
+    assert metadata.reported is not None
+    logprobs = logits[metadata.reported].float().log_softmax(-1)
+    chosen = logprobs.gather(1, tokens[metadata.reported][:, None])
+    top = logprobs.topk(metadata.logprobs_max)
     return chosen, top.values, top.indices
-
-
-def _pairs(
-    pairs: Sequence[tuple[int, int]], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, tokens = _tensor(np.array(pairs).T, np.int64, device)
-    return rows, tokens
-
-
-def _tensor(
-    values: Sequence[float] | NDArray[np.generic], dtype: type[np.generic], device: torch.device
-) -> torch.Tensor:
-    """On CUDA it copies from page-locked memory, because any other copy waits for the device."""
-    tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=dtype))
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)

@@ -16,6 +16,8 @@ ROW_PARALLEL = ("o_proj", "down_proj")
 """With tensor parallelism a rank has a part of these projections' inputs, and a part of the outputs
 of all others."""
 
+_BLOCKS = dict(zip(PROJECTIONS, ("self_attn",) * 4 + ("mlp",) * 3, strict=True))
+
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 # `dynamic` and `longrope` change the rotation of a position as the sequence grows, so cached keys
 # would be wrong.
@@ -49,6 +51,20 @@ class Shard:
         assert size % self.ranks == 0
         part = size // self.ranks
         return slice(self.rank * part, (self.rank + 1) * part)
+
+
+@dataclass(frozen=True, slots=True)
+class VocabularyModule:
+    """The embedding or the head. inputs, outputs: vocabulary and hidden size, or the reverse."""
+
+    head: bool
+    inputs: int
+    outputs: int
+
+    @property
+    def weight(self) -> tuple[int, int]:
+        """Shape of its weight: [vocab, hidden]."""
+        return (self.outputs, self.inputs) if self.head else (self.inputs, self.outputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +111,37 @@ class ModelShape:
             "down_proj": (self.intermediate, self.hidden),
         }
 
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        return GROUPS
+
+    @property
+    def modules(self) -> Mapping[str, tuple[int, str]]:
+        """A linear module's path → (layer, projection), in the order of layers and projections."""
+        return {
+            f"model.layers.{layer}.{_BLOCKS[name]}.{name}": (layer, name)
+            for layer in range(self.layers)
+            for name in PROJECTIONS
+        }
+
+    @property
+    def vocabulary(self) -> Mapping[str, VocabularyModule]:
+        """By path. With tensor parallelism every rank has these whole."""
+        return {
+            "model.embed_tokens": VocabularyModule(False, self.vocab, self.hidden),
+            "lm_head": VocabularyModule(True, self.hidden, self.vocab),
+        }
+
+    @property
+    def cached_layers(self) -> int:
+        return self.layers
+
+    @property
+    def parameters(self) -> int:
+        """An upper bound: on one of several ranks, the head may be smaller."""
+        matrices = sum(i * o for i, o in self.projections.values()) * self.layers
+        return matrices + 2 * self.vocab * self.hidden
+
     def divided(self, ranks: int) -> "ModelShape":
         """Shape of the part that one of `ranks` ranks computes. Only the outputs of `o_proj` and
         `down_proj` are summed over ranks (Shoeybi et al., Megatron-LM, 2019). Raises ConfigError.
@@ -114,6 +161,58 @@ class ModelShape:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class TransformersShape:
+    """A model that runs through transformers' own modules, as `module_walk` found it.
+
+    layers: of its linear modules. attention_layers: the index that transformers gives each of its
+    attention layers. windows: as in `ModelShape`, one for each of these. heads, kv_heads, head_dim:
+    the largest of any layer.
+    projections, modules: as in `ModelShape`. A projection's name is the path of its modules with
+    `*` for the layer; a layer may lack it.
+    vocabulary: by path, those of embedding and head that are plain.
+    context: where the rotation of a position depends on the longest sequence, the length up to
+    which it does not.
+    """
+
+    architecture: str
+    layers: int
+    attention_layers: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    context: int
+    eos_tokens: frozenset[int]
+    dtype: str
+    windows: tuple[int | None, ...]
+    parameters: int
+    projections: Mapping[str, tuple[int, int]]
+    modules: Mapping[str, tuple[int, str]]
+    vocabulary: Mapping[str, VocabularyModule]
+
+    @property
+    def cached_layers(self) -> int:
+        return len(self.attention_layers)
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        return tuple((name,) for name in self.projections)
+
+    def divided(self, ranks: int) -> "TransformersShape":
+        """Raises ConfigError unless it is whole."""
+        if ranks > 1:
+            raise ConfigError(
+                f"tensor_parallel: {ranks} ranks cannot share {self.architecture}, which runs "
+                f"through transformers (only {', '.join(ARCHITECTURES)} can be shared)",
+                field="tensor_parallel",
+            )
+        return self
+
+
+Shape = ModelShape | TransformersShape
+
+
 def read_shape(model_dir: str) -> ModelShape:
     """Raises ModelUnsupported naming the missing file, the architecture or the feature."""
     path = Path(model_dir) / "config.json"
@@ -127,21 +226,31 @@ def read_shape(model_dir: str) -> ModelShape:
             f"(supported: {', '.join(ARCHITECTURES)})",
             field="model",
         )
-    quantization = config.get("quantization_config")
-    if quantization is not None:
-        named = isinstance(quantization, Mapping)
-        method = quantization.get("quant_method", "unknown") if named else quantization
-        raise ModelUnsupported(f"{path}: quantization {method!r} is not supported", field="model")
+    check_plain(config, str(path))
     if config.get("hidden_act", "silu") != "silu":
         raise ModelUnsupported(
             f"{path}: hidden_act {config['hidden_act']!r} is not supported (only silu)",
             field="model",
         )
+    return _shape(config, read_eos_tokens(model_dir, config), str(path))
+
+
+def check_plain(config: Mapping[str, Any], where: str) -> None:
+    """Raises ModelUnsupported if the checkpoint is quantized."""
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        named = isinstance(quantization, Mapping)
+        method = quantization.get("quant_method", "unknown") if named else quantization
+        raise ModelUnsupported(f"{where}: quantization {method!r} is not supported", field="model")
+
+
+def read_eos_tokens(model_dir: str, config: Mapping[str, Any]) -> frozenset[int]:
+    """Of `config.json`'s content and `generation_config.json`. Raises ModelUnsupported."""
     generation = Path(model_dir) / "generation_config.json"
-    eos_tokens = _tokens(config, str(path))
+    eos_tokens = _tokens(config, str(Path(model_dir) / "config.json"))
     if generation.is_file():
         eos_tokens |= _tokens(read_json(generation), str(generation))
-    return _shape(config, eos_tokens, str(path))
+    return eos_tokens
 
 
 def _shape(config: Mapping[str, Any], eos_tokens: frozenset[int], where: str) -> ModelShape:

@@ -1,17 +1,20 @@
 """One adapter on one device, and the commands that load it, evict it or move its image."""
 
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from cluster.values import Tier
+
+_HALF_LIFE_S = 60.0
 
 
 @dataclass(slots=True)
 class Adapter:
     """One registered version.
 
-    paths: directories of its files, those registered last first.
+    path: directory of its files.
     claims: its requests that have not ended.
     users: its running rows.
     held: its requests that have ended while a step in flight still names them.
@@ -20,14 +23,13 @@ class Adapter:
     fresh: loaded, and no row has run with it since.
     slice_s: when the first row ran after the load; its slice starts then.
     starved_s: since when requests have waited for it while it was off the device.
-    heat: log2 of its uses per second, decayed, plus a term equal for all adapters (see
-        `adapter_cache._use`).
+    heat: log2 of its uses per second, decayed, plus a term equal for all adapters (see `use`).
     leaving: forgotten; it is dropped when its last request ends.
     given_up: the pause before the next retry of its load is the longest.
     """
 
     digest: str
-    paths: list[str]
+    path: str
     bytes: int
     pinned: bool
     since_s: float
@@ -48,14 +50,20 @@ class Adapter:
     reason: str | None = None
 
     @property
-    def path(self) -> str:
-        """The directory for the next load: another one after each that failed."""
-        return self.paths[self.failures % len(self.paths)]
-
-    @property
     def wanted(self) -> bool:
         """True if a request waits for it."""
         return self.claims > self.users
+
+    def use(self, now_s: float) -> None:
+        """Count a use. Its weight halves every `_HALF_LIFE_S`.
+
+        Instead of the old uses halving, each later one weighs more: heat = log2 Σ 2^(time /
+        half-life). The ratio of two adapters is the same, and `heat` needs no decay when they are
+        compared.
+        """
+        use = now_s / _HALF_LIFE_S
+        low, high = sorted((self.heat, use))
+        self.heat = high + math.log2(1.0 + math.exp2(low - high))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +117,50 @@ class ArenaChange:
     slides: tuple[Slide, ...]
     load: Load | None
     page_moves: tuple[PageMove, ...] = ()
+
+
+class Pins:
+    """Which adapters are pinned, and how large the others are.
+
+    With it a registration takes no longer with ten thousand adapters than with ten: they have few
+    different sizes.
+    """
+
+    def __init__(self) -> None:
+        self.pinned: dict[str, Adapter] = {}
+        self._sizes: Counter[int] = Counter()  # of unpinned adapters
+
+    def add(self, adapter: Adapter) -> None:
+        """It is new."""
+        assert not adapter.pinned
+        self._sizes[adapter.bytes] += 1
+
+    def pin(self, adapter: Adapter, pinned: bool) -> None:
+        self.remove(adapter)
+        adapter.pinned = pinned
+        if pinned:
+            self.pinned[adapter.digest] = adapter
+        else:
+            self._sizes[adapter.bytes] += 1
+
+    def remove(self, adapter: Adapter) -> None:
+        """It is no longer known."""
+        if adapter.pinned:
+            del self.pinned[adapter.digest]
+        else:
+            self._sizes -= Counter([adapter.bytes])
+
+    def others(self, own: Adapter | None) -> list[tuple[int, bool]]:
+        """(bytes, pinned) of the adapters besides `own`; of unpinned ones, one of each size."""
+        pinned = [(a.bytes, True) for a in self.pinned.values() if a is not own]
+        sizes = self._sizes
+        if own is not None and not own.pinned:
+            sizes = sizes - Counter([own.bytes])
+        return pinned + [(size, False) for size in sizes]
+
+    def check(self, adapters: Collection[Adapter]) -> None:
+        assert self.pinned == {a.digest: a for a in adapters if a.pinned}
+        assert self._sizes == Counter(a.bytes for a in adapters if not a.pinned)
 
 
 def no_room(

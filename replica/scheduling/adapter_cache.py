@@ -11,21 +11,25 @@ accepted for a version runs with that version, whatever its name points at by th
 adapter stays until its last request has ended and its copy is done.
 """
 
-import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from cluster.values import AdapterState, Tier
-from replica.scheduling.adapter import Adapter, ArenaChange, Evict, Load, PageMove, Slide, no_room
+from replica.scheduling.adapter import (
+    Adapter,
+    ArenaChange,
+    Evict,
+    Load,
+    PageMove,
+    Pins,
+    Slide,
+    no_room,
+)
 from replica.scheduling.backoff import Backoff
 from replica.scheduling.budget import Budget
 from replica.scheduling.extents import Extents, Shift
 from replica.scheduling.host_tier import HostTier
+from replica.scheduling.slots import Slots
 from replica.scheduling.victims import EvictionOrder, VictimSearch
-
-_HALF_LIFE_S = 60.0
-
-# Directories kept of one version.
-_PATHS_MAX = 4
 
 
 class AdapterCache:
@@ -53,66 +57,68 @@ class AdapterCache:
         self.extents = extents
         self.budget = budget
         self.host = host or HostTier(0)
-        self.slots = slots
+        self.slots = Slots(slots)
         self.adapters: dict[str, Adapter] = {}
-        self.placed: dict[str, Adapter] = {}  # those with a slot
         self.touched: set[str] = set()  # may have begun or ceased to starve; for `ServiceOrder`
+        self.fresh: dict[str, Adapter] = {}  # loaded, and no row has run with them since
         self.loading = 0
         self.loads = self.evictions = 0
         self.wasted = 0  # loads evicted before a row used them
-        self._free_slots = list(range(slots, 0, -1))
         self._copy_s = copy_s
         self.victim_search = VictimSearch(
-            self.adapters, self.placed, self._free_slots, extents, budget, order, self.copy_s
+            self.adapters, self.slots, extents, budget, order, self.copy_s
         )
         self.backoff = Backoff(retry_s, retry_max_s)
         self._changed: set[str] = set()
-        self._pinned: set[str] = set()
+        self._pins = Pins()
 
     def register(self, digest: str, path: str, size: int, pinned: bool, now_s: float) -> None:
-        """`size`: bytes of the image, at most `most_bytes`.
-
-        Registered again from another directory, it keeps the earlier ones, in case the new one goes
-        first.
-        """
+        """`size`: bytes of the image, at most `most_bytes`."""
         assert self.extents.aligned(size) <= self.most_bytes
         adapter = self.adapters.get(digest)
         if adapter is None:
             size = self.extents.aligned(size)
-            self.adapters[digest] = Adapter(digest, [path], size, pinned, now_s)
+            adapter = self.adapters[digest] = Adapter(digest, path, size, False, now_s)
+            self._pins.add(adapter)
         else:
-            others = [other for other in adapter.paths if other != path]
-            adapter.paths = [path, *others][:_PATHS_MAX]
-            adapter.failures = 0
+            adapter.path, adapter.failures = path, 0
             if adapter.tier is Tier.FAILED:
                 self.backoff.end(digest)
                 adapter.tier, adapter.since_s = self._source_tier(digest), now_s
-            adapter.pinned = pinned
             adapter.leaving = False
-        (self._pinned.add if pinned else self._pinned.discard)(digest)
+        self._pins.pin(adapter, pinned)
         self._touch(digest)
 
     @property
     def pinned(self) -> int:
-        return len(self._pinned)
+        return len(self._pins.pinned)
+
+    @property
+    def pinned_bytes(self) -> int:
+        return sum(adapter.bytes for adapter in self._pins.pinned.values())
 
     def refusal(self, digest: str, size: int, pinned: bool) -> str | None:
         """Why the image can never be served here; None if it can."""
         size = self.extents.aligned(size)
-        others = [(a.bytes, a.pinned) for a in self.adapters.values() if a.digest != digest]
-        return no_room(size, pinned, others, self.most_bytes, self.slots)
+        others = self._pins.others(self.adapters.get(digest))
+        return no_room(size, pinned, others, self.most_bytes, self.slots.count)
 
     @property
     def most_bytes(self) -> int:
         """The largest size the arena can reach."""
         return self.extents.capacity if self.budget is None else self.budget.most_bytes
 
+    @property
+    def placed(self) -> Mapping[str, Adapter]:
+        """Adapters with a slot."""
+        return self.slots.placed
+
     def forget(self, digest: str) -> list[Evict]:
         adapter = self.adapters.get(digest)
         if adapter is None:
             return []
-        adapter.leaving, adapter.pinned = True, False
-        self._pinned.discard(digest)
+        adapter.leaving = True
+        self._pins.pin(adapter, False)
         return self._drop_if_unused(adapter)
 
     def usable(self, digest: str) -> bool:
@@ -123,7 +129,7 @@ class AdapterCache:
         """Pinned adapters to load now though no request waits for them."""
         return [
             a.digest
-            for a in map(self.adapters.__getitem__, sorted(self._pinned))
+            for _, a in sorted(self._pins.pinned.items())
             if not a.wanted
             and (a.tier in (Tier.DISK, Tier.HOST) or (a.tier is Tier.FAILED and now_s >= a.retry_s))
         ]
@@ -168,8 +174,9 @@ class AdapterCache:
         adapter = self.adapters[digest]
         assert adapter.tier is Tier.DEVICE and adapter.wanted
         if adapter.fresh:
-            adapter.fresh, adapter.slice_s = False, now_s
-        _use(adapter, now_s)
+            self._not_fresh(adapter)
+            adapter.slice_s = now_s
+        adapter.use(now_s)
         self.host.touch(digest)
         adapter.users += 1
         adapter.used_s = now_s
@@ -200,15 +207,15 @@ class AdapterCache:
             offset = self.extents.take(digest, adapter.bytes)
         assert offset is not None, "the victims free too few bytes"
         slides = self._slides(shifts)
-        adapter.tier, adapter.slot, adapter.since_s = Tier.LOADING, self._free_slots.pop(), now_s
-        self.placed[digest] = adapter
+        slot = self.slots.take(adapter)
+        adapter.tier, adapter.since_s = Tier.LOADING, now_s
         self.backoff.end(digest)
         self.loading += 1
         self.loads += 1
         self._touch(digest)
         source = self._source_tier(digest)
         self.host.touch(digest)
-        load = Load(digest, adapter.path, adapter.slot, offset, adapter.bytes, source)
+        load = Load(digest, adapter.path, slot, offset, adapter.bytes, source)
         return ArenaChange(evictions, slides, load, page_moves)
 
     def make_pages(
@@ -260,6 +267,7 @@ class AdapterCache:
         self.loading -= 1
         adapter.tier, adapter.since_s, adapter.used_s = Tier.DEVICE, now_s, now_s
         adapter.fresh, adapter.failures, adapter.starved_s = True, 0, None
+        self.fresh[digest] = adapter
         self._touch(digest)
         return self._drop_if_unused(adapter)
 
@@ -277,12 +285,10 @@ class AdapterCache:
         self._quarantine(adapter, reason, now_s)
 
     def _quarantine(self, adapter: Adapter, reason: str, now_s: float) -> None:
-        assert adapter.slot is not None
         self.extents.give_back(adapter.digest)
-        self._free_slots.append(adapter.slot)
-        del self.placed[adapter.digest]
-        adapter.tier, adapter.slot, adapter.since_s = Tier.FAILED, None, now_s
-        adapter.fresh = False
+        self.slots.give_back(adapter)
+        adapter.tier, adapter.since_s = Tier.FAILED, now_s
+        self._not_fresh(adapter)
         self.backoff.start(adapter, reason, now_s)
         self._touch(adapter.digest)
         self._starve(adapter, now_s)
@@ -327,26 +333,27 @@ class AdapterCache:
             kept = adapter.digest in self.host
             assert kept or adapter.tier is not Tier.HOST
             assert not kept or adapter.tier is not Tier.DISK
-        placed = [a for a in self.adapters.values() if a.slot is not None]
-        assert {a.digest: a for a in placed} == self.placed
+        self.slots.check(self.adapters.values())
         failed = {a.digest: a for a in self.adapters.values() if a.tier is Tier.FAILED}
         assert failed == self.backoff.adapters
-        assert self._pinned == {a.digest for a in self.adapters.values() if a.pinned}
-        slots = [a.slot for a in placed if a.slot is not None]
-        assert sorted([*slots, *self._free_slots]) == list(range(1, self.slots + 1))
-        assert all(a.tier in (Tier.DEVICE, Tier.LOADING) for a in placed)
-        assert self.loading == sum(a.tier is Tier.LOADING for a in placed)
+        self._pins.check(self.adapters.values())
+        assert self.loading == sum(a.tier is Tier.LOADING for a in self.placed.values())
         for adapter in self.adapters.values():
-            assert (adapter.slot is not None) == (adapter.tier in (Tier.DEVICE, Tier.LOADING))
             assert 0 <= adapter.users <= adapter.claims
             assert adapter.users == 0 or adapter.tier is Tier.DEVICE, "rows run without weights"
-        assert self.extents.free == self.extents.capacity - sum(a.bytes for a in placed)
+        assert self.fresh == {a.digest: a for a in self.placed.values() if a.fresh}
+        placed_bytes = sum(adapter.bytes for adapter in self.placed.values())
+        assert self.extents.free == self.extents.capacity - placed_bytes
         if self.budget is not None:
             self.budget.check()
 
     def _touch(self, digest: str) -> None:
         self._changed.add(digest)
         self.touched.add(digest)
+
+    def _not_fresh(self, adapter: Adapter) -> None:
+        adapter.fresh = False
+        self.fresh.pop(adapter.digest, None)
 
     def _dropped_from_host(self, digest: str) -> None:
         gone = self.adapters.get(digest)
@@ -366,14 +373,12 @@ class AdapterCache:
             self.touched.add(adapter.digest)
 
     def _evict(self, adapter: Adapter, now_s: float) -> Evict:
-        assert adapter.users == 0 and adapter.tier is Tier.DEVICE and adapter.slot is not None
-        assert not adapter.pinned
-        slot = adapter.slot
+        assert adapter.users == 0 and adapter.tier is Tier.DEVICE and not adapter.pinned
         self.wasted += adapter.fresh
+        self._not_fresh(adapter)
         self.evictions += 1
-        self._free_slots.append(slot)
-        del self.placed[adapter.digest]
-        adapter.tier, adapter.slot, adapter.since_s = self._source_tier(adapter.digest), None, now_s
+        slot = self.slots.give_back(adapter)
+        adapter.tier, adapter.since_s = self._source_tier(adapter.digest), now_s
         self._touch(adapter.digest)
         self._starve(adapter, now_s)
         return Evict(adapter.digest, slot)
@@ -387,20 +392,9 @@ class AdapterCache:
             evictions.append(self._evict(adapter, adapter.since_s))
             self.extents.give_back(adapter.digest)
         del self.adapters[adapter.digest]
-        self._pinned.discard(adapter.digest)
+        self._pins.remove(adapter)
         self.backoff.end(adapter.digest)
         if adapter.digest in self.host:
             self.host.drop(adapter.digest)
         self._touch(adapter.digest)
         return evictions
-
-
-def _use(adapter: Adapter, now_s: float) -> None:
-    """Count a use. Its weight halves every `_HALF_LIFE_S`.
-
-    Instead of the old uses halving, each later one weighs more: heat = log2 Σ 2^(time / half-life).
-    The ratio of two adapters is the same, and `heat` needs no decay when they are compared.
-    """
-    use = now_s / _HALF_LIFE_S
-    low, high = sorted((adapter.heat, use))
-    adapter.heat = high + math.log2(1.0 + math.exp2(low - high))

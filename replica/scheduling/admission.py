@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from cluster.errors import BadRequest, ModelNotFound, QueueFull
+from cluster.errors import BadRequest, FleetError, LogitsNotFinite, ModelNotFound, QueueFull
 from replica.scheduling.adapter_cache import AdapterCache
 from replica.scheduling.pages import Pages
 from replica.scheduling.request import NewRequest, Request
@@ -67,8 +67,12 @@ def check_queue(
     )
 
 
-def accepted(new: NewRequest, adapter_key: str | None, limits: Limits, now_s: float) -> Request:
-    """adapter_key: what the request needs in the adapter cache; None if nothing."""
+def accepted(
+    new: NewRequest, adapter_key: str | None, base_tokens: int, limits: Limits, now_s: float
+) -> Request:
+    """adapter_key: what the request needs in the adapter cache; None if nothing. base_tokens: as in
+    `Request`.
+    """
     sampling = new.sampling
     stops = sampling.stop_tokens
     if not sampling.ignore_eos:
@@ -81,6 +85,16 @@ def accepted(new: NewRequest, adapter_key: str | None, limits: Limits, now_s: fl
         adapter_key,
         new.priority,
         now_s,
+        salt=new.salt,
         stops=stops,
         tokens_max=min(len(new.prompt) + sampling.max_tokens, limits.context),
+        stepwise=sampling.grammar is not None,
+        base_tokens=base_tokens,
     )
+
+
+def no_token(finite: bool) -> FleetError:
+    """Why no token can be chosen. finite: the logits are."""
+    if finite:
+        return BadRequest("the request's parameters together allow no token")
+    return LogitsNotFinite("the logits are not finite: the forward pass overflowed")

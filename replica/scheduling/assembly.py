@@ -7,14 +7,15 @@ from cluster.costs import Costs
 from replica.scheduling.adapter_cache import AdapterCache
 from replica.scheduling.admission import Limits
 from replica.scheduling.budget import Budget
-from replica.scheduling.drainer import Sharing
 from replica.scheduling.extents import Extents
 from replica.scheduling.growth import Growth
 from replica.scheduling.host_tier import HostTier
 from replica.scheduling.loads import Switches
+from replica.scheduling.page_copies import PageCopies
 from replica.scheduling.pages import Pages
 from replica.scheduling.scheduler import Scheduler
 from replica.scheduling.share import Share
+from replica.scheduling.turns import Sharing
 from replica.scheduling.victims import ORDERS
 
 
@@ -26,6 +27,7 @@ class Division:
     context_pages: KV pages of the longest sequence.
     arena_bytes: the most that images may take.
     shared: images and KV pages share one memory; images take the lowest pages.
+    host_pages: KV pages that host memory holds besides.
     """
 
     pages: int
@@ -33,6 +35,7 @@ class Division:
     context_pages: int
     arena_bytes: int
     shared: bool
+    host_pages: int = 0
 
 
 def assemble(
@@ -45,10 +48,9 @@ def assemble(
     costs: Costs,
 ) -> Scheduler:
     """context: longest prompt + output, in tokens. alignment: of images, in bytes."""
-    step_tokens = max(config.step_tokens_max, config.batch_rows_max)
     pages = Pages(memory.pages, config.page_tokens, config.prefix_cache)
     extents = Extents(0 if memory.shared else memory.arena_bytes, alignment)
-    budget = _budget(config, memory, pages, extents, step_tokens) if memory.shared else None
+    budget = _budget(config, memory, pages, extents) if memory.shared else None
     adapter_cache = AdapterCache(
         extents,
         config.slots_max or config.directory_slots - 1,
@@ -61,7 +63,7 @@ def assemble(
     )
     limits = Limits(
         batch_rows_max=config.batch_rows_max,
-        step_tokens_max=step_tokens,
+        step_tokens_max=config.step_tokens,
         queue_max=config.queue_max,
         loads_in_flight_max=config.loads_in_flight_max,
         context=context,
@@ -78,7 +80,8 @@ def assemble(
     sharing = Sharing(
         park=config.park,
         quantum_s=config.quantum_s,
-        head_start_s=config.head_start_s,
+        ttft_target_s=config.ttft_target_s,
+        tpot_target_s=config.tpot_target_s,
         drain_wait_threshold_s=config.drain_wait_threshold_s,
     )
     return Scheduler(
@@ -90,13 +93,19 @@ def assemble(
         sharing,
         Share(on=config.fair_share),
         Growth(config.page_tokens, memory.pages * config.page_tokens, config.growth_outputs),
+        PageCopies(pages, _host_pages(config, memory), memory.page_bytes, costs),
     )
 
 
-def _budget(
-    config: EngineConfig, memory: Division, pages: Pages, extents: Extents, step_tokens: int
-) -> Budget:
+def _host_pages(config: EngineConfig, memory: Division) -> Pages | None:
+    """Without the prefix cache: the pages of rows that left the batch."""
+    if not (config.page_copies and memory.host_pages):
+        return None
+    return Pages(memory.host_pages, config.page_tokens, cache=False)
+
+
+def _budget(config: EngineConfig, memory: Division, pages: Pages, extents: Extents) -> Budget:
     headroom = config.headroom_pages
     if headroom is None:
-        headroom = config.batch_rows_max + pages.needed(step_tokens)
+        headroom = config.batch_rows_max + pages.needed(config.step_tokens)
     return Budget(extents, pages, memory.page_bytes, memory.context_pages, headroom)

@@ -24,12 +24,9 @@ class Backoff:
         self._longest_s = longest_s
 
     def start(self, adapter: Adapter, reason: str, now_s: float) -> None:
-        """Its load failed. Each of its directories is tried before the pause."""
+        """Its load failed."""
         adapter.failures += 1
-        rounds, tried = divmod(adapter.failures, len(adapter.paths))
-        pause_s = 0.0
-        if not tried:
-            pause_s = min(self._first_s * 2.0 ** min(rounds - 1, 62), self._longest_s)
+        pause_s = min(self._first_s * 2.0 ** min(adapter.failures - 1, 62), self._longest_s)
         adapter.retry_s = now_s + pause_s
         adapter.given_up = pause_s >= self._longest_s
         adapter.reason = reason

@@ -23,7 +23,6 @@ class Budget:
 
     context_pages: KV pages of the longest sequence.
     headroom: pages that growing leaves free.
-    reserved: further pages that growing leaves free, for running rows and for a request that waits.
     """
 
     def __init__(
@@ -32,7 +31,6 @@ class Budget:
         assert extents.capacity == 0 and pages.first == 0, "the arena starts empty"
         self.page_bytes = page_bytes
         self.headroom = min(headroom, context_pages)
-        self.reserved = 0
         self._extents = extents
         self._pages = pages
         self.total = pages.total
@@ -44,24 +42,29 @@ class Budget:
         """The largest size the arena can reach."""
         return self._first_max * self.page_bytes
 
-    @property
-    def limit_bytes(self) -> int:
-        """The largest size the arena can reach with the pages that are free now."""
+    def limit_bytes(self, reserved: int = 0) -> int:
+        """The largest size the arena can reach with the pages that are free now.
+
+        reserved: pages that it leaves free besides the headroom.
+        """
         pages = self._pages
-        spare = max(pages.free - self.headroom - self.reserved, 0)
+        spare = max(pages.free - self.headroom - reserved, 0)
         first = min(pages.first + spare, max(self._first_max, pages.first))
         return first * self.page_bytes
 
-    def free_for(self, end: int) -> int | None:
-        """Pages that must be free for the arena to reach byte `end`; None if it never can."""
+    def free_for(self, end: int, reserved: int) -> int | None:
+        """Pages that must be free for the arena to reach byte `end`; None if it never can.
+
+        reserved: as in `limit_bytes`.
+        """
         first = -(-end // self.page_bytes)
         if first > self._first_max:
             return None
-        return first - self._pages.first + self.headroom + self.reserved
+        return first - self._pages.first + self.headroom + reserved
 
     def grow(self, end: int) -> tuple[PageMove, ...]:
         """Grow the arena to byte `end`. Returns the pages to copy elsewhere."""
-        assert self._extents.capacity < end <= self.limit_bytes
+        assert self._extents.capacity < end <= self.limit_bytes()
         first = -(-end // self.page_bytes)
         renamed = self._pages.give_up(first)
         self._extents.resize(first * self.page_bytes)

@@ -10,6 +10,7 @@ can ever need are left free for it, and nothing more is recomputed. The idea is 
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 
 from cluster.costs import Smoothed
@@ -19,6 +20,8 @@ from replica.scheduling.request import Request
 RECOMPUTED_MAX = 0.05
 # Mean output before any request has ended.
 _FIRST_MEAN = 256.0
+# A row, in a number that also counts the tokens of all rows.
+_ROW = 2**40
 # Longest period that counts as recent, in multiples of the tokens that the memory holds.
 _WINDOW = 40
 
@@ -62,6 +65,11 @@ class Growth:
         if spent < 1:
             self.horizon = self._outputs * self._output.value / (1 - spent)
 
+    @property
+    def output_tokens(self) -> float:
+        """Mean output of recent requests."""
+        return self._output.value
+
     def ended(self, output_tokens: int) -> None:
         self._output.take_in(output_tokens)
 
@@ -87,21 +95,23 @@ class Growth:
             return still + sum(map(self.of, running))
         if not horizon:
             return still
+        # Written for speed: this runs once a row and step.
         size, ahead = self._page_tokens, int(horizon)
-        ending: dict[int, list[int]] = {}  # pages until they end → [rows, their tokens]
-        alive = tokens = held = 0
+        # Pages until they end → their tokens, and rows × ROW.
+        ending: defaultdict[int, int] = defaultdict(int)
+        held = 0
         for request in running:
             own = request.tokens
             left = request.tokens_max - own
-            end = ending.setdefault((ahead if left > ahead else left) // size, [0, 0])
-            end[0] += 1
-            end[1] += own
-            alive, tokens, held = alive + 1, tokens + own, held + len(request.pages)
+            ending[(ahead if left > ahead else left) // size] += own + _ROW
+            held += len(request.pages)
+        alive, tokens = divmod(sum(ending.values()), _ROW)
         most = 0.0
         for pages in sorted(ending):
             # When these end. 1.5: half a page for rounding on average, and one last page a row.
             most = max(most, tokens / size + alive * (pages + 1.5) - held)
-            alive, tokens = alive - ending[pages][0], tokens - ending[pages][1]
+            rows, own = divmod(ending[pages], _ROW)
+            alive, tokens = alive - rows, tokens - own
         return still + int(most)
 
     def check(self, rows_max: int) -> None:

@@ -16,11 +16,12 @@ are given up in one of two ways:
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from replica.scheduling.adapter import ArenaChange
-from replica.scheduling.plan import Plan, Work
-from replica.scheduling.request import Request
+from replica.scheduling.plan import Plan, Work, unplan
+from replica.scheduling.request import Phase, Request
 
 # A row can take its input token only from the launch right before it.
 _AHEAD_MAX = 1
@@ -29,7 +30,7 @@ _AHEAD_MAX = 1
 class InFlight:
     """At most one step is in flight while the next one is planned.
 
-    deferred_free: ended requests that a step in flight still references.
+    deferred_free: ended requests that a step in flight or a page copy still references.
     number: of the step planned last.
     """
 
@@ -47,7 +48,8 @@ class InFlight:
         self.number += 1
 
     def references(self, request: Request) -> bool:
-        return request.step > self.committed
+        """True if a step in flight uses its pages, or a copy does."""
+        return request.step > self.committed or request.copying is not None
 
     def reuse_pages_of(self, request: Request) -> None:
         """The plan in progress may give the request's pages to another."""
@@ -66,8 +68,15 @@ class InFlight:
     def add(self, plan: Plan) -> None:
         self.plans.append(plan)
 
-    def narrow(self, plan: Plan, dropped: Sequence[Work]) -> None:
-        """Replace the newest step by `plan`, which lacks the rows in `dropped`."""
+    def without(self, plan: Plan, drop: Callable[[Work], bool]) -> Plan:
+        """The newest plan less some of its rows. It must not have been carried out yet."""
+        dropped = [work for work in plan.rows if drop(work)]
+        if not dropped:
+            return plan
+        plan = replace(plan, rows=tuple(work for work in plan.rows if not drop(work)))
+        for work in dropped:
+            if work.request.phase is Phase.RUNNING:
+                unplan(work)
         self.plans.pop()
         before = {id(work.request) for earlier in self.plans for work in earlier.rows}
         number = self.plans[-1].number if self.plans else 0
@@ -75,6 +84,7 @@ class InFlight:
             work.request.step = number if id(work.request) in before else 0
         if plan.rows:
             self.plans.append(plan)
+        return plan
 
     def commit(self, plan: Plan) -> None:
         assert self.plans and self.plans[0] is plan, "steps commit in the order of their plans"
@@ -82,7 +92,7 @@ class InFlight:
         self.committed = plan.number
 
     def released(self) -> list[Request]:
-        """Ended requests that no step references any more."""
+        """Ended requests that no step and no copy references any more."""
         if not self.deferred_free:
             return []
         released = [request for request in self.deferred_free if not self.references(request)]
@@ -94,9 +104,12 @@ class InFlight:
         for plan in self.plans:
             if plan.number <= self._waits_for:
                 continue  # the newest plan reuses its memory, and waits for it
-            for request, _, end, slot, _ in plan.rows:
+            for request, start, end, slot, _ in plan.rows:
                 assert request.step >= plan.number
+                assert request.copying is None, "a row whose pages are copied"
                 assert len(request.pages) * page_tokens >= end, "a step in flight lost its pages"
+                known = len(request.prompt) + len(request.output)
+                assert not request.stepwise or start < known, "planned before its token is known"
                 here = slots.get(request.adapter_key)
                 assert here is not None, "an adapter of a step in flight left"
                 assert request.digest is None or here == slot

@@ -1,10 +1,12 @@
 """What holds across a scheduler's parts between any two calls. Each part also checks itself."""
 
+import math
 from collections.abc import Mapping
 
 from cluster.values import Tier
 from replica.scheduling.adapter_cache import AdapterCache
 from replica.scheduling.in_flight import InFlight
+from replica.scheduling.page_copies import PageCopies
 from replica.scheduling.pages import Pages
 from replica.scheduling.request import Phase, Request
 from replica.scheduling.running_set import RunningSet
@@ -17,6 +19,7 @@ def check_requests(
     running_set: RunningSet,
     in_flight: InFlight,
     pages: Pages,
+    page_copies: PageCopies,
     adapter_cache: AdapterCache,
 ) -> None:
     """Raises AssertionError. requests: those that have not ended, by id."""
@@ -26,6 +29,10 @@ def check_requests(
     assert parked <= queued
     assert queued | running == set(requests), "a request was lost"
     assert len(queued) == len(waiting)
+    assert waiting.prompt_tokens == sum(len(request.prompt) for request in waiting)
+    assert waiting.tokens_max == sum(request.tokens_max for request in waiting)
+    priorities = [request.priority for request in waiting]
+    assert waiting.most_urgent == min(priorities, default=math.inf)
     for request in requests.values():
         phase = Phase.WAITING
         if request.id in running:
@@ -33,9 +40,14 @@ def check_requests(
         elif request.id in parked:
             phase = Phase.PARKED
         assert request.phase is phase
-        assert bool(request.pages) == (phase is not Phase.WAITING)
-        assert request.computed <= len(request.pages) * pages.page_tokens
-    pages.check(r.pages for r in [*requests.values(), *in_flight.deferred_free])
+        held = max(len(request.pages), len(request.host_pages))
+        assert bool(held) == (phase is not Phase.WAITING)
+        assert request.computed <= held * pages.page_tokens
+        assert bool(request.pages and request.host_pages) == (request.copying is not None)
+        assert request.pages or phase is not Phase.RUNNING, "a row runs without its pages"
+    holders = [*requests.values(), *in_flight.deferred_free]
+    pages.check(r.pages for r in holders)
+    page_copies.check(holders)
     for digest, adapter in adapter_cache.adapters.items():
         own = [r for r in requests.values() if r.adapter_key == digest]
         assert adapter.claims == len(own)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from replica.scheduling.adapter import ArenaChange
+from replica.scheduling.pages import PageCopy
 from replica.scheduling.request import Delta, Request
 
 
@@ -22,9 +23,11 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Carried out in this order: arena_changes, then rows as one batch.
+    """Carried out in this order: arena_changes, page_copies, then rows as one batch.
 
     number: of the step.
+    page_copies: start in this order, after all steps before, and may end at any later time. If an
+        arena change moves a page that an earlier plan copies, that copy ends first.
     failed: last deltas of requests whose adapter failed to load.
     waits: the plan reuses memory that the step in flight references, so it is carried out after
         that step has committed.
@@ -35,5 +38,12 @@ class Plan:
     arena_changes: tuple[ArenaChange, ...]
     rows: tuple[Work, ...]
     failed: tuple[Delta, ...]
+    page_copies: tuple[PageCopy, ...] = ()
     waits: bool = False
     wake_s: float | None = None
+
+
+def unplan(work: Work) -> None:
+    """The newest plan will not carry out this row."""
+    work.request.computed, work.request.step = work.start, 0
+    work.request.tokens -= work.sample

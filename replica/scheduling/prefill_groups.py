@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 
 from cluster.costs import Costs
-from cluster.values import Tier
 from replica.scheduling.adapter_cache import AdapterCache
 from replica.scheduling.request import Request
 from replica.scheduling.waiting import Waiting
@@ -22,7 +21,7 @@ def hold_until(
 ) -> float | None:
     """Until when prompts of newly loaded adapters wait for loads in flight; None: they do not wait.
 
-    expected: digest → when its load in flight is expected to end.
+    expected: digest → when its load in flight is expected to end; none without overlap.
 
     Prefilling a group costs little more than prefilling its first member. The choices are to wait
     for none, one, … or all of the loads in flight; the one with the least sum of waits is taken. No
@@ -30,9 +29,7 @@ def hold_until(
     """
     if not expected:
         return None
-    fresh = [
-        a for a in adapter_cache.placed.values() if a.fresh and a.wanted and a.tier is Tier.DEVICE
-    ]
+    fresh = [a for a in adapter_cache.fresh.values() if a.wanted]
     here = [r.tokens - r.computed for a in fresh for r in waiting.group(a.digest)]
     if not here:
         return None

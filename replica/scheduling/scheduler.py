@@ -8,34 +8,39 @@ The next plan may be made before this one has committed (`in_flight.py`).
               │                           v    │
               └── pages dropped ──────── parked
 
-Decode rows go first, then prompts in progress, then new requests. A request that cannot run (its
-adapter is loading, or it finds no pages) does not stop the scan, unless `on_miss` is "block". Base
-requests need no adapter: they wait for pages and a row only.
+Decode rows go first, then prompts in progress, then new requests; `prefill.py` divides the tokens
+among prompts. A request that cannot run (its adapter is loading, or it finds no pages) does not
+stop the scan, unless `on_miss` is "block". Base requests need no adapter: they wait for pages and a
+row only.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 
 from cluster.costs import Costs
-from cluster.errors import AdapterFailed, FleetError, LogitsNotFinite
+from cluster.errors import AdapterFailed, FleetError
 from cluster.values import Tier
+from replica.scheduling.activation import Activations
 from replica.scheduling.adapter import ArenaChange, Evict
 from replica.scheduling.adapter_cache import AdapterCache
-from replica.scheduling.admission import Limits, accepted, check_admissible, check_queue
+from replica.scheduling.admission import Limits, accepted, check_admissible, check_queue, no_token
 from replica.scheduling.admission_order import AdmissionOrder
-from replica.scheduling.drainer import Drainer, Sharing
+from replica.scheduling.drainer import Drainer
 from replica.scheduling.growth import Growth
 from replica.scheduling.in_flight import InFlight
 from replica.scheduling.invariants import check_requests
 from replica.scheduling.loads import BASE_KEY, Loads, Switches
+from replica.scheduling.page_copies import PageCopies
 from replica.scheduling.pages import Pages
-from replica.scheduling.plan import Plan, Work
-from replica.scheduling.prefill_groups import hold_until, is_held
+from replica.scheduling.plan import Plan, Work, unplan
+from replica.scheduling.prefill import Prefill
+from replica.scheduling.prefill_groups import hold_until
 from replica.scheduling.request import ENDED, Delta, Finish, NewRequest, Phase, Request, Sampled
 from replica.scheduling.running_set import RunningSet
+from replica.scheduling.saved_pages import SavedPages
 from replica.scheduling.share import Share
 from replica.scheduling.timeline import Event, Timelines
+from replica.scheduling.turns import Sharing, Turns
 from replica.scheduling.waiting import Waiting
 
 
@@ -52,6 +57,7 @@ class Scheduler:
         sharing: Sharing | None = None,
         share: Share | None = None,
         growth: Growth | None = None,
+        page_copies: PageCopies | None = None,
     ) -> None:
         self.limits = limits
         self.pages = pages
@@ -59,22 +65,29 @@ class Scheduler:
         self.costs = costs or Costs()
         self.switches = switches or Switches()
         self.share = share or Share()
+        self.activations = Activations()
         self.timelines = Timelines()
         self.growth = growth or Growth(pages.page_tokens, pages.total * pages.page_tokens)
+        self.page_copies = page_copies or PageCopies(pages, None, 0, self.costs)
         self.waiting = Waiting()
         self.in_flight = InFlight()
         self.running_set = RunningSet(
             limits.batch_rows_max,
             limits.parked_pages_max,
-            limits.page_wait_max_s if self.switches.skip else None,
+            SavedPages(limits.page_wait_max_s if self.switches.skip else None, pages),
             pages,
             adapter_cache,
             self.waiting,
             self.timelines,
             self.in_flight,
             self.growth,
+            self.page_copies,
         )
-        self.drainer = Drainer(sharing or Sharing(), adapter_cache, self.costs)
+        running = self.running_set.running
+        turns = Turns(
+            sharing or Sharing(), adapter_cache, self.waiting, running, self.costs, self.growth
+        )
+        self.drainer = Drainer(turns, adapter_cache, self.costs)
         self.loads = Loads(
             self.switches,
             limits.loads_in_flight_max,
@@ -86,8 +99,15 @@ class Scheduler:
             self.timelines,
         )
         self._order = AdmissionOrder(
-            self.switches, adapter_cache, self.waiting, self.running_set, self.drainer, self.share
+            self.switches,
+            adapter_cache,
+            self.waiting,
+            self.running_set,
+            self.in_flight,
+            self.drainer,
+            self.share,
         )
+        self._prefill = Prefill(limits.step_tokens_max, self.switches.skip)
         self.arrivals: Counter[Tier] = Counter()  # by the adapter's tier at arrival
         self._requests: dict[str, Request] = {}
         self._evictions: list[Evict] = []
@@ -100,10 +120,11 @@ class Scheduler:
         check_admissible(new, self.limits, self.pages, self.adapter_cache)
         running = self.running_set.running.values()
         check_queue(len(self.waiting), running, self.limits, self.costs.decode_s)
+        new, base_tokens = self.activations.resolved(new)
         adapter_key = new.digest
         if adapter_key is None and not self.switches.base_pinned:
             adapter_key = BASE_KEY
-        request = accepted(new, adapter_key, self.limits, now_s)
+        request = accepted(new, adapter_key, base_tokens, self.limits, now_s)
         if adapter_key is not None:
             self.adapter_cache.claim(adapter_key, now_s)
         self._requests[new.id] = request
@@ -124,9 +145,15 @@ class Scheduler:
         self._end(request, Phase.CANCELLED, now_s)
         return True
 
+    def fail(self, request: Request, error: FleetError, now_s: float) -> Delta:
+        """End a request, in any phase, with an error."""
+        self._end(request, Phase.FAILED, now_s)
+        return Delta(request.id, error=error)
+
     def forget(self, digest: str) -> None:
         """Accept no new requests for it. It leaves when the accepted ones have ended."""
         self.share.forget(digest)
+        self.activations.forget(digest)
         self._evictions += self.adapter_cache.forget(digest)
 
     def loaded(self, digest: str, now_s: float) -> None:
@@ -150,13 +177,21 @@ class Scheduler:
             if request.adapter_key != digest or request.phase is not Phase.RUNNING:
                 continue
             if request.output:
-                _unplan(work)
+                unplan(work)
                 self.running_set.preempt(request, now_s)
             else:
-                failed.append(self._fail(request, error, now_s))
+                failed.append(self.fail(request, error, now_s))
         if self.adapter_cache.usable(digest):  # else the same plan evicted it again
             self.adapter_cache.lost(digest, reason, now_s)
         return failed
+
+    def pages_copied(self, number: int, now_s: float) -> None:
+        """The page copy of this number is done."""
+        request = self.page_copies.done(number)
+        if request.phase is Phase.RUNNING and request.adapter_key is not None:
+            # Its turn begins now that the row can be computed.
+            self.adapter_cache.adapters[request.adapter_key].slice_s = now_s
+        self._release()
 
     def evictions(self) -> list[Evict]:
         """Adapters dropped for good since the last call. Their slots must be cleared."""
@@ -165,41 +200,47 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """True while a request has not ended, or a step has not committed."""
-        return bool(self._requests or self.in_flight.plans)
+        """True while a request has not ended, or a step or a page copy."""
+        copying = self.page_copies.in_progress
+        return bool(self._requests or self.in_flight.plans or copying)
 
     def step(self, now_s: float) -> Plan:
         backoff = self.adapter_cache.backoff
         failing = backoff.failing(self.waiting, now_s)
-        failed = [self._fail(request, error, now_s) for request, error in failing]
+        failed = [self.fail(request, error, now_s) for request, error in failing]
         closed, retry_s = backoff.paused(now_s), backoff.next_retry_s(self.waiting, now_s)
         self.in_flight.begin()
         self.drainer.tick(closed)
         arena_changes: list[ArenaChange] = []
-        self.running_set.begin_step(arena_changes, self.drainer.drains)
+        self.running_set.begin_step(self.drainer.drains, self.drainer.may_admit)
         if self.switches.overlap or self.drainer.sharing.park:
             first = self._order.blocking_adapter(closed)
             changes, ending = self.loads.plan(first, closed, now_s)
             arena_changes += changes
-            closed |= ending
-        rows, prefilling = self._decodes(now_s)
-        budget = self.limits.step_tokens_max - len(rows)
-        for request in prefilling:
-            if budget <= 0:
-                break
-            rows.append(self._chunk(request, budget))
-            budget -= rows[-1].end - rows[-1].start
-        hold_s = self._hold_until(now_s)
-        if budget > 0 and not self.running_set.full:
-            self._admit(rows, budget, arena_changes, closed, hold_s is not None, now_s)
+            closed = closed | ending
+        rows, begun = self._decodes(now_s)
+        arena_changes += self.running_set.take_changes()
+        tokens_max = self.limits.step_tokens_max
+        tokens = tokens_max - len(rows)
+        hold_s = hold_until(
+            self.loads.expected, self.adapter_cache, self.waiting, self.costs, tokens_max, now_s
+        )
+        if tokens > 0:
+            waiting = self._order.candidates(closed, hold_s is not None)
+
+            def admit(request: Request) -> bool:
+                admitted, changes = self._admit(request, arena_changes, now_s)
+                arena_changes.extend(changes)
+                return admitted
+
+            rows += self._prefill.rows(self.in_flight.number, tokens, begun, waiting, admit)
         self.in_flight.reuse_memory(arena_changes)
-        if self.adapter_cache.budget is not None:
-            self.adapter_cache.budget.reserved = 0
         plan = Plan(
             self.in_flight.number,
             tuple(arena_changes),
             tuple(rows),
             tuple(failed),
+            self.page_copies.planned(),
             self.in_flight.waits,
             None if rows else min(filter(None, (hold_s, retry_s)), default=None),
         )
@@ -209,14 +250,7 @@ class Scheduler:
 
     def without(self, plan: Plan, drop: Callable[[Work], bool]) -> Plan:
         """The newest plan less some of its rows. It must not have been carried out yet."""
-        dropped = [work for work in plan.rows if drop(work)]
-        if not dropped:
-            return plan
-        narrow = replace(plan, rows=tuple(work for work in plan.rows if not drop(work)))
-        for work in dropped:
-            if work.request.phase is Phase.RUNNING:
-                _unplan(work)
-        self.in_flight.narrow(narrow, dropped)
+        narrow = self.in_flight.without(plan, drop)
         self._release()
         return narrow
 
@@ -234,7 +268,6 @@ class Scheduler:
         make = tuple.__new__
         computed = recomputed = 0
         for (request, start, end, _, sample), choice in zip(plan.rows, chosen, strict=True):
-            assert sample == (choice is not None)
             computed += end - start
             if start < request.lost:
                 recomputed += min(end, request.lost) - start
@@ -246,28 +279,30 @@ class Scheduler:
                 self.running_set.publish(request, end)
             if share:
                 self.share.served(request.adapter_key, end - start, sample)
-            if choice is None:
+            if not sample:
+                assert choice is None
                 continue
-            token, logprobs, finite = choice
-            if not finite:
-                error = LogitsNotFinite("the logits are not finite: the forward pass overflowed")
-                deltas.append(self._fail(request, error, now_s))
+            assert choice is not None
+            token, logprobs, finite, allowed = choice
+            if not (finite and allowed):
+                deltas.append(self.fail(request, no_token(finite), now_s))
                 continue
-            cached = 0
-            if not request.output:
-                cached = request.cached
+            cached, queued_s, finish, output = 0, 0.0, None, request.output
+            if not output:
+                assert request.admitted_s is not None
+                cached, queued_s = request.cached, request.admitted_s - request.arrived_s
+                request.first_s = now_s
                 self.timelines.note(request.id, now_s, Event.FIRST_TOKEN)
-            request.output.append(token)
-            finish = None
-            if token in request.stops and len(request.output) > request.sampling.min_tokens:
+            output.append(token)
+            if token in request.stops and len(output) > request.sampling.min_tokens:
                 finish = Finish.STOP
             elif end + 1 >= request.tokens_max:
                 finish = Finish.LENGTH
             reported = () if logprobs is None else (logprobs,)
-            given = (request.id, (token,), reported, finish, None, cached)
+            given = (request.id, (token,), reported, finish, None, cached, queued_s, None)
             deltas.append(make(Delta, given))
             if finish is not None:
-                self.growth.ended(len(request.output))
+                self.growth.ended(len(output))
                 self._end(request, Phase.FINISHED, now_s)
         self.growth.computed(computed - recomputed, recomputed)
         self._release()
@@ -281,6 +316,7 @@ class Scheduler:
             self.running_set,
             self.in_flight,
             self.pages,
+            self.page_copies,
             self.adapter_cache,
         )
         self.adapter_cache.check()
@@ -301,11 +337,15 @@ class Scheduler:
         make = tuple.__new__
         for request in list(self.running_set.running.values()):
             tokens = request.tokens
+            if request.copying is not None:
+                continue  # it has returned, but its pages have not yet
             if request.computed != tokens - 1 or tokens <= len(request.prompt):
                 begun.append(request)
                 continue
             if tokens >= request.tokens_max:
                 continue  # the step in flight yields its last token
+            if request.stepwise and tokens > len(request.prompt) + len(request.output):
+                continue  # what may come next depends on the token in flight
             if tokens > len(request.pages) * page_tokens and (
                 request.phase is not Phase.RUNNING or not self.running_set.grow(request, now_s)
             ):
@@ -315,64 +355,25 @@ class Scheduler:
         return rows, [request for request in begun if request.phase is Phase.RUNNING]
 
     def _admit(
-        self,
-        rows: list[Work],
-        budget: int,
-        arena_changes: list[ArenaChange],
-        closed: Collection[str],
-        hold: bool,
-        now_s: float,
-    ) -> None:
-        """Add rows for waiting requests, and the changes that make room for them.
+        self, request: Request, before: Sequence[ArenaChange], now_s: float
+    ) -> tuple[bool, list[ArenaChange]]:
+        """Give it a row of the batch. Also returns the changes that make room for it.
 
-        budget: prompt tokens left in this step. closed: adapters that take no new rows.
-        hold: prompts of newly loaded adapters wait (see `prefill_groups.py`).
+        False if it waits, for these or for its pages to come back from host memory.
+        before: the changes of this step so far.
         """
-        for request in self._order.scan(lambda: self._alone(rows)):
-            if request.adapter_key in closed or not self.drainer.may_admit(request):
-                continue
-            if self.in_flight.references(request):
-                continue  # it just left the batch, and that step may end it
-            if hold and is_held(request, self.adapter_cache):
-                continue
-            alone = self._alone(rows)
-            placed = self.loads.bring(request, arena_changes, now_s)
-            if not placed or not self.running_set.admit(request, now_s, alone):
-                if self.switches.skip:
-                    continue
-                break
-            rows.append(self._chunk(request, budget))
-            budget -= rows[-1].end - rows[-1].start
-            if budget <= 0 or self.running_set.full:
-                break
-
-    def _hold_until(self, now_s: float) -> float | None:
-        if not self.switches.overlap:
-            return None
-        return hold_until(
-            self.loads.expected,
-            self.adapter_cache,
-            self.waiting,
-            self.costs,
-            self.limits.step_tokens_max,
-            now_s,
-        )
-
-    def _chunk(self, request: Request, budget: int) -> Work:
-        start = request.computed
-        end = min(request.tokens, start + budget)
-        sample = end == request.tokens
-        request.computed, request.step = end, self.in_flight.number
-        request.tokens += sample
-        return Work(request, start, end, request.slot, sample)
-
-    def _alone(self, rows: Sequence[Work]) -> bool:
-        """True if nothing else runs."""
-        return not rows and not self.in_flight.plans
-
-    def _fail(self, request: Request, error: FleetError, now_s: float) -> Delta:
-        self._end(request, Phase.FAILED, now_s)
-        return Delta(request.id, error=error)
+        alone = self.running_set.nothing_runs
+        brought = self.loads.bring(request, now_s)
+        changes = [] if brought is None else [brought]
+        placed = self.running_set.placed(request)
+        if placed and request.host_pages and not self.switches.overlap:
+            # Its pages return after the load, which may fail.
+            key = request.adapter_key
+            loads = [change.load for change in (*before, *changes)]
+            placed = all(load is None or load.digest != key for load in loads)
+        admitted = placed and self.running_set.admit(request, now_s, alone)
+        changes += self.running_set.take_changes()
+        return admitted and request.copying is None, changes
 
     def _end(self, request: Request, phase: Phase, now_s: float) -> None:
         adapter_key = request.adapter_key
@@ -397,9 +398,3 @@ class Scheduler:
             self.running_set.free(request)
             if request.adapter_key is not None:
                 self._evictions += self.adapter_cache.let_go(request.adapter_key)
-
-
-def _unplan(work: Work) -> None:
-    """The newest plan will not carry out this row."""
-    work.request.computed, work.request.step = work.start, 0
-    work.request.tokens -= work.sample

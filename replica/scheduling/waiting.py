@@ -5,6 +5,7 @@ returns (parked or preempted) keeps its number, and so its position.
 """
 
 import heapq
+import math
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator
 
@@ -14,12 +15,17 @@ Key = tuple[int, int]
 
 
 class Waiting:
-    """Requests by `adapter_key`; None is the base model."""
+    """Requests by `adapter_key`; None is the base model.
+
+    prompt_tokens, tokens_max: sums over all requests.
+    """
 
     def __init__(self) -> None:
         self._groups: dict[str | None, list[tuple[Key, Request]]] = {}
         self._keys: dict[str, Key] = {}
+        self.prompt_tokens = self.tokens_max = 0
         self._count = 0
+        self._priorities: dict[int, int] = {}
         self._begun: dict[str | None, int] = {}  # requests that have a token
         self.touched: set[str] = set()  # adapters whose requests changed; for `ServiceOrder`
         self._next = 0
@@ -38,8 +44,7 @@ class Waiting:
             key = self._keys[request.id] = (request.priority, self._next)
             self._next += 1
         insort(self._groups.setdefault(request.adapter_key, []), (key, request), key=lambda e: e[0])
-        self._count += 1
-        self._count_begun(request, 1)
+        self._count_in(request, 1)
 
     def remove(self, request: Request) -> None:
         group = self._groups[request.adapter_key]
@@ -48,15 +53,20 @@ class Waiting:
         del group[index]
         if not group:
             del self._groups[request.adapter_key]
-        self._count -= 1
-        self._count_begun(request, -1)
+        self._count_in(request, -1)
 
     def touch(self, request: Request) -> None:
         """A waiting request got a token, from a step in flight when it left the batch."""
         if request.adapter_key is not None:
             self.touched.add(request.adapter_key)
 
-    def _count_begun(self, request: Request, change: int) -> None:
+    def _count_in(self, request: Request, change: int) -> None:
+        self._count += change
+        self.prompt_tokens += change * len(request.prompt)
+        self.tokens_max += change * request.tokens_max
+        self._priorities[request.priority] = self._priorities.get(request.priority, 0) + change
+        if not self._priorities[request.priority]:
+            del self._priorities[request.priority]
         adapter_key = request.adapter_key
         if request.begun:
             self._begun[adapter_key] = self._begun.get(adapter_key, 0) + change
@@ -74,6 +84,11 @@ class Waiting:
 
     def head(self, adapter_key: str | None) -> Request:
         return self._groups[adapter_key][0][1]
+
+    @property
+    def most_urgent(self) -> float:
+        """The lowest priority of all requests; infinity if there are none."""
+        return min(self._priorities, default=math.inf)
 
     def adapter_keys(self) -> list[str]:
         """Adapters that requests wait for, in no particular order."""
@@ -101,28 +116,33 @@ class Waiting:
         return sorted(requests, key=key)
 
     def in_order(
-        self, adapter_keys: Iterable[str | None] | None, share: Callable[[str | None], float]
+        self,
+        adapter_keys: Iterable[str | None] | None,
+        share: Callable[[str | None], float] | None,
     ) -> Iterator[Request]:
         """The requests of these adapters by priority, then share, then arrival.
 
-        adapter_keys: None for all. share: counter of an adapter; lower goes first.
+        adapter_keys: None for all. share: counter of an adapter; lower goes first. None: all are
+        equal.
 
         The caller may remove a request that it was given before it asks for the next one.
         """
-        groups = [
-            (adapter_key, list(self._groups[adapter_key]))
-            for adapter_key in (self._groups if adapter_keys is None else adapter_keys)
-            if adapter_key in self._groups
-        ]
-        heap = [
-            (group[0][0][0], share(adapter_key), group[0][0][1], index, 0)
-            for index, (adapter_key, group) in enumerate(groups)
-        ]
+        groups = self._groups
+        keys = groups if adapter_keys is None else filter(groups.__contains__, adapter_keys)
+        heap = []
+        for adapter_key in keys:
+            group = groups[adapter_key]
+            priority, number = group[0][0]
+            counter = share(adapter_key) if share else 0.0
+            heap.append((priority, counter, number, 0, adapter_key, group))
         heapq.heapify(heap)
         while heap:
-            _, _, _, index, position = heapq.heappop(heap)
-            adapter_key, group = groups[index]
-            yield group[position][1]
-            if position + 1 < len(group):
-                priority, number = group[position + 1][0]
-                heapq.heappush(heap, (priority, share(adapter_key), number, index, position + 1))
+            _, _, _, position, adapter_key, group = heapq.heappop(heap)
+            request = group[position][1]
+            yield request
+            if position < len(group) and group[position][1] is request:
+                position += 1  # the caller did not remove it
+            if position < len(group):
+                priority, number = group[position][0]
+                counter = share(adapter_key) if share else 0.0
+                heapq.heappush(heap, (priority, counter, number, position, adapter_key, group))

@@ -2,17 +2,22 @@
 
 import asyncio
 import dataclasses
+import time
+from collections.abc import Sequence
 from typing import Any
 
 from cluster.config import FleetConfig
 from cluster.errors import ConfigError, FleetError
 from cluster.values import Tier, Version
-from cluster.versions import Book, by_digest
+from cluster.versions import Book, merged
 from replica.adapters.validation import Validation
 from replica.api.catalog_page import catalog_page
-from replica.api.interfaces import Acknowledgement, Claim, Engine
-from replica.model.shape import ModelShape, read_shape
+from replica.api.interfaces import Acknowledgement, Claim, Engine, NewAdapter
+from replica.model.checkpoint import shape_of
+from replica.model.shape import Shape
 from replica.serving.claims import Claims
+from replica.serving.held_files import HeldFiles
+from replica.serving.sources import Sources
 
 
 class LocalCatalog:
@@ -24,16 +29,17 @@ class LocalCatalog:
         config: FleetConfig,
         replica_id: str = "standalone",
         *,
-        shape: ModelShape | None = None,
+        shape: Shape | None = None,
     ) -> None:
         self._engine = engine
         self._config = config
         self._replica_id = replica_id
-        self._validation = Validation(config, shape or read_shape(config.engine.model))
+        self._validation = Validation(config, shape or shape_of(config.engine.model))
         self._book = Book(config.engine.base_name)
-        self._paths: dict[str, str] = {}  # digest → files, for versions the engine has
+        self._files = HeldFiles(engine, self._validation.store, self._book)
         self._change = asyncio.Lock()
         self._claims = Claims()
+        self._sources = Sources(config.adapter_sources, self._add_found, lambda: time.monotonic())
 
     async def start(self) -> None:
         """Registers the configured adapters. Raises ConfigError naming the one that failed."""
@@ -45,13 +51,17 @@ class LocalCatalog:
                 raise ConfigError(f"{key}: {error.message}", field=key) from error
 
     async def stop(self) -> None:
-        """Releases nothing: the engine belongs to the caller."""
+        """Releases the store's files, but not the engine, which belongs to the caller."""
+        self._validation.store.close()
 
     async def find(self, name: str) -> Version | None:
         return self._book.get(name)
 
     async def claim(self, name: str) -> Claim | None:
-        return self._claims.claim(lambda: self._book.get(name))
+        claim = self._claims.claim(lambda: self._book.get(name))
+        if claim is None and await self._sources.resolve(name):
+            claim = self._claims.claim(lambda: self._book.get(name))
+        return claim
 
     def versions(self) -> list[Version]:
         return self._book.by_name()
@@ -67,25 +77,38 @@ class LocalCatalog:
         trusted: bool = False,
     ) -> Acknowledgement:
         async with self._change:
-            self._book.check_add(name, load_inplace=load_inplace)
-            version = await asyncio.to_thread(
-                self._validation.version,
-                name,
-                path,
-                pinned=pinned,
-                weight=weight,
-                trusted=trusted,
-            )
-            local = await asyncio.to_thread(
-                self._validation.store.fetch, version.uri, version.digest
-            )
-            before = self._book.get(name)
-            others = [other for other in self._book.by_name() if other.name != name]
-            await self._register(by_digest([version, *others])[version.digest], local)
+            with self._validation.adding() as adding:
+                version = await asyncio.to_thread(
+                    adding.version, name, path, pinned=pinned, weight=weight, trusted=trusted
+                )
+                self._book.check_add(version, load_inplace=load_inplace)
+                before = self._book.get(name)
+                others = self._book.names_of(version.digest)
+                again = self._fails(version.digest)
+                await self._files.register(merged({**others, name: version}), again=again)
             self._book.add(version, load_inplace=load_inplace)
             if before is not None and before.digest != version.digest:
                 await self._name_removed(before.digest)
-            return Acknowledgement(name, version.digest, self._book.sequence)
+            remarks = tuple(adding.remarks[name])
+            return Acknowledgement(name, version.digest, self._book.sequence, remarks=remarks)
+
+    async def _add_found(self, name: str, path: str) -> None:
+        await self.add(name, path, trusted=True)
+
+    async def add_all(
+        self, adapters: Sequence[NewAdapter], *, load_inplace: bool = False
+    ) -> list[Acknowledgement]:
+        return [
+            await self.add(
+                new.name,
+                new.path,
+                load_inplace=load_inplace,
+                pinned=new.pinned,
+                weight=new.weight,
+                trusted=new.trusted,
+            )
+            for new in adapters
+        ]
 
     async def remove(self, name: str) -> Acknowledgement:
         async with self._change:
@@ -100,16 +123,15 @@ class LocalCatalog:
         replica = {"id": self._replica_id, "incarnation": self._replica_id, "load": load}
         return catalog_page(self._book.by_name(), self._book.sequence, residency, [replica])
 
+    def _fails(self, digest: str) -> bool:
+        states = self._engine.adapter_states()
+        return any(each.digest == digest and each.tier is Tier.FAILED for each in states)
+
     async def _name_removed(self, digest: str) -> None:
         """Forgets the version with its last name; else its pin and weight may have changed."""
-        remaining = by_digest(self._book.by_name()).get(digest)
+        remaining = self._book.of_digest(digest)
         if remaining is not None:
-            await self._register(remaining, self._paths[digest])
+            await self._files.register(remaining)
         else:
             await self._claims.wait_free(digest)
-            await self._engine.forget(digest)
-            del self._paths[digest]
-
-    async def _register(self, version: Version, path: str) -> None:
-        await self._engine.register(version, path)
-        self._paths[version.digest] = path
+            await self._files.forget(digest)

@@ -17,8 +17,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Coroutine
-from functools import partial
+from collections.abc import Callable, Coroutine, Sequence, Set
 from typing import Any, TypeVar
 
 from cluster.catalog import Catalog
@@ -31,22 +30,29 @@ from cluster.errors import (
     ShuttingDown,
 )
 from cluster.publisher import Publisher
-from cluster.redis_client import connect
+from cluster.recovery import Stamp
+from cluster.redis_client import check_reachable, connect
 from cluster.registry import Registry, newest
 from cluster.values import AdapterState, Version
 from cluster.versions import check_name
 from replica.adapters.validation import Validation
 from replica.api.catalog_page import catalog_page
-from replica.api.interfaces import Acknowledgement, Claim, Engine
-from replica.model.shape import ModelShape, read_shape
+from replica.api.interfaces import Acknowledgement, Claim, Engine, NewAdapter
+from replica.model.checkpoint import shape_of
+from replica.model.shape import Shape
+from replica.serving.acknowledgements import Acknowledgements
+from replica.serving.catalog_room import CatalogRoom
+from replica.serving.changes import Changes
 from replica.serving.claims import Claims
+from replica.serving.held_files import HeldFiles
 from replica.serving.reconciler import Reconciler
+from replica.serving.sources import Sources
 
 log = logging.getLogger(__name__)
 
-ACKNOWLEDGED_POLL_S = 0.02
 START_POLL_S = 0.1
 CANCEL_AGAIN_S = 1.0
+
 
 Result = TypeVar("Result")
 
@@ -55,7 +61,8 @@ class Membership:
     """`interfaces.Adapters` for a replica of a fleet. Any event loop may await its coroutines.
 
     run: an id of the fleet's start. The configured adapters are applied once a run, so a replica
-    that restarts keeps the API's later changes. None: this replica's start is its own run.
+    that restarts keeps the API's later changes. None: this replica's start is its own run. url: of
+    its server, for other replicas; "" while it is not known.
     """
 
     def __init__(
@@ -64,31 +71,44 @@ class Membership:
         config: FleetConfig,
         replica_id: str,
         *,
-        shape: ModelShape | None = None,
+        shape: Shape | None = None,
         run: str | None = None,
+        url: Callable[[], str] = lambda: "",
     ) -> None:
         assert config.redis_url is not None
         self._engine = engine
         self._config = config
-        self._replica_id = replica_id
         self._run = run or secrets.token_hex(8)
-        self._validation = Validation(config, shape or read_shape(config.engine.model))
+        self._validation = Validation(config, shape or shape_of(config.engine.model))
         self._redis = connect(config.redis_url)
         self._catalog = Catalog(
             self._redis,
             config.name,
             config.engine.base_name,
-            restores=True,
+            lease_s=config.lease_s,
             on_change=self._catalog_changed,
         )
         self._registry = Registry(self._redis, config.name)
         self._claims = Claims()
         self._reconciler = Reconciler(
-            engine,
-            self._validation.store,
+            HeldFiles(engine, self._validation.store, self._catalog.book),
             config.engine,
             self._claims,
+            self._catalog.book.of_digest,
+            lambda entries: self._publisher.changed(entries),
             lambda: self._publisher.wake(),
+        )
+        self._room = CatalogRoom(self._validation.bytes_of)
+        self._acknowledgements = Acknowledgements(
+            self._redis, config.name, replica_id, config.lease_s, lambda: time.monotonic()
+        )
+        self._changes = Changes(
+            self._catalog,
+            self._acknowledgements,
+            self._validation,
+            self._room,
+            config,
+            lambda: time.monotonic(),
         )
         self._publisher = Publisher(
             self._redis,
@@ -101,8 +121,11 @@ class Membership:
             applied=lambda: self._reconciler.applied,
             alive=lambda: engine.alive,
             on_catalog=self._check_behind,
+            url=url,
         )
-        self._behind_at: int | None = None
+        self._replica_id = replica_id
+        self._sources = Sources(config.adapter_sources, self._add_found, lambda: time.monotonic())
+        self._behind_at: Stamp | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping = False
         self._loop = asyncio.new_event_loop()
@@ -156,7 +179,8 @@ class Membership:
             claim = self._claims.claim(lambda: self._registered(name))
             if claim is not None:
                 return claim
-            if await self._on_own_loop(self._find(name)) is None:
+            known = await self._on_own_loop(self._find(name)) is not None
+            if not known and not await self._on_own_loop(self._sources.resolve(name)):
                 return None
 
     def versions(self) -> list[Version]:
@@ -172,17 +196,24 @@ class Membership:
         weight: float = 1.0,
         trusted: bool = False,
     ) -> Acknowledgement:
-        self._catalog.book.check_add(name, load_inplace=load_inplace)
-        check = partial(
-            self._validation.version, name, path, pinned=pinned, weight=weight, trusted=trusted
-        )
-        return await self._on_own_loop(self._add(check, load_inplace))
+        new = NewAdapter(name, path, pinned, weight, trusted)
+        (done,) = await self.add_all([new], load_inplace=load_inplace)
+        return done
+
+    async def add_all(
+        self, adapters: Sequence[NewAdapter], *, load_inplace: bool = False
+    ) -> list[Acknowledgement]:
+        return await self._on_own_loop(self._changes.add(adapters, load_inplace))
 
     async def remove(self, name: str) -> Acknowledgement:
-        return await self._on_own_loop(self._remove(name))
+        return await self._on_own_loop(self._changes.remove(name))
 
     async def describe(self) -> dict[str, Any]:
         return await self._on_own_loop(self._describe())
+
+    async def others(self) -> dict[str, str]:
+        """Replica id → URL of its server, of all other live ones. Raises CatalogUnavailable."""
+        return await self._on_own_loop(self._others())
 
     def _registered(self, name: str) -> Version | None:
         """The name's version, if the engine has it."""
@@ -207,9 +238,12 @@ class Membership:
     async def _start(self) -> None:
         self._engine.on_residency(self._engine_changed)
         await self._first_sync()
+        await asyncio.to_thread(self._warn_of_risks)
         self._keep(self._catalog.run())
-        await self._seed()
-        await self._reconciler.wait_idle(self._config.acknowledge_s)
+        self._keep(self._acknowledgements.run())
+        with self._validation.adding() as adding:
+            await self._changes.seed(adding, self._run)
+            await self._reconciler.wait_idle(self._config.acknowledge_s)
         await self._publisher.publish()
         self._keep(self._publisher.run())
 
@@ -220,6 +254,7 @@ class Membership:
             await asyncio.wait(tasks, timeout=CANCEL_AGAIN_S)
         await self._publisher.close()
         await self._redis.aclose()
+        self._validation.store.close()
 
     def _keep(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -230,6 +265,12 @@ class Membership:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             log.error("membership: a background task failed", exc_info=task.exception())
+
+    def _warn_of_risks(self) -> None:
+        assert self._config.redis_url is not None
+        with contextlib.suppress(ConfigError):  # it went away again
+            for risk in check_reachable(self._config.redis_url):
+                log.warning("the fleet's Redis: %s", risk)
 
     async def _first_sync(self) -> None:
         deadline_s = time.monotonic() + self._config.acknowledge_s
@@ -242,35 +283,24 @@ class Membership:
                     raise
                 await asyncio.sleep(START_POLL_S)
 
-    async def _seed(self) -> None:
-        """Adds the configured adapters that no other replica of this run has added."""
-        if not self._config.adapters:
-            return
-        seeded = await self._catalog.seeded()
-        for name, path in self._config.adapters.items():
-            if seeded.get(name) == self._run:
-                continue
-            try:
-                check_name(name, self._config.engine.base_name)
-                version = await asyncio.to_thread(
-                    self._validation.version, name, path, trusted=True
-                )
-            except (BadRequest, AdapterFailed) as error:
-                key = f"adapters.{name}"
-                raise ConfigError(f"{key}: {error.message}", field=key) from error
-            await self._catalog.put(version, run=self._run)
-        await self._catalog.resync()
-
     # Names and versions.
 
     async def _find(self, name: str) -> Version | None:
-        version = self._catalog.book.get(name)
-        if version is None:
-            version = await self._look_up(name)
-        if version is None:
-            return None
-        await self._reconciler.wait_registered(name, version.digest)
-        return version
+        while True:
+            version = self._catalog.book.get(name) or await self._look_up(name)
+            if version is None:
+                return None
+            try:
+                await self._reconciler.wait_registered(name, version.digest)
+                return version
+            except AdapterFailed:
+                now = self._catalog.book.get(name)
+                if now is not None and now.digest == version.digest:
+                    raise
+                # The name was re-pointed or removed meanwhile.
+
+    async def _add_found(self, name: str, path: str) -> None:
+        await self._changes.add([NewAdapter(name, path, trusted=True)], False)
 
     async def _look_up(self, name: str) -> Version | None:
         try:
@@ -286,32 +316,6 @@ class Membership:
                 raise
             # Without Redis, the last catalog that was read stays in force.
         return self._catalog.book.get(name)
-
-    async def _add(self, check: Callable[[], Version], load_inplace: bool) -> Acknowledgement:
-        version = await asyncio.to_thread(check)
-        versions = self._catalog.book.by_name()
-        await asyncio.to_thread(self._validation.check_room, version, versions)
-        sequence, _ = await self._catalog.put(version, load_inplace=load_inplace)
-        pending = await self._pending(sequence)
-        return Acknowledgement(version.name, version.digest, sequence, pending)
-
-    async def _remove(self, name: str) -> Acknowledgement:
-        sequence, digest = await self._catalog.remove(name)
-        return Acknowledgement(name, digest, sequence, await self._pending(sequence))
-
-    async def _pending(self, sequence: int) -> tuple[str, ...]:
-        """Waits for live replicas to apply the change; returns the ids of those that are late."""
-        deadline_s = time.monotonic() + self._config.acknowledge_s
-        pending: tuple[str, ...] = (self._replica_id,)
-        while True:
-            try:
-                leases = await self._registry.leases()
-                pending = tuple(i.replica_id for i in leases if i.catalog_sequence < sequence)
-            except CatalogUnavailable:
-                pass  # the change is in Redis; which replicas have applied it is unknown
-            if not pending or time.monotonic() >= deadline_s:
-                return pending
-            await asyncio.sleep(ACKNOWLEDGED_POLL_S)
 
     async def _describe(self) -> dict[str, Any]:
         sequence, versions = await self._catalog.read()
@@ -329,24 +333,40 @@ class Membership:
         ]
         return catalog_page(versions, sequence, residency, replicas)
 
+    async def _others(self) -> dict[str, str]:
+        _, _, live = await self._registry.read()
+        leases = newest(lease for lease, _, _ in live)
+        return {e.replica_id: e.url for e in leases if e.url and e.replica_id != self._replica_id}
+
     # The engine.
 
     def _engine_changed(self, entries: list[AdapterState]) -> None:
         """May be called on any thread."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: the membership has stopped
-            self._loop.call_soon_threadsafe(self._publisher.wake)
+            self._loop.call_soon_threadsafe(self._states_changed, entries)
+
+    def _states_changed(self, entries: list[AdapterState]) -> None:
+        self._publisher.changed(entries)
+        if not all(self._reconciler.busy(entry.digest) for entry in entries):
+            self._publisher.wake()  # else the reconciler's task does so at its end
 
     def _residency(self) -> list[AdapterState]:
         return self._engine.adapter_states() + self._reconciler.failures()
 
-    def _catalog_changed(self) -> None:
-        self._reconciler.update(self._catalog.book.by_name(), self._catalog.book.sequence)
-        self._publisher.wake()
+    def _catalog_changed(self, digests: Set[str], again: Set[str]) -> None:
+        book, stamp = self._catalog.book, self._catalog.stamp
+        self._room.update({digest: book.of_digest(digest) for digest in digests})
+        failing = {digest for digest in again if self._publisher.fails(digest)}
+        self._reconciler.update(digests, stamp, failing)
+        if self._reconciler.applied == stamp:
+            self._publisher.wake()  # else its tasks will
 
-    def _check_behind(self, sequence: int) -> None:
-        """Resyncs if Redis' sequence differs from ours at two renewals in a row: a lost message."""
-        here = self._catalog.book.sequence
-        if sequence == here:
+    def _check_behind(self, stamp: Stamp, settled: bool) -> None:
+        """Resyncs if Redis' state differs from ours at two renewals in a row: a lost message, or
+        lost changes.
+        """
+        here = self._catalog.stamp
+        if (settled and stamp == here) or (not settled and self._catalog.settles_in_s is not None):
             self._behind_at = None
         elif self._behind_at != here:
             self._behind_at = here

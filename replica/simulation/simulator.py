@@ -14,6 +14,7 @@ from typing import Protocol
 
 from cluster.values import Tier
 from replica.scheduling.adapter import Load
+from replica.scheduling.pages import PageCopy
 from replica.scheduling.plan import Plan, Work
 from replica.scheduling.request import NewRequest, Sampled, Sampling
 from replica.scheduling.scheduler import Scheduler
@@ -83,7 +84,8 @@ class Simulator:
     now_s: float = 0.0
     steps: int = 0
     _copies_end_s: float = 0.0
-    _copies: list[tuple[float, int, Load, float]] = field(default_factory=list)
+    _copies: list[tuple[float, int, Load | PageCopy, float]] = field(default_factory=list)
+    _copies_begun: int = 0
     _records: dict[str, RequestStats] = field(default_factory=dict)
     _in_flight: deque[Plan] = field(default_factory=deque)
 
@@ -115,9 +117,13 @@ class Simulator:
 
     def _end_copies(self) -> None:
         while self._copies and self._copies[0][0] <= self.now_s:
-            _, _, load, copy_s = heapq.heappop(self._copies)
-            self._copied(load, copy_s)
-            self.scheduler.loaded(load.digest, self.now_s)
+            _, _, copy, copy_s = heapq.heappop(self._copies)
+            if isinstance(copy, PageCopy):
+                self.scheduler.costs.pages_copied(self._bytes(copy), copy_s)
+                self.scheduler.pages_copied(copy.number, self.now_s)
+                continue
+            self._copied(copy, copy_s)
+            self.scheduler.loaded(copy.digest, self.now_s)
 
     def _step(self) -> float | None:
         """None if rows ran; else when the next step may find some (infinity: after an event)."""
@@ -126,6 +132,9 @@ class Simulator:
         if plan.waits:
             self._commit()
         self._apply_arena_changes(plan)
+        for page_copy in plan.page_copies:
+            copied_s = self.model.copy_s(self._bytes(page_copy))
+            self._begin_copy(page_copy, copied_s)
         if not self.mixed and any(work.end - work.start > 1 for work in plan.rows):
             plan = self.scheduler.without(plan, lambda work: work.end - work.start == 1)
         if plan.rows:
@@ -161,13 +170,19 @@ class Simulator:
                 continue
             copy_s = self.model.copy_s(change.load.bytes, change.load.source)
             if self.scheduler.switches.overlap:
-                # One copy engine: copies run one after another.
-                self._copies_end_s = max(self._copies_end_s, self.now_s) + copy_s
-                entry = (self._copies_end_s, change.load.slot, change.load, copy_s)
-                heapq.heappush(self._copies, entry)
+                self._begin_copy(change.load, copy_s)
             else:
                 self._copied(change.load, copy_s)
                 self.now_s += copy_s
+
+    def _begin_copy(self, copy: Load | PageCopy, copy_s: float) -> None:
+        """One copy engine: images and pages are copied one after another."""
+        self._copies_end_s = max(self._copies_end_s, self.now_s) + copy_s
+        self._copies_begun += 1
+        heapq.heappush(self._copies, (self._copies_end_s, self._copies_begun, copy, copy_s))
+
+    def _bytes(self, copy: PageCopy) -> int:
+        return len(copy.pages) * self.scheduler.page_copies.page_bytes
 
     def _copied(self, load: Load, copy_s: float) -> None:
         """As in the engine: an image read from files stays in host memory, if it fits."""

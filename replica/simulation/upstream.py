@@ -29,13 +29,14 @@ from cluster.costs import Costs
 from replica.scheduling.adapter_cache import AdapterCache
 from replica.scheduling.admission import Limits
 from replica.scheduling.budget import Budget
-from replica.scheduling.drainer import Sharing
 from replica.scheduling.extents import Extents
+from replica.scheduling.host_tier import HostTier
 from replica.scheduling.loads import Switches
 from replica.scheduling.pages import Pages
 from replica.scheduling.scheduler import Scheduler
+from replica.scheduling.turns import Sharing
 from replica.scheduling.victims import ORDERS
-from replica.simulation.cards import A100, H200, PAGE_BYTES, Card, image_bytes
+from replica.simulation.cards import A100, DISK_BYTES_PER_S, H200, PAGE_BYTES, Card, image_bytes
 from replica.simulation.simulator import Figures, Simulator, figures, median_figures
 from replica.simulation.workloads import Stream, arrivals
 
@@ -197,10 +198,13 @@ class Replay:
         return median_figures(self.figures[stream])
 
 
-def replay(table: Table, policy: str, seeds: Iterable[int], depth: int = 2) -> Replay:
-    """depth: as in `Simulator`."""
+def replay(
+    table: Table, policy: str, seeds: Iterable[int], depth: int = 2, cold: bool = False
+) -> Replay:
+    """depth, cold: as for `simulator`."""
     runs = [
-        simulator(table, policy, depth=depth).run(arrivals(table.streams, seed)) for seed in seeds
+        simulator(table, policy, depth=depth, cold=cold).run(arrivals(table.streams, seed))
+        for seed in seeds
     ]
     return Replay(
         {
@@ -212,20 +216,26 @@ def replay(table: Table, policy: str, seeds: Iterable[int], depth: int = 2) -> R
     )
 
 
-def simulator(table: Table, policy: str, check: bool = False, depth: int = 2) -> Simulator:
+def simulator(
+    table: Table, policy: str, check: bool = False, depth: int = 2, cold: bool = False
+) -> Simulator:
     """A server of this table and policy, before its first request.
 
     depth: of ours; 2 is how the engine runs on CUDA. Upstream's servers run at 1.
+    cold: adapters start as files, and stay in host memory once they were read.
     """
     chosen = table.policy(policy)
     card = table.card.as_upstream() if chosen.upstream else table.card
+    if cold:
+        card = card.with_files(DISK_BYTES_PER_S)
     ranks: dict[str | None, int] = {None: 0} | dict(table.ranks.items())
-    scheduler = _scheduler(table, chosen, card, shared=policy == SHARED)
+    host = HostTier(sum(map(image_bytes, table.ranks.values())) + 2**20 if cold else 0)
+    scheduler = _scheduler(table, chosen, card, host, shared=policy == SHARED)
     depth = 1 if chosen.upstream else depth
     return Simulator(scheduler, card, ranks, check=check, mixed=chosen.mixed, depth=depth)
 
 
-def _scheduler(table: Table, policy: Policy, card: Card, shared: bool) -> Scheduler:
+def _scheduler(table: Table, policy: Policy, card: Card, host: HostTier, shared: bool) -> Scheduler:
     costs = Costs(card.copy_bytes_per_s, decode_s=0.01, prefill_token_s=5e-5)
     packed = table.packed and not policy.upstream
     ranks = table.places * max(table.ranks.values())
@@ -240,7 +250,7 @@ def _scheduler(table: Table, policy: Policy, card: Card, shared: bool) -> Schedu
         headroom = BATCH_ROWS_MAX + pages.needed(CHUNK_TOKENS)
         budget = Budget(extents, pages, PAGE_BYTES, pages.needed(CONTEXT), headroom)
     adapter_cache = AdapterCache(
-        extents, slots, ORDERS[policy.eviction], costs.copy_s, 1.0, 60.0, budget=budget
+        extents, slots, ORDERS[policy.eviction], costs.copy_s, 1.0, 60.0, host, budget
     )
     for adapter, rank in table.ranks.items():
         adapter_cache.register(adapter, "", image_bytes(rank), pinned=False, now_s=0.0)

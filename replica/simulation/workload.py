@@ -1,5 +1,6 @@
 """Simulates one workload under each policy: the engine's own scheduler on a virtual clock."""
 
+import dataclasses
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -17,6 +18,7 @@ from replica.simulation.workload_file import Workload, adapter_name, arrivals
 
 _ALIGNMENT_BYTES = 256
 _PAGE_TOKENS = 16
+_HOST_KV_BYTES = 16 * 2**30
 # Of the model that the cards describe.
 _CONTEXT = 131_072
 # What a policy sets in the engine's configuration, over the workload file. With `resident` every
@@ -31,10 +33,10 @@ POLICIES: Mapping[str, Mapping[str, object]] = {
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """Targets that a request must meet to count for goodput."""
+    """Targets that a request must meet to count for goodput. None: what scheduling aims at."""
 
-    ttft_s: float = 1.0
-    tpot_s: float = 0.05
+    ttft_s: float | None = None
+    tpot_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,8 @@ def _run(
 ) -> WorkloadFigures:
     division, context = _divide(workload, policy, recorded)
     config = _config(workload, policy)
+    host_pages = (config.host_kv_memory or 0) // division.page_bytes
+    division = dataclasses.replace(division, host_pages=host_pages)
     scheduler = _scheduler(workload, config, division, context)
     ranks: dict[str | None, int] = {None: 0}
     ranks |= {adapter_name(i): r for i, r in enumerate(workload.ranks)}
@@ -97,13 +101,15 @@ def _run(
         scheduler, workload.card, ranks, check=check, depth=config.plan_depth or 2
     )
     records = simulator.run(coming)
-    return _figures(records, scheduler, slo)
+    ttft_s = config.ttft_target_s if slo.ttft_s is None else slo.ttft_s
+    tpot_s = config.tpot_target_s if slo.tpot_s is None else slo.tpot_s
+    good = sum(r.ttft_s <= ttft_s and r.tpot_s <= tpot_s for r in records)
+    return _figures(records, scheduler, good)
 
 
-def _figures(records: Sequence[RequestStats], scheduler: Scheduler, slo: Slo) -> WorkloadFigures:
+def _figures(records: Sequence[RequestStats], scheduler: Scheduler, good: int) -> WorkloadFigures:
     ttft = sorted(r.ttft_s for r in records)
     e2e = sorted(r.e2e_s for r in records)
-    good = sum(r.ttft_s <= slo.ttft_s and r.tpot_s <= slo.tpot_s for r in records)
     return WorkloadFigures(
         goodput=good / len(records),
         ttft_mean_ms=statistics.fmean(ttft) * 1e3,
@@ -187,8 +193,10 @@ def _config(workload: Workload, policy: str) -> EngineConfig:
     return EngineConfig(
         "simulated",
         **{
-            "plan_depth": 2,  # as on CUDA
+            "device": "cuda",
+            "plan_depth": 2,
             "host_memory": sum(map(_aligned, workload.ranks)) if host is None else host,
+            "host_kv_memory": _HOST_KV_BYTES,
             "queue_max": 1_000_000,
             "directory_slots": count + 1,
             "slots_max": count if places is None else min(places, count),

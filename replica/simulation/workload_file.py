@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
 
-from cluster.config import EngineConfig, load, parse_bytes
+from cluster.config import EngineConfig
+from cluster.config_loader import load, parse_bytes
 from cluster.errors import ConfigError
 from replica.simulation.cards import CARDS, DISK_BYTES_PER_S, Card, MeasuredCard
 from replica.simulation.traces import Recorded

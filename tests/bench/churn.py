@@ -71,7 +71,6 @@ def churn(args: argparse.Namespace, directory: Path) -> None:
             batch_rows_max=16,
             plan_depth=args.plan_depth,
             quantum_s=0.002,
-            head_start_s=0.001,
         )
     )
     start_s = time.monotonic()

@@ -1,4 +1,5 @@
-"""Decode tokens/s as ratios: the engine to its matmuls alone, and 16 adapters to the base model.
+"""Decode tokens/s as ratios: the engine to its matmuls alone, 16 adapters to the base model, and
+the same model through transformers' modules to our decoder.
 
 Run with `python -m tests.bench.decode`. The compared variants take turns step by step in one
 process, so that a busy machine slows all of them alike. A ratio is the median over such turns.
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.nn import functional as F
@@ -20,6 +22,7 @@ from cluster.values import Version
 from replica.adapters.adapter_files import inspect
 from replica.engine.engine import Engine
 from replica.model.memory import DTYPE_BYTES
+from replica.model.module_walk import walk
 from replica.model.shape import read_shape
 from replica.model.weights import Linear, load_weights
 from replica.scheduling.request import NewRequest, Sampling
@@ -71,22 +74,31 @@ def measure(args: argparse.Namespace, directory: Path) -> None:
         dtype=args.dtype,
     )
     base, mixed = Engine(config), Engine(config)
+    with mock.patch("replica.engine.engine.read_shape_here", walk):
+        modules = Engine(config)
     digests = [
         _register(mixed, directory / f"adapter-{n}", model_dir, RANKS[n % len(RANKS)], n)
         for n in range(args.adapters)
     ]
     matmuls = _matmuls(model_dir, args.rows, base.runner.dtype)
-    times: dict[str, list[float]] = {"matmuls": [], "base": [], "mixed": []}
+    times: dict[str, list[float]] = {"matmuls": [], "base": [], "mixed": [], "modules": []}
+    variants = (
+        ("matmuls", matmuls),
+        ("base", base.step),
+        ("mixed", mixed.step),
+        ("modules", modules.step),
+    )
     for round_ in range(args.rounds + 1):
         _fill(base, [None] * args.rows)
+        _fill(modules, [None] * args.rows)
         _fill(mixed, [digests[i % len(digests)] for i in range(args.rows)])
         for _ in range(args.steps):
-            for name, step in (("matmuls", matmuls), ("base", base.step), ("mixed", mixed.step)):
+            for name, step in variants:
                 elapsed_s = _timed(step)
                 if round_:  # The first round warms up.
                     times[name].append(elapsed_s)
-        _empty(base, args)
-        _empty(mixed, args)
+        for engine in (base, mixed, modules):
+            _empty(engine, args)
     _print(args, base.config.dtype, times)
     if args.profile:
         _profile(base, args)
@@ -105,6 +117,7 @@ def _print(args: argparse.Namespace, dtype: str, times: dict[str, list[float]]) 
         ("matmuls", "matmuls alone"),
         ("base", "engine, base only"),
         ("mixed", f"engine, {args.adapters} adapters"),
+        ("modules", "base, transformers"),
     ):
         middle = statistics.median(times[name])
         print(f"{text:22} {middle * 1e3:7.1f} ms a step {args.rows / middle:8.0f} tokens/s")
@@ -113,6 +126,7 @@ def _print(args: argparse.Namespace, dtype: str, times: dict[str, list[float]]) 
         f"{args.adapters} adapters of ranks {', '.join(map(str, RANKS))} / base only: "
         f"{ratio('mixed', 'base'):.2f} (target 0.75)"
     )
+    print(f"through transformers' modules / our decoder: {ratio('modules', 'base'):.2f}")
 
 
 def _matmuls(model_dir: str, rows: int, dtype: torch.dtype) -> Callable[[], object]:

@@ -14,7 +14,7 @@ from replica.adapters.loader import Loaded
 from replica.engine.engine import Engine
 from replica.model.launch import Row, Ticket
 from replica.scheduling.plan import Plan, Work
-from replica.scheduling.request import Sampled
+from replica.scheduling.request import PromptResult, Sampled
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,9 @@ class _HeldTicket:
         self.ended(rest_s <= 0)
         time.sleep(max(rest_s, 0.0))
         return sampled
+
+    def prompts(self) -> dict[int, PromptResult]:
+        return self.ticket.prompts()
 
 
 class PacedSteps:

@@ -9,7 +9,6 @@ streamed tokens/s at 64, in turn through the fleet and at the port of its one re
 import argparse
 import asyncio
 import contextlib
-import http.client
 import json
 import os
 import statistics
@@ -22,6 +21,7 @@ import psutil
 
 from cluster.config import EngineConfig, FleetConfig
 from router.local import LocalFleet
+from tests.fleet import replicas_among
 from tests.models import make_model
 from tests.stub_engine import StubEngine
 
@@ -102,28 +102,6 @@ async def tokens_per_s(port: int) -> float:
     return tokens / (time.perf_counter() - start_s)
 
 
-def replica_port() -> int:
-    """Finds the replica's port among those of its process, since Serve does not report it."""
-    for process in psutil.Process().children(recursive=True):
-        if not " ".join(process.cmdline()).startswith("ray::ServeReplica:default:replica"):
-            continue
-        for connection in process.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and _is_replica(connection.laddr.port):
-                return int(connection.laddr.port)
-    raise RuntimeError("no replica's port found")
-
-
-def _is_replica(port: int) -> bool:
-    client = http.client.HTTPConnection("127.0.0.1", port, timeout=1)
-    try:
-        client.request("GET", "/health")
-        return client.getresponse().headers.get("x-lorafleet-replica") is not None
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        client.close()
-
-
 @contextlib.contextmanager
 def fleet(model_dir: str | None) -> Iterator[LocalFleet]:
     root = str(Path(__file__).parents[2])
@@ -146,7 +124,8 @@ def main() -> None:
     parser.add_argument("--model", help="directory of a model, for its tokenizer (default: tiny)")
     arguments = parser.parse_args()
     with fleet(arguments.model) as running:
-        ports = {"fleet": running.config.port, "replica": replica_port()}
+        (replica,) = replicas_among(psutil.Process().children(recursive=True))
+        ports = {"fleet": running.config.port, "replica": replica.port}
         ttft: dict[str, list[float]] = {way: [] for way in ports}
         rate: dict[str, list[float]] = {way: [] for way in ports}
         for port in ports.values():

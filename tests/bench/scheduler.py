@@ -4,7 +4,8 @@ The batch is full, and a long queue names many adapters. Each finished request i
 so that the sizes stay as stated. A tenth of the requests name the base model; half of the others
 name one of the hottest adapters, which are as many as the places. A load lasts 5 steps, and a step
 10 ms of virtual time. Measures `step` (makes the plan) and `commit` (takes in the tokens) in
-microseconds of this thread's CPU time, with the garbage collector set as in the engine's process.
+microseconds of CPU time of this thread, with the garbage collector set as in the engine's process.
+The goal for both is 500 µs at the stated size. Then come the cliffs (`cliffs.py`), in milliseconds.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import random
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cluster.costs import Costs
@@ -21,7 +23,6 @@ from replica.scheduling.adapter import Load
 from replica.scheduling.adapter_cache import AdapterCache
 from replica.scheduling.admission import Limits
 from replica.scheduling.budget import Budget
-from replica.scheduling.drainer import Sharing
 from replica.scheduling.extents import Extents
 from replica.scheduling.loads import Switches
 from replica.scheduling.pages import Pages
@@ -29,6 +30,8 @@ from replica.scheduling.request import NewRequest, Sampled, Sampling
 from replica.scheduling.scheduler import Scheduler
 from replica.scheduling.share import Share
 from replica.scheduling.timeline import Event
+from replica.scheduling.turns import Sharing
+from tests.bench import cliffs
 
 STEP_S = 0.01
 LOAD_STEPS = 5
@@ -157,18 +160,23 @@ def measure(size: Size, steps: int, seed: int = 0) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--only", help="a part of a size's name")
+    parser.add_argument("--only", default="", help="a part of the name of a size or cliff")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     for size in SIZES:
-        if options.only and options.only not in size.name:
-            continue
-        row = measure(size, options.steps)
-        if options.json:
-            print(json.dumps({"size": size.name, **row}), flush=True)
-        else:
-            values = "  ".join(f"{name} {value:g}" for name, value in row.items())
-            print(f"{size.name:20} {values}", flush=True)
+        if options.only in size.name:
+            show(size.name, measure(size, options.steps), options.json)
+    calm_collector()
+    for name, figures in cliffs.rows(options.only):
+        show(name, figures, options.json)
+
+
+def show(name: str, figures: Mapping[str, float], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"size": name, **figures}), flush=True)
+    else:
+        values = "  ".join(f"{figure} {value:g}" for figure, value in figures.items())
+        print(f"{name:42} {values}", flush=True)
 
 
 if __name__ == "__main__":

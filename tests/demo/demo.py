@@ -57,7 +57,8 @@ def main() -> None:
     parser.add_argument("--serve", action="store_true", help="stay up until Ctrl-C")
     parser.add_argument("--port", type=int, help="default: a free one; 8000 with --serve")
     arguments = parser.parse_args()
-    port = arguments.port or (8000 if arguments.serve else _free_port())
+    port = arguments.port or (8000 if arguments.serve else free_port())
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"  # what we ask is on this machine
     # So that an interrupted or terminated run, too, stops what it started; said aloud, for a shell
     # has its background jobs ignore SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -67,9 +68,9 @@ def main() -> None:
     directory.mkdir(parents=True, exist_ok=True)
     model.make(MODELS)
     try:
-        with _fleet(port, directory) as fleet:
+        with fleet(port, directory) as running:
             if arguments.serve:
-                _stay(port, fleet)
+                _stay(port, running)
             else:
                 _ask_everyone(f"http://127.0.0.1:{port}")
     except DemoFailed as error:
@@ -79,7 +80,7 @@ def main() -> None:
 
 
 @contextmanager
-def _fleet(port: int, directory: Path) -> Iterator[Fleet]:
+def fleet(port: int, directory: Path) -> Iterator[Fleet]:
     """`lorafleet serve`, from its start to the end of its last process."""
     base, adapters = model.paths(MODELS)
     command = ["serve", "--model", str(base)]
@@ -94,12 +95,12 @@ def _fleet(port: int, directory: Path) -> Iterator[Fleet]:
         process = subprocess.Popen(
             [LORAFLEET, *command], stdout=output, stderr=output, start_new_session=True
         )
-    fleet = Fleet(process, log)
+    started = Fleet(process, log)
     try:
-        print(_wait_ready(fleet), flush=True)
-        yield fleet
+        print(_wait_ready(started), flush=True)
+        yield started
     finally:
-        _stop(fleet)
+        _stop(started)
 
 
 def _wait_ready(fleet: Fleet) -> str:
@@ -208,7 +209,7 @@ def _short(replica: str) -> str:
     return replica.rsplit("#", 1)[-1]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]

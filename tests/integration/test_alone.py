@@ -11,11 +11,13 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import torch
 
 from replica.model.shape import read_shape
 from tests.bench.toys import toy_adapter
 from tests.fleet import ANSWER_S, LORAFLEET, START_S, STOP_S, environment, replica
 from tests.models import make_adapter, make_model
+from tests.packed import by_transformers, prompts
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,7 @@ def test_it_answers_takes_adapters_and_ends_quietly(
         return done.returncode, done.stdout + done.stderr
 
     assert complete("base").status_code == complete("fr").status_code == 200
+    check_prompts(url, files)
     assert complete("de").status_code == 404
     add = ("adapters", "add", "de", str(files / "de"))
     status, said = cli(*add, "--weight", "0")
@@ -91,6 +94,26 @@ def test_it_answers_takes_adapters_and_ends_quietly(
     assert besides(log) == [f"ready: {url}/v1"]
 
 
+def check_prompts(url: str, files: Path) -> None:
+    """What lm_eval asks for a multiple choice, and embeddings, are what transformers computes."""
+    tokens = prompts(40)[0]
+    for name, adapter in (("base", None), ("fr", str(files / "fr"))):
+        theirs = by_transformers(str(files / "tiny"), adapter)
+        with torch.inference_mode():
+            wanted = theirs(torch.tensor([tokens]), output_hidden_states=True)
+        scored = {"prompt": [tokens], "echo": True, "logprobs": 1, "max_tokens": 1}
+        body = {"model": name, "temperature": 0, **scored}
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=ANSWER_S).json()
+        found = answer["choices"][0]["logprobs"]["token_logprobs"][1:-1]
+        logprobs = wanted.logits[0].log_softmax(-1)
+        close = [own[token].item() for own, token in zip(logprobs, tokens[1:], strict=False)]
+        assert found == pytest.approx(close, abs=1e-4)
+        body = {"model": name, "input": tokens}
+        answer = httpx.post(f"{url}/v1/embeddings", json=body, timeout=ANSWER_S).json()
+        state = torch.nn.functional.normalize(wanted.hidden_states[-1][0, -1], dim=0)
+        assert answer["data"][0]["embedding"] == pytest.approx(state.tolist(), abs=1e-4)
+
+
 def test_streams_that_it_stops_are_told(
     alone: tuple[subprocess.Popen[bytes], str, Path],
 ) -> None:
@@ -107,12 +130,16 @@ def test_streams_that_it_stops_are_told(
     assert besides(log) == [f"ready: {url}/v1"]
 
 
-def test_it_ends_with_its_engine(alone: tuple[subprocess.Popen[bytes], str, Path]) -> None:
+def test_it_outlives_its_engine(alone: tuple[subprocess.Popen[bytes], str, Path]) -> None:
     process, url, log = alone
     (engine,) = psutil.Process(process.pid).children()
+    body = {"model": "fr", "prompt": "hello", "max_tokens": 4, "temperature": 0}
+    before = httpx.post(f"{url}/v1/completions", json=body, timeout=ANSWER_S)
     engine.kill()
-    assert process.wait(STOP_S) == 1
-    assert besides(log) == [f"ready: {url}/v1", "lorafleet: the engine's process has ended"]
+    after = httpx.post(f"{url}/v1/completions", json=body, timeout=2 * ANSWER_S)
+    assert after.json()["choices"] == before.json()["choices"], after.text
+    assert "lorafleet: the engine's process ended; starting it again" in log.read_text()
+    assert process.poll() is None
 
 
 def test_without_a_word_on_memory_16_adapters_are_resident_at_once(

@@ -2,28 +2,53 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import random
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar
 
 import pytest
 import redis.asyncio
 
 from cluster import redis_client
-from cluster.catalog import Catalog, channel, encode_version
+from cluster.catalog import Catalog, channel, found
 from cluster.errors import BadRequest, CatalogUnavailable, ModelNotFound
+from cluster.recovery import encode_version
 from cluster.redis_client import connect, prefix
 from cluster.redis_server import RedisServer
 from cluster.values import Version
 from tests.until import TIMEOUT_S, until
 
 Open = Callable[..., Awaitable[Catalog]]
+Result = TypeVar("Result")
+
+
+LEASE_S = 0.2
 
 
 def version(name: str, digest: str = "d1") -> Version:
     return Version(name, digest, f"/adapters/{name}", 8, 100)
+
+
+def record(version: Version, generation: int = 1, sequence: int = 1) -> str:
+    stamp = f"[{generation},{sequence}]"
+    return f'{{"stamp":{stamp},"run":"","version":{encode_version(version)}}}'
+
+
+async def settled(change: Callable[[], Awaitable[Result]]) -> Result:
+    """The change, once the replicas had their lease to write back."""
+    outcome: list[Result] = []
+
+    async def changed() -> bool:
+        with contextlib.suppress(CatalogUnavailable):
+            outcome.append(await change())
+        return bool(outcome)
+
+    await until(changed)
+    return outcome[0]
 
 
 @pytest.fixture
@@ -32,9 +57,11 @@ async def follow(fleet: str) -> AsyncIterator[Open]:
     tasks: list[asyncio.Task[None]] = []
     clients: list[redis.asyncio.Redis] = []
 
-    async def open_one(url: str, *, restores: bool = False) -> Catalog:
+    async def open_one(url: str, *, replica: bool = True) -> Catalog:
+        if not clients:
+            found(url, fleet)
         client = connect(url)
-        catalog = Catalog(client, fleet, "base", restores=restores)
+        catalog = Catalog(client, fleet, "base", lease_s=LEASE_S if replica else None)
         clients.append(client)
         tasks.append(asyncio.create_task(catalog.run()))
         await until(lambda: catalog.connected)
@@ -51,9 +78,11 @@ async def follow(fleet: str) -> AsyncIterator[Open]:
 
 async def test_a_change_reaches_every_copy(shared_redis: str, follow: Open) -> None:
     one, other = await follow(shared_redis), await follow(shared_redis)
-    assert await one.put(version("a")) == (1, True)
+    (_, sequence), changed = await one.put(version("a"))
+    assert (sequence, changed) == (1, True)
     await until(lambda: other.book.get("a") == version("a") and one.book.sequence == 1)
-    assert await other.remove("a") == (2, "d1")
+    (_, sequence), digest = await other.remove("a")
+    assert (sequence, digest) == (2, "d1")
     await until(lambda: one.book.get("a") is None and one.book.sequence == 2)
 
 
@@ -81,17 +110,49 @@ async def test_what_is_refused_changes_nothing(shared_redis: str, follow: Open) 
 async def test_a_name_is_re_pointed_in_place(shared_redis: str, follow: Open) -> None:
     one, other = await follow(shared_redis), await follow(shared_redis)
     await one.put(version("a", "d1"))
-    assert await one.put(version("a", "d2"), load_inplace=True) == (2, True)
+    (_, sequence), changed = await one.put(version("a", "d2"), load_inplace=True)
+    assert (sequence, changed) == (2, True)
     await until(lambda: other.book.get("a") == version("a", "d2"))
-    assert await one.put(version("a", "d2"), load_inplace=True) == (2, False)
+    (_, sequence), changed = await one.put(version("a", "d2"), load_inplace=True)
+    assert (sequence, changed) == (2, False)
+
+
+async def test_the_same_name_and_digest_again_is_success(shared_redis: str, follow: Open) -> None:
+    one, other = await follow(shared_redis), await follow(shared_redis)
+    first = await one.put(version("a"))
+    assert await other.put(version("a")) == (first[0], False)
+    copy = dataclasses.replace(version("a"), uri="/copy")
+    assert (await other.put(copy))[1] is True
+    for changed in (version("a", "d2"), dataclasses.replace(version("a"), pinned=True)):
+        with pytest.raises(BadRequest, match="'a' is already loaded"):
+            await other.put(changed)
+    assert (await one.read())[1] == [copy]
+
+
+async def test_of_many_all_change_or_none(shared_redis: str, follow: Open) -> None:
+    one, other = await follow(shared_redis), await follow(shared_redis)
+    await one.put(version("b", "d2"))
+    with pytest.raises(BadRequest, match="'b' is already loaded"):
+        await one.put_all([version("a"), version("b"), version("c")])
+    assert await one.read() == (1, [version("b", "d2")])
+    (_, sequence), _ = await one.put_all([version("a"), version("b", "d2"), version("c")])
+    assert sequence == 2
+    await until(lambda: [v.name for v in other.book.by_name()] == ["a", "b", "c"])
+    assert other.book.sequence == 2
 
 
 async def test_writers_at_once_lose_nothing_and_skip_no_number(
     shared_redis: str, follow: Open
 ) -> None:
     writers = [await follow(shared_redis) for _ in range(4)]
-    changes = [w.put(version(f"{i}-{n}")) for i, w in enumerate(writers) for n in range(25)]
-    sequences = [sequence for sequence, _ in await asyncio.gather(*changes)]
+
+    async def write(index: int) -> list[int]:
+        # One after the other: on a busy machine, a hundred connections at once take too long.
+        puts = [await writers[index].put(version(f"{index}-{n}")) for n in range(25)]
+        return [sequence for (_, sequence), _ in puts]
+
+    written = await asyncio.gather(*map(write, range(len(writers))))
+    sequences = [sequence for each in written for sequence in each]
     assert sorted(sequences) == list(range(1, 101))
     await until(lambda: all(len(writer.book.by_name()) == 100 for writer in writers))
     assert all(writer.book.by_name() == writers[0].book.by_name() for writer in writers)
@@ -101,7 +162,7 @@ async def test_of_writers_of_one_name_one_wins(shared_redis: str, follow: Open) 
     writers = [await follow(shared_redis) for _ in range(4)]
     changes = (writer.put(version("a", f"d{i}")) for i, writer in enumerate(writers))
     outcomes = await asyncio.gather(*changes, return_exceptions=True)
-    winners = [i for i, outcome in enumerate(outcomes) if outcome == (1, True)]
+    winners = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, tuple)]
     assert len(winners) == 1
     assert sum(isinstance(outcome, BadRequest) for outcome in outcomes) == 3
     assert await writers[0].read() == (1, [version("a", f"d{winners[0]}")])
@@ -128,6 +189,29 @@ async def test_random_changes_by_several_writers_end_in_one_book(
     assert all(writer.book.by_name() == versions for writer in writers)
 
 
+async def test_looks_while_changes_arrive_take_nothing_for_lost(
+    shared_redis: str, follow: Open
+) -> None:
+    writer, looking = await follow(shared_redis), await follow(shared_redis)
+    router = await follow(shared_redis, replica=False)
+    generation = writer.stamp[0]
+    done = asyncio.Event()
+
+    async def look(catalog: Catalog) -> None:
+        before = catalog.stamp
+        while not done.is_set():
+            await catalog.resync()
+            assert catalog.stamp >= before and catalog.settles_in_s is None
+            before = catalog.stamp
+
+    looks = [asyncio.create_task(look(c)) for c in (looking, looking, router)]
+    for number in range(200):
+        await writer.put(version(f"a{number}"))
+    done.set()
+    await asyncio.gather(*looks)
+    await until(lambda: looking.stamp == router.stamp == writer.stamp == (generation, 200))
+
+
 async def test_a_gap_in_the_sequence_brings_a_new_snapshot(
     shared_redis: str, follow: Open, fleet: str
 ) -> None:
@@ -135,8 +219,11 @@ async def test_a_gap_in_the_sequence_brings_a_new_snapshot(
     await one.put(version("a"))
     async with connect(shared_redis) as client:  # a change whose message is lost
         root = prefix(fleet)
-        await client.hset(root + "catalog", "lost", encode_version(version("lost")))
-        await client.incr(root + "catalog:sequence")
+        generation, sequence = one.stamp
+        text = record(version("lost"), generation, sequence + 1)
+        await client.hset(root + "catalog", "lost", text)
+        await client.hincrby(root + "catalog:state", "sequence", 1)
+        await client.hincrby(root + "catalog:state", "count", 1)
     assert other.book.get("lost") is None
     await one.put(version("b"))
     names = ["a", "b", "lost"]
@@ -149,7 +236,7 @@ async def test_a_name_whose_message_was_lost_is_found_by_asking(
 ) -> None:
     one = await follow(shared_redis)
     async with connect(shared_redis) as client:
-        await client.hset(prefix(fleet) + "catalog", "lost", encode_version(version("lost")))
+        await client.hset(prefix(fleet) + "catalog", "lost", record(version("lost")))
     assert await one.lookup("lost") == version("lost")
     assert await one.lookup("nobody") is None
 
@@ -179,7 +266,8 @@ async def test_a_lookup_that_is_given_up_takes_no_one_with_it(
 
 async def test_the_flags_of_one_run_apply_once(shared_redis: str, follow: Open) -> None:
     one = await follow(shared_redis)
-    assert await one.put(version("a", "flags"), run="run-1") == (1, True)
+    (_, sequence), changed = await one.put(version("a", "flags"), run="run-1")
+    assert (sequence, changed) == (1, True)
     await one.put(version("a", "api"), load_inplace=True)
     assert (await one.put(version("a", "flags"), run="run-1"))[1] is False
     assert (await one.read())[1] == [version("a", "api")]
@@ -187,16 +275,16 @@ async def test_the_flags_of_one_run_apply_once(shared_redis: str, follow: Open) 
     assert (await one.read())[1] == [version("a", "flags")]
 
 
-@pytest.mark.parametrize("junk", ["what is this", "[]", '{"epoch": 1}', '{"name": "a"}'])
+@pytest.mark.parametrize("junk", ["what is this", "[]", '{"stamp": 1}', '{"name": "a"}'])
 async def test_junk_in_redis_is_ignored_and_copies_live(
     shared_redis: str, follow: Open, fleet: str, junk: str
 ) -> None:
     one = await follow(shared_redis)
     await one.put(version("a"))
     async with connect(shared_redis) as client:
-        await client.publish(channel(fleet), junk)
+        await client.publish(channel(client, fleet), junk)
         await client.hset(prefix(fleet) + "catalog", "junk", junk)
-    await one.put(version("b"))
+    await settled(lambda: one.put(version("b")))  # Redis has one record more than its state says
     late = await follow(shared_redis)
     await until(lambda: one.book.sequence == 2)
     assert [v.name for v in one.book.by_name()] == ["a", "b"]
@@ -218,7 +306,8 @@ async def test_without_redis_readers_go_on_and_writers_hear_soon(
     assert one.book.by_name() == [version("a")]
     own_redis.start()
     await until(lambda: one.connected)
-    assert await one.put(version("b")) == (2, True)
+    (_, sequence), changed = await settled(lambda: one.put(version("b")))
+    assert (sequence, changed) == (2, True)
     await until(lambda: one.book.sequence == 2)
 
 
@@ -231,7 +320,7 @@ async def test_a_killed_redis_loses_no_adapter(own_redis: RedisServer, follow: O
     os.kill(pid, signal.SIGKILL)
     await until(lambda: not one.connected and not other.connected)
     await until(lambda: one.connected and other.connected)
-    await one.put(version("b"))
+    await settled(lambda: one.put(version("b")))
     await until(lambda: other.book.sequence == 21)
     assert len(other.book.by_name()) == 21
 
@@ -258,14 +347,14 @@ async def test_a_reply_that_never_comes_is_given_up(monkeypatch: pytest.MonkeyPa
 
 
 async def test_a_replica_writes_a_lost_catalog_back(own_redis: RedisServer, follow: Open) -> None:
-    replica = await follow(own_redis.url, restores=True)
-    router = await follow(own_redis.url)
+    replica = await follow(own_redis.url)
+    router = await follow(own_redis.url, replica=False)
     await replica.put(version("a"))
     await replica.put(version("b"))
     await until(lambda: replica.book.sequence == 2 and router.book.sequence == 2)
     async with connect(own_redis.url) as client:
         await client.flushall()
-    sequence, changed = await replica.put(version("c"))
+    (_, sequence), changed = await settled(lambda: replica.put(version("c")))
     assert changed and sequence > 2
     assert [v.name for v in (await router.read())[1]] == ["a", "b", "c"]
     await until(lambda: router.book.sequence == sequence == replica.book.sequence)
@@ -275,27 +364,30 @@ async def test_a_replica_writes_a_lost_catalog_back(own_redis: RedisServer, foll
 async def test_two_replicas_that_write_it_back_at_once_agree(
     own_redis: RedisServer, follow: Open
 ) -> None:
-    one = await follow(own_redis.url, restores=True)
-    other = await follow(own_redis.url, restores=True)
+    one, other = await follow(own_redis.url), await follow(own_redis.url)
     await one.put(version("a"))
     await until(lambda: one.book.sequence == 1 and other.book.sequence == 1)
     async with connect(own_redis.url) as client:
         await client.flushall()
     await asyncio.gather(one.resync(), other.resync())
-    sequence, versions = await one.read()
-    assert versions == [version("a")]
-    await until(lambda: one.book.sequence == other.book.sequence == sequence)
+    assert (await one.read())[1] == [version("a")]
+    await until(lambda: one.settles_in_s is None and other.settles_in_s is None)
+    await until(lambda: one.stamp == other.stamp)
+    assert one.book.by_name() == other.book.by_name() == [version("a")]
 
 
 async def test_an_error_never_shows_the_password() -> None:
     async with connect("redis://:very-secret@127.0.0.1:1/0") as client:
         with pytest.raises(CatalogUnavailable) as caught:
-            await Catalog(client, "f", "base").put(version("a"))
+            await Catalog(client, "f", "base", lease_s=1.0).put(version("a"))
     assert "very-secret" not in json.dumps([caught.value.message, repr(caught.value.__cause__)])
 
 
 async def test_fleets_of_two_names_share_a_redis(shared_redis: str, fleet: str) -> None:
     async with connect(shared_redis) as client:
-        one, other = Catalog(client, fleet + "-1", "base"), Catalog(client, fleet + "-2", "base")
+        names = (fleet + "-1", fleet + "-2")
+        for name in names:
+            found(shared_redis, name)
+        one, other = (Catalog(client, name, "base") for name in names)
         await one.put(version("a"))
         assert await other.read() == (0, [])

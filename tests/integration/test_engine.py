@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 import random
 import shutil
 import time
@@ -12,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from cluster.config import EngineConfig
 from cluster.errors import ConfigError, LogitsNotFinite
@@ -70,7 +73,7 @@ def drive(engine: Engine, got: dict[str, list[int]]) -> None:
 class LoadsOnDemand:
     """A loader's threads: a load runs when the test says."""
 
-    def __init__(self, threads: int, name: str) -> None:
+    def __init__(self, threads: int) -> None:
         self._waiting: deque[Callable[[], object]] = deque()
 
     def submit(self, work: Callable[..., object], *arguments: object) -> None:
@@ -97,7 +100,7 @@ def driven(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "replica.adapters.loader.time", types.SimpleNamespace(monotonic=lambda: 0.0)
     )
-    monkeypatch.setattr("replica.adapters.loader.ThreadPoolExecutor", LoadsOnDemand)
+    monkeypatch.setattr("replica.adapters.loader.single_threaded", LoadsOnDemand)
 
 
 @pytest.fixture(scope="module")
@@ -278,18 +281,6 @@ def test_a_broken_adapter_hurts_only_its_own_requests(
     made.close()
 
 
-def test_a_version_registered_from_two_directories_needs_only_one_of_them(
-    model: str, versions: list[Version], tmp_path: Path
-) -> None:
-    made = engine(model, versions[:1])
-    copy = shutil.copytree(versions[0].uri, tmp_path / "copy")
-    made.register(versions[0], str(copy))
-    shutil.rmtree(copy)
-    made.add(NewRequest("r", PROMPTS[0], GREEDY, versions[0].digest))
-    drive(made, {})
-    made.close()
-
-
 @pytest.mark.usefixtures("driven")
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_parked_stream_survives_a_reload_that_fails_for_a_while(
@@ -365,6 +356,48 @@ def test_an_adapter_whose_forward_pass_overflows_fails_its_own_requests_only(
     made.close()
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_penalties_follow_transformers_logits(model: str, depth: int) -> None:
+    """Greedy tokens of all rows in one batch against a loop over the model's own logits."""
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    samplings = [
+        Sampling(max_tokens=20, temperature=0.0, ignore_eos=True, **fields)
+        for fields in (
+            {},
+            {"repetition_penalty": 1.5},
+            {"presence_penalty": 1.0, "frequency_penalty": 0.5},
+            {"repetition_penalty": 1.2, "frequency_penalty": -0.5, "logit_bias": ((9, 0.5),)},
+            {"bad_words": tuple((t, t) for t in range(320)), "frequency_penalty": -1.0},
+        )
+    ]
+    wanted = {}
+    for n, sampling in enumerate(samplings):
+        tokens = list(PROMPTS[n % len(PROMPTS)])
+        start = len(tokens)
+        while len(tokens) < start + sampling.max_tokens:
+            with torch.inference_mode():
+                logits = reference(torch.tensor([tokens])).logits[0, -1].tolist()
+            for token, bias in sampling.logit_bias:
+                logits[token] += bias
+            for token in set(tokens):
+                rate = sampling.repetition_penalty
+                logits[token] = logits[token] / rate if logits[token] > 0 else logits[token] * rate
+            for token in set(tokens[start:]):
+                logits[token] -= sampling.presence_penalty
+                logits[token] -= sampling.frequency_penalty * tokens[start:].count(token)
+            if sampling.bad_words:
+                logits[tokens[-1]] = -math.inf
+            tokens.append(max(range(len(logits)), key=logits.__getitem__))
+        wanted[f"r{n}"] = tokens[start:]
+    made = engine(model, [], plan_depth=depth)
+    for n, sampling in enumerate(samplings):
+        made.add(NewRequest(f"r{n}", PROMPTS[n % len(PROMPTS)], sampling))
+    got: dict[str, list[int]] = {}
+    drive(made, got)
+    made.close()
+    assert got == wanted
+
+
 def test_the_seed_decides_the_draw_whatever_runs_beside(
     model: str, versions: list[Version]
 ) -> None:
@@ -424,6 +457,19 @@ def test_a_load_looks_at_no_image_in_host_memory_but_its_own_and_the_dropped(
         assert version.digest in made._images
         assert len(made._images) <= 2, "the next load releases what this one dropped"
     assert made.report().loads == 4
+    made.close()
+
+
+def test_the_image_of_a_forgotten_version_leaves_host_memory_at_once(
+    model: str, versions: list[Version]
+) -> None:
+    made = engine(model, versions[:2])
+    for version in versions[:2]:
+        made.add(NewRequest("r", PROMPTS[0], GREEDY, version.digest))
+        drive(made, {})
+    made.forget(versions[0].digest)
+    made.step()
+    assert list(made._images) == [versions[1].digest]
     made.close()
 
 
@@ -576,6 +622,9 @@ def test_tokens_are_the_same_at_both_depths(
             seed=n,
             stop_tokens=frozenset(rng.sample(range(320), 40)),
             logprobs=rng.choice([None, None, 2]),
+            repetition_penalty=rng.choice([1.0, 1.0, 1.3]),
+            frequency_penalty=rng.choice([0.0, 0.0, 0.5]),
+            bad_words=rng.choice([(), tuple((t, t) for t in range(320))]),
         )
         digest = rng.choice([None, *(v.digest for v in versions)])
         asked.append(NewRequest(f"r{n}", rng.choice(PROMPTS), sampling, digest))

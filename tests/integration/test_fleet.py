@@ -2,7 +2,10 @@
 
 import asyncio
 import contextlib
+import gzip
+import json
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -11,6 +14,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 from redis import Redis
 
@@ -23,6 +27,7 @@ pytestmark = pytest.mark.ray
 NAMES = tuple(f"a{i}" for i in range(5))
 LEASE_S = 3.0
 ROWS, QUEUE = 16, 40
+PAGE = "https://chat.example.com"
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +47,7 @@ def running(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[F
         arguments += ["--adapter", f"{name}={files / 'adapters' / name}"]
     arguments += ["--adapter-root", str(files / "adapters"), "--slots-max", "2"]
     arguments += ["--batch-rows-max", str(ROWS), "--queue-max", str(QUEUE)]
+    arguments += ["--allowed-origin", PAGE]
     with fleet(arguments, tmp_path_factory.mktemp("fleet")) as started:
         yield started
 
@@ -91,8 +97,8 @@ def test_chat_with_choices_logprobs_and_usage(client: openai.OpenAI) -> None:
 def test_a_prompt_that_hides_the_model_from_the_router_is_served_all_the_same(
     running: Fleet,
 ) -> None:
-    """HAProxy passes on 64 KiB of a body. It truncates chunked bodies without saying so."""
-    body = b'{"stop": ["' + b"x" * 100_000 + b'"], "prompt": "hello", "max_tokens": 4, '
+    """HAProxy passes on 256 KiB of a body. It truncates chunked bodies without saying so."""
+    body = b'{"stop": ["' + b"x" * 300_000 + b'"], "prompt": "hello", "max_tokens": 4, '
     body += b'"temperature": 0, "model": "a1"}'
     expected = running.complete("a1", temperature=0).json()["choices"][0]["text"]
     headers = {"Content-Type": "application/json"}
@@ -101,6 +107,35 @@ def test_a_prompt_that_hides_the_model_from_the_router_is_served_all_the_same(
         answer = httpx.post(url, content=content, headers=headers, timeout=ANSWER_S)
         assert answer.status_code == 200, answer.text
         assert answer.json()["choices"][0]["text"] == expected
+
+
+def test_each_replica_tells_of_all(running: Fleet) -> None:
+    replicas = {replica.id: f"http://127.0.0.1:{replica.port}" for replica in running.replicas()}
+    body = {"model": "tiny", "prompt": "hello", "max_tokens": 2}
+    for owner, url in replicas.items():
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=ANSWER_S).json()
+        for asked in (*replicas.values(), running.url):
+            timeline = httpx.get(f"{asked}/v1/requests/{answer['id']}", timeout=ANSWER_S)
+            assert timeline.status_code == 200, timeline.text
+            assert timeline.json()["replica"] == owner
+    text = httpx.get(f"{running.url}/metrics/fleet", timeout=ANSWER_S).text
+    assert set(re.findall(r'^lorafleet_up{replica="(.*)"} 1$', text, re.M)) == replicas.keys()
+    assert set(re.findall(r'^lorafleet_steps_total{replica="(.*)"} ', text, re.M)) == set(replicas)
+
+
+async def test_haproxy_passes_on_what_the_api_takes(running: Fleet) -> None:
+    body: dict[str, Any] = {"model": "a1", "prompt": "hello", "max_tokens": 4, "temperature": 0}
+    expected = running.complete("a1", temperature=0).json()["choices"][0]["text"]
+    packed = gzip.compress(json.dumps({**body, "unheard": 1}).encode())
+    headers = {"Content-Encoding": "gzip", "Content-Type": "application/json", "Origin": PAGE}
+    async with httpx.AsyncClient(base_url=running.url, timeout=ANSWER_S) as http:
+        answer = await http.post("/v1/completions/", content=packed, headers=headers)
+        asks = {"Origin": PAGE, "Access-Control-Request-Method": "POST"}
+        preflight = await http.options("/v1/completions", headers=asks)
+    assert answer.json()["choices"][0]["text"] == expected
+    assert answer.headers["x-lorafleet-ignored-fields"] == "unheard"
+    assert answer.headers["access-control-allow-origin"] == PAGE
+    assert (preflight.status_code, preflight.headers["access-control-allow-origin"]) == (200, PAGE)
 
 
 def test_bad_requests_are_answered_by_a_replica(running: Fleet) -> None:
@@ -115,14 +150,15 @@ def test_bad_requests_are_answered_by_a_replica(running: Fleet) -> None:
 
 
 def test_an_adapter_keeps_going_where_it_is(running: Fleet) -> None:
-    def on_device(name: str) -> bool:
+    def holders(name: str) -> set[str]:
         entry = next(e for e in running.adapters()["data"] if e["id"] == name)
-        return any(at["tier"] == "device" for at in entry["residency"].values())
+        return {r for r, held in entry["residency"].items() if held["tier"] == "device"}
 
     def stays(name: str) -> bool:
-        first = running.complete(name).headers["x-lorafleet-replica"]
-        eventually(lambda: on_device(name), f"{name} is resident")
-        return {running.complete(name).headers["x-lorafleet-replica"] for _ in range(3)} == {first}
+        running.complete(name)
+        resident = eventually(lambda: holders(name), f"{name} is resident")
+        # Those before may have left it on both, which then take turns.
+        return {running.complete(name).headers["x-lorafleet-replica"] for _ in range(3)} <= resident
 
     # On a busy machine a replica's lease may run out in between; then the other one is asked.
     assert sum(map(stays, NAMES)) >= len(NAMES) - 1
@@ -228,13 +264,27 @@ async def keep_asking(
             log.append((time.monotonic(), False))
 
 
-async def test_a_killed_replica_costs_only_what_it_was_running(running: Fleet) -> None:
+def two_without(running: Fleet, victim: ReplicaProcess) -> list[ReplicaProcess]:
+    """Waits for the two replicas that are there once the victim has been replaced."""
+
+    def found() -> list[ReplicaProcess] | None:
+        now = running.replicas()
+        ids = {replica.id for replica in now}
+        pages = {entry["id"] for entry in running.adapters()["replicas"]}
+        return now if len(now) == 2 and pages == ids and victim.id not in ids else None
+
+    replicas: list[ReplicaProcess] = eventually(found, "two replicas again", START_S)
+    return replicas
+
+
+async def test_a_killed_replica_costs_no_request_without_a_byte(running: Fleet) -> None:
+    """These answers are not streamed, so all of them are without a byte until they are whole."""
     before = running.replicas()
     victim = before[0]
     store = Redis.from_url(f"unix://{running.directory}/redis/redis.sock", decode_responses=True)
 
     def residencies_of(replica: ReplicaProcess) -> list[str]:
-        return list(store.scan_iter(f"lf:default:residency:{replica.id}:*"))
+        return list(store.scan_iter(f"lf2:default:residency:{replica.id}:*"))
 
     assert [0 < store.pttl(key) <= LEASE_S * 1000 for key in residencies_of(victim)] == [True]
     models = ["tiny", "a0", "a1", "a2"] * 2
@@ -253,16 +303,9 @@ async def test_a_killed_replica_costs_only_what_it_was_running(running: Fleet) -
         enough.set()
         await asyncio.gather(*clients)
     failures = [at_s - killed_s for at_s, good in log if not good]
-    assert len(failures) <= len(models), f"{len(failures)} failed: {failures}"
-    assert all(at_s >= 0 for at_s in failures)
+    assert failures == []
 
-    def returned() -> list[ReplicaProcess] | None:
-        now = running.replicas()
-        pages = {entry["id"] for entry in running.adapters()["replicas"]}
-        return now if len(now) == 2 and pages == {replica.id for replica in now} else None
-
-    now = await asyncio.to_thread(eventually, returned, "two replicas again", START_S)
-    assert victim.id not in {replica.id for replica in now}
+    now = await asyncio.to_thread(two_without, running, victim)
     for name in NAMES:
         answer = running.complete(name)
         assert answer.status_code == 200, f"{answer.text} {answer.headers}"
@@ -271,18 +314,146 @@ async def test_a_killed_replica_costs_only_what_it_was_running(running: Fleet) -
     store.close()
 
 
+async def test_a_stopped_engine_costs_only_its_own_streams_and_starts_again(
+    running: Fleet,
+) -> None:
+    def engines() -> list[psutil.Process]:
+        processes = running.processes()
+        return [p for p in processes if "replica.engine.engine_process" in p.cmdline()]
+
+    def stalled() -> list[int]:
+        return [entry["load"]["stalled"] for entry in running.adapters()["replicas"]]
+
+    assert stalled() == [0, 0]
+    victim = engines()[0]
+    models = ["tiny", "a0", "a1", "a2"] * 2
+    log: list[tuple[float, bool]] = []
+    async with httpx.AsyncClient(base_url=running.url, timeout=ANSWER_S) as http:
+        enough = asyncio.Event()
+        clients = [asyncio.create_task(keep_asking(http, m, enough, log)) for m in models]
+        await until(lambda: len(log) > 2 * len(models))
+        victim.suspend()
+        gone = lambda: not victim.is_running() and len(engines()) == 2  # noqa: E731
+        await asyncio.to_thread(eventually, gone, "another engine runs")
+        enough.set()
+        await asyncio.gather(*clients)
+    assert all(good for _, good in log)
+    await asyncio.to_thread(eventually, lambda: stalled() == [0, 0], "both serve")
+
+
+def test_a_replica_whose_engine_keeps_ending_is_replaced(running: Fleet) -> None:
+    victim = running.replicas()[0]
+    process = psutil.Process(victim.pid)
+
+    def gone() -> bool:
+        with contextlib.suppress(psutil.Error):
+            for child in process.children():
+                if "replica.engine.engine_process" in child.cmdline():
+                    child.kill()
+            return process.status() == psutil.STATUS_ZOMBIE
+        return not process.is_running()
+
+    eventually(gone, "Serve ends the replica", START_S)
+    two_without(running, victim)
+    assert running.complete("tiny").status_code == 200
+
+
 def test_haproxy_listens_on_this_machine_only(running: Fleet) -> None:
-    haproxy = [process for process in running.processes() if process.name() == "haproxy"]
-    listening = [c.laddr for process in haproxy for c in process.net_connections("tcp")]
-    assert {address.ip for address in listening} == {"127.0.0.1"}
+    listening = set()
+    for process in running.processes():
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that a change of targets has replaced
+            if process.name() == "haproxy":
+                listening |= {each.laddr.ip for each in process.net_connections("tcp")}
+    assert listening == {"127.0.0.1"}
 
 
-def test_it_stops_quickly_and_leaves_nothing(running: Fleet) -> None:
+async def test_ctrl_c_lets_a_stream_end_and_leaves_nothing(running: Fleet) -> None:
     """The last test of this file: it ends the fleet."""
-    status, took_s, left = running.stop(signal.SIGINT)
+    body = {"model": "a0", "prompt": "x", "max_tokens": 1500, "ignore_eos": True, "stream": True}
+    async with (
+        httpx.AsyncClient(base_url=running.url, timeout=ANSWER_S) as http,
+        http.stream("POST", "/v1/completions", json=body) as stream,
+    ):
+        lines = stream.aiter_lines()
+        await anext(lines)
+        stopping = asyncio.create_task(asyncio.to_thread(running.stop, signal.SIGINT))
+        rest = [line async for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+    status, took_s, left = await stopping
     assert (status, left) == (0, [])
     assert took_s < 30  # Serve's default drain time
-    dtype, memory, ready = running.output().splitlines()
+    lines = running.output().splitlines()  # on a busy machine some come again, with the time taken
+    ray, dtype, memory, replicas, ready = [w for w in lines if not re.search(r": \d+ s$", w)]
+    assert (ray, replicas) == ("lorafleet: starting Ray", "lorafleet: starting 2 replicas of tiny")
     assert dtype == "lorafleet: dtype: float32 on cpu"
     assert memory.startswith("lorafleet: memory: ") and "(2 of rank 8)" in memory
     assert ready == f"ready: {running.url}/v1"
+
+
+async def test_a_second_ctrl_c_ends_at_once_and_leaves_nothing(files: Path, tmp_path: Path) -> None:
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    # So many rows take longer than the rest of the test on any machine.
+    many = {**body, "n": 32}
+    with fleet(["--model", str(files / "tiny"), "--device", "cpu"], tmp_path) as running:
+        async with (
+            httpx.AsyncClient(base_url=running.url, timeout=ANSWER_S) as http,
+            http.stream("POST", "/v1/completions", json=many) as stream,
+        ):
+            lines = stream.aiter_lines()
+            await anext(lines)
+            running.process.send_signal(signal.SIGINT)
+
+            async def refused() -> bool:
+                one = {**body, "max_tokens": 1}
+                try:
+                    answer = await http.post("/v1/completions", json=one, timeout=1.0)
+                except httpx.ReadTimeout:
+                    return False  # it waits for one of so many rows to end
+                except httpx.HTTPError:
+                    return True
+                return answer.status_code == 503
+
+            await until(refused)  # the first one has been heard
+            status, _, left = await asyncio.to_thread(running.stop, signal.SIGINT)
+            with pytest.raises(httpx.HTTPError):
+                async for _ in lines:
+                    pass
+    assert (status, left) == (1, [])
+
+
+async def test_a_stream_that_outlasts_the_drain_time_ends_with_an_error(
+    files: Path, tmp_path: Path
+) -> None:
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("drain_s: 1.0\nengine: {hang_s: 600.0}\n")
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    arguments = ["--model", str(files / "tiny"), "--device", "cpu", "--config", str(settings)]
+    with fleet(arguments, tmp_path) as running:
+        (engine,) = [
+            p for p in running.processes() if "replica.engine.engine_process" in p.cmdline()
+        ]
+        async with (
+            httpx.AsyncClient(base_url=running.url, timeout=ANSWER_S) as http,
+            http.stream("POST", "/v1/completions", json=body) as stream,
+        ):
+            lines = stream.aiter_lines()
+            await anext(lines)
+            engine.suspend()
+            stopping = asyncio.create_task(asyncio.to_thread(running.stop, signal.SIGINT))
+            rest = [line async for line in lines if line]
+        status, _, left = await stopping
+    assert (status, left) == (0, [])
+    assert '"shutting_down"' in rest[-1]
+
+
+def test_the_end_of_rays_control_store_is_said(files: Path, tmp_path: Path) -> None:
+    with fleet(["--model", str(files / "tiny"), "--device", "cpu"], tmp_path) as running:
+        (store,) = [p for p in running.processes() if p.name() == "gcs_server"]
+        store.kill()
+        eventually(lambda: "(gcs_server) has ended" in running.output(), "it is said")
+        for _ in range(4):  # HAProxy asks two routers in turn, and may ask each for the first time
+            answer = running.complete("tiny")
+            assert answer.status_code == 200, answer.text
+        for process in [*running.processes(), running.process]:
+            process.kill()
+        running.process.wait()

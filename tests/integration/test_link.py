@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,9 @@ from cluster.errors import (
 )
 from cluster.values import AdapterState, Tier, Version
 from replica.adapters.adapter_files import inspect
-from replica.engine.link import EngineLink
+from replica.engine import link as link_module
+from replica.engine.child import EngineChild, Spare
+from replica.engine.link import STRIKES_MAX, EngineLink
 from replica.model.shape import read_shape
 from replica.scheduling.request import Delta, Finish, NewRequest, Sampling
 from tests.models import edit_config, make_adapter, make_model
@@ -93,14 +97,15 @@ async def test_an_adapter_larger_than_the_arena_is_refused(model: str, adapter: 
     await link.stop()
 
 
-async def test_files_that_changed_since_they_were_registered_never_answer(
-    link: EngineLink, model: str, adapter: Version, tmp_path: Path
+async def test_damaged_files_fail_their_own_requests(
+    link: EngineLink, adapter: Version, tmp_path: Path
 ) -> None:
-    other = make_adapter(tmp_path / "other", model, rank=8, seed=9)
-    await link.register(adapter, other)
+    shutil.copytree(adapter.uri, tmp_path / "cut")
+    os.truncate(tmp_path / "cut" / "adapter_model.safetensors", 10_000)
+    await link.register(adapter, str(tmp_path / "cut"))
     (failed,) = await collect(link, NewRequest("r", (5,), GREEDY, adapter.digest))
     assert failed.error is not None and failed.error.status == 503
-    assert "changed" in failed.error.message
+    assert "the file holds" in failed.error.message
     assert (await collect(link, NewRequest("base", (5,), GREEDY)))[-1].finish is not None
 
 
@@ -138,18 +143,117 @@ async def test_a_full_queue_is_told_to_the_one_that_found_it_full(link: EngineLi
     await until(lambda: (link.report().running, link.report().waiting) == (0, 0))
 
 
-async def test_a_killed_engine_fails_its_streams_and_the_next_ones(link: EngineLink) -> None:
+async def test_a_killed_engine_fails_what_it_ran_and_the_next_one_serves_the_rest(
+    link: EngineLink, adapter: Version
+) -> None:
+    await link.register(adapter, adapter.uri)
     stream = link.generate(NewRequest("r", (5, 6), ENDLESS))
     await anext(stream)
-    assert link.pid is not None
-    os.kill(link.pid, signal.SIGKILL)
+    killed = link.pid
+    assert killed is not None
+    os.kill(killed, signal.SIGKILL)
     deltas = [delta async for delta in stream]
     assert isinstance(deltas[-1].error, EngineFailed)
-    assert not link.alive
+    assert (link.alive, link.report().stalled, link.adapter_states()) == (True, 1, [])
+    waiting = asyncio.create_task(collect(link, NewRequest("w", (5,), GREEDY, adapter.digest)))
+    await link.register(replace(adapter, name="b", digest="b"), adapter.uri)
+    assert (await waiting)[-1].finish is Finish.LENGTH
+    assert link.pid != killed
+    assert link.report().stalled == 0
+    assert [entry.digest for entry in link.adapter_states()] == sorted([adapter.digest, "b"])
+
+
+@pytest.mark.parametrize("busy", [True, False])
+async def test_a_stopped_engine_is_said_to_stall_and_is_replaced(model: str, busy: bool) -> None:
+    link = EngineLink(EngineConfig(model, threads=1, kv_memory=2**24, hang_s=0.5))
+    await link.start()
+    stalled: list[int] = []
+    spares: list[int] = []
+
+    def changed(_: list[AdapterState]) -> None:
+        stalled.append(link.report().stalled)
+        if link._spare._child is not None:
+            spares.append(link._spare._child.pid)
+
+    link.on_residency(changed)
+    stream = link.generate(NewRequest("r", (5, 6), ENDLESS))
+    while link._child is not None and (await anext(stream)).tokens:
+        if link.report().steps > 20:  # so that what a step takes is known
+            break
+    if not busy:
+        await stream.aclose()
+        await until(lambda: link.report().running == 0)
+    stopped = link.pid
+    assert stopped is not None
+    os.kill(stopped, signal.SIGSTOP)
+    took_s = await until(lambda: link.report().stalled == 1)
+    assert took_s >= 0.25
+    if busy:
+        deltas = [delta async for delta in stream]
+        assert "has not moved" in str(deltas[-1].error)
+    await until(lambda: link.report().stalled == 0)
+    assert stalled[:2] == [1, 1]
+    assert link.pid != stopped
+    assert link.pid == spares[0], "the next process was started before the hung one was killed"
+    assert (await collect(link, NewRequest("next", (5,), GREEDY)))[-1].finish is Finish.LENGTH
+    await link.stop()
+
+
+def test_a_spare_process_is_there_while_it_is_wanted() -> None:
+    spare = Spare(lambda: EngineChild(lambda _: None, lambda *_: None))
+    spare.keep(True)
+    spare.keep(True)
+    kept = spare.take()
+    assert kept.process.poll() is None
+    spare.keep(True)
+    assert spare._child is not None and spare._child is not kept
+    other = spare._child.process
+    spare.keep(False)
+    assert other.returncode is not None
+    assert spare._child is None
+    kept.discard()
+    assert kept.process.returncode is not None
+
+
+async def test_a_link_that_stops_leaves_no_spare_process(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "_WATCH_S", 1000.0)  # or else it would end the spare soon
+    link = EngineLink(EngineConfig(model, threads=1, kv_memory=2**24))
+    await link.start()
+    link._spare.keep(True)
+    assert link._spare._child is not None
+    process = link._spare._child.process
+    await link.stop()
+    assert process.returncode is not None
+
+
+async def test_an_engine_that_keeps_ending_is_given_up(
+    link: EngineLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "_BACKOFF_S", 0.0)
+    for killed in range(STRIKES_MAX):
+        pid = link.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: link._strikes == killed + 1 and link.report().stalled == 0)  # noqa: B023
+    pid = link.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    await until(lambda: not link.alive)
     (late,) = await collect(link, NewRequest("late", (5,), GREEDY))
     assert isinstance(late.error, EngineFailed)
     with pytest.raises(EngineFailed):
         await link.forget("x")
+
+
+async def test_an_engine_that_is_started_again_can_be_stopped(link: EngineLink) -> None:
+    pid = link.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    await until(lambda: link.pid != pid)
+    await link.stop()
+    assert not link.alive
 
 
 STUCK_ENGINE = """
@@ -158,7 +262,7 @@ from replica.adapters import loader
 from replica.engine import engine_process
 
 def read(*_, **options):
-    open(sys.argv[2]).read()
+    open(sys.argv[3]).read()
 
 loader.read_image = read
 engine_process.main()
@@ -175,7 +279,8 @@ async def stuck(
     popen = subprocess.Popen
 
     def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
-        return popen([command[0], "-c", STUCK_ENGINE, command[-1], pipe], **options)
+        fds = command[command.index("-m") + 2 :]
+        return popen([command[0], "-c", STUCK_ENGINE, *fds, pipe], **options)
 
     monkeypatch.setattr(subprocess, "Popen", start)
     link = EngineLink(EngineConfig(model, threads=1, kv_memory=2**24))
@@ -201,11 +306,10 @@ async def test_an_engine_that_raises_ends_though_a_loader_is_stuck_in_a_read(
     stuck: EngineLink,
 ) -> None:
     bug = NewRequest("bug", (), GREEDY)  # the scheduler asserts that there is a prompt
-    deltas = await asyncio.wait_for(collect(stuck, bug), TIMEOUT_S)
-    assert isinstance(deltas[-1].error, EngineFailed)
-    assert not stuck.alive
     pid = stuck.pid
     assert pid is not None
+    deltas = await asyncio.wait_for(collect(stuck, bug), TIMEOUT_S)
+    assert isinstance(deltas[-1].error, EngineFailed)
     await until(lambda: not _runs(pid))
 
 
@@ -213,14 +317,14 @@ async def test_an_engine_that_stops_ends_by_itself_though_a_loader_is_stuck_in_a
     stuck: EngineLink,
 ) -> None:
     await stuck.stop()
-    assert stuck._process is not None
-    assert stuck._process.returncode >= 0, "it had to be killed"
+    assert stuck._child is not None
+    assert stuck._child.process.returncode >= 0, "it had to be killed"
 
 
 async def test_a_model_that_cannot_be_served_is_named_at_start(tmp_path: Path) -> None:
     path = make_model(tmp_path / "m")
     edit_config(path, model_type="mamba", architectures=["MambaForCausalLM"])
-    with pytest.raises(ModelUnsupported, match="mamba"):
+    with pytest.raises(ModelUnsupported, match="MambaForCausalLM"):
         await EngineLink(EngineConfig(path)).start()
     with pytest.raises(StartupError, match="nowhere"):
         await EngineLink(EngineConfig(str(tmp_path / "nowhere"))).start()
@@ -230,7 +334,8 @@ def test_the_engine_dies_with_its_parent(model: str) -> None:
     script = f"""
 import asyncio, sys
 from cluster.config import EngineConfig
-from replica.engine.link import EngineLink
+from replica.engine import link as link_module
+from replica.engine.link import STRIKES_MAX, EngineLink
 link = EngineLink(EngineConfig({model!r}, threads=1))
 asyncio.run(link.start())
 print(link.pid, flush=True)

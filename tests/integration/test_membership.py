@@ -1,9 +1,11 @@
 """A replica in a fleet, with a real Redis and a stub engine: all replicas share one book."""
 
 import asyncio
+import contextlib
 import dataclasses
 import math
 import os
+import shutil
 import signal
 import threading
 from collections.abc import AsyncIterator, Awaitable
@@ -12,7 +14,8 @@ from pathlib import Path
 import pytest
 import redis.asyncio
 
-from cluster.catalog import Catalog, encode_version
+from cluster.adapter_paths import TENSORS_FILE
+from cluster.catalog import Catalog, found
 from cluster.config import FleetConfig
 from cluster.errors import (
     AdapterFailed,
@@ -24,11 +27,15 @@ from cluster.errors import (
     ShuttingDown,
 )
 from cluster.publisher import Publisher
+from cluster.recovery import encode_version
 from cluster.redis_client import connect, prefix
 from cluster.redis_server import RedisServer
 from cluster.registry import FleetView
-from cluster.values import AdapterState, LoadReport, Version
-from replica.api.interfaces import Acknowledgement
+from cluster.values import AdapterState, LoadReport, Tier, Version
+from replica.adapters.adapter_files import inspect
+from replica.api.interfaces import Acknowledgement, NewAdapter
+from replica.model.shape import read_shape
+from replica.serving.changes import SEEDED_AT_ONCE
 from replica.serving.membership import Membership
 from tests.small_files import settled_config, write_adapter, write_model_config
 from tests.stub_engine import StubEngine
@@ -81,6 +88,9 @@ class Fleet:
         engine_kind: type[StubEngine] = StubEngine,
         **config: object,
     ) -> tuple[Membership, StubEngine]:
+        if not self.replicas:
+            with contextlib.suppress(redis.ConnectionError):
+                found(url, self.config.name)
         engine = engine_kind()
         settings = dataclasses.replace(self.config, redis_url=url, **config)  # type: ignore[arg-type]
         membership = Membership(engine, settings, replica_id, run=run)
@@ -156,10 +166,26 @@ async def test_the_configured_adapters_are_there_when_it_starts(
     view = await running.view(shared_redis)
     one, engine = await running.replica(shared_redis, adapters=adapters, adapter_roots=())
     assert [version.name for version in one.versions()] == ["a", "b"]
-    await until(lambda: set(view.names) == {"a", "b"})
+    await until(lambda: [v.name for v in view.book.by_name()] == ["a", "b"])
     await until(lambda: "r1" in view.replicas)
     assert set(view.replicas["r1"].residency) == digests(engine)  # at first sight
     assert len(digests(engine)) == 2
+
+
+async def test_a_name_that_nobody_registered_is_found_in_a_directory(
+    shared_redis: str, running: Fleet
+) -> None:
+    running.adapter("a")
+    sources = {"adapter_sources": (str(running.root),), "adapter_roots": ()}
+    one, first = await running.replica(shared_redis, "r1", **sources)
+    other, second = await running.replica(shared_redis, "r2", **sources)
+    claims = await asyncio.gather(one.claim("a"), other.claim("a"))
+    for claim in claims:
+        assert claim is not None
+        assert digests(first) == digests(second) == {claim.version.digest}
+        claim.release()
+    assert await one.claim("nothing") is None
+    assert [version.name for version in other.versions()] == ["a"]
 
 
 async def test_a_configured_adapter_that_is_no_good_ends_the_start(
@@ -178,10 +204,10 @@ async def test_paths_outside_the_roots_are_refused_and_nothing_is_registered(
     running.root.mkdir()
     (running.root / "link").symlink_to(outside)
     for path in (outside, f"{running.root}/../elsewhere", str(running.root / "link"), "/etc"):
-        with pytest.raises(BadRequest, match="outside the allowed adapter roots") as caught:
+        with pytest.raises(BadRequest, match="the allowed adapter roots") as caught:
             await one.add("a", path)
         assert caught.value.field == "lora_path"
-        assert path in caught.value.message and str(running.root) in caught.value.message
+        assert path in caught.value.message
     assert (one.versions(), digests(engine)) == ([], set())
     assert (await one.add("a", outside, trusted=True)).pending == ()
 
@@ -263,6 +289,45 @@ async def test_a_version_added_elsewhere_is_claimed_once_the_engine_has_it(
     await adding
 
 
+async def test_a_request_that_waits_for_files_gets_the_version_that_the_name_points_at_then(
+    shared_redis: str, running: Fleet
+) -> None:
+    one, _ = await running.replica(shared_redis, "r1")
+    slow, engine = await running.replica(shared_redis, "r2", engine_kind=GatedEngine)
+    assert isinstance(engine, GatedEngine)
+    adding = asyncio.create_task(one.add("a", running.adapter("a")))
+    await until(lambda: slow.versions() != [])
+    old = slow.versions()[0].digest
+    claiming = asyncio.create_task(slow.claim("a"))
+    finding = asyncio.create_task(slow.find("a"))
+    pointing = asyncio.create_task(one.add("a", running.adapter("b", seed=1), load_inplace=True))
+    await until(lambda: slow.versions()[0].digest != old)
+    engine.gate.set()
+    claim, version = await claiming, await finding
+    new = (await pointing).digest
+    assert claim is not None and version is not None
+    assert (claim.version.digest, version.digest) == (new, new)
+    claim.release()
+    await adding
+
+
+async def test_a_request_that_waits_for_files_of_a_removed_name_finds_nothing(
+    shared_redis: str, running: Fleet
+) -> None:
+    one, _ = await running.replica(shared_redis, "r1")
+    slow, engine = await running.replica(shared_redis, "r2", engine_kind=GatedEngine)
+    assert isinstance(engine, GatedEngine)
+    adding = asyncio.create_task(one.add("a", running.adapter("a")))
+    await until(lambda: slow.versions() != [])
+    claiming = asyncio.create_task(slow.claim("a"))
+    removing = asyncio.create_task(one.remove("a"))
+    await until(lambda: slow.versions() == [])
+    engine.gate.set()
+    assert await claiming is None
+    await adding
+    await removing
+
+
 async def test_a_name_is_re_pointed_everywhere_and_the_old_version_goes(
     shared_redis: str, running: Fleet
 ) -> None:
@@ -291,6 +356,106 @@ async def test_a_version_stays_while_any_name_points_at_it(
     assert digests(engine) == set()
 
 
+async def test_each_node_has_its_own_copy_when_an_add_is_acknowledged(
+    shared_redis: str, running: Fleet, tmp_path: Path
+) -> None:
+    nodes = [str(tmp_path / name) for name in ("one", "two")]
+    one, first = await running.replica(shared_redis, "r1", directory=nodes[0])
+    _, second = await running.replica(shared_redis, "r2", directory=nodes[1])
+    _, beside = await running.replica(shared_redis, "r3", directory=nodes[1])
+    done = await one.add("a", running.adapter("a"))
+    assert done.pending == ()
+    shutil.rmtree(running.root / "a")
+    shape = read_shape(running.config.engine.model)
+    for engine, node in ((first, nodes[0]), (second, nodes[1]), (beside, nodes[1])):
+        assert engine.paths == {done.digest: f"{node}/adapters/{done.digest}"}
+        assert inspect(engine.paths[done.digest], shape, 2).digest == done.digest
+    _, late = await running.replica(shared_redis, "r4", directory=nodes[1])
+    assert late.paths.keys() == {done.digest}, "it starts with the node's copy"
+
+
+async def test_a_new_node_copies_from_whichever_directory_is_left(
+    shared_redis: str, running: Fleet, tmp_path: Path
+) -> None:
+    one, _ = await running.replica(shared_redis, "r1")
+    digests_added = {(await one.add(name, running.adapter(name))).digest for name in "ab"}
+    shutil.rmtree(running.root / "a")
+    other, engine = await running.replica(shared_redis, "r2", directory=str(tmp_path / "new"))
+    assert digests(engine) == digests_added and len(digests_added) == 1
+    assert await other.find("a") is not None
+
+
+async def test_a_node_that_cannot_copy_the_files_says_so(
+    shared_redis: str, running: Fleet, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    one, _ = await running.replica(shared_redis, "r1")
+    other, engine = await running.replica(shared_redis, "r2", directory=str(tmp_path / "file"))
+    done = await one.add("a", running.adapter("a"))
+    assert digests(engine) == set()
+    with pytest.raises(AdapterFailed, match=f"the store {tmp_path}/file/adapters failed"):
+        await other.find("a")
+    with pytest.raises(AdapterFailed) as caught:
+        await other.add("b", running.adapter("b"))
+    assert caught.value.status == 507
+    assert [version.digest for version in one.versions()] == [done.digest]
+
+
+async def test_many_are_added_in_one_change_and_known_by_all(
+    shared_redis: str, running: Fleet
+) -> None:
+    one, first = await running.replica(shared_redis, "r1")
+    other, second = await running.replica(shared_redis, "r2")
+    new = [NewAdapter(f"a{i}", running.adapter(f"a{i}", seed=i)) for i in range(100)]
+    done = await one.add_all(new)
+    assert [each.name for each in done] == [each.name for each in new]
+    assert {(each.sequence, each.pending) for each in done} == {(1, ())}
+    assert digests(first) == digests(second) == {each.digest for each in done}
+    assert len(other.versions()) == 100
+
+
+async def test_of_many_all_are_added_or_none(shared_redis: str, running: Fleet) -> None:
+    one, engine = await running.replica(shared_redis)
+    good = [NewAdapter(f"a{i}", running.adapter(f"a{i}", seed=i)) for i in range(40)]
+    await one.add("old", running.adapter("old", seed=99))
+    bad = {
+        "lora_path": NewAdapter("bad", str(running.root / "nothing")),
+        "lora_name": NewAdapter("old", running.adapter("new", seed=98)),
+    }
+    for field, each in bad.items():
+        with pytest.raises(BadRequest) as caught:
+            await one.add_all([*good, each])
+        assert caught.value.field == field
+    with pytest.raises(BadRequest, match="comes twice"):
+        await one.add_all([*good, good[0]])
+    assert [v.name for v in one.versions()] == ["old"]
+    assert len(digests(engine)) == 1
+
+
+async def test_many_with_pins_that_leave_no_room_are_refused(
+    shared_redis: str, running: Fleet
+) -> None:
+    paths = [running.adapter(f"a{i}", seed=i) for i in range(3)]
+    engine = dataclasses.replace(running.config.engine, adapter_memory=256 * 2)
+    one, _ = await running.replica(shared_redis, engine=engine)
+    with pytest.raises(AdapterRefused, match="pinned adapters take 512"):
+        await one.add_all([NewAdapter(f"a{i}", path, i < 2) for i, path in enumerate(paths)])
+    assert one.versions() == []
+    await one.add_all([NewAdapter(f"a{i}", path, i < 1) for i, path in enumerate(paths)])
+    assert len(one.versions()) == 3
+
+
+async def test_hundreds_of_configured_adapters_are_there_when_it_starts(
+    shared_redis: str, running: Fleet
+) -> None:
+    adapters = {f"a{i}": running.adapter(f"a{i}", seed=i) for i in range(SEEDED_AT_ONCE + 10)}
+    one, engine = await running.replica(shared_redis, adapters=adapters, run="run")
+    assert {version.name for version in one.versions()} == adapters.keys()
+    assert len(digests(engine)) == len(adapters)
+    other, _ = await running.replica(shared_redis, "r2", adapters=adapters, run="run")
+    assert other.versions() == one.versions()
+
+
 class Patience:
     """The clock of a replica that waits for others. It times out when the test says."""
 
@@ -308,10 +473,15 @@ class Patience:
         self, change: Awaitable[Acknowledgement], view: FleetView, sequence: int, *applied: str
     ) -> tuple[str, ...]:
         """The replicas reported as pending when only `applied` have applied the change."""
+        return (await self.done(change, view, sequence, *applied)).pending
+
+    async def done(
+        self, change: Awaitable[Acknowledgement], view: FleetView, sequence: int, *applied: str
+    ) -> Acknowledgement:
         waiting = asyncio.ensure_future(change)
-        await until(lambda: all(view.replicas[r].catalog_sequence >= sequence for r in applied))
+        await until(lambda: all(view.replicas[r].catalog[1] >= sequence for r in applied))
         self._looks_left = 1  # what is known at the first one may be from before that
-        return (await waiting).pending
+        return await waiting
 
 
 @pytest.fixture
@@ -332,6 +502,89 @@ async def test_a_silent_replica_is_named(
     adding = one.add("a", running.adapter("a"))
     assert await patience.pending(adding, view, 1, "r1", "r2") == ("silent",)
     assert await patience.pending(one.remove("a"), view, 2, "r1", "r2") == ("silent",)
+
+
+async def test_an_add_says_who_has_it_who_could_not_read_it_and_who_did_not_answer(
+    shared_redis: str, running: Fleet, patience: Patience
+) -> None:
+    class Unreadable(StubEngine):
+        async def register(self, version: Version, path: str) -> None:
+            raise AdapterFailed("no such directory here")
+
+    one, _ = await running.replica(shared_redis, "r1")
+    await running.replica(shared_redis, "r2", engine_kind=Unreadable)
+    view = await running.view(shared_redis)
+    running.silent(shared_redis, "silent")
+    await until(lambda: set(view.replicas) == {"r1", "r2", "silent"})
+    adding = one.add("a", running.adapter("a"))
+    done = await patience.done(adding, view, 1, "r1", "r2")
+    assert (done.applied, done.pending) == (("r1",), ("silent",))
+    assert done.failed == {"r2": "no such directory here"}
+    gone = await patience.done(one.remove("a"), view, 2, "r1", "r2")
+    assert (gone.applied, gone.failed, gone.pending) == (("r1", "r2"), {}, ("silent",))
+
+
+async def test_an_add_that_is_tried_again_is_success(shared_redis: str, running: Fleet) -> None:
+    one, _ = await running.replica(shared_redis, "r1")
+    other, _ = await running.replica(shared_redis, "r2")
+    path = running.adapter("a")
+    done = await one.add("a", path)
+    assert await other.add("a", path) == done
+    with pytest.raises(BadRequest, match="'a' is already loaded"):
+        await other.add("a", path, pinned=True)
+    with pytest.raises(BadRequest, match="'a' is already loaded"):
+        await other.add("a", running.adapter("b", seed=1))
+
+
+async def test_a_change_waits_while_redis_may_have_lost_others(
+    own_redis: RedisServer, running: Fleet
+) -> None:
+    one, engine = await running.replica(own_redis.url, "r1")
+    other, _ = await running.replica(own_redis.url, "r2")
+    old = await one.add("a", running.adapter("a"))
+    async with connect(own_redis.url) as client:
+        await client.flushall()
+        new = await other.add("b", running.adapter("b", seed=1))
+        assert (new.applied, new.pending) == (("r1", "r2"), ())
+        assert await client.hlen(prefix(running.config.name) + "catalog") == 2
+    assert digests(engine) == {old.digest, new.digest}
+    assert one.versions() == other.versions() and len(one.versions()) == 2
+
+
+async def test_an_add_that_redis_loses_while_it_waits_is_acknowledged_once_it_is_back(
+    own_redis: RedisServer, running: Fleet
+) -> None:
+    one, _ = await running.replica(own_redis.url, "r1")
+    slow, engine = await running.replica(own_redis.url, "r2", engine_kind=GatedEngine)
+    assert isinstance(engine, GatedEngine)
+    adding = asyncio.create_task(one.add("a", running.adapter("a")))
+    await until(lambda: one.versions() == slow.versions() != [])
+    async with connect(own_redis.url) as client:
+        await client.flushall()
+        generation = prefix(running.config.name) + "catalog:state"
+        await until(lambda: _has_field(client, generation, "generation"))
+    assert not adding.done()
+    engine.gate.set()
+    done = await adding
+    assert (done.applied, done.failed, done.pending) == (("r1", "r2"), {}, ())
+    assert digests(engine) == {done.digest}
+
+
+async def _has_field(client: redis.asyncio.Redis, key: str, field: str) -> bool:
+    return bool(await client.hexists(key, field))
+
+
+async def test_a_restarted_replica_undoes_no_removal_though_redis_was_emptied(
+    own_redis: RedisServer, running: Fleet
+) -> None:
+    flags = {"a": running.adapter("a"), "b": running.adapter("b", seed=1)}
+    one, _ = await running.replica(own_redis.url, "r1", run="run-1", adapters=flags)
+    await one.remove("b")
+    async with connect(own_redis.url) as client:
+        await client.flushall()
+    again, _ = await running.replica(own_redis.url, "r2", run="run-1", adapters=flags)
+    assert [v.name for v in again.versions()] == ["a"]
+    assert [v.name for v in one.versions()] == ["a"]
 
 
 async def test_a_replica_acknowledges_only_what_its_engine_has(
@@ -470,14 +723,26 @@ async def test_two_names_of_one_version_share_the_pin_and_the_larger_weight(
     assert [(v.pinned, v.weight) for v in engine.told] == [(True, 0.5), (True, 2.0)]
 
 
+async def put_without_a_message(client: redis.asyncio.Redis, fleet: str, version: Version) -> None:
+    """In one step, as changes are made; else a replica that looks meanwhile sees a broken book."""
+    root = prefix(fleet)
+    state = await client.hgetall(root + "catalog:state")
+    sequence = int(state.get("sequence", 0)) + 1
+    record = f'{{"stamp":[{state["generation"]},{sequence}],"version":{encode_version(version)}}}'
+    async with client.pipeline(transaction=True) as change:
+        change.hset(root + "catalog:state", "sequence", str(sequence))
+        change.hincrby(root + "catalog:state", "count", 1)
+        change.hset(root + "catalog", version.name, record)
+        await change.execute()
+
+
 async def test_a_name_whose_message_was_lost_is_served(shared_redis: str, running: Fleet) -> None:
     one, engine = await running.replica(shared_redis)
-    version = Version("lost", "f" * 64, running.adapter("a"), 2, 10)
+    path = running.adapter("a")
+    digest = inspect(path, read_shape(running.config.engine.model), 2).digest
+    version = Version("lost", digest, path, 2, 10)
     async with connect(shared_redis) as client:
-        root = prefix(running.config.name)
-        await client.hset(root + "catalog", "lost", encode_version(version))
-        await client.incr(root + "catalog:sequence")
-        await client.set(root + "epoch", "an epoch", nx=True)
+        await put_without_a_message(client, running.config.name, version)
     assert await one.find("lost") == version
     assert digests(engine) == {version.digest}
 
@@ -486,11 +751,11 @@ async def test_a_change_whose_message_was_lost_is_noticed_without_a_request(
     shared_redis: str, running: Fleet
 ) -> None:
     one, _ = await running.replica(shared_redis)
-    version = Version("lost", "f" * 64, running.adapter("a"), 2, 10)
+    path = running.adapter("a")
+    digest = inspect(path, read_shape(running.config.engine.model), 2).digest
+    version = Version("lost", digest, path, 2, 10)
     async with connect(shared_redis) as client:
-        root = prefix(running.config.name)
-        await client.hset(root + "catalog", "lost", encode_version(version))
-        await client.incr(root + "catalog:sequence")
+        await put_without_a_message(client, running.config.name, version)
     await until(lambda: one.versions() == [version])
 
 
@@ -515,6 +780,63 @@ async def test_files_that_cannot_be_fetched_fail_their_adapter_alone(
         return where.get("tier") == "failed" and "nosuchscheme" in where["reason"]
 
     await until(told)
+
+
+async def test_files_that_are_repaired_in_place_are_tried_at_once(
+    shared_redis: str, running: Fleet, tmp_path: Path
+) -> None:
+    engine = dataclasses.replace(running.config.engine, load_retry_s=1e6, load_retry_max_s=1e6)
+    path = running.adapter("a")
+    one, _ = await running.replica(shared_redis, "r1", directory=str(tmp_path / "one"))
+    done = await one.add("a", path)
+    (running.root / "a").rename(tmp_path / "away")
+    other, _ = await running.replica(
+        shared_redis, "r2", directory=str(tmp_path / "two"), engine=engine
+    )
+    for _ in range(2):
+        with pytest.raises(AdapterFailed, match="No such file"):
+            await other.find("a")
+    (tmp_path / "away").rename(running.root / "a")
+    found = await other.find("a")
+    assert found is not None and found.digest == done.digest
+
+
+async def test_an_add_of_what_has_failed_is_tried_at_once(
+    shared_redis: str, running: Fleet, tmp_path: Path
+) -> None:
+    engine = dataclasses.replace(running.config.engine, load_retry_s=1e6, load_retry_max_s=1e6)
+    one, _ = await running.replica(shared_redis, "r1", directory=str(tmp_path / "one"))
+    done = await one.add("a", running.adapter("a"))
+    (running.root / "a").rename(tmp_path / "away")
+    _, second = await running.replica(
+        shared_redis, "r2", directory=str(tmp_path / "two"), engine=engine
+    )
+    assert digests(second) == set()
+    (tmp_path / "away").rename(running.root / "a")
+    again = await one.add("a", running.adapter("a"))
+    assert (again.digest, again.failed, again.pending) == (done.digest, {}, ())
+    assert digests(second) == {done.digest}
+
+
+async def test_an_add_repairs_the_copy_that_an_engine_could_not_load(
+    shared_redis: str, running: Fleet
+) -> None:
+    one, engine = await running.replica(shared_redis, "r1")
+    path = running.adapter("a")
+    done = await one.add("a", path)
+    copy = Path(engine.paths[done.digest]) / TENSORS_FILE
+    content = copy.read_bytes()
+    copy.chmod(0o644)
+    copy.write_bytes(bytes(len(content)))
+    view = await running.view(shared_redis)
+    await until(lambda: "r1" in view.replicas)
+    for callback in engine._callbacks:
+        callback([AdapterState(done.digest, Tier.FAILED, 0, 0.0, "zeros")])
+    await until(lambda: view.replicas["r1"].residency[done.digest].tier is Tier.FAILED)
+    engine.paths.clear()
+    await one.add("a", path)
+    assert copy.read_bytes() == content
+    assert engine.paths.keys() == {done.digest}, "it was registered again, which ends its backoff"
 
 
 async def test_its_coroutines_run_on_any_loop(shared_redis: str, running: Fleet) -> None:

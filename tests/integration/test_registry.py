@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 import pytest
 import redis.asyncio
 
+from cluster.catalog import Catalog, found
 from cluster.publisher import Publisher
+from cluster.recovery import Stamp
 from cluster.redis_client import connect, prefix
 from cluster.redis_server import RedisServer
 from cluster.registry import FleetView, Registry, channel
-from cluster.values import AdapterState, LoadReport, Tier
+from cluster.values import AdapterState, LoadReport, Tier, Version
 from tests.until import TIMEOUT_S, until
 
 # Many reports per lease, so that a replica without a core for a while is not taken for dead.
@@ -26,6 +28,7 @@ LEASE_S, REPORT_S = 2.0, 0.05
 
 LONELY = """
 import asyncio, sys
+from cluster.catalog import Catalog, found
 from cluster.publisher import Publisher
 from cluster.redis_client import connect
 from cluster.values import LoadReport, AdapterState, Tier
@@ -47,10 +50,19 @@ class Replica:
     held: dict[str, AdapterState] = field(default_factory=dict)
     load: LoadReport = field(default_factory=LoadReport)
     alive: bool = True
-    applied: int = 0
+    applied: Stamp = (0, 0)
+    told: set[str] = field(default_factory=set)
 
     def hold(self, digest: str, tier: Tier = Tier.DEVICE, size: int = 10) -> None:
         self.held[digest] = AdapterState(digest, tier, size, 1.0)
+
+    def tell(self, publisher: Publisher) -> None:
+        """As an engine does: the states that have changed."""
+        gone = self.told - self.held.keys()
+        self.told |= self.held.keys()
+        absent = [AdapterState(digest, Tier.ABSENT, 0, 1.0) for digest in gone]
+        publisher.changed([*self.held.values(), *absent])
+        publisher.wake()
 
 
 @dataclass
@@ -119,7 +131,7 @@ async def keys(url: str, fleet: str) -> set[str]:
     async with connect(url) as client:
         root = prefix(fleet)
         found = {key.removeprefix(root) async for key in client.scan_iter(root + "*")}
-    return {key for key in found if ":" in key and "sequence" not in key}
+    return {key for key in found if ":" in key and "state" not in key}
 
 
 def gone(url: str, fleet: str) -> Callable[[], Awaitable[bool]]:
@@ -144,11 +156,11 @@ async def test_what_a_replica_holds_is_seen_as_it_changes(
 
     replica.hold("d2", Tier.LOADING)
     replica.held["d1"] = AdapterState("d1", Tier.FAILED, 0, 2.0, "it broke")
-    publisher.wake()
+    replica.tell(publisher)
     await until(lambda: view.replicas["r1"].residency == replica.held)
     del replica.held["d1"]
     replica.held["d2"] = AdapterState("d2", Tier.ABSENT, 0, 3.0)
-    publisher.wake()
+    replica.tell(publisher)
     await until(lambda: view.replicas["r1"].residency == {})
     assert view.resyncs == before  # messages did it
 
@@ -207,7 +219,8 @@ async def test_a_killed_replica_is_gone_within_the_lease_time(
     )
     try:
         await until(lambda: "lonely" in view.replicas)
-        assert len(await keys(shared_redis, running.name)) == 2
+        # Its lease, its residency and its mark.
+        assert len(await keys(shared_redis, running.name)) == 3
         before = view.resyncs
     finally:
         child.kill()
@@ -232,11 +245,14 @@ async def test_of_two_incarnations_the_newer_counts(shared_redis: str, running: 
     for report in range(3):  # the older one goes on reporting and changes nothing
         before.load = LoadReport(running=report)
         before.hold(f"old-{report}")
-        first.wake()
+        before.tell(first)
         await until(lambda n=report: f"old-{n}" in first.published)  # type: ignore[misc]
         assert set(view.replicas["r1"].residency) == {"new"}
     registry = Registry(running.clients[0], running.name)
-    assert [lease.incarnation for lease in await registry.leases()] == [second.incarnation]
+    _, standing = await registry.standing()
+    assert {r: lease.incarnation for r, (lease, _) in standing.items()} == {
+        "r1": second.incarnation
+    }
 
 
 async def test_a_lost_message_is_noticed_at_the_next_report(
@@ -252,12 +268,12 @@ async def test_a_lost_message_is_noticed_at_the_next_report(
         root = prefix(running.name)
         entry = json.dumps({"tier": "host", "bytes": 5, "since": 2.0, "reason": None})
         await client.hset(f"{root}residency:{publisher.incarnation}", "d1", entry)
-        await client.incr(f"{root}residency:sequence")
+        await client.hincrby(f"{root}residency:state", "sequence", 1)
     await until(lambda: view.replicas["r1"].residency["d1"].tier is Tier.HOST)
     assert view.resyncs == before + 1
 
 
-@pytest.mark.parametrize("lost", ["lease", "residency"])
+@pytest.mark.parametrize("lost", ["lease", "residency", "incarnations", "residency:state"])
 async def test_a_replica_that_redis_forgot_says_everything_again(
     shared_redis: str, running: Fleet, lost: str
 ) -> None:
@@ -268,7 +284,8 @@ async def test_a_replica_that_redis_forgot_says_everything_again(
     publisher = running.publish(shared_redis, replica)
     await until(lambda: "r1" in view.replicas)
     async with connect(shared_redis) as client:
-        await client.delete(f"{prefix(running.name)}{lost}:{publisher.incarnation}")
+        own = f":{publisher.incarnation}" if lost in ("lease", "residency") else ""
+        assert await client.delete(f"{prefix(running.name)}{lost}{own}")
     await until(lambda: _complete(shared_redis, running.name, publisher.incarnation, replica))
     assert view.replicas["r1"].residency == replica.held
 
@@ -276,16 +293,39 @@ async def test_a_replica_that_redis_forgot_says_everything_again(
 async def test_what_redis_says_of_a_replica_too_much_is_put_right(
     shared_redis: str, running: Fleet
 ) -> None:
-    view = await running.follow(shared_redis)
-    replica = Replica()
-    replica.hold("d1")
-    publisher = running.publish(shared_redis, replica)
-    await until(lambda: "r1" in view.replicas)
+    view, replica, publisher = await _seen(shared_redis, running)
     async with connect(shared_redis) as client:
         key = f"{prefix(running.name)}residency:{publisher.incarnation}"
         await client.hset(key, "never-held", await client.hget(key, "d1"))
     await until(lambda: _complete(shared_redis, running.name, publisher.incarnation, replica))
     assert view.replicas["r1"].residency == replica.held
+
+
+async def test_an_older_state_with_as_many_entries_is_put_right(
+    shared_redis: str, running: Fleet
+) -> None:
+    """A Redis restored from a snapshot, so quickly that no report failed meanwhile."""
+    view, replica, publisher = await _seen(shared_redis, running)
+    async with connect(shared_redis) as client:
+        root = prefix(running.name)
+        key = f"{root}residency:{publisher.incarnation}"
+        async with client.pipeline(transaction=True) as older:
+            older.hset(key, "older", await client.hget(key, "d1"))
+            older.hdel(key, "d1")
+            older.set(f"{root}mark:{publisher.incarnation}", "older", px=60_000)
+            await older.execute()
+    await until(lambda: _complete(shared_redis, running.name, publisher.incarnation, replica))
+    assert view.replicas["r1"].residency == replica.held
+
+
+async def _seen(url: str, running: Fleet) -> tuple[FleetView, Replica, Publisher]:
+    """A view that has seen a replica with one adapter."""
+    view = await running.follow(url)
+    replica = Replica()
+    replica.hold("d1")
+    publisher = running.publish(url, replica)
+    await until(lambda: "r1" in view.replicas)
+    return view, replica, publisher
 
 
 async def _complete(url: str, fleet: str, incarnation: str, replica: Replica) -> bool:
@@ -312,7 +352,7 @@ async def test_random_changes_of_several_replicas_end_in_the_same_view(
             replicas[who].held.pop(digest, None)
         else:
             replicas[who].hold(digest, draw.choice(tiers), draw.randrange(100))
-        publishers[who].wake()
+        replicas[who].tell(publishers[who])
         await asyncio.sleep(0)
     late = await running.follow(shared_redis)
     for seen in (view, late):
@@ -327,14 +367,15 @@ async def test_random_changes_of_several_replicas_end_in_the_same_view(
 async def test_junk_on_the_channel_disturbs_no_view(shared_redis: str, running: Fleet) -> None:
     view = await running.follow(shared_redis)
     replica = Replica()
-    running.publish(shared_redis, replica)
+    publisher = running.publish(shared_redis, replica)
     await until(lambda: "r1" in view.replicas)
     async with connect(shared_redis) as client:
         for junk in ("what is this", "[]", "{}", '{"epoch": "", "sequence": "x", "kind": 1}'):
-            await client.publish(channel(running.name), junk)
+            await client.publish(channel(client, running.name), junk)
         await client.sadd(prefix(running.name) + "incarnations", "x:1")
         await client.set(prefix(running.name) + "lease:x:1", "junk")
     replica.hold("d1")
+    replica.tell(publisher)
     await until(lambda: "d1" in view.replicas["r1"].residency)
 
 
@@ -345,7 +386,7 @@ async def test_while_redis_is_away_the_view_stays_and_after_it_is_true_again(
     view = await running.follow(own_redis.url, clock=clock)
     staying, leaving = Replica(), Replica()
     staying.hold("d1")
-    running.publish(own_redis.url, staying, "staying")
+    publisher = running.publish(own_redis.url, staying, "staying")
     running.publish(own_redis.url, leaving, "leaving")
     await until(lambda: len(view.replicas) == 2)
     own_redis.stop()
@@ -354,6 +395,7 @@ async def test_while_redis_is_away_the_view_stays_and_after_it_is_true_again(
     assert set(view.replicas) == {"staying", "leaving"}
     leaving.alive = False
     staying.hold("d2")
+    staying.tell(publisher)
     await until(running.tasks[-1].done)  # it leaves without a word: Redis is away
     await asyncio.sleep(LEASE_S)  # at least: then no lease is left in the Redis that returns
     own_redis.start()
@@ -383,6 +425,7 @@ async def test_a_killed_redis_is_filled_again_by_the_replicas(
         await client.flushall()
     await until(lambda: _complete(own_redis.url, running.name, publisher.incarnation, replica))
     replica.hold("d2")
+    replica.tell(publisher)
     await until(
         lambda: "r1" in view.replicas and set(view.replicas["r1"].residency) == {"d1", "d2"}
     )
@@ -405,5 +448,9 @@ async def test_a_hung_redis_empties_no_view(own_redis: RedisServer, running: Fle
 
 
 async def test_names_come_with_the_view(shared_redis: str, running: Fleet) -> None:
+    found(shared_redis, running.name)
     view = await running.follow(shared_redis)
-    assert dict(view.names) == {"base": None}
+    async with connect(shared_redis) as client:
+        await Catalog(client, running.name, "base").put(Version("a", "d1", "/a", 8, 100))
+    await until(lambda: view.digest_of("a") == "d1")
+    assert view.digest_of("base") is None and view.digest_of("unknown") is None

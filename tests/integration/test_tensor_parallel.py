@@ -15,10 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cluster.adapter_paths import TENSORS_FILE
 from cluster.config import EngineConfig
 from cluster.errors import ConfigError, EngineFailed, StartupError
 from cluster.values import Tier, Version
-from replica.adapters.adapter_files import TENSORS_FILE, inspect
+from replica.adapters.adapter_files import inspect
 from replica.engine import tensor_parallel
 from replica.engine.engine import Engine
 from replica.engine.link import EngineLink
@@ -28,6 +29,7 @@ from replica.model.launch import Row
 from replica.model.shape import read_shape
 from replica.scheduling.adapter import Load
 from replica.scheduling.request import Delta, NewRequest, Sampling
+from tests.kernels.pipelined import assert_told_alike
 from tests.models import edit_tensors, make_adapter, make_model
 from tests.until import TIMEOUT_S, WORK_S, until, until_now
 
@@ -165,6 +167,22 @@ def test_logprobs_are_those_of_one_rank_while_adapters_come_and_go(
     assert (first["r1"] - first["r6"]).abs().max() > 0.1, "the adapters hardly do anything"
 
 
+def test_prompts_tell_what_they_tell_one_rank(
+    model: str, versions: list[Version], parallel: Engine
+) -> None:
+    alone = engine(model, 1, versions)
+    sampling = Sampling(max_tokens=1, temperature=0.0, prompt_logprobs=2, embeds=True)
+    told = []
+    for each in (alone, parallel):
+        for n, digest in enumerate([None, *(v.digest for v in versions)]):
+            each.add(NewRequest(f"r{n}", PROMPTS[n % 4], sampling, digest))
+        told.append({name: delta.prompt for name, (delta,) in drive(each).items()})
+    alone.close()
+    for name, wanted in told[0].items():
+        assert wanted is not None and told[1][name] is not None
+        assert_told_alike(told[1][name], wanted)
+
+
 def test_drawn_tokens_are_those_of_one_rank(
     model: str, versions: list[Version], parallel: Engine
 ) -> None:
@@ -236,9 +254,9 @@ def test_an_adapter_that_one_rank_cannot_use_fails_on_all(
     path = make_adapter(tmp_path / "broken", model, rank=4, seed=9)
     name = "layers.2.self_attn.q_proj.lora_B.weight"
     (stored,) = [t for n, t in load_file(f"{path}/{TENSORS_FILE}").items() if n.endswith(name)]
-    stored[-1, 0] = float("nan")
-    edit_tensors(path, TENSORS_FILE, **{name: stored})
     info = inspect(path, read_shape(model), rank_max=64)
+    stored[-1, 0] = float("nan")  # after the check that would refuse it
+    edit_tensors(path, TENSORS_FILE, **{name: stored})
     parallel.register(Version("broken", info.digest, path, 4, info.parameters), path)
     parallel.add(NewRequest("bad", PROMPTS[0], LOGGED, info.digest))
     parallel.add(NewRequest("ok", PROMPTS[0], LOGGED, versions[1].digest))
@@ -375,29 +393,42 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in text.split()]
 
 
-async def test_a_killed_rank_ends_the_engine_and_what_it_runs(model: str) -> None:
+async def test_a_killed_rank_fails_what_the_engine_runs_and_all_ranks_start_again(
+    model: str,
+) -> None:
     settings = {"device": "cpu", "threads": 1, "kv_memory": 2**24}
     link = EngineLink(EngineConfig(model, tensor_parallel=2, **settings))  # type: ignore[arg-type]
     await link.start()
-    assert link.pid is not None
-    (worker,) = children(link.pid)
+    pid = link.pid
+    assert pid is not None
+    (worker,) = children(pid)
     stream = link.generate(NewRequest("r", (5, 6), ENDLESS))
     assert (await anext(stream)).tokens
     os.kill(worker, signal.SIGKILL)
     last = [delta async for delta in stream][-1]
     assert isinstance(last.error, EngineFailed)
     assert "rank 1 of 2 ended by signal 9" in last.error.message
-    assert not link.alive
-    await until(lambda: not runs(link.pid or 0))
+    assert not runs(pid)
+    await until(lambda: link.report().stalled == 0, WORK_S)
+    os.kill(children(link.pid or 0)[0], signal.SIGKILL)  # of an idle engine
+    await until(lambda: link.report().stalled == 1)
     await link.stop()
 
 
-async def test_a_rank_killed_while_the_engine_is_idle_ends_it_too(model: str) -> None:
-    link = EngineLink(EngineConfig(model, device="cpu", threads=1, tensor_parallel=2))
+async def test_a_stopped_rank_is_a_hang_and_none_of_the_ranks_outlives_it(model: str) -> None:
+    settings = {"device": "cpu", "threads": 1, "kv_memory": 2**24, "hang_s": 2.0}
+    link = EngineLink(EngineConfig(model, tensor_parallel=2, **settings))  # type: ignore[arg-type]
     await link.start()
-    assert link.pid is not None
-    os.kill(children(link.pid)[0], signal.SIGKILL)
-    await until(lambda: not link.alive)
+    pid = link.pid
+    assert pid is not None
+    processes = [pid, *children(pid)]
+    stream = link.generate(NewRequest("r", (5, 6), ENDLESS))
+    while link.report().steps < 5:  # so that what a step takes is known
+        assert (await anext(stream)).tokens
+    os.kill(processes[1], signal.SIGSTOP)
+    last = [delta async for delta in stream][-1]
+    assert last.error is not None and "has not moved" in last.error.message
+    await until(lambda: not any(map(runs, processes)))
     await link.stop()
 
 

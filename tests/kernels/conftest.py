@@ -26,11 +26,13 @@ def kernel_dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 @pytest.fixture(autouse=True)
-def one_thread_without_gradients() -> Iterator[None]:
-    """Tiny matmuls on two threads mostly wait for each other when the machine is busy."""
+def one_thread_without_gradients(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tiny matmuls on two threads mostly wait for each other when the machine is busy. A module
+    with `GRADIENTS` keeps gradients as they are.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with torch.inference_mode():
+    with torch.inference_mode(not getattr(request.module, "GRADIENTS", False)):
         yield
     torch.set_num_threads(threads)
 

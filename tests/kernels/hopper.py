@@ -25,6 +25,7 @@ from replica.adapters.image import Layout
 from replica.model.decoder import rotary_tables
 from replica.model.launch import Row
 from replica.model.memory import divide
+from replica.model.native import NativeModel
 from replica.model.page_memory import PageMemory
 from replica.model.shape import PROJECTIONS, ModelShape, read_shape
 from replica.model.weights import Linear, load_weights
@@ -104,17 +105,21 @@ def lora() -> None:
     directory.write(1, 0, zeros, zeros, ranks, np.ones(ranks.shape, np.float32))
     operation = TritonLora(directory, torch.empty(16, dtype=torch.bfloat16), groups, rank_max=256)
     operation.reserve(2048)
-    for rows in (16, 64, 2048):
-        operation.begin([1] * rows, rows)
+    # The last is not captured, so that its ranks choose the tiling.
+    for slots, rows in (([1] * 16, 16), ([1] * 64, 64), ([1] * 2048, 2048), ([1, 0] * 1024, None)):
+        operation.begin(slots, rows)
         for layer in range(layers):
-            for number in (0, 3):
+            for number in (0, 2, 3):
                 group = groups[number]
-                x = torch.empty(rows, group[0][1], dtype=torch.bfloat16)
-                y = torch.empty(rows, sum(entry[2] for entry in group), dtype=torch.bfloat16)
+                x = torch.empty(len(slots), group[0][1], dtype=torch.bfloat16)
+                y = torch.empty(len(slots), sum(entry[2] for entry in group), dtype=torch.bfloat16)
                 operation.start(x, layer, number)
-                operation.add(x, y, layer, number)
+                if number == 2:
+                    operation.add_gated(x, y, layer, number)
+                else:
+                    operation.add(x, y, layer, number)
     # Each once for each tiling and group: the layer makes no difference.
-    assert len(COMPILED) == 3 * 4, [kernel.name for kernel in COMPILED]
+    assert len(COMPILED) == 4 * 6, [kernel.name for kernel in COMPILED]
     for kernel in COMPILED:
         # A, B and x are read by 16 bytes at once, straight into shared memory.
         assert "cp.async.cg.shared.global" in kernel.ptx, kernel.name
@@ -201,7 +206,7 @@ def executor() -> None:
     from lora_kernels import fused
     from lora_kernels.matmuls import Matmuls
     from replica.model.graphs import keep
-    from replica.model.paged_decoder import paged_cache
+    from replica.model.paged_attention import paged_cache
     from replica.model.paged_executor import PagedExecutor
 
     # Nothing is computed here, and what comes out is to be taken for tokens.
@@ -217,7 +222,8 @@ def executor() -> None:
     pages = PageMemory(divide(config, shape, 2), torch.bfloat16, CPU)
     tables = rotary_tables(shape, shape.context, torch.bfloat16, CPU)
     cache = paged_cache(pages.flat, shape, config.page_tokens)
-    made = PagedExecutor(shape, weights, tables, cache, arena.triton_lora(64), 20, 600)
+    model = NativeModel(shape, weights, tables)
+    made = PagedExecutor(model, cache, arena.triton_lora(64), 20, 600)
     made.warm()
     made.capture(keep)
     before, rng = len(COMPILED), random.Random(0)

@@ -169,7 +169,7 @@ def package() -> None:
                 launches(make)
     modules = (attention_kernels, delta_kernels, fused, host_reads)
     launchers = [x for module in modules for x in vars(module).values() if isinstance(x, Launcher)]
-    assert len(launchers) == 11
+    assert len(launchers) == 12
     assert {launcher.kernel.fn.__name__ for launcher in launchers} == SEEN
 
 
@@ -224,7 +224,7 @@ def over_pages(make: Make) -> None:
 
 def deltas(make: Make) -> None:
     pick = make.rng.choice
-    widths = pick(([(64, 48), (64, 16)], [(33, 1)], [(128, 128)] * 3))
+    widths = pick(([(64, 48), (64, 16)], [(33, 1)], [(128, 128)] * 3, [(64, 48)] * 2))
     groups, arena = [[(i, *width) for i, width in enumerate(widths)]], make.tensor(4096)
     directory = Directory(3, 2, len(widths))
     zeros, ranks = np.zeros((2, len(widths)), np.int64), np.full((2, len(widths)), 16, np.int32)
@@ -239,6 +239,8 @@ def deltas(make: Make) -> None:
         for layer in range(2):
             operation.start(x, layer, 0)
             operation.add(x, y, layer, 0)
+            if len(widths) == 2 and widths[0] == widths[1]:
+                operation.add_gated(x, y, layer, 0)
 
 
 CASES: dict[str, Callable[[], None]] = {"bounded": bounded, "every": every, "package": package}

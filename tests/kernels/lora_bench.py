@@ -66,13 +66,15 @@ class Bench(Generic[Lora]):
         rank: int,
         targets: Sequence[int] = EVERYTHING,
         scale: float = 1.5,
+        gained: bool = False,
     ) -> int:
         """Random weights; rank and scale differ by layer and projection where they can. Gives the
-        image's end.
+        image's end. gained: all but the first target have gains.
         """
         size = (LAYERS, len(self.sizes))
         a, b = np.zeros(size, np.int64), np.zeros(size, np.int64)
         ranks, scales = np.zeros(size, np.int32), np.zeros(size, np.float32)
+        gains = np.zeros(size, np.int64) if gained else None
         offset = 0
         for layer in range(LAYERS):
             for projection in targets:
@@ -82,8 +84,10 @@ class Bench(Generic[Lora]):
                 ranks[layer, projection] = own
                 scales[layer, projection] = scale / (1 + layer + projection)
                 offset += own * (inputs + outputs)
+                if gains is not None and projection != targets[0]:
+                    gains[layer, projection], offset = offset, offset + 2 * outputs
         self.arena[start : start + offset] = self.randn(offset) * 0.3
-        self.directory.write(slot, start, a, b, ranks, scales)
+        self.directory.write(slot, start, a, b, ranks, scales, gains)
         self.spans[slot] = (start, offset)
         return start + offset
 
@@ -160,7 +164,8 @@ class Bench(Generic[Lora]):
                 slot = self.random.choice([s for s in range(1, SLOTS) if s not in self.spans])
                 targets = sorted(self.random.sample(EVERYTHING, self.random.randrange(1, 8)))
                 rank = self.random.choice([1, 3, 8, 16, 24, 40])
-                self.place(slot, shelf, rank, targets, self.random.random() * 2)
+                gained = self.random.random() < 0.3
+                self.place(slot, shelf, rank, targets, self.random.random() * 2, gained)
             case 2 if self.spans:
                 self.clear(self.random.choice(sorted(self.spans)))
             case 3 if self.spans and shelf is not None:

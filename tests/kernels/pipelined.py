@@ -6,15 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from cluster.config import EngineConfig
 from replica.adapters.image import read_image
 from replica.engine.runner import Runner
-from replica.model.launch import Row, Ticket
+from replica.model.checkpoint import shape_of
+from replica.model.launch import Asked, Row, Ticket
 from replica.model.sampling import Sampled
-from replica.model.shape import read_shape
-from replica.scheduling.request import Sampling, TokenLogprobs
+from replica.scheduling.request import PromptResult, Sampling, TokenLogprobs
 from tests.models import make_adapter
 
 VOCAB = 96
@@ -34,6 +35,7 @@ TINY = {
 REPORT = Sampling(temperature=0.0, logprobs=VOCAB)
 GREEDY = Sampling(temperature=0.0)
 WARM = Sampling(temperature=1.0)
+TELL = Sampling(temperature=0.0, prompt_logprobs=3, embeds=True)
 
 
 def adapters_of(directory: Path, model_dir: str) -> list[str]:
@@ -62,11 +64,11 @@ def load(model_dir: str, adapters: Sequence[str] = (), **settings: Any) -> Runne
         "directory_slots": 8,
     }
     config = EngineConfig(model=model_dir, **defaults | settings)
-    runner = Runner(config, read_shape(model_dir))
+    runner = Runner(config, shape_of(model_dir))
     assert runner.capture_fallback == 0
     offset = 0
     for slot, path in enumerate(adapters, start=1):
-        image = read_image(path, runner.shape, runner.dtype)
+        image = read_image(path, runner.shape, runner.dtype, base=runner.model)
         runner.arena.copy_in(offset, image)
         runner.arena.place(slot, offset, image.layout)
         offset += -(-image.bytes // runner.arena.alignment) * runner.arena.alignment
@@ -102,8 +104,22 @@ class Text:
             tokens, carry = [0], last
         self.launched += len(tokens)
         sampling = self.sampling if self.launched >= len(self.prompt) else None
+        past = (self.prompt, list(self.out)) if self.sampling.looks_back else None
+        asked = None
+        if self.sampling.asks_of_prompt and generated <= 0:
+            following = self.prompt[start + 1 : start + len(tokens) + 1]
+            asked = Asked(following, self.sampling.prompt_logprobs or 0, sampling is not None)
         return Row(
-            tokens, start, self.pages, self.slot, sampling, self.seed, max(generated, 0), carry
+            tokens,
+            start,
+            self.pages,
+            self.slot,
+            sampling,
+            self.seed,
+            max(generated, 0),
+            carry,
+            past,
+            asked=asked,
         )
 
 
@@ -149,6 +165,11 @@ def settle(texts: Sequence[Text], tickets: Sequence[Ticket]) -> None:
     expected, *others = [ticket.results() for ticket in tickets]
     for results in others:
         assert_alike(results, expected)
+    told, *others_told = [ticket.prompts() for ticket in tickets]
+    assert all(own == told.keys() for own in map(dict.keys, others_told))
+    for own in others_told:
+        for row, wanted in told.items():
+            assert_told_alike(own[row], wanted)
     for text, sampled in zip(texts, expected, strict=True):
         if sampled is not None:
             text.out.append(sampled.token)
@@ -161,6 +182,16 @@ def assert_alike(found: Sequence[Sampled | None], expected: Sequence[Sampled | N
             torch.testing.assert_close(
                 all_logprobs(own.logprobs), all_logprobs(theirs.logprobs), atol=TOLERANCE, rtol=0
             )
+
+
+def assert_told_alike(found: PromptResult, wanted: PromptResult) -> None:
+    for own, theirs in zip(found.logprobs, wanted.logprobs, strict=True):
+        assert (own.token, own.rank) == (theirs.token, theirs.rank)
+        pairs = [(own.logprob, theirs.logprob)]
+        pairs += zip((p for _, p in own.top), (p for _, p in theirs.top), strict=True)
+        assert all(abs(a - b) <= TOLERANCE for a, b in pairs)
+    states = [np.frombuffer(each.embedding or b"", "<f4") for each in (found, wanted)]
+    np.testing.assert_allclose(*states, atol=TOLERANCE)
 
 
 def all_logprobs(logprobs: TokenLogprobs | None) -> torch.Tensor:

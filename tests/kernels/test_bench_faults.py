@@ -1,6 +1,6 @@
 """A fault in one measurement of the GPU bench leaves the others' results."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -22,13 +22,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread_without_gradients() -> Iterator[None]:
-    """One thread; but gradients as they are in an engine, whose loaders know nothing of them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+GRADIENTS = True  # as in an engine, whose loaders know nothing of inference mode
 
 
 @pytest.fixture

@@ -9,10 +9,13 @@ from torch.nn import functional as F
 
 from lora_kernels import fused, reference
 from replica.model import sampling
-from replica.model.decoder import Decoder, rotary_tables
-from replica.model.sampling import Draw, sample, uniforms
+from replica.model.decoder import rotary_tables
+from replica.model.gather_attention import GatherAttention, ModelInputs
+from replica.model.gather_backend import GatherBackend
+from replica.model.logit_rules import Draw
+from replica.model.sampling import sample, uniforms
 from replica.model.shape import read_shape
-from replica.model.weights import Layer, Weights, linear
+from replica.model.weights import Layer
 from replica.scheduling.request import Sampling
 from tests.models import make_model
 
@@ -137,13 +140,16 @@ def test_rotary_store_is_what_the_decoder_does(
     gains = [randn(size, seed=seed).cpu() if norms else None for seed in (5, 6)]
     empty = torch.empty(0)
     layer = Layer((), (), empty, empty, gains[0], gains[1])
-    weights = Weights(empty, (), empty, linear(empty))
     qkv = randn(4, heads + 2 * kv_heads, size).cpu()
     positions, targets = torch.tensor([3, 0, 17, 31]), torch.tensor([5, 0, 7, 2])
     cache = torch.zeros(2, kv_heads, 2, 4, size)
-    cos_sin = tables[0][positions][:, None], tables[1][positions][:, None]
     theirs = qkv.clone()
-    Decoder(shape, weights, tables)._rotate_and_store(theirs, layer, cos_sin, cache, targets)
+    attention = GatherAttention(cache[None])
+    backend = GatherBackend(shape, tables, attention)
+    none = torch.tensor([], dtype=torch.int64)
+    backend.begin(ModelInputs(none, positions, targets, none, [], none))
+    backend.rotate(theirs, layer)
+    attention.store(0, theirs[:, heads:-kv_heads], theirs[:, -kv_heads:])
     memory = torch.zeros(2, 2, kv_heads, 4, size, device=DEVICE)
     mine = qkv.to(DEVICE)
     fused.rotary_store(

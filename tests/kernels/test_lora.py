@@ -48,6 +48,21 @@ def test_projections_that_an_adapter_leaves_alone() -> None:
         bench.check([1, 2, 3, 4, 0, 2, 1])
 
 
+def test_gains_beside_adapters_without(dtype: torch.dtype) -> None:
+    bench = Bench(1, dtype)
+    end = bench.place(1, 0, 8, gained=True)
+    end = bench.place(2, end, 4, targets=(0, 2, 6), gained=True)
+    bench.place(3, end, 20)
+    for _ in range(3):
+        bench.check([1, 2, 3, 0, 1, *[2] * 30])
+    assert not any(slot in pack._packed for pack in bench.lora._packs for slot in (1, 2))
+    bench.clear(1)
+    bench.place(1, 0, 8)
+    bench.move(2, bench.spans[3][0] + bench.spans[3][1])
+    for _ in range(3):
+        bench.check([1, 2, 3, 0])
+
+
 def test_a_prefill_chunk_beside_decoding_rows(dtype: torch.dtype) -> None:
     bench = Bench(2, dtype)
     placed(bench, [8, 16, 4])

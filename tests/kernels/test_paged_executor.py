@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cluster.config import EngineConfig
-from cluster.errors import ConfigError, StartupError
+from cluster.errors import ConfigError, ModelUnsupported, StartupError
 from cluster.values import Version
 from replica.adapters.adapter_files import inspect
 from replica.adapters.image import read_image
@@ -18,11 +18,13 @@ from replica.engine.engine import Engine
 from replica.model import graphs
 from replica.model.gather_executor import GatherExecutor
 from replica.model.graphs import Captured, CudaCapture, Work
+from replica.model.paged_batch import PackedRows
 from replica.model.paged_executor import PagedExecutor
 from replica.scheduling.request import NewRequest, Sampling
 from tests.kernels.pipelined import (
     GREEDY,
     REPORT,
+    TELL,
     TINY,
     VOCAB,
     WARM,
@@ -41,16 +43,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral-window": ("mistral", {"sliding_window": 9}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
+    # Through transformers' own modules.
+    "gemma2": ("gemma2", {"sliding_window": 9}),
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread_without_gradients() -> Iterator[None]:
-    """One thread; but gradients as they are in an engine, whose loaders know nothing of them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+GRADIENTS = True  # as in an engine, whose loaders know nothing of inference mode
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -90,9 +88,72 @@ def test_batches_of_all_kinds_give_what_torch_gives(model: str, tmp_path: Path, 
         (23, 12, 2, WARM),
         (17, 20, 3, narrow),
         (9, 25, 2, late),
-        (30, 14, 0, WARM),
+        (30, 14, 0, TELL),
     )
     assert run_both(runners, texts, random.Random(seed), chunk_max=12) > 30
+    steps_of_single_tokens = texts_of((9, 2, 1, TELL), (3, 9, 0, GREEDY))
+    run_both(runners, steps_of_single_tokens, random.Random(seed), chunk_max=1)
+
+
+@pytest.mark.usefixtures("by_reference")
+def test_steps_whose_adapters_change_the_vocabulary_are_not_replayed(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saving = {"save_embedding_layers": False}
+    targets = ("v_proj", "lm_head", "embed_tokens")
+    own = make_adapter(tmp_path / "own", llama, rank=4, targets=targets, saving=saving)
+    adapters = [*adapters_of(tmp_path, llama), own]
+    runners = [load(llama, adapters, kernels=kernels) for kernels in ("torch", "triton")]
+    executor = runners[1]._executor
+    assert isinstance(executor, PagedExecutor) and executor._graphs is not None
+    replayed: set[int] = set()
+    replay = executor._graphs.replay
+
+    def recorded(packed: PackedRows, lora: bool) -> None:
+        replayed.update(row.slot for row in packed.rows)
+        replay(packed, lora)
+
+    monkeypatch.setattr(executor._graphs, "replay", recorded)
+    texts = texts_of((9, 9, 4, REPORT), (4, 17, 1, REPORT), (17, 4, 4, WARM), (3, 19, 0, REPORT))
+    run_both(runners, texts, random.Random(1), chunk_max=8)
+    assert replayed == {0, 1}
+
+
+@pytest.mark.usefixtures("by_reference")
+def test_a_model_of_transformers_is_not_captured_and_its_heads_are_of_one_size(
+    tmp_path: Path,
+) -> None:
+    model_dir = make_model(tmp_path / "even", "gemma2", **TINY)
+    executor = load(model_dir, kernels="triton")._executor
+    assert isinstance(executor, PagedExecutor)
+    assert executor._graphs is None
+    uneven = make_model(tmp_path / "uneven", "gemma4_text", **TINY, global_head_dim=64)
+    with pytest.raises(ModelUnsupported, match="set `kernels: torch`"):
+        load(uneven, kernels="triton")
+
+
+@pytest.mark.usefixtures("by_reference")
+def test_rows_whose_sampling_looks_back_see_the_token_in_flight(
+    llama: str, seed: int, tmp_path: Path
+) -> None:
+    runners = [load(llama, adapters_of(tmp_path, llama), kernels=k) for k in ("torch", "triton")]
+    penalties = Sampling(
+        temperature=0.0, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.7
+    )
+    barred = (*((a, b) for a in range(VOCAB) for b in (a, 5)), (7, 8, 9), (11,))
+    texts = texts_of(
+        (12, 12, 1, penalties),
+        (5, 12, 0, Sampling(temperature=0.0, bad_words=barred, logit_bias=((5, 3.0),))),
+        (9, 12, 2, Sampling(temperature=0.0, frequency_penalty=2.0, min_p=0.1)),
+        (3, 12, 0, GREEDY),
+        (7, 12, 3, Sampling(frequency_penalty=-2.0, bad_words=barred)),
+    )
+    assert run_both(runners, texts, random.Random(seed), chunk_max=12) > 12
+    for text in texts:
+        assert len(text.out) == 12
+        if text.sampling.bad_words:
+            pairs = set(zip(text.out, text.out[1:], strict=False))
+            assert not pairs & set(barred)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="graphs can be captured here")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from replica.adapters.adapter_files import inspect
 from replica.engine import largest_step
 from replica.engine.engine import Engine
 from replica.model.decoder import rotary_tables
+from replica.model.logit_rules import Draw
+from replica.model.native import NativeModel
 from replica.model.paged_executor import PagedExecutor
-from replica.model.sampling import Choice, Draw
+from replica.model.sampling import Choice
 from replica.model.weights import load_weights
 from replica.scheduling.adapter import PageMove
 from replica.scheduling.request import NewRequest, Sampling
@@ -29,13 +31,7 @@ PAGE_BYTES = 2 * 2 * 32 * 4 * PAGE_TOKENS
 CONTEXT_PAGES = 128 // PAGE_TOKENS
 
 
-@pytest.fixture(autouse=True)
-def one_thread_without_gradients() -> Iterator[None]:
-    """One thread; but gradients as they are in an engine, whose loaders know nothing of them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+GRADIENTS = True  # as in an engine, whose loaders know nothing of inference mode
 
 
 @pytest.fixture
@@ -185,8 +181,9 @@ def test_one_memory_is_what_the_model_and_the_largest_step_leave(
     monkeypatch.setattr(PagedExecutor, "_choice", chosen)
     weights = load_weights(llama, made.shape, torch.float32, torch.device("cpu"))
     cos_sin = rotary_tables(made.shape, made.shape.context, torch.float32, torch.device("cpu"))
-    sized = runner._sized(config, weights, cos_sin, "triton")
+    model = NativeModel(made.shape, weights, cos_sin)
+    sized = runner._sized(config, model, "triton")
     assert sized.device_memory == 500 * PAGE_BYTES
     assert max(measured) == config.batch_rows_max, "every row may draw from some of the vocabulary"
-    assert runner._sized(sized, weights, cos_sin, "triton") is sized
+    assert runner._sized(sized, model, "triton") is sized
     made.close()

@@ -1,26 +1,27 @@
 """`TritonLora` against `reference.lora`, in Triton's interpreter or on a GPU."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 
-from lora_kernels import lora
+from lora_kernels import fused, lora
 from lora_kernels.host_reads import fetch_kernel
 from lora_kernels.launching import Launcher
 from lora_kernels.lora import TritonLora
-from lora_kernels.tilings import TILINGS, Tiling
+from lora_kernels.tilings import TILINGS, Choice, Tiling
 from tests.kernels.lora_bench import SIZES, placed
 from tests.kernels.lora_bench import Bench as AnyBench
 
 RANK_MAX = 48
 # The interpreter takes milliseconds a program, so these are few; still there are ranks of several
 # blocks, and inputs of several steps and planes.
-FEW = Tiling(16, 32, 16, plane_inputs=16, planes_max=3, outputs=64, depth=32)
-MANY = Tiling(64, 64, 32, plane_inputs=2**31, planes_max=1, outputs=64, depth=16)
-SMALL = ((24, FEW), (None, MANY))
+FEW = Tiling(16, 16, 32, 16, 16, 3, outputs=64, depth=32, programs=1024)
+MANY = Tiling(64, 64, 64, 32, 2**31, 1, outputs=64, depth=16, programs=1024)
+CUT = replace(MANY, shrink_rows=16, ranks=16)
+SMALL = (Choice(24, None, FEW), Choice(None, 8, CUT), Choice(None, None, MANY))
 
 
 class Bench(AnyBench[TritonLora]):
@@ -50,23 +51,87 @@ def test_rows_of_many_ranks_in_one_batch(device: torch.device, kernel_dtype: tor
     bench.check([3, 0, 1, 2, 2, 5, 0, 4])
 
 
+def test_gains_beside_adapters_without(device: torch.device, kernel_dtype: torch.dtype) -> None:
+    bench = Bench(device, kernel_dtype)
+    bench.place(1, 16, 9, gained=True)
+    bench.place(2, 16384, 18, targets=(0, 2, 6), gained=True)
+    bench.place(3, 32768, 4)
+    bench.check([3, 0, 1, 2, 2, 1, 0, 3])
+    bench.clear(1)
+    bench.place(1, 16, 9)
+    bench.check([3, 0, 1, 2])
+
+
 def test_long_segments_of_many_ranks(device: torch.device, kernel_dtype: torch.dtype) -> None:
     bench = Bench(device, kernel_dtype)
     placed(bench, [8, RANK_MAX, 1])
     bench.check([*[1] * 70, 0, *[2] * 3, *[0] * 5, *[3] * 64, 1])
 
 
-@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("rows, rank", [(3, 20), (40, 20), (90, 12)])
 def test_the_tilings_that_are_served_with(
-    device: torch.device, kernel_dtype: torch.dtype, rows: int
+    device: torch.device, kernel_dtype: torch.dtype, rows: int, rank: int
 ) -> None:
     """Inputs of several planes and steps; keys and values a quarter as wide as queries."""
     sizes = ((1088, 512), (1088, 128), (1088, 128), *SIZES[3:])
     # Rows beyond any limit of the table, so that each of the tilings is had with few.
-    tilings = [(3, TILINGS[0][1]), (20, TILINGS[1][1]), (None, TILINGS[2][1])]
+    limits = (3, 20, None, None)
+    tilings = [replace(c, rows_max=rows) for c, rows in zip(TILINGS, limits, strict=True)]
     bench = Bench(device, kernel_dtype, sizes, tilings=tilings)
-    bench.place(1, 0, 20, targets=(0, 1, 2), scale=0.2)
+    bench.place(1, 0, rank, targets=(0, 1, 2), scale=0.2)
     bench.check([1] * (rows - 1) + [0])
+
+
+def test_wide_tiles_are_shrunk_in_pieces_of_their_rows_at_low_ranks(
+    device: torch.device, kernel_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(device, kernel_dtype)
+    placed(bench, [8, 3, RANK_MAX])
+    recorded = record(monkeypatch)
+    # 70 rows are a tile of 64 and one of 6, of which the last three quarters are nobody's.
+    bench.check([*[1] * 70, *[2] * 17, 0])
+    assert recorded[0].grid == (3, 3 * 4)
+    del recorded[:]
+    bench.check([*[1] * 70, *[3] * 17, 0])
+    assert recorded[0].grid == (3, 3 * 1)
+
+
+@pytest.mark.parametrize("rows", [None, 32])
+@pytest.mark.parametrize("counts", [(3, 2, 1, 4), (0, 5, 30, 40)])
+def test_gate_and_up_give_the_bits_of_their_deltas_and_then_the_activation(
+    device: torch.device, kernel_dtype: torch.dtype, counts: tuple[int, ...], rows: int | None
+) -> None:
+    """rows: what a captured step of few rows pads them to."""
+    sizes = (*SIZES[:4], (24, 56), (24, 56), (56, 24))
+    bench = Bench(device, kernel_dtype, sizes)
+    bench.place(1, 0, 20)
+    bench.place(2, 16384, 8, targets=(5,))
+    bench.place(3, 24576, 3, targets=(1, 4, 5), gained=True)
+    slots = [slot for slot, count in enumerate(counts) for _ in range(count)]
+    bench.random.shuffle(slots)
+    if rows is not None and len(slots) > rows:
+        rows = len(slots)
+    bench.lora.begin(slots, rows)
+    x, y = bench.operands(rows or len(slots), 2)
+    added = y.clone()
+    bench.lora.add(x, added, 1, 2)
+    wanted = fused.silu_mul(added)
+    bench.lora.start(x, 1, 2)
+    assert torch.equal(bench.lora.add_gated(x, y, 1, 2), wanted)
+
+
+def test_gate_and_up_of_one_adapter_alone_and_of_none(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora, "ALONE_ROWS", 2)
+    bench = Bench(device, sizes=(*SIZES[:4], (24, 56), (24, 56), (56, 24)))
+    placed(bench, [8])
+    for slots in ([1] * 4, [0] * 4):
+        bench.lora.begin(slots)
+        x, y = bench.operands(4, 2)
+        added = y.clone()
+        bench.lora.add(x, added, 1, 2)
+        assert torch.equal(bench.lora.add_gated(x, y, 1, 2), fused.silu_mul(added))
 
 
 def test_a_batch_of_base_rows_alone_is_left_as_it_is(device: torch.device) -> None:
@@ -227,11 +292,8 @@ def test_a_padded_batch_is_launched_by_its_padded_rows_alone(
     assert recorded[0].grid == (3, tiles * blocks) and recorded[1].grid == (3, tiles)
 
 
-def test_more_programs_of_work_than_programs(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lora, "PROGRAMS", 8)
-    bench = Bench(device)
+def test_more_programs_of_work_than_programs(device: torch.device) -> None:
+    bench = Bench(device, tilings=[Choice(None, None, replace(FEW, programs=8))])
     placed(bench, [40, 8, 4])
     bench.check([1, 2, 3, 0] * 5)
 
@@ -299,5 +361,5 @@ def record(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
 
 def buffers(operation: TritonLora) -> list[torch.Tensor]:
     followed = operation._followed
-    planes = [cuts[0].planes for _, _, cuts in operation._tiled]
+    planes = [cuts[0].planes for _, cuts in operation._tiled]
     return [operation._table.values, followed.ranks, *planes]

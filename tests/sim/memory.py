@@ -7,10 +7,12 @@ import dataclasses
 from collections.abc import Sequence
 
 from replica.scheduling.adapter import ArenaChange, Evict, Load, PageMove
+from replica.scheduling.pages import PageCopy
 from replica.scheduling.plan import Work
 from replica.scheduling.scheduler import Scheduler
 
 _Written = tuple[str | None, int]  # (adapter that computed it, token)
+_Contents = dict[int, _Written]  # of a page, by position in it
 
 
 class Memory:
@@ -26,6 +28,8 @@ class Memory:
         self._images: dict[int, Load] = {}
         self._tokens: dict[tuple[int, int], _Written] = {}
         self.copies: list[Load] = []
+        self.page_copies: dict[int, PageCopy] = {}
+        self._host: dict[int, _Contents] = {}
         self.lost: set[int] = set()  # slots whose load failed after later changes were planned
 
     @property
@@ -44,8 +48,12 @@ class Memory:
             assert (image.offset, image.bytes) == (move.source, move.bytes)
             self._images[move.slot] = dataclasses.replace(image, offset=move.target)
             self._own(move.target, move.bytes, image.digest)
+        moved = {page.source for page in change.page_moves}
+        for copy in list(self.page_copies.values()):
+            if not moved.isdisjoint(copy.pages):
+                self._finish(copy)
         for page in change.page_moves:
-            self._copy_page(page)
+            self._move_page(page)
 
     def clear(self, evict: Evict) -> None:
         """If its load was lost, the slot may be empty."""
@@ -64,6 +72,32 @@ class Memory:
         self._own(load.offset, load.bytes, load.digest if good else "broken")
         if good:
             self._images[load.slot] = load
+
+    def begin_copy(self, copy: PageCopy) -> None:
+        """The copy reads and writes at any time until it ends."""
+        assert len(copy.pages) == len(copy.host_pages) > 0
+        self.page_copies[copy.number] = copy
+
+    def end_copy(self, number: int) -> None:
+        """Raises AssertionError if a page of it was in another's use since it began."""
+        if number in self.page_copies:
+            self._finish(self.page_copies[number])
+
+    def _finish(self, copy: PageCopy) -> None:
+        del self.page_copies[copy.number]
+        for page, host_page in zip(copy.pages, copy.host_pages, strict=True):
+            if copy.out:
+                self._host[host_page] = self._contents(page)
+            else:
+                for offset in range(self._pages.page_tokens):
+                    self._tokens.pop((page, offset), None)
+                self._own(*self._span(page), page)
+                for offset, written in self._host[host_page].items():
+                    self._tokens[page, offset] = written
+
+    def _contents(self, page: int) -> _Contents:
+        found = ((offset, self.read(page, offset)) for offset in range(self._pages.page_tokens))
+        return {offset: written for offset, written in found if written is not None}
 
     def weights(self, slot: int) -> str | None:
         """The adapter whose weights the rows of this slot use."""
@@ -110,10 +144,10 @@ class Memory:
     def _span(self, page: int) -> tuple[int, int]:
         return self._pages_begin + page * self._page_bytes, self._page_bytes
 
-    def _copy_page(self, move: PageMove) -> None:
+    def _move_page(self, move: PageMove) -> None:
+        contents = self._contents(move.source)
         for offset in range(self._pages.page_tokens):
-            written = self.read(move.source, offset)
             self._tokens.pop((move.target, offset), None)
-            if written is not None:
-                self._tokens[move.target, offset] = written
+        for offset, written in contents.items():
+            self._tokens[move.target, offset] = written
         self._own(*self._span(move.target), move.target)

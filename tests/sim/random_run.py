@@ -11,30 +11,54 @@ from dataclasses import dataclass
 
 from cluster.costs import Costs
 from cluster.errors import FleetError
+from replica.engine.prompt_results import PromptResults
 from replica.scheduling.adapter import Load
 from replica.scheduling.adapter_cache import AdapterCache
 from replica.scheduling.admission import Limits
 from replica.scheduling.budget import Budget
-from replica.scheduling.drainer import Sharing
 from replica.scheduling.extents import Extents
+from replica.scheduling.growth import Growth
 from replica.scheduling.host_tier import HostTier
 from replica.scheduling.loads import Switches
+from replica.scheduling.page_copies import PageCopies
 from replica.scheduling.pages import Pages
 from replica.scheduling.plan import Plan
-from replica.scheduling.request import ENDED, Delta, Finish, NewRequest, Request, Sampled, Sampling
+from replica.scheduling.request import (
+    ENDED,
+    Delta,
+    Finish,
+    NewRequest,
+    PromptResult,
+    Request,
+    Sampled,
+    Sampling,
+    TokenLogprobs,
+)
 from replica.scheduling.scheduler import Scheduler
 from replica.scheduling.share import Share
+from replica.scheduling.turns import Sharing
 from replica.scheduling.victims import ORDERS
 from tests.sim.memory import Memory
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchedStep:
-    """A launched step. pages: of each row. spans: the bytes of each slot that a row uses."""
+    """A launched step. pages: of each row. spans: the bytes of each slot that a row uses. told: by
+    row, the log-probabilities of its prompt.
+    """
 
     plan: Plan
     pages: list[list[int]]
     spans: dict[int, tuple[int, int]]
+    told: dict[int, PromptResult]
+
+    def pages_written(self, page_tokens: int = 16) -> set[int]:
+        """Pages that its rows write tokens to."""
+        return {
+            page
+            for work, pages in zip(self.plan.rows, self.pages, strict=True)
+            for page in pages[work.start // page_tokens :]
+        }
 
     def pages_in_use(self) -> dict[int, Request]:
         """Page → a request that computes with it."""
@@ -94,9 +118,18 @@ class Run:
             budget,
         )
         share = Share({"a": 2.0}, on=self.chance(0.3))
-        self.core = Scheduler(limits, pages, adapter_cache, costs, switches, sharing, share)
+        growth = Growth(16, pages.total * 16, rng.choice([0.0, 0.0, 0.02, 2.0]))
+        host = Pages(rng.randint(1, 24), 16, cache=False) if self.chance(0.7) else None
+        costs.pages_copied(1, rng.choice([0.001, 0.005, 0.1]))
+        copies = PageCopies(pages, host, 1, costs)
+        self.core = Scheduler(
+            limits, pages, adapter_cache, costs, switches, sharing, share, growth, copies
+        )
         self.memory = Memory(self.core)
+        self.prompts = PromptResults(supported=True)
         self.launched: deque[LaunchedStep] = deque()
+        self.page_copies: list[int] = []
+        self.tokens = [2, *[5, 6, 7] * rng.choice([1, 20])]  # 2 ends a request
         self.open: dict[str, Request] = {}
         self.got: dict[str, list[int]] = {}
         self.ended: set[str] = set()
@@ -137,8 +170,10 @@ class Run:
         digest = rng.choice([None, None, *"abcdefgh"])
         name = f"r{self.count}"
         self.count += 1
-        sampling = Sampling(max_tokens=rng.randint(1, 40))
-        first = rng.choice([0, 0, 1])
+        grammar = "any" if self.count % 5 == 0 else None
+        scored = 0 if self.count % 3 == 0 else None
+        sampling = Sampling(rng.randint(1, 40), grammar=grammar, prompt_logprobs=scored)
+        first = rng.choice([0, 0, 1, 100 * self.count])
         prompt = tuple(range(first, first + rng.randint(1, 60)))
         try:
             request = self.core.add(
@@ -148,6 +183,7 @@ class Run:
             return
         self.open[name] = request
         self.got[name] = []
+        self.prompts.add(request)
 
     def receive(self, deltas: Iterable[Delta]) -> None:
         for delta in deltas:
@@ -156,6 +192,8 @@ class Run:
                 adapters = self.core.adapter_cache.adapters
                 adapter = adapters.get(self.open[delta.request_id].adapter_key or "")
                 assert adapter is None or adapter.given_up, "it has tokens: it waits for retries"
+            if delta.tokens:
+                self.check_told(self.open[delta.request_id], delta)
             self.got[delta.request_id] += delta.tokens
             if delta.last:
                 request = self.open[delta.request_id]
@@ -167,10 +205,20 @@ class Run:
                 assert length == most if delta.finish is Finish.LENGTH else length <= most
                 self.end(delta.request_id)
 
+    def check_told(self, request: Request, delta: Delta) -> None:
+        """The first token brings what was asked of the prompt, whole, and no other does."""
+        first = not self.got[request.id]
+        if request.sampling.prompt_logprobs is None or not first:
+            assert delta.prompt is None
+        else:
+            assert delta.prompt is not None
+            assert tuple(e.token for e in delta.prompt.logprobs) == request.prompt[1:]
+
     def end(self, name: str) -> None:
         assert name in self.open and name not in self.ended, f"{name} ended twice"
         assert self.got.pop(name) == self.open.pop(name).output, f"{name} lost a token"
         self.ended.add(name)
+        self.prompts.remove(name)
 
     def finish_loads(self, faults: bool) -> None:
         for load in list(self.memory.copies):
@@ -197,8 +245,27 @@ class Run:
     def assert_slot_unused(self, slot: int) -> None:
         assert all(slot not in step.spans for step in self.launched), "a step in flight uses it"
 
+    def finish_page_copies(self, faults: bool) -> None:
+        """In any order. Copies between host and device may take many steps."""
+        for number in list(self.page_copies):
+            if not (faults and self.chance(0.6)):
+                self.page_copies.remove(number)
+                self.memory.end_copy(number)
+                self.core.pages_copied(number, self.now_s)
+                self.core.check()
+
+    def begin_page_copies(self, plan: Plan) -> None:
+        pages_in_use = {page for step in self.launched for page in step.pages_written()}
+        for copy in plan.page_copies:
+            assert not pages_in_use & set(copy.pages), (
+                "a step in flight writes a page that is copied"
+            )
+            self.memory.begin_copy(copy)
+            self.page_copies.append(copy.number)
+
     def step(self, faults: bool) -> None:
         self.finish_loads(faults)
+        self.finish_page_copies(faults)
         plan = self.core.step(self.now_s)
         self.core.check()
         self.receive(plan.failed)
@@ -208,7 +275,9 @@ class Run:
                 assert plan.wake_s is not None, "nothing wakes the engine for the retry"
         if plan.waits:
             self.commit()
-        plan = self.apply_changes(plan, faults)
+        changed = self.apply_changes(plan, faults)
+        self.begin_page_copies(plan)
+        plan = self.core.without_ended(changed)
         if plan.rows:
             self.launch(plan)
         if self.launched and (len(self.launched) == self.depth or not plan.rows):
@@ -234,7 +303,7 @@ class Run:
             self.memory.begin(change.load)
             if not self.core.switches.overlap:
                 self.load_now(change.load, faults)
-        return self.core.without_ended(plan)
+        return plan
 
     def assert_bytes_unused(self, offset: int, size: int) -> None:
         for step in self.launched:
@@ -256,7 +325,7 @@ class Run:
         pages_in_use = {
             page: r for step in self.launched for page, r in step.pages_in_use().items()
         }
-        step = LaunchedStep(plan, [], {})
+        step = LaunchedStep(plan, [], {}, self.told(plan))
         before = {id(work.request) for launched in self.launched for work in launched.plan.rows}
         for work in plan.rows:
             known = len(work.request.prompt) + len(work.request.output)
@@ -274,6 +343,15 @@ class Run:
         self.core.check()
         self.check_weights(step)
 
+    def told(self, plan: Plan) -> dict[int, PromptResult]:
+        told = {}
+        for row, (request, start, end, _, sample) in enumerate(plan.rows):
+            asked = self.prompts.asked(request, start, end, sample)
+            if asked is not None:
+                entries = (TokenLogprobs(token, 0.0, ()) for token in asked.following)
+                told[row] = PromptResult(tuple(entries))
+        return told
+
     def commit(self) -> None:
         step = self.launched.popleft()
         self.check_weights(step)
@@ -281,9 +359,11 @@ class Run:
         for work, pages in rows:
             if work.request.phase not in ENDED:  # else its result is dropped
                 self.memory.compute(work, pages)
-        stops = [2, 5, 6, 7]
-        chosen = [Sampled(self.rng.choice(stops)) if w.sample else None for w in step.plan.rows]
-        self.receive(self.core.commit(step.plan, chosen, self.now_s))
+        tokens = self.tokens
+        chosen = [Sampled(self.rng.choice(tokens)) if w.sample else None for w in step.plan.rows]
+        deltas = self.core.commit(step.plan, chosen, self.now_s)
+        self.prompts.take(step.plan.rows, step.told)
+        self.receive(self.prompts.join(deltas))
         self.core.check()
 
     def check_weights(self, step: LaunchedStep) -> None:

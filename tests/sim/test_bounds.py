@@ -9,8 +9,8 @@ import random
 
 import pytest
 
-from replica.scheduling.drainer import Sharing
 from replica.scheduling.scheduler import Scheduler
+from replica.scheduling.turns import Sharing
 from tests.core import STEP_S, new, run, scheduler
 
 
@@ -67,8 +67,8 @@ class Crowd:
         """Each place fits the largest image. Smaller ones never need more."""
         largest = max(self.sizes.values())
         drainer = self.core.drainer
-        bound_s = drainer.bound_s(len(self.sizes), self.arena // largest, largest)
-        return bound_s + drainer.sharing.head_start_s + 2 * STEP_S
+        bound_s = drainer.turns.bound_s(len(self.sizes), self.arena // largest, largest)
+        return bound_s + 2 * STEP_S
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -12,12 +12,12 @@ from cluster.values import Tier
 from replica.scheduling import victims
 from replica.scheduling.adapter_cache import AdapterCache
 from replica.scheduling.admission import Limits
-from replica.scheduling.drainer import Sharing
 from replica.scheduling.extents import Extents
 from replica.scheduling.loads import Switches
 from replica.scheduling.pages import Pages
 from replica.scheduling.plan import Work
 from replica.scheduling.scheduler import Scheduler
+from replica.scheduling.turns import Sharing
 from replica.simulation.simulator import Simulator
 from replica.simulation.workloads import Arrival
 

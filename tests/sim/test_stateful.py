@@ -24,14 +24,14 @@ from cluster.values import Tier
 from replica.scheduling import victims
 from replica.scheduling.adapter import Load
 from replica.scheduling.adapter_cache import AdapterCache
-from replica.scheduling.drainer import Sharing
 from replica.scheduling.extents import Extents
 from replica.scheduling.host_tier import HostTier
 from replica.scheduling.loads import Switches
-from replica.scheduling.pages import Pages
+from replica.scheduling.pages import Pages, Prefix
 from replica.scheduling.plan import Plan
 from replica.scheduling.request import ENDED, Delta, NewRequest, Sampled, Sampling
 from replica.scheduling.scheduler import Scheduler
+from replica.scheduling.turns import Sharing
 from tests.core import STEP_S, scheduler
 from tests.sim.memory import Memory
 
@@ -55,6 +55,7 @@ class PagesMachine(RuleBasedStateMachine):
         self.pages = Pages(8, page_tokens=2)
         self.holders: list[list[int]] = []
         self.filled: dict[int, tuple[str | None, tuple[int, ...]]] = {}
+        self.remembered: tuple[str | None, tuple[int, ...], Prefix] | None = None
 
     @rule(target=held, root=st.sampled_from([None, "x", "y"]), length=st.integers(1, 4))
     def compute(self, root: str | None, length: int) -> object:
@@ -76,6 +77,26 @@ class PagesMachine(RuleBasedStateMachine):
         pages = [*prefix.pages, *rest]
         self.holders.append(pages)
         return pages
+
+    @rule(root=st.sampled_from([None, "x", "y"]), length=st.integers(1, 4))
+    def remember(self, root: str | None, length: int) -> None:
+        tokens = tuple((i * length) % 3 for i in range(2 * length))
+        prefix = self.pages.match(root, tokens)
+        self.pages.give_back(prefix.pages)
+        self.remembered = root, tokens, prefix
+
+    @precondition(lambda self: self.remembered is not None)
+    @rule()
+    def check_the_remembered(self) -> None:
+        """An earlier match is the longest exactly if `match` finds the same."""
+        root, tokens, prefix = self.remembered
+        start = 2 * len(prefix.pages)
+        still = self.pages.still_longest(prefix, tokens[start : start + 2])
+        unheld, free = self.pages.unheld(prefix), self.pages.free
+        found = self.pages.match(root, tokens)
+        assert still == (found == prefix)
+        assert not still or unheld == free - self.pages.free
+        self.pages.give_back(found.pages)
 
     @rule(pages=consumes(held))
     def end(self, pages: list[int]) -> None:
@@ -213,6 +234,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.number = 0
         self.open: set[str] = set()
         self.launched_steps: deque[tuple[Plan, list[list[int]]]] = deque()
+        self.page_copies: list[int] = []
 
     @initialize(
         depth=st.integers(1, 2),
@@ -224,6 +246,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         parked=st.sampled_from([None, 0, 4]),
         page_bytes=st.sampled_from([None, None, 10, 15]),
         headroom=st.integers(0, 3),
+        host_pages=st.sampled_from([0, 2, 12]),
     )
     def assemble(
         self,
@@ -236,6 +259,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         parked: int | None,
         page_bytes: int | None,
         headroom: int,
+        host_pages: int,
     ) -> None:
         self.depth = depth
         self.core: Scheduler = scheduler(
@@ -257,6 +281,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             page_wait_max_s=0.2,
             page_bytes=page_bytes,
             headroom=headroom,
+            host_pages=host_pages,
         )
         self.memory = Memory(self.core)
 
@@ -269,7 +294,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def arrive(self, digest: str | None, prompt: int, tokens: int, priority: int) -> None:
         name = f"r{self.number}"
         self.number += 1
-        new = NewRequest(name, tuple(range(prompt)), Sampling(max_tokens=tokens), digest, priority)
+        sampling = Sampling(max_tokens=tokens, grammar="any" if self.number % 3 == 0 else None)
+        new = NewRequest(name, tuple(range(prompt)), sampling, digest, priority)
         try:
             self.core.add(new, self.now_s)
         except FleetError:
@@ -289,6 +315,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for left in reversed(range(steps)):
             if copies:
                 self.end_copies(good=True)
+                self.end_page_copies()
             self.step(broken and not left)
 
     @precondition(lambda self: self.memory.copies)
@@ -300,6 +327,18 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.core.loaded(load.digest, self.now_s)
             else:
                 self.core.load_failed(load.digest, "broken", self.now_s)
+
+    def end_page_copies(self) -> None:
+        while self.page_copies:
+            self.end_page_copy(last=False)
+
+    @precondition(lambda self: self.page_copies)
+    @rule(last=st.booleans())
+    def end_page_copy(self, last: bool) -> None:
+        """They end in any order."""
+        number = self.page_copies.pop(-1 if last else 0)
+        self.memory.end_copy(number)
+        self.core.pages_copied(number, self.now_s)
 
     def step(self, broken: bool = False) -> None:
         core = self.core
@@ -314,6 +353,9 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.memory.begin(change.load)
                 if not core.switches.overlap:
                     self.end_load(change.load, good=not broken or not change.load.digest)
+        for copy in plan.page_copies:
+            self.memory.begin_copy(copy)
+            self.page_copies.append(copy.number)
         plan = core.without_ended(plan)
         if plan.rows:
             self.launched_steps.append((plan, [work.request.pages for work in plan.rows]))
@@ -367,6 +409,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if not self.core.has_work:
                 break
             self.end_copies(good=True)
+            self.end_page_copies()
             self.step()
         assert not self.open, f"{sorted(self.open)} never ended"
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 from typer.testing import CliRunner
 
+from cluster.values import Tier
 from lorafleet import cli
 from replica.simulation.comparison import (
     REPORTED,
@@ -71,6 +72,18 @@ def test_one_memory_too_small_for_all_adapters_is_shared_in_turn(name: str) -> N
     assert all(r.tokens == r.arrival.output_tokens for r in records)
     assert not run.scheduler.has_work
     assert run.scheduler.pages.free == run.scheduler.pages.capacity
+
+
+def test_a_cold_start_reads_each_adapter_from_disk_once() -> None:
+    table = shortened(TABLES["15512-small"], 40)
+    cold, warm = (simulator(table, "ours", check=True, cold=cold) for cold in (True, False))
+    coming = arrivals(table.streams, 0)
+    waits_s = [sum(r.ttft_s for r in run.run(coming)) for run in (cold, warm)]
+    assert waits_s[0] > waits_s[1]
+    cache = cold.scheduler.adapter_cache
+    assert all(digest in cache.host for digest in table.ranks)
+    assert cold.scheduler.costs.copy_s(10**9, Tier.DISK) == pytest.approx(1 / 1.3)
+    assert cold.scheduler.costs.copy_s(10**9, Tier.HOST) == pytest.approx(1 / 55)
 
 
 def test_the_same_seed_gives_the_same_figures() -> None:
@@ -153,7 +166,7 @@ def test_a_median_is_taken_figure_by_figure() -> None:
 
 def test_a_claim_that_does_not_hold_is_marked() -> None:
     table = TABLES["17913"]
-    good, bad = Figures(1, 1, 1, 1, 1, 1), Figures(900, 900, 9000, 9000, 9000, 9)
+    good, bad = Figures(1, 1, 1, 1, 1, 1), Figures(900, 900, 9000, 9000, 99_000, 9)
     replays = {
         "before": Replay({"lora": [bad]}),
         "after": Replay({"lora": [good]}),

@@ -91,8 +91,10 @@ OVERLOADS = {
 
 @pytest.mark.parametrize("name", OVERLOADS)
 def test_under_overload_the_default_policy_is_no_worse_than_skip(name: str) -> None:
-    """Within the spread of the seeds. Parked rows that lose their pages are recomputed turn after
-    turn, which once made the default ten times slower here.
+    """Within the spread of the seeds: one alone is off by 2%.
+
+    Parked rows that lose their pages are recomputed turn after turn, which once made the default
+    ten times slower here.
     """
     trace, rate, places, pages, adapters = OVERLOADS[name]
     skip, ours = (
@@ -106,19 +108,19 @@ def test_under_overload_the_default_policy_is_no_worse_than_skip(name: str) -> N
             adapters={"count": adapters},
             popularity={"zipf": 0.8},
             base_share=0.1,
-            seeds=2,
+            seeds=5,
         )
         for policy in ("skip", "ours")
     )
     assert skip.ttft_mean_ms > 10_000  # overloaded
-    assert ours.ttft_mean_ms <= 1.01 * skip.ttft_mean_ms
+    assert ours.ttft_mean_ms <= 1.03 * skip.ttft_mean_ms
     assert ours.e2e_mean_ms <= 1.15 * skip.e2e_mean_ms
     assert ours.makespan_s <= 1.05 * skip.makespan_s
     assert ours.computed_over_needed <= 1.1
 
 
 def test_recomputed_tokens_are_counted() -> None:
-    """If no pages are left free for growth, rows preempt one another."""
+    """If no pages are left free for growth, rows preempt each other and lose what is not copied."""
     crowded: dict[str, Any] = {
         "rate": 10.0,
         "card": "a10g-llama8b",
@@ -127,7 +129,8 @@ def test_recomputed_tokens_are_counted() -> None:
         "adapters": {"count": 8},
     }
     conv = recorded("conv", 40)
-    assert traced(conv, "ours", **crowded, engine={"growth_outputs": 0}).computed_over_needed > 1.02
+    without = {"growth_outputs": 0, "page_copies": False}
+    assert traced(conv, "ours", **crowded, engine=without).computed_over_needed > 1.02
     assert traced(conv, "ours", **crowded).computed_over_needed < 1.01
 
 
@@ -151,6 +154,9 @@ def test_goodput_is_the_share_that_met_both_targets() -> None:
         }
     )
     coming = [Recorded(0.0, 300, 11), Recorded(60.0, 500, 11)]
+    aims = {"ttft_target_s": 0.055, "tpot_target_s": 0.05}
+    aimed = dataclasses.replace(workload, engine=dict(workload.engine) | aims)
+    assert simulate(aimed, "ours", coming, Slo()).goodput == 0.5, "the targets are those aimed at"
     for slo, share in ((Slo(), 1), (Slo(0.055, 0.05), 0.5), (Slo(1, 0.009), 0), (Slo(0, 1), 0)):
         assert simulate(workload, "ours", coming, slo).goodput == share
 
@@ -187,7 +193,7 @@ def test_prompts_that_share_blocks_find_them_in_the_prefix_cache() -> None:
     first = Recorded(0.0, tokens, 5, (1, 2, 3, 4))
     alike, other = (Recorded(60.0, tokens, 5, blocks) for blocks in ((1, 2, 3, 9), (5, 6, 7, 8)))
     saved_ms = lone(first, other).ttft_mean_ms - lone(first, alike).ttft_mean_ms
-    assert saved_ms * 2 == pytest.approx(3 * BLOCK_TOKENS * 0.1 + 3 * 10)  # three steps of 512
+    assert saved_ms * 2 == pytest.approx(3 * BLOCK_TOKENS * 0.1 + 10)  # one step of 1,024
     without = lone(first, alike, engine={"prefix_cache": False})
     assert without.ttft_mean_ms == pytest.approx(lone(first, other).ttft_mean_ms)
 

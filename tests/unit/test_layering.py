@@ -39,8 +39,12 @@ PURE_ROOMS = {"replica.scheduling", "replica.simulation"}
 # Elsewhere, the files that decide and do nothing.
 PURE_FILES = {
     "cluster.config",
+    "cluster.config_loader",
     "cluster.costs",
     "cluster.errors",
+    "cluster.catalog_scripts",
+    "cluster.recovery",
+    "cluster.redis_address",
     "cluster.values",
     "cluster.versions",
     "lora_kernels.segments",

@@ -12,7 +12,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from cluster.config import FleetConfig, load
+from cluster.config import FleetConfig
+from cluster.config_loader import load, parse_bytes
+from replica.serving.keys import ADMIN_KEYS, API_KEYS
 from router import environment
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
@@ -162,7 +164,7 @@ def test_the_application_exists_and_its_arguments_load(serve: Document) -> None:
     assert callable(getattr(importlib.import_module(module), attribute))
     config = load(FleetConfig, application["args"])
     # What Serve would show to anyone comes by environment; host and port are Serve's to set.
-    assert not {"redis_url", "api_keys", "host", "port"} & set(application["args"])
+    assert not {"redis_url", "api_keys", "admin_keys", "host", "port"} & set(application["args"])
     assert config.engine.model.startswith("/models/")
 
 
@@ -175,6 +177,23 @@ def test_memory_is_left_to_the_engine_within_what_its_pod_has(
         assert "memory" in template["spec"]["containers"][0]["resources"]["limits"]
 
 
+def test_replicas_can_write_their_directory_and_adapters_fit_in_it(
+    service: Document, serve: Document
+) -> None:
+    config = load(FleetConfig, serve["applications"][0]["args"])
+    assert config.adapter_disk is not None
+    for name, template in templates(service).items():
+        if name == "head":
+            continue  # it runs no replicas
+        spec = template["spec"]
+        mounts = {m["mountPath"]: m for m in spec["containers"][0]["volumeMounts"]}
+        mount = mounts[config.directory]
+        (volume,) = (v for v in spec["volumes"] if v["name"] == mount["name"])
+        assert not mount.get("readOnly")
+        limit = parse_bytes(volume["emptyDir"]["sizeLimit"] + "B", "sizeLimit")
+        assert config.adapter_disk < limit
+
+
 def test_head_and_workers_have_the_same_environment(service: Document) -> None:
     environments = [variables(t["spec"]["containers"][0]) for t in templates(service).values()]
     assert len(environments) >= 2
@@ -182,7 +201,9 @@ def test_head_and_workers_have_the_same_environment(service: Document) -> None:
         assert found == environments[0]
         environment.check(found)
         assert environment.RECOMMENDED.items() <= found.items()
-        assert {environment.REDIS_URL, environment.API_KEYS} <= set(found)
+        assert {environment.REDIS_URL, API_KEYS, ADMIN_KEYS} <= set(found)
+        dockerfile = (MANIFESTS / "Dockerfile").read_text()
+        assert f"> {found['RAY_SERVE_HAPROXY_BINARY_PATH']} " in dockerfile
 
 
 def test_references_between_variables_point_backwards(documents: list[Document]) -> None:
@@ -200,7 +221,7 @@ def test_every_secret_key_is_generated_and_none_is_committed(documents: list[Doc
     assert file in (MANIFESTS.parent / ".gitignore").read_text().splitlines()
     example = (MANIFESTS / "base" / f"{file}.example").read_text().splitlines()
     keys = dict(line.split("=", 1) for line in example if line and not line.startswith("#"))
-    assert keys["password"] == "" and keys["api-keys"] == ""
+    assert set(keys.values()) == {"", keys["address"]}
     wanted = [
         source["secretKeyRef"]
         for container in containers(documents)
@@ -226,7 +247,8 @@ def test_volumes_lead_to_claims(documents: list[Document]) -> None:
     claims = {d["metadata"]["name"] for d in documents if d["kind"] == "PersistentVolumeClaim"}
     for spec in pod_specs(documents).values():
         for volume in spec.get("volumes", []):
-            assert volume["persistentVolumeClaim"]["claimName"] in claims
+            if "emptyDir" not in volume:
+                assert volume["persistentVolumeClaim"]["claimName"] in claims
     redis = find(documents, "StatefulSet", "lorafleet-redis")["spec"]
     (claim,) = redis["volumeClaimTemplates"]
     (container,) = redis["template"]["spec"]["containers"]
@@ -249,18 +271,38 @@ def test_services_and_budgets_select_pods(documents: list[Document], service: Do
         assert any(selector.items() <= found.items() for found in labels)
 
 
+def test_clients_reach_haproxy_and_nothing_else(
+    documents: list[Document], service: Document
+) -> None:
+    ray = find(documents, "NetworkPolicy", "lorafleet-ray")["spec"]
+    (selected,) = ray["podSelector"]["matchExpressions"]
+    for template in templates(service).values():
+        assert template["metadata"]["labels"][selected["key"]] in selected["values"]
+    to_all = [rule for rule in ray["ingress"] if "from" not in rule]
+    (port,) = find(documents, "RayService", "lorafleet")["spec"]["serveService"]["spec"]["ports"]
+    assert to_all == [{"ports": [{"port": port["targetPort"]}]}]
+    redis = find(documents, "NetworkPolicy", "lorafleet-redis")["spec"]
+    state = find(documents, "StatefulSet", "lorafleet-redis")["spec"]["template"]
+    assert redis["podSelector"]["matchLabels"].items() <= state["metadata"]["labels"].items()
+    ((source,),) = (rule["from"] for rule in redis["ingress"])
+    assert source["podSelector"] == ray["podSelector"]
+
+
 def test_the_workers_hold_the_replicas(service: Document, serve: Document) -> None:
     config = load(FleetConfig, serve["applications"][0]["args"])
     (group,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    (deployment,) = serve["applications"][0]["deployments"]
+    assert deployment["name"] == "replica"
+    replicas = deployment["num_replicas"]
     assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
     (container,) = group["template"]["spec"]["containers"]
     resources = container["resources"]
     gpus = int(resources["limits"].get("nvidia.com/gpu", 0))
     assert (gpus > 0) == (config.engine.device == "cuda")
     if gpus:
-        assert gpus * group["replicas"] >= config.replica_gpus * config.replicas
+        assert gpus * group["replicas"] >= config.replica_gpus * replicas
     cores = float(resources["requests"]["cpu"])
-    assert cores * group["replicas"] >= config.cpus_per_replica * config.replicas
+    assert cores * group["replicas"] >= config.cpus_per_replica * replicas
 
 
 def test_a_pod_outlives_what_its_replica_may_still_stream(
@@ -269,10 +311,9 @@ def test_a_pod_outlives_what_its_replica_may_still_stream(
     config = load(FleetConfig, serve["applications"][0]["args"])
     for name, template in templates(service).items():
         found = variables(template["spec"]["containers"][0])
-        assert config.drain_s <= float(found["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"])
+        assert config.drain_s < float(found["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"])
         if name != "head":
             grace_s = template["spec"]["terminationGracePeriodSeconds"]
-            assert grace_s > float(found["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"])
             assert grace_s > float(found["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"])
 
 

@@ -8,6 +8,7 @@ import torch
 from lora_kernels import reference
 from lora_kernels.lora import TritonLora
 from lora_kernels.reference import Directory
+from replica.model.decoder import GATE_UP
 from replica.model.graphs import CudaCapture, keep
 from replica.model.shape import GROUPS, PROJECTIONS, ModelShape
 from tests.bench.on_gpu.cases import Case
@@ -77,12 +78,36 @@ def cases(draw: Draw, shape: ModelShape, tiny: bool) -> Iterator[Case]:
             "segments, shuffled": [rows[i] for i in draw.order(len(rows)).tolist()],
             "a prefill of one": [2] * 600,
             "a prefill of three": [2] * 250 + [7] * 300 + [4] * 150,
+            "a prefill of low ranks": [1] * 290 + [0] * 9 + [2] * 270 + [5] * 41,
         }
     operation = adapters.operation(max(map(len, batches.values())))
     for name, slots in batches.items():
         for group in _groups(tiny):
             x, y = adapters.batch(draw, len(slots), group)
             yield _case(name, adapters, operation, slots, group, x, y)
+        x, y = adapters.batch(draw, len(slots), GATE_UP)
+        yield _gated_case(name, adapters, operation, slots, x, y)
+
+
+def _gated_case(
+    name: str,
+    adapters: Adapters,
+    operation: TritonLora,
+    slots: Sequence[int],
+    x: torch.Tensor,
+    y: torch.Tensor,
+) -> Case:
+    def run() -> torch.Tensor:
+        operation.begin(slots)
+        operation.start(x, LAYER, GATE_UP)
+        return operation.add_gated(x, y.clone(), LAYER, GATE_UP)
+
+    return Case(
+        f"{name}, gate and up activated",
+        run,
+        lambda: reference.silu_mul(adapters.wanted(x, y, slots, GATE_UP)),
+        False,
+    )
 
 
 def _case(

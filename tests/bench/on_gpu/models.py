@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from cluster.adapter_paths import CONFIG_FILE, TENSORS_FILE
 from cluster.values import Version
-from replica.adapters.adapter_files import CONFIG_FILE, TENSORS_FILE, inspect
+from replica.adapters.adapter_files import inspect
 from replica.adapters.image import Layout
 from replica.model.shape import PROJECTIONS, ModelShape, read_shape
 from tests.bench.toys import toy_adapter

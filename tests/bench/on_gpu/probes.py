@@ -21,7 +21,7 @@ from replica.adapters.streams import CopyStream
 from replica.engine.runner import Runner
 from replica.model import graphs
 from replica.model.launch import Row
-from replica.model.paged_batch import HostBuffers, PackedRows
+from replica.model.paged_batch import HostBuffers
 from replica.model.paged_executor import PagedExecutor
 from tests.bench.on_gpu import check, decode
 from tests.bench.on_gpu.cases import relative
@@ -181,8 +181,7 @@ def _model(setting: Setting) -> tuple[PagedExecutor, dict[str, list[Row]]]:
 
 @torch.inference_mode()
 def _logits(executor: PagedExecutor, rows: Sequence[Row]) -> torch.Tensor:
-    packed = PackedRows(rows, [None] * len(rows), 16)
-    found = executor._compute(packed).float().cpu()
+    found = executor.logits(rows).float().cpu()
     assert bool(found.isfinite().all()), "not all logits are finite"
     return found
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cluster.adapter_paths import CONFIG_FILE, TENSORS_FILE
 from cluster.errors import AdapterFailed, AdapterRefused
-from replica.adapters.adapter_files import CONFIG_FILE, TENSORS_FILE, inspect, read_adapter
+from replica.adapters.adapter_files import inspect, read_adapter
 from replica.adapters.image import read_image
 from replica.adapters.safetensors_header import HEADER_BYTES_MAX
 from replica.model.shape import ModelShape, read_shape
@@ -93,11 +94,17 @@ def test_the_order_of_patterns_decides(adapter: Path, shape: ModelShape) -> None
         ({"peft_type": "IA3"}, "peft_type 'IA3'"),
         ({"peft_type": None}, "peft_type None"),
         ({"use_dora": True}, "use_dora = True"),
-        ({"bias": "all"}, "bias = 'all'"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "some"}, "bias = 'some'"),
+        ({"modules_to_save": ["score"]}, "modules_to_save = ['score'] is not supported"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save = 'lm_head' is not supported"),
         ({"lora_bias": True}, "lora_bias"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
-        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+        ({"alora_invocation_tokens": []}, "alora_invocation_tokens = [] are no 1 to 1024 tokens"),
+        ({"alora_invocation_tokens": [1, True]}, "alora_invocation_tokens = [1, True] are no"),
+        ({"alora_invocation_tokens": [1, 320]}, "320 is none of the model's 320 tokens"),
+        (
+            {"alora_invocation_tokens": [1], "use_dora": True},
+            "alora_invocation_tokens with use_dora",
+        ),
         ({"trainable_token_indices": [3]}, "trainable_token_indices"),
         ({"target_parameters": ["x"]}, "target_parameters"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
@@ -112,13 +119,22 @@ def test_the_order_of_patterns_decides(adapter: Path, shape: ModelShape) -> None
         ({"use_rslora": 1}, "use_rslora = 1"),
         ({"rank_pattern": [1]}, "rank_pattern"),
         ({"rank_pattern": {"q_proj": 1.5}}, "rank_pattern['q_proj'] = 1.5"),
-        ({"alpha_pattern": {"(": 2}}, "is not a regular expression"),
-        ({"alpha_pattern": {"(a+)+b": 2}}, "too complex"),
-        ({"target_modules": "((.*)*)*x"}, "too complex"),
+        ({"alpha_pattern": {"(": 2}}, "missing ): ("),
+        ({"alpha_pattern": {"(?=a)b": 2}}, "(?= is not supported"),
+        ({"target_modules": "((.*)*)*x"}, "does not target it"),
+        ({"target_modules": "(.?)" * 60 + "Z"}, "does not target it"),
+        ({"target_modules": "q" * 5000}, "it has 5000 characters"),
+        ({"target_modules": ".{1000}{1000}"}, "cannot be matched in linear time"),
+        ({"target_modules": "\ud800"}, "cannot be matched in linear time"),
         ({"target_modules": [1]}, "target_modules"),
         ({"target_modules": ["k_proj"]}, "does not target it"),
         ({"exclude_modules": ["o_proj"]}, "does not target it"),
         ({"layers_to_transform": [1]}, "does not target it"),
+        ({"layers_to_transform": [0, 1, 2], "layers_pattern": "h"}, "does not target it"),
+        ({"layers_to_transform": [0], "layers_pattern": [".*"]}, "is neither a word nor a list"),
+        ({"layers_pattern": "layers"}, "layers_to_transform is not"),
+        ({"layers_to_transform": 0, "target_modules": ".*"}, "target_modules as a string"),
+        ({"layers_pattern": 5, "layers_to_transform": 0}, "layers_pattern = 5"),
         ({"r": 16}, "lora_A has shape [8, 64], the model and the config need [16, 64]"),
         ({"rank_pattern": {"v_proj": 4}}, "need [4, 64]"),
     ],
@@ -133,7 +149,7 @@ def test_a_configuration_that_would_be_served_wrongly(
 
 
 def test_rank_over_the_maximum_names_both(adapter: Path, shape: ModelShape) -> None:
-    with pytest.raises(AdapterRefused, match="rank 8, the maximum is 4"):
+    with pytest.raises(AdapterRefused, match="rank 8, the maximum is 4; start with --rank-max 8"):
         inspect(str(adapter), shape, 4)
 
 
@@ -148,9 +164,16 @@ def test_an_adapter_of_another_model(adapter: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("base_model.model.lm_head.lora_A.weight", "lm_head"),
-        ("base_model.model.model.embed_tokens.lora_embedding_A", "embed_tokens"),
-        (f"{Q0}.lora_magnitude_vector", "DoRA"),
+        ("base_model.model.lm_head.lora_A.weight", "lm_head in"),
+        ("base_model.model.lm_head.lora_A.weight", "does not target it"),
+        ("base_model.model.lm_head.lora_embedding_A", "lm_head.lora_embedding_A"),
+        ("base_model.model.lm_head.weight", "a whole weight that"),
+        ("base_model.model.model.embed_tokens.lora_embedding_A", "does not target it"),
+        ("base_model.model.model.embed_tokens.lora_A.weight", "embed_tokens.lora_A.weight"),
+        (f"{Q0}.base_layer.bias", "a trained bias is not supported"),
+        (Q0.removeprefix("base_model.model.") + ".lora_A.weight", "lacks PEFT's prefix"),
+        (Q0.removeprefix("base_model.model.model.") + ".lora_A.weight", "lacks PEFT's prefix"),
+        (f"{Q0}.lora_magnitude_vector", "has a lora_magnitude_vector, but use_dora = False"),
         (f"{Q0}.lora_B.bias", "lora_B.bias"),
         ("base_model.model.model.layers.0.mlp.q_proj.lora_A.weight", "mlp.q_proj"),
         ("base_model.model.model.layers.00.self_attn.q_proj.lora_A.weight", "layers.00"),
@@ -241,9 +264,7 @@ def test_files_that_are_not_there_or_not_files(
     assert "no such directory" in refusal(tmp_path / "nowhere", shape)
     assert "no such directory" in refusal(adapter / CONFIG_FILE, shape)
     refusal("a\0b", shape)
-    (adapter / TENSORS_FILE).rename(adapter / "adapter_model.bin")
-    assert "pickle" in refusal(adapter, shape)
-    (adapter / "adapter_model.bin").unlink()
+    (adapter / TENSORS_FILE).unlink()
     assert f"no {TENSORS_FILE}" in refusal(adapter, shape)
     os.mkfifo(adapter / TENSORS_FILE)
     assert "not a regular file" in refusal(adapter, shape)

@@ -1,16 +1,20 @@
 """An image has each projection's matrices at the layout's offsets, with their rank and scale."""
 
+import itertools
 import math
+import os
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from cluster.adapter_paths import TENSORS_FILE
 from cluster.errors import AdapterFailed
 from replica.adapters import image as image_module
-from replica.adapters.adapter_files import TENSORS_FILE, read_adapter
-from replica.adapters.image import PIECE_ELEMENTS, Image, read_image
+from replica.adapters.adapter_files import read_adapter
+from replica.adapters.image import CHUNK_BYTES, Image, read_image
 from replica.model.shape import PROJECTIONS, ROW_PARALLEL, Shard, read_shape
 from tests.models import edit_tensors, make_adapter, make_model
 
@@ -58,16 +62,88 @@ def test_ranks_scales_and_offsets_of_a_patterned_adapter(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_conversion_rounds_as_torch_does(
-    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_conversion_rounds_as_torch_does(dtype: torch.dtype, tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
     shape = read_shape(model)
     path = make_adapter(tmp_path / "adapter", model, rank=8)
     expected = read_image(path, shape, torch.float32).flat.to(dtype)
+    for chunk_bytes in (CHUNK_BYTES, 10_000, 1):
+        image = read_image(path, shape, dtype, chunk_bytes=chunk_bytes)
+        assert torch.equal(image.flat, expected), f"chunks of {chunk_bytes} bytes do not join"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matrices_may_be_stored_in_different_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    path = make_adapter(tmp_path / "adapter", model, rank=8)
+    shape = read_shape(model)
+    tensors = load_file(Path(path) / TENSORS_FILE)
+    kinds = itertools.cycle((torch.float32, torch.bfloat16, torch.bfloat16))
+    rounded = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    save_file(rounded, Path(path) / TENSORS_FILE)
+    expected = read_image(path, shape, dtype).flat
+    mixed = {n: t.to(kind) for (n, t), kind in zip(rounded.items(), kinds, strict=False)}
+    save_file(mixed, Path(path) / TENSORS_FILE)
     assert torch.equal(read_image(path, shape, dtype).flat, expected)
-    monkeypatch.setattr(image_module, "PIECE_ELEMENTS", 100)
-    assert torch.equal(read_image(path, shape, dtype).flat, expected), "pieces do not join"
+
+
+class Reads:
+    """`os.preadv`, counted, that reads at most `most` bytes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, most: int | None = None) -> None:
+        self._preadv, self._most = os.preadv, most
+        self.calls: list[list[memoryview]] = []
+        monkeypatch.setattr(os, "preadv", self)
+
+    def __call__(self, descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        self.calls.append(buffers)
+        if self._most is None:
+            return self._preadv(descriptor, buffers, offset)
+        cut, left = [], self._most
+        for buffer in buffers:
+            cut.append(buffer[:left])
+            left -= len(cut[-1])
+        return self._preadv(descriptor, cut, offset)
+
+
+def test_a_file_is_read_into_its_image_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(tmp_path / "model")
+    path = make_adapter(tmp_path / "adapter", model, rank=8)
+    reads = Reads(monkeypatch)
+    into = torch.empty(2**20)
+    image = read_image(path, read_shape(model), torch.float32, into=into)
+    ((*buffers,),) = reads.calls
+    assert sum(map(len, buffers)) == image.bytes
+    first = min(numpy.frombuffer(buffer, numpy.uint8).ctypes.data for buffer in buffers)
+    assert first == into.data_ptr(), "not through a buffer"
+    (Path(path) / TENSORS_FILE).unlink()
+    assert image.flat.data_ptr() == into.data_ptr()
+
+
+@pytest.mark.parametrize("most", [1, 999, 5000])
+def test_short_reads_go_on_where_they_ended(
+    most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(tmp_path / "model", num_hidden_layers=1, hidden_size=16)
+    path = make_adapter(tmp_path / "adapter", model, rank=2)
+    shape = read_shape(model)
+    expected = read_image(path, shape, torch.float32).flat
+    monkeypatch.setattr(image_module, "_BUFFERS_MAX", 3)
+    reads = Reads(monkeypatch, most)
+    assert torch.equal(read_image(path, shape, torch.float32).flat, expected)
+    assert max(map(len, reads.calls)) <= 3
+
+
+def test_a_file_that_is_cut_off_meanwhile_fails_the_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(tmp_path / "model")
+    path = make_adapter(tmp_path / "adapter", model)
+    Reads(monkeypatch, 0)
+    with pytest.raises(AdapterFailed, match="ended early"):
+        read_image(path, read_shape(model), torch.float32)
 
 
 def test_a_value_too_large_for_the_device_dtype(tmp_path: Path) -> None:
@@ -78,21 +154,19 @@ def test_a_value_too_large_for_the_device_dtype(tmp_path: Path) -> None:
         read_image(path, read_shape(model), torch.float16)
 
 
-def test_a_load_works_in_pieces_too_small_for_the_pool() -> None:
-    """ATen uses its thread pool for operations on 32,768 elements or more."""
-    assert PIECE_ELEMENTS < 32_768
-
-
-@pytest.mark.parametrize("piece", [PIECE_ELEMENTS, 100, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk_bytes", [CHUNK_BYTES, 2000, 1])
 def test_images_of_the_ranks_side_by_side_are_the_whole_one(
-    piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chunk_bytes: int, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     model = make_model(tmp_path / "model")
     shape = read_shape(model)
     path = make_adapter(tmp_path / "adapter", model, rank=3, rank_pattern={"down_proj": 5})
-    whole = read_image(path, shape, torch.float32)
-    monkeypatch.setattr(image_module, "PIECE_ELEMENTS", piece)
-    parts = [read_image(path, shape, torch.float32, shard=Shard(rank, 2)) for rank in range(2)]
+    whole = read_image(path, shape, dtype)
+    parts = [
+        read_image(path, shape, dtype, shard=Shard(rank, 2), chunk_bytes=chunk_bytes)
+        for rank in range(2)
+    ]
     sizes = shape.divided(2).projections
     for layer in range(shape.layers):
         for index, name in enumerate(PROJECTIONS):
@@ -104,10 +178,8 @@ def test_images_of_the_ranks_side_by_side_are_the_whole_one(
             else:
                 assert all(torch.equal(part[0], a) for part in own)
                 assert torch.equal(torch.cat([part[1] for part in own]), b)
-    assert [part.digest for part in parts] == [whole.digest] * 2
-    assert [part.bytes for part in parts] == [
-        read_adapter(path, shape).parameters_of(shape.divided(2)) * 4
-    ] * 2
+    parameters = read_adapter(path, shape).parameters_of(shape.divided(2))
+    assert [part.bytes for part in parts] == [parameters * dtype.itemsize] * 2
 
 
 def _matrices(

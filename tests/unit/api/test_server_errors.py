@@ -14,10 +14,13 @@ from cluster.errors import (
     BadRequest,
     CatalogUnavailable,
     EngineFailed,
+    EngineGone,
     FleetError,
     LogitsNotFinite,
     QueueFull,
 )
+from cluster.values import LoadReport
+from replica.api.access import Rules
 from replica.api.openai_protocol import UNSUPPORTED
 from tests.serving import ADAPTER, BASE, CONFIG, Book, app_with, client_of, live
 from tests.stub_engine import StubEngine
@@ -43,7 +46,8 @@ BAD: list[tuple[tuple[str, Any], int, str, str | None, list[str]]] = [
     # Unknown model
     (chat(model="nobody"), 404, "model_not_found", "model", ["nobody"]),
     (plain(model="nobody"), 404, "model_not_found", "model", ["nobody"]),
-    (chat(model=...), 400, "invalid_value", "model", ["model: required"]),
+    (chat(lora_path="nobody"), 404, "model_not_found", "model", ["nobody"]),
+    (chat(model="poet", lora_path="x"), 400, "invalid_value", "lora_path", ["poet", "x"]),
     (chat(model=""), 400, "invalid_value", "model", ["model"]),
     (chat(model=7), 400, "invalid_value", "model", ["model", "7"]),
     # Wrong types
@@ -73,7 +77,7 @@ BAD: list[tuple[tuple[str, Any], int, str, str | None, list[str]]] = [
     (plain(prompt=[1.5]), 400, "invalid_value", "prompt", ["[1.5]"]),
     (plain(prompt=[[1], [True]]), 400, "invalid_value", "prompt", ["true"]),
     (chat(temperature="hot"), 400, "invalid_value", "temperature", ['"hot"']),
-    (chat(stream="yes"), 400, "invalid_value", "stream", ['"yes"']),
+    (chat(stream="perhaps"), 400, "invalid_value", "stream", ['"perhaps"']),
     (chat(stop=5), 400, "invalid_value", "stop", ["5"]),
     (chat(stop=["a", 5]), 400, "invalid_value", "stop[1]", ["5"]),
     (chat(stop=""), 400, "invalid_value", "stop[0]", ['""']),
@@ -83,7 +87,17 @@ BAD: list[tuple[tuple[str, Any], int, str, str | None, list[str]]] = [
     (chat(stream=True, stream_options=5), 400, "invalid_value", "stream_options", ["5"]),
     (chat(stream_options={}), 400, "invalid_value", "stream_options", ["stream: true"]),
     # Out of range
-    (chat(temperature=2.5), 400, "invalid_value", "temperature", ["2.5"]),
+    (chat(temperature="inf"), 400, "invalid_value", "temperature", ['"inf"']),
+    (chat(min_p=1.5), 400, "invalid_value", "min_p", ["1.5"]),
+    (chat(presence_penalty=2.5), 400, "invalid_value", "presence_penalty", ["2.5"]),
+    (chat(frequency_penalty=-3), 400, "invalid_value", "frequency_penalty", ["-3"]),
+    (chat(repetition_penalty=0.009), 400, "invalid_value", "repetition_penalty", ["0.01", "0.009"]),
+    (chat(logit_bias={"320": 1}), 400, "invalid_value", "logit_bias", ['"320"', "319"]),
+    (chat(logit_bias={"x": 1}), 400, "invalid_value", "logit_bias", ['"x"']),
+    (chat(allowed_token_ids=[]), 400, "invalid_value", "allowed_token_ids", ["[]"]),
+    (chat(allowed_token_ids=[320]), 400, "invalid_value", "allowed_token_ids", ["320", "319"]),
+    (chat(bad_words=[""]), 400, "invalid_value", "bad_words[0]", ['""']),
+    (chat(truncate_prompt_tokens=-2), 400, "invalid_value", "truncate_prompt_tokens", ["-2"]),
     (chat(temperature=-1), 400, "invalid_value", "temperature", ["-1"]),
     (chat(top_p=0), 400, "invalid_value", "top_p", ["0"]),
     (chat(top_p=1.01), 400, "invalid_value", "top_p", ["1.01"]),
@@ -98,7 +112,14 @@ BAD: list[tuple[tuple[str, Any], int, str, str | None, list[str]]] = [
     (chat(logprobs=True, top_logprobs=21), 400, "invalid_value", "top_logprobs", ["21"]),
     (chat(top_logprobs=2), 400, "invalid_value", "top_logprobs", ["logprobs: true"]),
     (plain(logprobs=21), 400, "invalid_value", "logprobs", ["21"]),
-    (plain(logprobs=1, echo=True), 400, "invalid_value", "echo", ["logprobs"]),
+    (plain(max_tokens=0), 400, "invalid_value", "max_tokens", ["0", "echo"]),
+    (plain(prompt_logprobs=21), 400, "invalid_value", "prompt_logprobs", ["21"]),
+    (chat(prompt_logprobs=-1), 400, "invalid_value", "prompt_logprobs", ["-1"]),
+    (chat(prompt_logprobs=1, stream=True), 400, "invalid_value", "prompt_logprobs", ["stream"]),
+    (plain(best_of=0), 400, "invalid_value", "best_of", ["0"]),
+    (plain(best_of=2, n=3), 400, "invalid_value", "best_of", ["2", "3"]),
+    (plain(best_of=2, stream=True), 400, "invalid_value", "best_of", ["2", "stream"]),
+    (plain(best_of=65, prompt=["a", "b"]), 400, "invalid_value", "best_of", ["130", "128"]),
     (chat(echo=True), 400, "invalid_value", "echo", ["echo"]),
     (chat(stop_token_ids=[320]), 400, "invalid_value", "stop_token_ids", ["320", "319"]),
     (chat(chat_template_kwargs={"tokenize": 1}), 400, "invalid_value", ..., ["tokenize"]),
@@ -138,12 +159,8 @@ async def test_bad_input(
 
 
 VALUES: dict[str, Any] = {
-    "presence_penalty": 0.5,
-    "frequency_penalty": -1,
-    "logit_bias": {"5": 1},
     "tools": [{"type": "function", "function": {"name": "f"}}],
     "tool_choice": "required",
-    "response_format": {"type": "json_object"},
     "best_of": 3,
     "suffix": "end",
 }
@@ -232,7 +249,7 @@ async def test_unknown_routes(method: str, path: str, status: int, code: str) ->
 FAILURES = [
     (QueueFull("1024 requests are waiting", retry_after_s=2.5), 429, "3"),
     (AdapterFailed("poet: its files are gone", field="model", retry_after_s=0.2), 503, "1"),
-    (EngineFailed("the engine's process died"), 500, None),
+    (EngineGone("the engine's process is gone"), 502, None),
 ]
 
 
@@ -351,6 +368,13 @@ async def test_health_follows_the_engine() -> None:
     assert answer.json()["error"]["code"] == "engine_failed"
 
 
+async def test_an_engine_that_stalls_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = StubEngine()
+    async with client_of(await app_with(engine)) as client:
+        monkeypatch.setattr(engine, "report", lambda: LoadReport(stalled=1))
+        assert (await client.get("/health")).status_code == 503
+
+
 @pytest.mark.parametrize(
     "headers", [{}, {"authorization": "Bearer wrong"}, {"authorization": "Basic right"}]
 )
@@ -358,7 +382,7 @@ async def test_health_follows_the_engine() -> None:
 async def test_without_the_right_key_everything_under_v1_is_401(
     headers: dict[str, str], path: str
 ) -> None:
-    app = await app_with(StubEngine(), config=replace(CONFIG, api_keys=("right", "other")))
+    app = await app_with(StubEngine(), config=replace(CONFIG, rules=Rules(("right", "other"))))
     async with client_of(app) as client:
         answer = await client.get(path, headers=headers)
         assert answer.status_code == 401
@@ -397,6 +421,19 @@ async def test_a_refused_adapter_is_not_registered(refusal: FleetError, status: 
         ("/v1/load_lora_adapter", {"lora_name": "", "lora_path": "a"}, "lora_name"),
         ("/v1/load_lora_adapter", {"lora_name": BASE, "lora_path": "a"}, "lora_name"),
         ("/v1/load_lora_adapter", {"lora_name": "poet", "lora_path": "a"}, "lora_name"),
+        ("/v1/load_lora_adapters", {}, "adapters"),
+        ("/v1/load_lora_adapters", {"adapters": []}, "adapters"),
+        ("/v1/load_lora_adapters", {"adapters": [{"lora_name": "b"}]}, "adapters[0].lora_path"),
+        (
+            "/v1/load_lora_adapters",
+            {"adapters": [{"lora_name": "b", "lora_path": "/a"}] * 1025},
+            "adapters",
+        ),
+        (
+            "/v1/load_lora_adapters",
+            {"adapters": [{"lora_name": BASE, "lora_path": "/a"}]},
+            "lora_name",
+        ),
         ("/v1/unload_lora_adapter", {}, "lora_name"),
         ("/v1/unload_lora_adapter", {"lora_name": BASE}, "lora_name"),
     ],
@@ -426,7 +463,11 @@ async def test_a_wrong_weight_or_pin_is_named_with_its_value(field: str, value: 
     book = Book()
     body = f'{{"lora_name": "a", "lora_path": "/a", "{field}": {value}}}'
     async with client_of(await app_with(StubEngine(), book)) as client:
-        answer = await client.post("/v1/load_lora_adapter", content=body.encode())
+        answer = await client.post(
+            "/v1/load_lora_adapter",
+            content=body.encode(),
+            headers={"content-type": "application/json"},
+        )
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, field)
     assert error["message"].startswith(f"{field}: "), error

@@ -12,6 +12,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from cluster.errors import EngineFailed
+from replica.api.access import Rules
 from replica.api.server import Server
 from tests.serving import ADAPTER, BASE, CONFIG, Book, app_with, client_of, live, text
 from tests.stub_engine import StubEngine
@@ -373,8 +374,8 @@ async def test_models(client: AsyncOpenAI) -> None:
     assert (base.id, adapter.id) == (BASE, ADAPTER.name)
     assert base.model_extra is not None
     assert adapter.model_extra is not None
-    assert (base.model_extra["parent"], base.model_extra["root"]) == (None, "/models/tiny")
-    assert (adapter.model_extra["parent"], adapter.model_extra["root"]) == (BASE, ADAPTER.uri)
+    assert (base.model_extra["parent"], base.model_extra["root"]) == (None, BASE)
+    assert (adapter.model_extra["parent"], adapter.model_extra["root"]) == (BASE, ADAPTER.name)
     assert (await client.models.retrieve(ADAPTER.name)).id == ADAPTER.name
 
 
@@ -384,7 +385,7 @@ async def test_errors_raise_the_clients_exceptions(client: AsyncOpenAI) -> None:
     assert caught.value.code == "model_not_found"
     assert caught.value.param == "model"
     with pytest.raises(openai.BadRequestError, match="temperature"):
-        await client.chat.completions.create(model=BASE, messages=ASK, temperature=9)
+        await client.chat.completions.create(model=BASE, messages=ASK, temperature=-9)
 
 
 async def test_the_client_sees_an_error_in_mid_stream(
@@ -398,7 +399,7 @@ async def test_the_client_sees_an_error_in_mid_stream(
 
 
 async def test_the_client_sends_its_key() -> None:
-    app = await app_with(await scripted(), config=replace(CONFIG, api_keys=("secret",)))
+    app = await app_with(await scripted(), config=replace(CONFIG, rules=Rules(("secret",))))
     async with live(app) as url, AsyncOpenAI(base_url=f"{url}/v1", api_key="secret") as client:
         assert len((await client.models.list()).data) == 2
         with pytest.raises(openai.AuthenticationError):
@@ -415,6 +416,23 @@ async def test_every_response_names_its_replica_and_request_id(app: Server) -> N
         assert odd.headers["x-request-id"] not in ("", "a b")
 
 
+async def test_many_adapters_come_in_one_call() -> None:
+    book = Book()
+    async with client_of(await app_with(await scripted(), book)) as client:
+        entries = [{"lora_name": f"a{i}", "lora_path": "/a", "weight": 2.0} for i in range(3)]
+        book.pending = ("r-2",)
+        loaded = await client.post("/v1/load_lora_adapters", json={"adapters": entries})
+        body = loaded.json()
+        assert (body["sequence"], body["pending"]) == (1, ["r-2"])
+        assert [each["id"] for each in body["data"]] == ["a0", "a1", "a2"]
+        assert [(v.name, v.weight) for v in book.versions()] == [(f"a{i}", 2.0) for i in range(3)]
+        again = await client.post("/v1/load_lora_adapters", json={"adapters": entries})
+        assert again.status_code == 400
+        entries.append({"lora_name": "a3", "lora_path": "/a"})
+        inplace = {"adapters": entries, "load_inplace": True}
+        assert (await client.post("/v1/load_lora_adapters", json=inplace)).status_code == 200
+
+
 async def test_adapters_come_and_go() -> None:
     book = Book()
     async with client_of(await app_with(await scripted(), book)) as client:
@@ -429,7 +447,12 @@ async def test_adapters_come_and_go() -> None:
         assert inplace.status_code == 200
         assert inplace.text.endswith(" Not yet acknowledged by: r-2, r-3.")
         assert inplace.headers["x-lorafleet-pending"] == "r-2, r-3"
-        book.pending = ()
+        book.failed = {"r-4": "no such directory"}
+        unread = await client.post("/v1/load_lora_adapter", json=body | {"load_inplace": True})
+        assert " Could not be read by: r-4 (no such directory)." in unread.text
+        assert unread.headers["x-lorafleet-failed"] == "r-4"
+        assert unread.headers["x-lorafleet-applied"] == "r-1"
+        book.pending, book.failed = (), {}
         gone = await client.post("/v1/unload_lora_adapter", json={"lora_name": "new"})
         assert gone.text == "Success: LoRA adapter 'new' removed successfully."
         missing = await client.post("/v1/unload_lora_adapter", json={"lora_name": "new"})
@@ -460,10 +483,9 @@ async def test_metrics_are_prometheus_text(app: Server) -> None:
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     lines = answer.text.splitlines()
     assert "# TYPE lorafleet_steps_total counter" in lines
-    assert "lorafleet_running 0" in lines
-    assert "lorafleet_capture_fallback 0" in lines
-    assert "lorafleet_host_locked_bytes 0" in lines
-    assert 'lorafleet_adapters{tier="device"} 1' in lines
+    assert "# HELP lorafleet_running Rows in the batch." in lines
+    assert "lorafleet_running 0.0" in lines
+    assert 'lorafleet_adapters{tier="device"} 1.0' in lines
 
 
 async def test_many_streams_at_once_do_not_mix() -> None:

@@ -4,6 +4,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from cluster.errors import BadRequest, ModelUnsupported
-from replica.api.text import HELD_TOKENS_MAX, StopStrings, Text
+from replica.api.text import HELD_TOKENS_MAX, INLINE_CHARACTERS, StopStrings, Text
 from tests.models import write_tokenizer
 from tests.serving import text, tokens_of
 
@@ -262,3 +263,28 @@ def test_stops_are_found_however_the_text_is_cut(
         assert (out, stops.found) == (words[: words.index(stop)], stop)
     else:
         assert out + stops.release("") == words
+
+
+@pytest.mark.parametrize("large", [False, True])
+async def test_large_inputs_are_rendered_and_decoded_off_the_event_loop(
+    large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+
+    def on(method: Any) -> Any:
+        def noted(*given: Any, **options: Any) -> Any:
+            threads.append(threading.current_thread() is threading.main_thread())
+            return method(*given, **options)
+
+        return noted
+
+    reader = text()
+    monkeypatch.setattr(reader, "render_chat", on(reader.render_chat), raising=False)
+    monkeypatch.setattr(reader, "decode", on(reader.decode), raising=False)
+    content = "ab" * (INLINE_CHARACTERS if large else 2)
+    call = {"function": {"arguments": {"x": content}}}
+    for message in ({"role": "user", "content": content}, {"role": "user", "tool_calls": [call]}):
+        await reader.render([{"content": "", **message}])
+    tokens = [*reader.word_tokens(content), *reader.special]
+    assert await reader.decode_long(tokens) == content
+    assert threads == [not large] * 3

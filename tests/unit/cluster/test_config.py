@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from cluster.config import EngineConfig, FleetConfig, load, parse_bytes
+from cluster.config import EngineConfig, FleetConfig
+from cluster.config_loader import load, parse_bytes
 from cluster.errors import ConfigError
 
 
@@ -65,6 +66,8 @@ def test_a_fleet_is_loaded_and_dumped_without_loss() -> None:
         ({"engine": {"model": "m", "adapter_memory": "lots"}}, "engine.adapter_memory"),
         ({"engine": {"model": "m"}, "port": 70000}, "port"),
         ({"engine": {"model": "m"}, "replicas": 0}, "replicas"),
+        ({"engine": {"model": "m"}, "adapter_disk": 0}, "adapter_disk"),
+        ({"engine": {"model": "m"}, "adapter_disk": "much"}, "adapter_disk"),
         ({"engine": {"model": "m", "rank_max": 0}}, "rank_max"),
         ({"engine": {"model": "m", "slots_max": -1}}, "slots_max"),
         ({"engine": {"model": "m", "slots_max": 256}}, "slots_max"),
@@ -83,11 +86,12 @@ def test_a_fleet_is_loaded_and_dumped_without_loss() -> None:
         ({"engine": {"model": "m", "device_memory": 9, "adapter_memory": 9}}, "device_memory"),
         ({"engine": {"model": "m", "prefetch_depth": -1}}, "prefetch_depth"),
         ({"engine": {"model": "m", "parked_pages_max": -1}}, "parked_pages_max"),
-        ({"engine": {"model": "m", "head_start_s": -0.1}}, "head_start_s"),
+        ({"engine": {"model": "m", "ttft_target_s": 0}}, "ttft_target_s"),
         ({"engine": {"model": "m", "quantum_s": math.nan}}, "quantum_s"),
         ({"engine": {"model": "m", "load_retry_max_s": math.nan}}, "load_retry_max_s"),
         ({"engine": {"model": "m", "plan_depth": True}}, "engine.plan_depth"),
         ({"engine": {"model": "m"}, "drain_s": -1}, "drain_s"),
+        ({"engine": {"model": "m", "overlap": False}}, "engine.overlap"),
         ({"engine": {"model": "m"}, "gpus_per_replica": -1}, "gpus_per_replica"),
         (
             {"engine": {"model": "m", "tensor_parallel": 2}, "gpus_per_replica": 1},

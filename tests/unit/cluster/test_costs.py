@@ -38,6 +38,7 @@ def test_each_tier_has_its_rate_and_stands_in_for_the_other_until_measured() -> 
     costs.copied(1000, Tier.DISK, 4.0)
     assert costs.copy_s(1000, Tier.DISK) == pytest.approx(4.0)
     assert costs.copy_s(1000, Tier.HOST) == pytest.approx(1.0)
+    assert (costs.copy_bytes_per_s, costs.host_bytes_per_s) == pytest.approx((250.0, 1000.0))
 
 
 def test_a_prefill_is_what_a_step_took_beyond_a_decode() -> None:
@@ -54,3 +55,14 @@ def test_nothing_is_learned_from_an_empty_image_and_nothing_becomes_free() -> No
     assert costs.copy_s(100) == pytest.approx(1.0)
     costs.stepped(10, 0.001)  # faster than the estimate of a decode step
     assert costs.prefill_s(10) > costs.decode_s
+
+
+def test_a_page_copy_that_was_held_up_changes_its_estimate_little() -> None:
+    costs = Costs()
+    assert costs.page_copy_s(100) == 0, "free until measured"
+    costs.pages_copied(100, 1.0)
+    costs.pages_copied(100, 1000.0)
+    assert costs.page_copy_s(100) <= 2.5
+    before_s = costs.page_copy_s(100)
+    costs.page_copy_declined()
+    assert 0 < costs.page_copy_s(100) < before_s

@@ -6,7 +6,7 @@ import pytest
 
 from cluster.errors import BadRequest, ModelNotFound
 from cluster.values import Version
-from cluster.versions import NAME_LENGTH_MAX, Book, by_digest
+from cluster.versions import NAME_LENGTH_MAX, Book
 
 
 def version(name: str, digest: str = "d1", **fields: object) -> Version:
@@ -34,6 +34,15 @@ def test_a_name_points_at_the_version_it_was_added_with() -> None:
         "a\u202eb",
         "a\u2028b",
         "base",
+        "Base",
+        "\uff42\uff41\uff53\uff45",
+        "b\u0430se",
+        "\U0001d41b\U0001d41a\U0001d42c\U0001d41e",
+        "b\u034fase",
+        "base\ufe0f",
+        "b\u3164ase",
+        "p\u043eet",
+        "\u03bcodel-a",
         "x" * (NAME_LENGTH_MAX + 1),
     ],
 )
@@ -46,7 +55,9 @@ def test_a_bad_name_is_refused_naming_the_field_and_nothing_changes(name: str) -
     assert (book.by_name(), book.sequence) == ([version("a")], 1)
 
 
-@pytest.mark.parametrize("name", ["org/model", "a.b-c_d:1", "模型", "x" * NAME_LENGTH_MAX])
+@pytest.mark.parametrize(
+    "name", ["org/model", "a.b-c_d:1", "模型", "модель-2", "bases", "naïve", "x" * NAME_LENGTH_MAX]
+)
 def test_names_as_they_occur_are_taken(name: str) -> None:
     book = Book("base")
     assert book.add(version(name))
@@ -60,6 +71,16 @@ def test_a_taken_name_is_refused_unless_it_is_loaded_in_place() -> None:
     assert (book.get("a"), book.sequence) == (version("a", "d1"), 1)
     assert book.add(version("a", "d2"), load_inplace=True)
     assert (book.get("a"), book.sequence) == (version("a", "d2"), 2)
+
+
+def test_adding_what_is_there_again_is_no_error() -> None:
+    book = Book("base", [version("a")], sequence=1)
+    assert book.add(version("a")) is False
+    assert book.add(version("a", uri="/copy")) is True  # the same files, in another directory
+    for other in (version("a", pinned=True), version("a", weight=2.0)):
+        with pytest.raises(BadRequest, match="'a' is already loaded"):
+            book.add(other)
+    assert (book.by_name(), book.sequence) == ([version("a", uri="/copy")], 2)
 
 
 def test_re_pointing_to_what_is_there_is_no_change() -> None:
@@ -88,31 +109,25 @@ def test_removing_an_unknown_name_changes_nothing() -> None:
 
 def test_names_of_a_digest_share_its_pin_and_the_largest_weight() -> None:
     book = Book("base", [version("b", pinned=True), version("a", weight=2.0), version("c", "d2")])
-    assert book.digests() == {"d1", "d2"}
-    assert by_digest(book.by_name()) == {
-        "d1": version("a", weight=2.0, pinned=True),
-        "d2": version("c", "d2"),
-    }
+    assert book.of_digest("d1") == version("a", weight=2.0, pinned=True)
+    assert book.of_digest("d2") == version("c", "d2")
+    book.remove("b")
+    assert book.of_digest("d1") == version("a", weight=2.0)
+    book.add(version("a", "d2"), load_inplace=True)
+    assert book.of_digest("d1") is None
+    assert book.of_digest("d2") == version("a", "d2")
 
 
-def test_following_takes_the_next_change_and_nothing_else() -> None:
-    book = Book("base", sequence=4)
-    assert book.apply(5, "a", version("a"))
-    assert not book.apply(7, "b", version("b"))
-    assert (book.by_name(), book.sequence) == ([version("a")], 5)
-    assert book.apply(6, "a", None)
-    assert (book.by_name(), book.sequence) == ([], 6)
-
-
-def test_following_ignores_what_the_snapshot_already_had() -> None:
-    book = Book("base", [version("a", "d2")], sequence=9)
-    assert book.apply(8, "a", version("a", "d1"))
-    assert (book.get("a"), book.sequence) == (version("a", "d2"), 9)
+def test_a_change_names_the_digests_that_the_engine_must_look_at() -> None:
+    book = Book("base", [version("a"), version("b", "d2"), version("c", "d3")], sequence=1)
+    assert book.change({"a": version("a", "d4"), "b": None}, 2) == {"d1", "d2", "d4"}
+    assert book.change({"a": version("a", "d4"), "unknown": None}, 3) == set()
+    assert (book.by_name(), book.sequence) == ([version("a", "d4"), version("c", "d3")], 3)
 
 
 def test_the_base_models_name_never_hides_the_base_model() -> None:
     book = Book("base")
-    book.replace([version("base"), version("a")], 3)
+    book.change({"base": version("base"), "a": version("a")}, 3)
     assert book.by_name() == [version("a")]
 
 
@@ -132,5 +147,5 @@ def test_following_any_series_of_changes_gives_the_same_book(seed: int) -> None:
             book.remove(name)
         else:
             book.add(version(name, draw.choice(["d1", "d2", "d3"])), load_inplace=True)
-        assert copy.apply(book.sequence, name, book.get(name))
+        copy.change({name: book.get(name)}, book.sequence)
         assert (copy.by_name(), copy.sequence) == (book.by_name(), book.sequence)

@@ -7,10 +7,12 @@ from typing import Any, cast
 
 import pytest
 
+from cluster.config import EngineConfig
 from cluster.values import LoadReport
 from replica.engine.engine import Engine
 from replica.engine.engine_process import _REPORT_S, Server
 from replica.engine.messages import Hangup, Message, Wake
+from replica.engine.pulse import Pulse
 from replica.scheduling.request import Delta
 
 
@@ -19,6 +21,7 @@ class SteppedEngine:
 
     def __init__(self, step_s: float, steps: int, ended: Callable[[], None]) -> None:
         self.idle, self.wake_s = True, None
+        self.config = EngineConfig("stub")
         self.committed_s, self.taken = 100.0, 0
         self._step_s, self._steps, self._ended = step_s, steps, ended
 
@@ -56,7 +59,7 @@ def test_a_busy_engine_reports_at_an_interval_of_time_however_long_its_first_ste
         inbox.put(Wake())
     sent = Sent()
     engine = SteppedEngine(step_s, 2 * apart + 2, lambda: inbox.put(Hangup()))
-    Server(cast(Any, sent), cast(Engine, engine), inbox).serve()
+    Server(cast(Any, sent), cast(Engine, engine), inbox, Pulse()).serve()
     reports = [message.report.steps for message in sent.messages if message.report is not None]
     assert reports[0] == 1
     gaps = [later - earlier for earlier, later in itertools.pairwise(reports)]

@@ -166,6 +166,22 @@ def test_sizes_that_are_given_win_and_count(small: ModelShape) -> None:
     assert sizes(made(small, 4, **given)) == (2**50, 2**50, 0), "the host tier can be done without"
 
 
+def test_the_hosts_kv_pages_take_what_the_devices_leave(small: ModelShape) -> None:
+    def host_kv(gib: float, **settings: Any) -> tuple[int, EngineConfig]:
+        config = made(small, gib, **settings)
+        assert config.host_kv_memory is not None
+        return config.host_kv_memory, config
+
+    size, config = host_kv(64)
+    assert size == config.kv_memory, "as much again"
+    size, config = host_kv(2)
+    assert config.kv_memory is not None and 0 <= size < config.kv_memory
+    assert host_kv(64, host_kv_memory=7)[0] == 7
+    assert host_kv(64, page_copies=False)[0] == 0
+    free = sizes(made(small, 4))
+    assert sizes(made(small, 4, host_kv_memory=GIB))[0] < free[0], "what is given counts"
+
+
 @pytest.mark.parametrize(
     ("given", "field"), [("kv_memory", "adapter_memory"), ("adapter_memory", "kv_memory")]
 )
@@ -197,15 +213,18 @@ def test_to_settle_again_changes_nothing(small: ModelShape) -> None:
 
 
 def test_on_a_gpu_the_host_tier_is_a_bounded_share_of_the_node(large: ModelShape) -> None:
-    def host(**settings: Any) -> int | None:
+    def host(**settings: Any) -> tuple[int | None, int | None]:
         asked = EngineConfig("m", **settings)
-        return settled(asked, large, "cuda", Node(64 * GIB, 64 * GIB, False)).host_memory
+        config = settled(asked, large, "cuda", Node(64 * GIB, 64 * GIB, False))
+        return config.host_memory, config.host_kv_memory
 
-    assert host() == 16 * GIB
-    assert host(tensor_parallel=2) == 8 * GIB
-    assert host(replica_memory=8 * GIB) == 2 * GIB
-    assert host(replica_memory=999 * GIB) == 32 * GIB
-    assert host(host_memory=0) == 0
+    assert host() == (8 * GIB, 8 * GIB)
+    assert host(tensor_parallel=2) == (4 * GIB, 4 * GIB)
+    assert host(replica_memory=8 * GIB) == (GIB, GIB)
+    assert host(replica_memory=999 * GIB) == (16 * GIB, 16 * GIB)
+    assert host(host_memory=0) == (0, 8 * GIB)
+    assert host(host_kv_memory=0) == (8 * GIB, 0)
+    assert host(page_copies=False) == (8 * GIB, 0)
 
 
 def gpu(free: int, peak: int, *, shared: bool = True, **settings: Any) -> EngineConfig:

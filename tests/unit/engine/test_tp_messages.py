@@ -27,7 +27,8 @@ def row(seed: int, position: int, pages: list[int], **fields: object) -> Row:
 def told(row: Row) -> tuple[object, ...]:
     """The row without what only sampling needs."""
     wanted = row.sampling is not None
-    return (row.tokens, row.position, list(row.pages), row.slot, row.carry, wanted)
+    pages, base = list(row.pages), row.base_until
+    return (row.tokens, row.position, pages, row.slot, row.carry, base, wanted)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -46,7 +47,14 @@ def test_rows_arrive_as_they_were_whatever_happened_to_their_pages(seed: int) ->
                 case 3:
                     del pages[rng.randrange(1, len(pages) + 1) :]
         rows = [
-            row(key, 5, pages, sampling=rng.choice([None, Sampling()]), carry=rng.choice([None, 1]))
+            row(
+                key,
+                5,
+                pages,
+                sampling=rng.choice([None, Sampling()]),
+                carry=rng.choice([None, 1]),
+                base_until=rng.choice([0, 9]),
+            )
             for key, pages in rng.sample(requests, rng.randrange(9))
         ]
         step = pickle.loads(pickle.dumps(here.pack(rows)))

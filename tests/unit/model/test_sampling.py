@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from replica.model.sampling import Draw, pick, sample, uniforms
+from replica.model.logit_rules import Draw
+from replica.model.sampling import pick, sample, uniforms
 from replica.scheduling.request import Sampling
 
 EOS = frozenset({0})

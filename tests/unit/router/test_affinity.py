@@ -31,7 +31,9 @@ def router(monkeypatch: pytest.MonkeyPatch) -> AdapterAffinityRouter:
     """Initialized as by Serve, but without the constructor, which reports metrics to a cluster."""
     monkeypatch.setenv("SOME_REDIS", "unix:///nowhere.sock")
     made = AdapterAffinityRouter.__new__(AdapterAffinityRouter)
-    made.initialize_state(redis_variable="SOME_REDIS", fleet="x", step_tokens=512, batch_rows=64)
+    made.initialize_state(
+        redis_variable="SOME_REDIS", fleet="x", step_tokens=512, batch_rows=64, queue_max=64
+    )
     return made
 
 

@@ -1,11 +1,17 @@
 """Finding the model's name in the prefix of a request's body that HAProxy forwards."""
 
+import gzip
 import json
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from router.ingress import find_model, prompt_tokens
+from router.environment import MODEL_HEADER
+from router.ingress import Ingress, find_model, inflated, prompt_tokens
 
 
 @pytest.mark.parametrize(
@@ -102,3 +108,85 @@ def test_a_truncated_body_counts_with_its_whole_size(
     headers: list[tuple[bytes, bytes]], tokens: int
 ) -> None:
     assert prompt_tokens({"headers": headers}, b"x" * 100) == tokens
+
+
+class Handle:
+    """A deployment's handle that remembers what it was asked and picks a fixed replica.
+
+    looks: how often it says that it knows no replica yet.
+    """
+
+    def __init__(self, looks: int = 0) -> None:
+        self.asked: list[tuple[str | None, int]] = []
+        self.connected = False
+        self.looks = looks
+
+    def options(self) -> "Handle":
+        self.connected = True
+        return self
+
+    def running_replicas_populated(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+    @asynccontextmanager
+    async def choose_replica(
+        self, model: str | None, tokens: int, *, _reserve: bool
+    ) -> AsyncIterator[Any]:
+        self.asked.append((model, tokens))
+        replica_id = SimpleNamespace(to_full_id_str=lambda: "r")
+        yield SimpleNamespace(
+            _replica=SimpleNamespace(backend_http_endpoint=("h", 1), replica_id=replica_id)
+        )
+
+
+@pytest.mark.parametrize(
+    ("body", "named", "model"),
+    [
+        (b'{"prompt": "' + b"x" * 400, "fr", "fr"),
+        (b'{"prompt": "' + b"x" * 400, None, None),
+        (b'{"model": "de", "prompt": "x"}', "fr", "de"),
+        (b"", "fran\u00e7ais", "fran\u00e7ais"),
+        (b"", "", None),
+    ],
+)
+async def test_a_header_names_the_model_of_a_body_that_hides_it(
+    body: bytes, named: str | None, model: str | None
+) -> None:
+    handle = Handle()
+    headers = [] if named is None else [(MODEL_HEADER.encode(), named.encode())]
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    app = await Ingress(handle).__serve_build_asgi_app__()
+    await app({"type": "http", "headers": headers}, receive, send)
+    assert handle.asked == [(model, len(body) // 4)]
+    assert json.loads(sent[1]["body"])["replica_id"] == "r"
+
+
+async def test_a_router_serves_once_it_is_connected_and_knows_the_replicas() -> None:
+    handle = Handle(looks=2)
+    ingress = Ingress(handle)
+    assert handle.connected
+    await ingress.__serve_build_asgi_app__()
+    assert handle.looks < 0
+
+
+async def test_a_router_without_replicas_serves_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.ingress._REPLICAS_S", 0.0)
+    assert await Ingress(Handle(looks=10**9)).__serve_build_asgi_app__()
+
+
+def test_the_model_of_a_compressed_body_is_found_in_what_its_start_inflates_to() -> None:
+    body = b'{"model": "fr", "prompt": "' + bytes(range(97, 123)) * 9999
+    packed = gzip.compress(body)
+    for part in (packed, packed[:100]):
+        assert find_model(inflated(part)) == "fr"
+    assert inflated(body) == body
+    assert len(inflated(gzip.compress(bytes(2**24)))) == 2**18
+    assert find_model(inflated(b"\x1f\x8b no gzip")) is None

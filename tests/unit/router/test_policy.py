@@ -1,5 +1,7 @@
 """The routing policy: which replica gets a request."""
 
+import dataclasses
+
 import pytest
 
 from cluster.values import Tier
@@ -62,6 +64,15 @@ def test_a_large_adapter_spills_later_than_a_small_one() -> None:
     assert not spills(1024 * MIB)
 
 
+def test_a_load_from_host_memory_costs_what_such_loads_took() -> None:
+    on_disk = Candidate("a", tier=Tier.DISK, image_bytes=84 * MIB, copy_bytes_per_s=1e9)
+    in_host = dataclasses.replace(on_disk, replica_id="b", tier=Tier.HOST, host_bytes_per_s=25e9)
+    on_disk = dataclasses.replace(on_disk, free_bytes=1024 * MIB, host_bytes_per_s=25e9)
+    assert load_s(on_disk, WEIGHTS) == pytest.approx(84 * MIB / 1e9)
+    assert load_s(in_host, WEIGHTS) == pytest.approx(2 * 84 * MIB / 25e9), "one must leave"
+    assert first(on_disk, in_host) == "b"
+
+
 def test_a_load_that_must_evict_costs_more() -> None:
     full = Candidate("a", tier=Tier.ABSENT, image_bytes=8 * MIB, free_bytes=0)
     roomy = Candidate("b", tier=Tier.ABSENT, image_bytes=8 * MIB, free_bytes=64 * MIB)
@@ -105,3 +116,61 @@ def test_no_candidates() -> None:
 
 def test_an_idle_replica_has_no_wait() -> None:
     assert queue_s(Candidate("a", step_s=0.1), WEIGHTS) == 0.0
+
+
+@pytest.mark.parametrize("unusable", [{"stalled": True}, {"full": True}])
+def test_a_replica_that_would_keep_or_refuse_the_request_comes_after_all_that_serve(
+    unusable: dict[str, bool],
+) -> None:
+    holder = Candidate("a", **unusable)
+    busy = Candidate("b", tier=Tier.ABSENT, requests=64, queued_tokens=10**6)
+    assert [c.replica_id for c in rank([holder, busy], "fr", WEIGHTS)] == ["b", "a"]
+
+
+def test_of_those_that_cannot_serve_now_a_full_one_comes_before_one_that_is_not_there() -> None:
+    candidates = [Candidate("a", known=False), Candidate("b", stalled=True)]
+    candidates.append(Candidate("c", full=True))
+    assert [c.replica_id for c in rank(candidates, "fr", WEIGHTS)] == ["c", "b", "a"]
+
+
+def test_a_silent_engine_is_avoided_before_it_is_known_to_hang() -> None:
+    silent = Candidate("a", silent_s=2.0)
+    loading = Candidate("b", tier=Tier.ABSENT, requests=20, free_bytes=64 * MIB)
+    assert first(silent, loading) == "b"
+
+
+def test_a_slow_replica_elsewhere_does_not_keep_a_hot_adapter_where_it_is() -> None:
+    """The margin is of the steps that the request would wait for."""
+    holder = Candidate("a", requests=100, step_s=0.02)
+    idle = Candidate("b", tier=Tier.ABSENT, step_s=0.02, free_bytes=64 * MIB, image_bytes=8 * MIB)
+    slow = Candidate("c", tier=Tier.ABSENT, step_s=1.0)
+    assert first(holder, idle) == first(holder, idle, slow) == "b"
+
+
+IDLE = Candidate("b", tier=Tier.ABSENT, step_s=0.02, free_bytes=64 * MIB, image_bytes=8 * MIB)
+
+
+def test_a_slow_replica_loses_what_it_holds_even_if_it_is_idle() -> None:
+    assert first(Candidate("a", step_s=0.2), IDLE) == "b"
+    assert first(Candidate("a", step_s=0.08), IDLE) == "a", "not that slow"
+
+
+def test_short_steps_that_vary_make_no_replica_slow() -> None:
+    idle = dataclasses.replace(IDLE, step_s=0.002)
+    assert first(Candidate("a", step_s=0.04), idle) == "a"
+    assert first(Candidate("a", step_s=0.06), idle) == "b"
+
+
+def test_a_slow_replica_gets_no_base_request_while_the_others_have_little_to_do() -> None:
+    slow = Candidate("a", step_s=0.2)
+    for key in map(str, range(20)):
+        assert first(slow, Candidate("b", step_s=0.02), key=key) == "b"
+        assert first(slow, Candidate("b", step_s=0.02, requests=34), key=key) == "b"
+
+
+def test_a_slow_replica_is_asked_again_when_the_others_are_busy() -> None:
+    assert first(Candidate("a", step_s=0.2), Candidate("b", step_s=0.02, requests=35)) == "a"
+
+
+def test_an_adapter_leaves_a_holder_that_is_ten_times_slower_at_a_few_requests() -> None:
+    assert first(Candidate("a", requests=4, step_s=0.2), IDLE) == "b"

@@ -85,6 +85,12 @@ def test_a_pick_does_not_make_a_failed_load_look_better() -> None:
     assert only(view, State(residency=holding(Tier.FAILED)), FR, 10.0).tier is Tier.FAILED
 
 
+def test_a_candidate_has_the_rates_that_its_replica_measured() -> None:
+    report = LoadReport(copy_bytes_per_s=1e9, host_bytes_per_s=25e9)
+    candidate = only(View(), State(report=report), FR, 1.0)
+    assert (candidate.copy_bytes_per_s, candidate.host_bytes_per_s) == (1e9, 25e9)
+
+
 def test_the_size_of_an_image_is_known_from_any_replica() -> None:
     states = {"a": State(residency=holding(Tier.DEVICE, 4096)), "b": State()}
     assert [c.image_bytes for c in View().candidates(["a", "b"], states, FR, 1.0)] == [4096] * 2
@@ -107,3 +113,37 @@ def test_a_burst_for_one_cold_adapter_starts_on_one_replica() -> None:
         best = rank(view.candidates(ids, states, FR, 10.0), FR, RoutingWeights())[0]
         view.picked(best.replica_id, FR, 10, now_s=10.0)
     assert sorted(own_picks(view, name) for name in ids) == [0, 0, 3]
+
+
+def test_the_server_s_streams_count_though_the_engine_s_report_is_older() -> None:
+    """A replica that has just got 40 requests, in its first long step."""
+    view = View(transit_s=0.05)
+    view.picked("a", None, 100, now_s=10.0)
+    state = State(LoadReport(running=0, streams=40, age_s=1.0), seen_s=10.2)
+    candidate = only(view, state, None, 10.2)
+    assert (candidate.requests, candidate.queued_tokens) == (40, 100)
+    later = State(LoadReport(running=1, streams=40, age_s=0.0), seen_s=10.4)
+    assert only(view, later, None, 10.4).queued_tokens == 0
+
+
+def test_an_engine_counts_as_silent_by_its_own_time_and_the_reader_s() -> None:
+    view = View()
+    assert only(view, State(LoadReport(age_s=1.0), seen_s=10.0), None, 10.3).silent_s == 0.0
+    assert only(view, State(LoadReport(age_s=3.0), seen_s=10.0), None, 11.0).silent_s == 4.0
+
+
+def test_a_replica_is_full_with_the_picks_that_are_on_their_way() -> None:
+    view = View(queue_max=10)
+    state = State(LoadReport(waiting=9), seen_s=9.9)
+    assert not only(view, state, None, 10.0).full
+    view.picked("a", None, 1, now_s=10.0)
+    assert only(view, state, None, 10.0).full
+    assert only(view, State(LoadReport(stalled=1)), None, 10.0).stalled
+
+
+def test_one_of_two_routers_counts_its_picks_twice() -> None:
+    view = View()
+    view.routers = 2
+    view.picked("a", None, 100, now_s=10.0)
+    candidate = only(view, State(LoadReport(running=2, queued_tokens=7), seen_s=9.9), None, 10.0)
+    assert (candidate.requests, candidate.queued_tokens) == (4, 207)

@@ -15,7 +15,7 @@ def assembled(shared: bool = False, **settings: object) -> Scheduler:
         config,
         context=256,
         eos_tokens=frozenset({2}),
-        memory=Division(32, 512, 16, 4096, shared),
+        memory=Division(32, 512, 16, 4096, shared, host_pages=9),
         alignment=256,
         costs=Costs(),
     )
@@ -25,6 +25,7 @@ def test_the_defaults_are_the_best_known() -> None:
     core = assembled()
     switches = core.switches
     assert switches.base_pinned and switches.skip and switches.overlap and switches.prefetch_depth
+    assert core.page_copies.host is not None and core.page_copies.host.capacity == 9
     assert core.drainer.sharing.park and not core.drainer.sharing.drain_wait_threshold_s
     assert core.adapter_cache.victim_search._order is victims.cost and not core.share.on
 
@@ -37,25 +38,29 @@ def test_each_setting_can_be_changed() -> None:
         prefetch_depth=3,
         park=False,
         quantum_s=0.25,
-        head_start_s=0.5,
+        ttft_target_s=2.0,
+        tpot_target_s=0.1,
         drain_wait_threshold_s=1.5,
         eviction="fifo",
         parked_pages_max=7,
         page_wait_max_s=0.5,
         fair_share=True,
+        page_copies=False,
     )
     switches, sharing = core.switches, core.drainer.sharing
     assert not (switches.base_pinned or switches.skip or switches.overlap)
     assert switches.prefetch_depth == 3
-    assert (sharing.park, sharing.quantum_s, sharing.head_start_s) == (False, 0.25, 0.5)
+    assert (sharing.park, sharing.quantum_s) == (False, 0.25)
+    assert (sharing.ttft_target_s, sharing.tpot_target_s) == (2.0, 0.1)
     assert sharing.drain_wait_threshold_s == 1.5
     assert core.adapter_cache.victim_search._order is victims.fifo and core.share.on
     assert core.limits.parked_pages_max == 7 and core.limits.page_wait_max_s == 0.5
+    assert core.page_copies.host is None
 
 
 @pytest.mark.parametrize(("asked", "slots"), [(None, 255), (3, 3)])
 def test_the_directory_bounds_the_places(asked: int | None, slots: int) -> None:
-    assert assembled(slots_max=asked).adapter_cache.slots == slots
+    assert assembled(slots_max=asked).adapter_cache.slots.count == slots
 
 
 def test_a_step_holds_at_least_a_token_for_each_row() -> None:

@@ -49,21 +49,20 @@ def use(core: Scheduler, *digests: str) -> None:
 
 def test_the_limit_leaves_one_context_the_headroom_and_the_reserve() -> None:
     made, pages, _ = budget()
-    assert (made.most_bytes, made.limit_bytes) == (160, 160)
+    assert (made.most_bytes, made.limit_bytes()) == (160, 160)
     pages.take(10)
-    assert made.limit_bytes == 80
-    made.reserved = 3
-    assert made.limit_bytes == 50
-    assert made.free_for(51) == 6 + 2 + 3
-    assert (made.free_for(160), made.free_for(161)) == (16 + 5, None)
+    assert made.limit_bytes() == 80
+    assert made.limit_bytes(reserved=3) == 50
+    assert made.free_for(51, 3) == 6 + 2 + 3
+    assert (made.free_for(160, 3), made.free_for(161, 3)) == (16 + 5, None)
     pages.take(9)
-    assert made.limit_bytes == 0
+    assert made.limit_bytes() == 0
 
 
 def test_the_headroom_is_never_more_than_the_context() -> None:
     """Otherwise an image that just fits could not load even when nothing runs."""
     made, _, _ = budget(headroom=100)
-    assert made.limit_bytes == made.most_bytes == 160
+    assert made.limit_bytes() == made.most_bytes == 160
 
 
 def test_growing_takes_free_pages_and_copies_held_ones_elsewhere() -> None:

@@ -2,14 +2,15 @@
 
 import pytest
 
-from replica.scheduling.drainer import Drain, Sharing
+from replica.scheduling.drainer import Drain
 from replica.scheduling.loads import BASE_KEY, Switches
 from replica.scheduling.request import Phase
 from replica.scheduling.scheduler import Scheduler
+from replica.scheduling.turns import Sharing
 from tests.core import begin, evicted, loaded, new, ran, run, scheduler, settle
 
 DRAIN = Sharing(park=False, drain_wait_threshold_s=1.0)
-PARK = Sharing(quantum_s=0.5, head_start_s=0.0)
+PARK = Sharing(quantum_s=0.5, tpot_target_s=0.2)
 
 
 def busy(sharing: Sharing, tokens: int = 60, **options: object) -> Scheduler:
@@ -166,7 +167,57 @@ def test_a_large_image_drains_several_adapters() -> None:
     assert loaded(plan) == ["large"]
 
 
+def test_no_adapter_is_drained_for_a_less_urgent_one() -> None:
+    core = scheduler(sharing=DRAIN)
+    begin(core, new("x", "a", max_tokens=60), new("y", "b", max_tokens=65, priority=5))
+    core.add(new("s", "c", priority=1), 0.0)
+    run(core, 1.0)
+    assert list(core.drainer.drains) == ["b"], "a ends first, but its row is more urgent"
+
+
+def test_a_draining_adapter_takes_requests_more_urgent_than_the_starving_one() -> None:
+    core = busy(DRAIN)
+    core.add(new("s", "c"), 0.0)
+    run(core, 1.0)
+    core.add(new("late", "a"), 1.1)
+    core.add(new("urgent", "a", priority=-1), 1.1)
+    plan, _ = run(core, 1.1)
+    assert "urgent" in ran(plan) and "late" not in ran(plan)
+
+
 # Park
+
+
+def test_the_less_urgent_never_parks_the_more_urgent() -> None:
+    core = scheduler(sharing=PARK, arena=40)
+    begin(core, new("urgent", "a", max_tokens=60, priority=-10))
+    core.add(new("patient", "b", max_tokens=60, priority=10), 0.0)
+    for step in range(1, 40):
+        assert ran(settle(core, step * 1.0)[0]) == ["urgent"]
+    core.cancel("urgent", 40.0)
+    settle(core, 40.0)
+    assert ran(settle(core, 41.0)[0]) == ["patient"]
+    core.add(new("urgent again", "a", max_tokens=60, priority=-10), 41.0)
+    settle(core, 45.0)
+    assert ran(settle(core, 45.1)[0]) == ["urgent again"]
+
+
+def test_an_adapter_that_a_more_urgent_request_waits_for_is_not_parked() -> None:
+    """The batch is full, so the urgent request has no row yet."""
+    core = scheduler(sharing=PARK, arena=40, rows=1)
+    begin(core, new("x", "a", max_tokens=60, priority=10))
+    core.add(new("urgent", "a", priority=-10, max_tokens=60), 0.0)
+    core.add(new("patient", "b", max_tokens=60), 0.0)
+    settle(core, 5.0)
+    assert not core.running_set.parked
+
+
+def test_of_the_victims_the_least_urgent_is_parked() -> None:
+    core = scheduler(sharing=PARK)
+    begin(core, new("x", "a", max_tokens=90), new("y", "b", max_tokens=40, priority=5))
+    core.add(new("s", "c"), 0.0)
+    run(core, 1.0)
+    assert list(core.running_set.parked) == ["y"], "x has more left"
 
 
 def test_a_row_is_parked_only_after_its_slice() -> None:
@@ -278,7 +329,7 @@ def test_a_parked_row_resumes_after_one_copy_and_recomputes_nothing() -> None:
     pages, computed = list(request.pages), request.computed
     starts: dict[str, int] = {}
     copies = 0
-    for step in range(1, 40):
+    for step in range(1, 80):
         plan, _ = settle(core, 0.5 + step * 0.05)
         copies += loaded(plan).count("b")
         starts |= {w.request.id: w.start for w in plan.rows if w.request.id == "y"}
@@ -296,9 +347,7 @@ def test_parked_rows_hold_no_more_pages_than_they_may() -> None:
 
 
 def test_a_drain_starts_if_no_row_may_be_parked() -> None:
-    core = busy(
-        Sharing(park=True, drain_wait_threshold_s=1.0, head_start_s=0.0), parked_pages_max=0
-    )
+    core = busy(Sharing(park=True, drain_wait_threshold_s=1.0), parked_pages_max=0)
     core.add(new("s", "c"), 0.0)
     run(core, 5.0)
     assert {drain.starving for drain in core.drainer.drains.values()} == {"c"}
@@ -314,46 +363,6 @@ def test_an_adapter_that_starves_for_pages_parks_no_row_and_drains_late() -> Non
     run(core, 6.0)
     assert {drain.starving for drain in core.drainer.drains.values()} == {"c"}
     assert not core.running_set.parked
-
-
-def crowd(left: int) -> Scheduler:
-    """Ten adapters on two places. x of a is parked since 1 s with about 100 tokens left; y of b has
-    65 left, z of c `left`. Each turn lasts 0.52 s, and four turns give each adapter a place.
-    """
-    sizes = dict.fromkeys("abcdefghij", 40)
-    core = scheduler(sharing=PARK, sizes=sizes, slots=2, context=512)
-    begin(core, new("x", "a", max_tokens=100), new("y", "b", max_tokens=66))
-    core.add(new("z", "c", max_tokens=left), 0.0)
-    settle(core, 1.0)
-    settle(core, 1.0)
-    assert list(core.running_set.parked) == ["x"] and list(core.running_set.running) == ["y", "z"]
-    return core
-
-
-def test_a_parked_adapter_takes_the_place_of_one_with_more_left() -> None:
-    core = crowd(left=300)
-    assert loaded(run(core, 1.6)[0]) == ["a"]
-    assert list(core.running_set.parked) == ["x", "z"]
-
-
-def test_a_parked_adapter_waits_for_those_with_less_left_until_it_is_due() -> None:
-    core = crowd(left=50)
-    due_s = 1.0 + (3 * 3 - 1) * (0.5 + 2 * 0.01)
-    for now_s in (1.6, 2.5, due_s - 0.1):
-        assert loaded(run(core, now_s)[0]) == []
-    assert loaded(run(core, due_s + 0.1)[0]) == ["a"]
-
-
-def test_a_new_request_of_a_parked_adapter_does_not_wait_for_that() -> None:
-    core = crowd(left=50)
-    core.add(new("new", "a", max_tokens=100), 1.5)
-    assert loaded(run(core, 1.6)[0]) == ["a"]
-
-
-def test_a_parked_adapter_that_waits_does_not_hold_up_a_new_request() -> None:
-    core = crowd(left=50)
-    core.add(new("new", "d", max_tokens=100), 1.5)
-    assert loaded(run(core, 1.6)[0]) == ["d"]
 
 
 def test_no_row_is_parked_while_pages_are_short_or_soon_after() -> None:
@@ -405,8 +414,30 @@ def test_parked_rows_take_the_place_kept_for_a_request_without_pages() -> None:
 @pytest.mark.parametrize(
     ("waiting", "places", "turns"), [(1, 4, 1), (4, 4, 1), (5, 4, 2), (12, 3, 4), (3, 0, 3)]
 )
-def test_the_bound_counts_turns_of_a_slice_and_two_copies(
-    waiting: int, places: int, turns: int
-) -> None:
+def test_a_turn_is_a_slice_and_two_copies(waiting: int, places: int, turns: int) -> None:
     core = scheduler(sharing=PARK, copy_bytes_per_s=400.0)
-    assert core.drainer.bound_s(waiting, places, 40) == pytest.approx(turns * (1.0 + 0.2))
+    all_s = core.drainer.turns.all_s(waiting, places, 40)
+    assert all_s == pytest.approx(turns * (1.0 + 0.2))
+    assert core.drainer.turns.bound_s(waiting, places, 40) == pytest.approx(31 * all_s)
+
+
+def test_no_pages_are_saved_for_a_request_that_a_drain_keeps_out() -> None:
+    """Its adapter is drained for a large image, which needs a second place: that of an adapter
+    whose request came before, and finds pages only if none are saved.
+    """
+    sharing = Sharing(park=False, drain_wait_threshold_s=0.2)
+    sizes = {"a": 30, "b": 40, "second": 50, "large": 55}
+    core = scheduler(pages=6, sizes=sizes, sharing=sharing, page_wait_max_s=0.0)
+    begin(core, new("x", "a", prompt=10, max_tokens=20), new("y", "b", prompt=10, max_tokens=10))
+    core.add(new("kept out", "a", prompt=70, max_tokens=25), 0.0)
+    core.add(new("earlier", "second", prompt=30), 0.0)
+    core.add(new("starves", "large"), 0.0)
+    now_s = 0.0
+    while core.drainer.drains.get("a") is None:
+        settle(core, now_s)
+        assert core.running_set.saved.request is core._requests["kept out"]
+        now_s += 0.05
+    while core.has_work and now_s < 20.0:
+        settle(core, now_s)
+        now_s += 0.05
+    assert not core.has_work

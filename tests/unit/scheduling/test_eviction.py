@@ -8,7 +8,7 @@ from replica.scheduling.victims import ORDERS, Candidate, EvictionOrder, cost, f
 
 
 def candidate(digest: str, placed: float, used: float, value: float, wanted: bool) -> Candidate:
-    return Candidate(digest, 40, placed, used, wanted, value)
+    return Candidate(digest, placed, used, wanted, value)
 
 
 OLD = candidate("old", placed=1.0, used=9.0, value=5.0, wanted=False)

@@ -2,10 +2,10 @@
 
 import pytest
 
-from replica.scheduling.drainer import Sharing
 from replica.scheduling.plan import Plan
 from replica.scheduling.request import Delta, Finish, NewRequest, Phase, Sampled, Sampling
 from replica.scheduling.scheduler import Scheduler
+from replica.scheduling.turns import Sharing
 from tests.core import EOS, begin, evicted, loaded, new, ran, scheduler
 
 PARK = Sharing(quantum_s=0.5)
@@ -224,6 +224,22 @@ def test_a_prefix_is_found_after_its_step_has_committed() -> None:
     commit(core, first)
     core.add(NewRequest("late", prompt, Sampling(max_tokens=9)), 0.0)
     assert spans(ahead(core))[-1] == ("late", 32, 40)
+
+
+def test_a_prompt_whose_logprobs_are_wanted_is_computed_though_it_is_cached() -> None:
+    core = scheduler(tokens=200)
+    prompt = tuple(range(40))
+    core.add(NewRequest("first", prompt, Sampling(max_tokens=9)), 0.0)
+    commit(core, ahead(core))
+    for name, sampling, start in (
+        ("scored", Sampling(max_tokens=9, prompt_logprobs=0), 0),
+        ("embedded", Sampling(max_tokens=9, embeds=True), 32),
+    ):
+        core.add(NewRequest(name, prompt, sampling), 0.0)
+        plan = ahead(core)
+        assert spans(plan)[-1] == (name, start, 40)
+        (*_, delta) = commit(core, plan)
+        assert delta.cached_tokens == start
 
 
 def test_dropped_rows_are_planned_again() -> None:

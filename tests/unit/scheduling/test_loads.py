@@ -2,8 +2,8 @@
 
 import pytest
 
-from replica.scheduling.drainer import Sharing
 from replica.scheduling.loads import Switches
+from replica.scheduling.turns import Sharing
 from tests.core import begin, loaded, new, ran, run, scheduler, settle
 
 LARGE = {"x": 10, "y": 10, "z": 10, "large": 30}
@@ -106,9 +106,7 @@ def test_a_smaller_image_uses_a_hole_that_a_larger_one_cannot() -> None:
 
 def test_small_images_do_not_take_the_places_of_a_large_one_forever() -> None:
     """Each slice that ends lets one small image in. The large one needs all places at once."""
-    core = scheduler(
-        arena=30, sizes=LARGE, sharing=Sharing(quantum_s=0.5, head_start_s=0.0), rows=16
-    )
+    core = scheduler(arena=30, sizes=LARGE, sharing=Sharing(quantum_s=0.5), rows=16)
     names = "xyz"
     now_s, number = 0.0, 0
     for digest in names:
@@ -124,7 +122,7 @@ def test_small_images_do_not_take_the_places_of_a_large_one_forever() -> None:
                 number += 1
         settle(core, now_s)
         now_s += 0.05
-    bound_s = core.drainer.bound_s(waiting=5, places=1, bytes_max=30)
+    bound_s = core.drainer.turns.bound_s(waiting=5, places=1, bytes_max=30)
     assert now_s - since_s <= bound_s
 
 
@@ -145,3 +143,41 @@ def test_a_pinned_adapter_without_requests_parks_no_row() -> None:
     assert loaded(run(core, 9.0)[0]) == []
     core.add(new("y", "b"), 9.0)
     assert loaded(run(core, 9.0)[0]) == ["b"]
+
+
+def test_an_idle_adapter_stays_until_the_copy_that_replaces_it_can_begin() -> None:
+    """A request for it meanwhile needs no load. Copies run one after another, 0.4 s each."""
+    core = scheduler(copy_bytes_per_s=100.0)
+    begin(core, new("x", "a", max_tokens=2), new("y", "b", max_tokens=2))
+    run(core, 0.5)
+    core.add(new("s", "c"), 1.0)
+    core.add(new("t", "d"), 1.0)
+    assert loaded(run(core, 1.0)[0]) == ["c"]
+    kept = next(digest for digest in "ab" if core.adapter_cache.usable(digest))
+    assert loaded(run(core, 1.3)[0]) == []
+    core.add(new("again", kept, max_tokens=1), 1.3)
+    assert "again" in ran(run(core, 1.3)[0])
+    assert loaded(run(core, 1.36)[0]) == ["d"]
+
+
+def test_a_step_tries_few_of_many_starving_adapters() -> None:
+    """To look for a place for each of a thousand took 0.2 s in every step."""
+    names = [f"a{i}" for i in range(60)]
+    sharing = Sharing(park=False, drain_wait_threshold_s=1.0)
+    core = scheduler(sizes=dict.fromkeys(names, 40), slots=60, pages=1000, sharing=sharing)
+    begin(core, *(new(name, name, max_tokens=100) for name in names[:2]))
+    for name in names[2:]:
+        core.add(new(name, name), 0.0)
+    drain, tried = core.drainer.drain, list[str]()
+
+    def counted(digest: str, *arguments: object) -> None:
+        tried.append(digest)
+        drain(digest, *arguments)  # type: ignore[arg-type]
+
+    core.drainer.drain = counted  # type: ignore[method-assign]
+    run(core, 1.0)
+    assert list(core.drainer.drains) == names[:2], "each place is drained for one that starves"
+    assert 2 < len(tried) <= 10
+    tried.clear()
+    run(core, 1.1)
+    assert 0 < len(tried) <= 10

@@ -170,3 +170,36 @@ def test_a_page_that_is_not_held_cannot_be_published() -> None:
     with pytest.raises(AssertionError):
         pages.publish(None, A[:3], page)
     pages.check([[page]])
+
+
+def test_an_earlier_match_is_the_longest_until_a_page_is_forgotten_or_the_next_is_published() -> (
+    None
+):
+    pages = Pages(3, 16)
+    filled(pages, None, A)
+    prefix = pages.match(None, A + B)
+    assert pages.still_longest(prefix, B)
+    (page,) = pages.take(1) or []
+    pages.publish(prefix.link, B, page)
+    assert not pages.still_longest(prefix, B), "the next page is cached now"
+    assert pages.still_longest(prefix, ()), "but may not be matched"
+    pages = Pages(1, 16)
+    pages.give_back(filled(pages, None, A))
+    prefix = pages.match(None, A + B)
+    pages.give_back(prefix.pages)
+    assert pages.still_longest(prefix, B) and pages.unheld(prefix) == 1
+    pages.give_back(filled(pages, None, A))
+    assert not pages.still_longest(prefix, B), "the same tokens, in a page filled later"
+
+
+def test_touched_pages_are_forgotten_last() -> None:
+    pages = Pages(2, 16)
+    for tokens in (A, B):
+        pages.give_back(filled(pages, None, tokens))
+    first = pages.match(None, A)
+    pages.give_back(first.pages)
+    second = pages.match(None, B)
+    pages.give_back(second.pages)
+    pages.touch(first)
+    pages.take(1)
+    assert pages.may_match(None, A) and not pages.may_match(None, B)

@@ -2,13 +2,14 @@
 
 from cluster.errors import AdapterFailed
 from cluster.values import Tier
-from replica.scheduling.drainer import Drain, Sharing
+from replica.scheduling.drainer import Drain
 from replica.scheduling.loads import Switches
 from replica.scheduling.request import Delta
 from replica.scheduling.scheduler import Scheduler
+from replica.scheduling.turns import Sharing
 from tests.core import begin, loaded, new, ran, run, scheduler, settle
 
-PARK = Sharing(quantum_s=0.5, head_start_s=0.0)
+PARK = Sharing(quantum_s=0.5)
 
 
 def failed_reload(**options: object) -> Scheduler:
@@ -132,35 +133,3 @@ def test_a_registration_ends_the_pause() -> None:
     core.load_failed("a", "still broken", 1.2)
     run(core, 1.2)
     assert core.adapter_cache.backoff.next_retry_s(core.waiting, 1.2) == 2.2, "as after the first"
-
-
-def loads_until_it_waits(core: Scheduler, now_s: float) -> list[str]:
-    """The directories that fail, one after another, before the first pause."""
-    paths = []
-    while loads := [c.load for c in run(core, now_s)[0].arena_changes if c.load]:
-        paths += [load.path for load in loads]
-        core.load_failed("a", "no such file", now_s)
-    return paths
-
-
-def test_a_load_falls_back_to_the_other_directories_of_the_digest() -> None:
-    core = scheduler()
-    core.adapter_cache.register("a", "/second", 40, pinned=False, now_s=0.0)
-    core.add(new("r", "a"), 0.0)
-    assert [c.load.path for c in run(core, 0.0)[0].arena_changes if c.load] == ["/second"]
-    core.load_failed("a", "no such file", 0.1)
-    plan, deltas = run(core, 0.1)
-    assert not deltas and [c.load.path for c in plan.arena_changes if c.load] == ["/a"]
-    core.loaded("a", 0.2)
-    assert ran(run(core, 0.2)[0]) == ["r"]
-
-
-def test_each_directory_is_tried_before_a_pause_and_few_are_kept() -> None:
-    core = scheduler()
-    for number in [*range(9), 3, 8]:
-        core.adapter_cache.register("a", f"/{number}", 40, pinned=False, now_s=0.0)
-    for now_s, pause_s in ((0.0, 1.0), (1.0, 2.0), (3.0, 4.0)):
-        core.add(new(f"r{now_s}", "a"), now_s)
-        assert loads_until_it_waits(core, now_s) == ["/8", "/3", "/7", "/6"]
-        assert core.adapter_cache.adapters["a"].retry_s == now_s + pause_s
-        assert not core.has_work

@@ -1,7 +1,7 @@
 """The timeline of each request, and counts of all events."""
 
-from replica.scheduling.drainer import Sharing
 from replica.scheduling.timeline import Event, Timelines
+from replica.scheduling.turns import Sharing
 from tests.core import begin, new, run, scheduler, settle
 
 
@@ -29,7 +29,7 @@ def test_a_timeline_runs_from_queued_to_done() -> None:
 
 
 def test_parking_and_resuming_are_recorded() -> None:
-    core = scheduler(sharing=Sharing(quantum_s=0.5, head_start_s=0.0), arena=40)
+    core = scheduler(sharing=Sharing(quantum_s=0.5), arena=40)
     begin(core, new("x", "a", max_tokens=60))
     core.add(new("y", "b", max_tokens=3), 0.0)
     for step in range(40):

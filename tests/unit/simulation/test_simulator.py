@@ -9,12 +9,12 @@ from cluster.costs import Costs
 from cluster.values import Tier
 from replica.scheduling.adapter_cache import AdapterCache
 from replica.scheduling.admission import Limits
-from replica.scheduling.drainer import Sharing
 from replica.scheduling.extents import Extents
 from replica.scheduling.loads import Switches
 from replica.scheduling.pages import Pages
 from replica.scheduling.plan import Work
 from replica.scheduling.scheduler import Scheduler
+from replica.scheduling.turns import Sharing
 from replica.scheduling.victims import ORDERS
 from replica.simulation.simulator import RequestStats, Simulator, figures, percentile
 from replica.simulation.workloads import Arrival, Stream, arrivals

@@ -296,7 +296,7 @@ def test_a_trace_without_the_requests_is_named(
     [
         ("", "card: required"),
         ("- a", "not a mapping of settings"),
-        ("a: [", "workload.yaml: while parsing"),
+        ("a: [", "workload.yaml: line "),
     ],
 )
 def test_a_file_that_is_no_workload_is_named(text: str, words: str, tmp_path: Path) -> None:

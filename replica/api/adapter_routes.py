@@ -1,0 +1,162 @@
+"""POST /v1/load_lora_adapter and its like: changes of the catalog, answered in vLLM's words."""
+
+from collections.abc import Callable, Set
+from contextlib import AbstractAsyncContextManager
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+from cluster.errors import BadRequest, ShuttingDown
+from replica.api import asgi
+from replica.api.access import Access, Caller
+from replica.api.bodies import Bodies
+from replica.api.interfaces import Acknowledgement, Adapters, NewAdapter
+from replica.api.openai_protocol import shown
+
+# The fair share is a running sum of tokens / weight; larger weights would round tokens away.
+_WEIGHT_MAX = 1e6
+# One change of the catalog: it occupies Redis for some ten milliseconds.
+_AT_ONCE_MAX = 1024
+
+
+class AdapterEntry(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    lora_name: Annotated[str, Field(min_length=1)]
+    lora_path: Annotated[str, Field(min_length=1)]
+    pinned: bool = False
+    weight: Annotated[float, Field(ge=1 / _WEIGHT_MAX, le=_WEIGHT_MAX)] = 1.0
+
+
+class LoadAdapterRequest(AdapterEntry):
+    load_inplace: bool = False
+
+
+class LoadAdaptersRequest(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    adapters: Annotated[list[AdapterEntry], Field(min_length=1, max_length=_AT_ONCE_MAX)]
+    load_inplace: bool = False
+
+
+class UnloadAdapterRequest(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    lora_name: Annotated[str, Field(min_length=1)]
+
+
+class AdapterRoutes:
+    """base_names: the base model's, which no adapter may have.
+    until_cut: around what waits for others than the engine. closing: True refuses changes.
+    access: who may change what.
+    """
+
+    def __init__(
+        self,
+        adapters: Adapters,
+        base_names: Set[str],
+        bodies: Bodies,
+        until_cut: Callable[[], AbstractAsyncContextManager[None]],
+        closing: Callable[[], bool],
+        access: Access,
+    ) -> None:
+        self._adapters = adapters
+        self._base_names = base_names
+        self._bodies = bodies
+        self._until_cut = until_cut
+        self._closing = closing
+        self._access = access
+
+    async def load(self, http: Request) -> Response:
+        caller = self._changing(http)
+        request, _ = await self._bodies.read(LoadAdapterRequest, http)
+        self._check_name(request.lora_name)
+        async with self._until_cut():
+            done = await self._adapters.add(
+                request.lora_name,
+                request.lora_path,
+                load_inplace=request.load_inplace,
+                pinned=request.pinned,
+                weight=request.weight,
+                trusted=caller.operator,
+            )
+        return _acknowledge(f"Success: LoRA adapter '{done.name}' added successfully.", done)
+
+    async def load_all(self, http: Request) -> Response:
+        """Many in one change of the catalog: all or none."""
+        caller = self._changing(http)
+        request, _ = await self._bodies.read(LoadAdaptersRequest, http)
+        for entry in request.adapters:
+            self._check_name(entry.lora_name)
+        adapters = [
+            NewAdapter(
+                each.lora_name, each.lora_path, each.pinned, each.weight, trusted=caller.operator
+            )
+            for each in request.adapters
+        ]
+        async with self._until_cut():
+            done = await self._adapters.add_all(adapters, load_inplace=request.load_inplace)
+        return _acknowledge_all(done)
+
+    async def unload(self, http: Request) -> Response:
+        self._changing(http)
+        request, _ = await self._bodies.read(UnloadAdapterRequest, http)
+        self._check_name(request.lora_name)
+        async with self._until_cut():
+            done = await self._adapters.remove(request.lora_name)
+        return _acknowledge(f"Success: LoRA adapter '{done.name}' removed successfully.", done)
+
+    def _changing(self, http: Request) -> Caller:
+        caller: Caller = http.scope["caller"]
+        self._access.check_change(caller, http.headers)
+        return caller
+
+    def _check_name(self, name: str) -> None:
+        if name in self._base_names:
+            raise BadRequest(f"lora_name: {shown(name)} is the base model", field="lora_name")
+        if self._closing():
+            raise ShuttingDown("this replica is shutting down", retry_after_s=1.0)
+
+
+def _acknowledge(message: str, done: Acknowledgement) -> Response:
+    """vLLM's text, and what of the adapter is not used. Replicas that have not followed are named
+    in it, with the reason if it is known, and in headers.
+    """
+    message = " ".join((message, *done.remarks))
+    headers = {
+        "x-lorafleet-digest": done.digest,
+        "x-lorafleet-sequence": str(done.sequence),
+    }
+    if done.applied:
+        headers["x-lorafleet-applied"] = ", ".join(done.applied)
+    if done.failed:
+        reasons = "; ".join(f"{name} ({reason})" for name, reason in sorted(done.failed.items()))
+        message += f" Could not be read by: {reasons}."
+        headers["x-lorafleet-failed"] = ", ".join(sorted(done.failed))
+    if done.pending:
+        names = ", ".join(done.pending)
+        message += f" Not yet acknowledged by: {names}."
+        headers["x-lorafleet-pending"] = names
+    return PlainTextResponse(message, headers=headers)
+
+
+def _acknowledge_all(done: list[Acknowledgement]) -> Response:
+    last = done[-1]
+    body = {
+        "object": "list",
+        "sequence": last.sequence,
+        "pending": list(last.pending),
+        "data": [
+            {
+                "id": each.name,
+                "digest": each.digest,
+                "applied": list(each.applied),
+                "failed": dict(each.failed),
+                "remarks": list(each.remarks),
+            }
+            for each in done
+        ],
+    }
+    return asgi.JsonResponse(body)

@@ -1,0 +1,90 @@
+"""How many KV pages requests will need, and whether there are so many."""
+
+from collections.abc import Mapping
+
+from replica.scheduling.growth import Growth
+from replica.scheduling.kept_pages import KeptPages
+from replica.scheduling.page_copies import PageCopies
+from replica.scheduling.pages import Pages
+from replica.scheduling.request import Request
+from replica.scheduling.waiting import Waiting
+
+
+class PageDemand:
+    """running: rows of the batch."""
+
+    def __init__(
+        self,
+        pages: Pages,
+        copies: PageCopies,
+        growth: Growth,
+        kept: KeptPages,
+        waiting: Waiting,
+        running: Mapping[str, Request],
+    ) -> None:
+        self._pages = pages
+        self._copies = copies
+        self._growth = growth
+        self._kept = kept
+        self._waiting = waiting
+        self._running = running
+        self._peak: int | None = None  # as of this step
+        self._suffice: bool | None = None
+
+    def begin_step(self) -> None:
+        self._peak = self._suffice = None
+
+    def parked(self) -> None:
+        """Rows left the batch, or their pages the device."""
+        self._peak = None
+
+    def admitted(self, request: Request) -> None:
+        """It has a row and pages."""
+        if self._peak is not None:
+            self._peak += max(self._growth.of(request), 0)
+
+    @property
+    def peak(self) -> int:
+        """Pages that running and parked rows will need beyond those they hold on the device."""
+        if self._peak is None:
+            self._peak = self._growth.peak(self._running.values(), self._kept.on_device())
+        return self._peak
+
+    def beside(self, request: Request) -> int:
+        """Pages that its admission leaves free for the growth of others.
+
+        A row that returns only needs them for a while: if they run out, it leaves again.
+        """
+        if not request.host_pages:
+            return self.peak
+        each = self._pages.needed(self._copies.tokens_between(request))
+        return each * (len(self._running) + 1)
+
+    @property
+    def met(self) -> bool:
+        """True if there are pages for all waiting requests, beside what the others will need.
+
+        Rows that take turns may keep as many pages in host memory as the device has. With more of
+        them begun, all would end later, and hardly one in time.
+        """
+        if self._suffice is None:
+            self._suffice = self._is_met()
+        return self._suffice
+
+    def _is_met(self) -> bool:
+        waiting, left = self._waiting, self._pages.free - self.peak
+        host = self._copies.host
+        if host is not None:
+            left += min(host.free, self._pages.capacity - (host.capacity - host.free))
+        # First what takes no look at each request: at least their prompts, at most their bounds.
+        begun = sum(len(request.prompt) for request in self._kept.parked.values())
+        if waiting.prompt_tokens - begun > left * self._pages.page_tokens:
+            return False
+        if self._pages.needed(waiting.tokens_max) + len(waiting) <= left:
+            return True
+        for request in waiting:
+            if left < 0:
+                break
+            if not request.pages or request.copying:
+                left -= self._growth.of(request)
+        return left >= 0

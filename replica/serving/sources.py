@@ -1,0 +1,79 @@
+"""Adapters that nobody registered, found by name in the directories of `adapter_sources`.
+
+What is not there, or is refused, is not looked at again for `_KEPT_S`.
+"""
+
+import asyncio
+import os
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+
+from cluster.adapter_paths import CONFIG_FILE, check_allowed
+from cluster.errors import AdapterRefused, BadRequest
+
+Add = Callable[[str, str], Awaitable[object]]
+
+_KEPT_S = 10.0
+_KEPT_MAX = 10_000
+
+
+class Sources:
+    """For one event loop. add: registers a name and a path. now: monotonic seconds."""
+
+    def __init__(self, directories: Sequence[str], add: Add, now: Callable[[], float]) -> None:
+        self._directories = directories
+        self._add = add
+        self._now = now
+        # Until when, and why if there is a reason.
+        self._unknown: OrderedDict[str, tuple[float, AdapterRefused | None]] = OrderedDict()
+        self._adding: dict[str, asyncio.Task[bool]] = {}
+
+    async def resolve(self, name: str) -> bool:
+        """True if the name is registered now. Many may wait for one name; it is added once.
+
+        Raises what adding it raises.
+        """
+        if not self._directories:
+            return False
+        until, error = self._unknown.get(name, (0.0, None))
+        if self._now() < until:
+            if error is not None:
+                raise error
+            return False
+        task = self._adding.get(name)
+        if task is None:
+            task = self._adding[name] = asyncio.create_task(self._resolve(name))
+            task.add_done_callback(lambda _: self._adding.pop(name, None))
+        return await asyncio.shield(task)
+
+    async def _resolve(self, name: str) -> bool:
+        path = await asyncio.to_thread(self._path, name)
+        if path is None:
+            self._keep(name, None)
+            return False
+        try:
+            await self._add(name, path)
+        except AdapterRefused as error:
+            refused = AdapterRefused(f"model: {name!r}: {error.message}", field="model")
+            self._keep(name, refused)
+            raise refused from error
+        return True
+
+    def _keep(self, name: str, error: AdapterRefused | None) -> None:
+        self._unknown[name] = self._now() + _KEPT_S, error
+        self._unknown.move_to_end(name)
+        if len(self._unknown) > _KEPT_MAX:
+            self._unknown.popitem(last=False)
+
+    def _path(self, name: str) -> str | None:
+        if name != os.path.basename(name) or name.startswith("."):
+            return None
+        for directory in self._directories:
+            path = f"{directory}/{name}"
+            try:
+                check_allowed(path, [directory])
+            except (BadRequest, ValueError):  # a link out of it, or a name that is no path
+                continue
+            if os.path.isfile(f"{path}/{CONFIG_FILE}"):
+                return path
+        return None

@@ -1,0 +1,128 @@
+"""A name that nobody registered is looked up in directories, once for all who ask."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from cluster.adapter_paths import CONFIG_FILE
+from cluster.config import FleetConfig
+from cluster.errors import AdapterRefused, ConfigError
+from replica.api.server import build_app
+from replica.serving import sources
+from replica.serving.local_catalog import LocalCatalog
+from replica.serving.settings import read_settings
+from replica.serving.sources import Sources
+from tests.serving import CONFIG, client_of
+from tests.serving import text as tokenizer
+from tests.small_files import settled_config, write_adapter, write_model_config
+from tests.stub_engine import StubEngine
+
+
+class Asked:
+    """What was added, and a clock."""
+
+    def __init__(self, *directories: Path) -> None:
+        self.added: list[tuple[str, str]] = []
+        self.error: AdapterRefused | None = None
+        self.now_s = 0.0
+        self.sources = Sources([str(d) for d in directories], self._add, lambda: self.now_s)
+
+    async def _add(self, name: str, path: str) -> None:
+        self.added.append((name, path))
+        await asyncio.sleep(0)
+        if self.error is not None:
+            raise self.error
+
+
+def adapter(path: Path) -> str:
+    path.mkdir(parents=True)
+    (path / CONFIG_FILE).write_text("{}")
+    return str(path)
+
+
+async def test_the_first_directory_that_has_it_counts(tmp_path: Path) -> None:
+    asked = Asked(tmp_path / "one", tmp_path / "two")
+    first, second = adapter(tmp_path / "one" / "a"), adapter(tmp_path / "two" / "b")
+    adapter(tmp_path / "two" / "a")
+    assert await asked.sources.resolve("a") and await asked.sources.resolve("b")
+    assert asked.added == [("a", first), ("b", second)]
+
+
+async def test_many_at_once_add_it_once(tmp_path: Path) -> None:
+    asked = Asked(tmp_path)
+    adapter(tmp_path / "a")
+    assert all(await asyncio.gather(*(asked.sources.resolve("a") for _ in range(50))))
+    assert len(asked.added) == 1
+
+
+async def test_what_is_not_there_is_looked_at_again_later(tmp_path: Path) -> None:
+    asked = Asked(tmp_path)
+    assert not await asked.sources.resolve("a")
+    adapter(tmp_path / "a")
+    assert not await asked.sources.resolve("a")
+    asked.now_s = sources._KEPT_S
+    assert await asked.sources.resolve("a")
+
+
+async def test_the_reason_of_a_refusal_is_kept_as_long(tmp_path: Path) -> None:
+    asked = Asked(tmp_path)
+    adapter(tmp_path / "a")
+    asked.error = AdapterRefused("bad rank", field="lora_path")
+    for _ in range(2):
+        with pytest.raises(AdapterRefused, match="model: 'a': bad rank") as caught:
+            await asked.sources.resolve("a")
+        assert caught.value.field == "model"
+    assert len(asked.added) == 1
+
+
+async def test_names_never_lead_out_of_a_directory(tmp_path: Path) -> None:
+    inside = tmp_path / "in"
+    adapter(inside / "deep" / "a")
+    outside = adapter(tmp_path / "out")
+    (inside / "link").symlink_to(outside)
+    asked = Asked(inside)
+    for name in ("../out", "deep/a", "..", ".", "", "link", "/", "a\0b", outside, "x" * 5000):
+        assert not await asked.sources.resolve(name), name
+    assert asked.added == []
+
+
+async def test_the_names_that_are_remembered_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "_KEPT_MAX", 3)
+    asked = Asked(tmp_path)
+    for n in range(9):
+        assert not await asked.sources.resolve(str(n))
+    assert list(asked.sources._unknown) == ["6", "7", "8"]
+
+
+async def test_a_server_answers_for_a_name_in_a_directory(tmp_path: Path) -> None:
+    config = FleetConfig(
+        settled_config(write_model_config(tmp_path / "base")),
+        directory=str(tmp_path / "fleet"),
+        adapter_sources=(str(tmp_path / "found"),),
+    )
+    write_adapter(tmp_path / "found" / "mine")
+    (tmp_path / "found" / "broken").mkdir()
+    (tmp_path / "found" / "broken" / CONFIG_FILE).write_text("[]")
+    engine = StubEngine()
+    adapters = LocalCatalog(engine, config)
+    async with client_of(build_app(engine, adapters, tokenizer(), CONFIG)) as client:
+        for model, wanted in (("mine", 200), ("unknown", 404), ("broken", 400), ("mine", 200)):
+            body = {"model": model, "prompt": "hello", "max_tokens": 2}
+            answer = await client.post("/v1/completions", json=body)
+            assert answer.status_code == wanted, answer.text
+            if wanted == 400:
+                assert answer.json()["error"]["param"] == "model"
+    assert [version.name for version in adapters.versions()] == ["mine"]
+
+
+def test_a_source_must_be_a_directory(tmp_path: Path) -> None:
+    model = write_model_config(tmp_path / "base")
+    flags = {"config": None, "model": model}
+    made = read_settings({**flags, "adapter_source": [str(tmp_path)]})
+    assert made.adapter_sources == (str(tmp_path),)
+    for source in (str(tmp_path / "nothing"), "s3://bucket/prefix"):
+        with pytest.raises(ConfigError, match=r"--adapter-source .*: no such directory"):
+            read_settings({**flags, "adapter_source": [source]})
