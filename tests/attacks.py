@@ -36,8 +36,8 @@ class Held:
     refused: int = 0
 
     def closed(self) -> int:
-        """How many the server has ended meanwhile."""
-        return sum(reader.at_eof() for reader, _ in self.open)
+        """How many the server has ended meanwhile, with or without a reset."""
+        return sum(reader.at_eof() or reader.exception() is not None for reader, _ in self.open)
 
 
 # What each kind sends at once, and then byte after byte.

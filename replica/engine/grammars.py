@@ -1,17 +1,22 @@
-"""Which tokens may come next in answers that must follow a grammar."""
+"""Which tokens may come next in answers that must follow a grammar.
+
+llguidance is imported where the first grammar needs it: an engine runs without it.
+"""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import llguidance.numpy
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
 from numpy.typing import NDArray
 
 from cluster.errors import BadRequest
 from replica.scheduling.request import Request
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
 
 Mask = NDArray[np.int32]
 """One bit a token, lowest first: 1 if it may come next. [ceil(vocab / 32)]"""
@@ -28,7 +33,7 @@ _REASON_MAX = 300
 class _Follower:
     """One request's matcher, and how many tokens of the output it has taken in."""
 
-    def __init__(self, tokenizer: LLTokenizer, matcher: LLMatcher) -> None:
+    def __init__(self, tokenizer: "LLTokenizer", matcher: "LLMatcher") -> None:
         self._vocab = tokenizer.vocab_size
         self._matcher = matcher
         self._taken = 0
@@ -39,15 +44,17 @@ class _Follower:
         Raises ValueError if the grammar exceeds a limit of the parser, has no text, or does not go
         with the tokens.
         """
+        from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+
         matcher = self._matcher
         for token in output[self._taken :]:
             # What follows the end of the grammar's text (`ignore_eos`) is no part of it.
             if not matcher.is_stopped():
                 matcher.consume_token(token)
         self._taken = len(output)
-        mask = llguidance.numpy.allocate_token_bitmask(1, self._vocab)
+        mask = allocate_token_bitmask(1, self._vocab)
         if not matcher.is_error():
-            llguidance.numpy.fill_next_token_bitmask(matcher, mask)
+            fill_next_token_bitmask(matcher, mask)
         if matcher.is_error():
             raise ValueError(matcher.get_error())
         found: Mask = mask[0]
@@ -84,9 +91,7 @@ class Grammars:
         assert grammar is not None
         tokenizer, compiled = self._tokenizer, self._compiled.get(grammar)
         if compiled is None:
-            compiled = self._threads.submit(
-                lambda: LLMatcher(tokenizer.result(), grammar, log_level=0)
-            )
+            compiled = self._threads.submit(lambda: _compiled(tokenizer.result(), grammar))
             self._compiled[grammar] = compiled
             if len(self._compiled) > _COMPILED_MAX:
                 self._compiled.popitem(last=False)
@@ -130,9 +135,17 @@ class Grammars:
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _read_tokenizer(self) -> LLTokenizer:
+    def _read_tokenizer(self) -> "LLTokenizer":
+        from llguidance import LLTokenizer
+
         path, vocab, eos_tokens = self._source
         return LLTokenizer(path, n_vocab=vocab, eos_token=eos_tokens)
+
+
+def _compiled(tokenizer: "LLTokenizer", grammar: str) -> "LLMatcher":
+    from llguidance import LLMatcher
+
+    return LLMatcher(tokenizer, grammar, log_level=0)
 
 
 def _refused(error: BaseException) -> BadRequest:

@@ -5,7 +5,7 @@ over pages that the base model or they themselves filled before.
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ GRADIENTS = True  # as in an engine, whose loaders know nothing of inference mod
 class Served:
     """An engine with an adapter of each kind."""
 
-    def __init__(self, directory: Path, kernels: str) -> None:
+    def __init__(self, directory: Path, kernels: str, device: Literal["cpu", "cuda"]) -> None:
         self.model = make_model(directory / "model")
         self.paths = {
             kind: make_adapter(
@@ -50,7 +50,7 @@ class Served:
         self.engine = Engine(
             EngineConfig(
                 self.model,
-                device="cpu",
+                device=device,
                 threads=1,
                 kernels=kernels,  # type: ignore[arg-type]
                 page_tokens=8,
@@ -98,21 +98,53 @@ class Served:
             assert (torch.stack(own) - wanted).abs().max() <= TOLERANCE, kind
         return cached
 
+    def check_prompts(self) -> None:
+        """The log-probabilities of a prompt's own tokens, by every kind at once."""
+        (prompt,) = prompts(50)
+        sampling = Sampling(max_tokens=1, temperature=0.0, ignore_eos=True, prompt_logprobs=VOCAB)
+        for kind, digest in self.digests.items():
+            self.engine.add(NewRequest(str(kind), tuple(prompt), sampling, digest))
+        found = {}
+        while self.engine.has_work:
+            for delta in self.engine.step():
+                assert delta.error is None and delta.prompt is not None, delta
+                found[delta.request_id] = delta.prompt.logprobs
+        for kind in self.digests:
+            path = None if kind is None else self.paths[kind]
+            wanted = reference(self.model, path, prompt)
+            assert len(found[str(kind)]) == len(prompt) - 1
+            for at, each in enumerate(found[str(kind)]):
+                for token, value in each.top:
+                    assert abs(value - float(wanted[at, token])) <= TOLERANCE, (kind, at)
+
 
 @pytest.mark.usefixtures("by_reference")
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 def test_a_conversation_over_all_kinds_of_adapters(kernels: str, tmp_path: Path) -> None:
-    served = Served(tmp_path, kernels)
+    served = Served(tmp_path, kernels, "cpu")
+    with closing(served.engine):
+        converse(served)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_on_a_gpu_a_conversation_over_all_kinds_of_adapters(kernels: str, tmp_path: Path) -> None:
+    served = Served(tmp_path, kernels, "cuda")
+    with closing(served.engine):
+        converse(served)
+        served.check_prompts()
+
+
+def converse(served: Served) -> None:
     chat, other, more = prompts(45, 21, 19)
     called = [*chat, *CALL, *more]
     twice = [*CALL, *other, *CALL, 11]
-    with closing(served.engine):
-        everything = [(None, chat), *((kind, called) for kind in KINDS), ("activated", twice)]
-        assert served.check([*everything, ("activated", other)])[0] == 0
-        assert served.check([("activated", called)]) == [64]  # 8 pages of 67 tokens
-        assert served.check([(None, called), ("plain", called)]) == [40, 64]
-        assert served.check([("activated", [*called, *CALL, 12]), (None, twice)]) == [64, 24]
-        assert served.check([("activated", [*chat, *CALL, 5])]) == [48]
+    everything = [(None, chat), *((kind, called) for kind in KINDS), ("activated", twice)]
+    assert served.check([*everything, ("activated", other)])[0] == 0
+    assert served.check([("activated", called)]) == [64]  # 8 pages of 67 tokens
+    assert served.check([(None, called), ("plain", called)]) == [40, 64]
+    assert served.check([("activated", [*called, *CALL, 12]), (None, twice)]) == [64, 24]
+    assert served.check([("activated", [*chat, *CALL, 5])]) == [48]
 
 
 def test_the_slots_of_a_rows_tokens() -> None:

@@ -40,7 +40,18 @@ ON_GPU = sorted(path.stem for path in (ROOT / "tests/bench/on_gpu").glob("*.py")
 # They need Triton, which a CPU install may not have.
 KERNELS = {"check", "check_attention", "check_fused", "check_lora", "decode", "probes"}
 KERNELS |= {"small_copies", "times"}
-REFUSED = "ray redis pydantic fastapi starlette typer yaml pytest peft".split()  # noqa: SIM905
+REFUSED = [
+    "ray",
+    "redis",
+    "pydantic",
+    "fastapi",
+    "starlette",
+    "uvicorn",
+    "httpx",
+    "orjson",
+    "typer",
+]
+REFUSED += ["prometheus_client", "llguidance", "yaml", "pytest", "peft"]
 BF16 = 2
 
 
