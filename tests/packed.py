@@ -20,7 +20,7 @@ DECODED = 6
 
 def load(model_dir: str, shape: Shape, adapters: Sequence[str] = (), **settings: Any) -> Runner:
     """Slot n holds adapter n - 1."""
-    config = EngineConfig(model=model_dir, device="cpu", threads=1, **settings)
+    config = EngineConfig(model=model_dir, **({"device": "cpu", "threads": 1} | settings))
     runner = Runner(config, shape)
     offset = 0
     for slot, path in enumerate(adapters, start=1):

@@ -42,7 +42,7 @@ class PromptTensors:
     def read(self) -> dict[int, PromptResult]:
         """By the row's index in the launch."""
         chosen, ranks, values, tokens = (t.tolist() for t in self.scores)
-        states = iter(self.states.numpy().astype("<f4"))
+        states = iter(self.states.cpu().numpy().astype("<f4"))
         found, at = {}, 0
         for each in self.rows:
             asked, logprobs = each.asked, []

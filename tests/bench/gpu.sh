@@ -105,8 +105,9 @@ run() {
         # Those that need a device. Other versions of libraries warn of other things, and plugins
         # may be missing that options are for.
         PYTHONPATH=.:kernels TRITON_INTERPRET=0 timeout -k 15 "$seconds" "$python" -m pytest -q \
-            -m gpu -o addopts= -o filterwarnings=default tests/kernels tests/unit/adapters/test_streams.py \
-            > "$work/tests.log" 2>&1
+            -m gpu -o addopts= -o filterwarnings=default --durations 5 tests/kernels \
+            tests/unit/adapters/test_streams.py tests/unit/model/test_logit_rules.py \
+            tests/unit/model/test_transformers_model.py > "$work/tests.log" 2>&1
         echo "== tests: $(tail -n 1 "$work/tests.log")"
         return ;;
     decode | trace | time) section "$name" --only "$name" "$@" ;;

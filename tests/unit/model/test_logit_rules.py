@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from replica.scheduling.request import Sampling
 VOCAB = 24
 EOS = frozenset({0})
 CPU = torch.device("cpu")
+DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)]
 
 
 def expected(logits: Sequence[float], draw: Draw, last: int | None = None) -> list[float]:
@@ -84,15 +86,19 @@ def draws(seed: int, *, carried: bool) -> tuple[list[Draw], list[int]]:
     return made, last
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("carried", [False, True])
 @pytest.mark.parametrize("seed", range(20))
-def test_every_rule_follows_its_formula_in_one_batch(seed: int, carried: bool) -> None:
+def test_every_rule_follows_its_formula_in_one_batch(
+    seed: int, carried: bool, device: torch.device
+) -> None:
     made, last = draws(seed, carried=carried)
     torch.manual_seed(seed)
     logits = torch.randn(len(made), VOCAB) * 3
-    rules = rules_of(made, EOS, VOCAB, CPU)
+    rules = rules_of(made, EOS, VOCAB, device)
     assert rules is not None
-    found = rules.apply(logits, torch.tensor(last) if carried else None)
+    previous = torch.tensor(last, device=device) if carried else None
+    found = rules.apply(logits.to(device), previous)
     for row, draw in enumerate(made):
         wanted = expected(logits[row].tolist(), draw, last[row] if carried else None)
         # fp32: a few operations on numbers up to 100.
@@ -109,6 +115,16 @@ def test_rows_without_rules_keep_their_bits_and_logits_are_not_overwritten() -> 
     assert torch.equal(logits, before)
     assert torch.equal(found[0], before[0].float())
     assert found[1, 3] == before[1, 3].float() + 5.0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_only_what_a_grammars_mask_holds_may_come_next(device: torch.device) -> None:
+    sampling = Sampling(temperature=0.0)
+    mask = np.array([1 << 4 | 1 << 9], np.int32)
+    made = [Draw(sampling, 0, 0, 0), Draw(sampling, 0, 0, 0, mask=mask)]
+    logits = torch.zeros(2, VOCAB)
+    logits[:, 7], logits[:, 9] = 5.0, 1.0
+    assert [s.token for s in sample(logits.to(device), made, EOS)] == [7, 9]
 
 
 def test_a_batch_that_asks_for_nothing_has_no_rules() -> None:

@@ -53,8 +53,9 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_mixed_batch_is_what_peft_computes(family: str, tmp_path: Path) -> None:
+def test_a_mixed_batch_is_what_peft_computes(family: str, device: str, tmp_path: Path) -> None:
     architecture, targets, settings = FAMILIES[family]
     model_dir = make_model(tmp_path / "model", architecture, **settings)
     stored = {"fan_in_fan_out": True} if architecture == "gpt2" else {}  # in Conv1D
@@ -62,7 +63,7 @@ def test_a_mixed_batch_is_what_peft_computes(family: str, tmp_path: Path) -> Non
         make_adapter(tmp_path / f"{n}", model_dir, rank=4 * n, targets=own, seed=n, **stored)
         for n, own in enumerate((targets, targets[:1]), start=1)
     ]
-    runner = load(model_dir, walk(model_dir), adapters)
+    runner = load(model_dir, walk(model_dir), adapters, device=device)
     slots, texts = [1, 0, 2, 1], prompts(40, 29, 50, 17)
     expected = [
         reference(model_dir, adapters[slot - 1] if slot else None, text)
