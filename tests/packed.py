@@ -20,7 +20,13 @@ DECODED = 6
 
 def load(model_dir: str, shape: Shape, adapters: Sequence[str] = (), **settings: Any) -> Runner:
     """Slot n holds adapter n - 1."""
-    config = EngineConfig(model=model_dir, **({"device": "cpu", "threads": 1} | settings))
+    defaults: dict[str, Any] = {
+        "device": "cpu",
+        "threads": 1,
+        "kv_memory": 2**24,
+        "adapter_memory": 2**24,  # on a GPU, pages would be where the adapters are put
+    }
+    config = EngineConfig(model=model_dir, **defaults | settings)
     runner = Runner(config, shape)
     offset = 0
     for slot, path in enumerate(adapters, start=1):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import Protocol
 import torch
 
 from cluster.config import EngineConfig
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, ModelUnsupported
 from replica.adapters.arena import Arena
 from replica.adapters.host_pool import HostPool, locked_pool
 from replica.adapters.streams import CopyStream
@@ -32,6 +33,8 @@ from replica.model.weights import load_weights
 from replica.scheduling.adapter import PageMove
 from replica.scheduling.pages import PageCopy
 from replica.scheduling.request import Sampled
+
+log = logging.getLogger(__name__)
 
 _BETWEEN_BATCHES_S = 0.02
 """The runner stays busy for this long after a batch, because the next one usually follows."""
@@ -84,7 +87,8 @@ class Runner:
             )
         if config.sized:
             divide(config, shape, self.image_dtype_bytes)  # raises before the weights are read
-        self.model = model = self._model(config, whole, context, kernels, ranks)
+        self.model, kernels = self._model(config, whole, context, kernels, ranks)
+        model = self.model
         self.tells_prompts = model.tells_prompts
         self._tell: Callable[[Command], None] = lambda command: None
         if workers is not None:
@@ -147,7 +151,8 @@ class Runner:
         context: int,
         kernels: str,
         ranks: Ranks | None,
-    ) -> Model:
+    ) -> tuple[Model, str]:
+        """With the kernels that run it."""
         seed = (config.seed or 0) if config.load_format == "dummy" else None
         if isinstance(whole, TransformersShape):
             # These modules import transformers, which takes seconds.
@@ -155,13 +160,22 @@ class Runner:
             from replica.model.transformers_model import load_model
 
             model = load_model(config.model, whole, context, self.dtype, self.device, seed)
-            check(config, model, kernels)
-            return model
+            try:
+                check(config, model, kernels)
+            except ModelUnsupported as error:
+                chosen = config.kernels != "auto" or config.device_memory is not None
+                if error.field != "kernels" or chosen:
+                    raise
+                kernels = "torch"
+                log.warning("kernels: torch, which is slower: %s", error.message)
+                check(config, model, kernels)
+            return model, kernels
         weights = load_weights(
             config.model, whole, self.dtype, self.device, dummy_seed=seed, ranks=ranks
         )
         part = whole.divided(1 if ranks is None else ranks.shard.ranks)
-        return NativeModel(part, weights, rotary_tables(part, context, self.dtype, self.device))
+        tables = rotary_tables(part, context, self.dtype, self.device)
+        return NativeModel(part, weights, tables), kernels
 
     def _sized(
         self,

@@ -121,7 +121,7 @@ def test_steps_whose_adapters_change_the_vocabulary_are_not_replayed(
 
 @pytest.mark.usefixtures("by_reference")
 def test_a_model_of_transformers_is_not_captured_and_its_heads_are_of_one_size(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model_dir = make_model(tmp_path / "even", "gemma2", **TINY)
     executor = load(model_dir, kernels="triton")._executor
@@ -130,6 +130,9 @@ def test_a_model_of_transformers_is_not_captured_and_its_heads_are_of_one_size(
     uneven = make_model(tmp_path / "uneven", "gemma4_text", **TINY, global_head_dim=64)
     with pytest.raises(ModelUnsupported, match="set `kernels: torch`"):
         load(uneven, kernels="triton")
+    # What nobody chose gives way.
+    monkeypatch.setattr("replica.engine.runner._kernels", lambda *_: "triton")
+    assert isinstance(load(uneven)._executor, GatherExecutor)
 
 
 @pytest.mark.usefixtures("by_reference")
