@@ -138,7 +138,7 @@ def test_nobody_waits_for_the_grammar_of_another(
         assert go.wait(WORK_S)
         return LLMatcher(*arguments, **options)
 
-    monkeypatch.setattr("replica.engine.grammars.LLMatcher", slow)
+    monkeypatch.setattr("llguidance.LLMatcher", slow)
     for n in range(3):
         made.add(NewRequest(f"slow{n}", PROMPT, Sampling(grammar=json_grammar(SCHEMA), seed=n)))
     made.add(NewRequest("plain", PROMPT, Sampling(max_tokens=8, ignore_eos=True)))
@@ -164,7 +164,7 @@ def test_a_grammar_of_many_requests_is_compiled_once(
         compiled.append(grammar)
         return LLMatcher(tokenizer, grammar, **options)
 
-    monkeypatch.setattr("replica.engine.grammars.LLMatcher", counted)
+    monkeypatch.setattr("llguidance.LLMatcher", counted)
     grammar = LLMatcher.grammar_from_regex("(ab|cd){2,5}!")
     for n in range(8):
         made.add(NewRequest(f"r{n}", PROMPT, Sampling(max_tokens=50, seed=n, grammar=grammar)))
@@ -179,7 +179,7 @@ def test_a_tokenizer_that_cannot_be_read_fails_requests_with_a_grammar_only(
     def unreadable(*_: Any, **__: Any) -> None:
         raise BaseException("panic: decoder")  # as llguidance's panics are
 
-    monkeypatch.setattr("replica.engine.grammars.LLTokenizer", unreadable)
+    monkeypatch.setattr("llguidance.LLTokenizer", unreadable)
     made = Engine(EngineConfig(model, threads=1, seed=0))
     made.add(NewRequest("bad", PROMPT, Sampling(grammar=LLMatcher.grammar_from_regex("a"))))
     made.add(NewRequest("good", PROMPT, Sampling(max_tokens=3, ignore_eos=True)))
