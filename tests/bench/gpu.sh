@@ -28,7 +28,7 @@ kernels) names="check time tests" ;;
 steps) names="decode trace" ;;
 upstream-1) names="14795 17913" ;;
 upstream-2) names="15512-large 15512-small" ;;
-all) names="smoke decode 17913 15512-large 15512-small trace check time tests 14795" ;;
+all) names="smoke decode 17913 15512-large 15512-small trace check time tests 14795 families" ;;
 *) names=$(echo "$what" | tr , ' ') ;;
 esac
 [ "$what" = all ] && budget=${BUDGET_S:-1500} || budget=${BUDGET_S:-570}
@@ -40,6 +40,7 @@ limit() {
     smoke) echo 60 ;;
     check) echo 120 ;;
     tests) echo 250 ;;
+    families) echo 330 ;;
     time) echo 150 ;;
     decode) echo 260 ;;
     trace) echo 270 ;;
@@ -80,6 +81,15 @@ show() {
     fi
 }
 
+# Of these, the tests that need a device. Other versions of libraries warn of other things, and
+# plugins may be missing that options are for.
+pytests() {
+    PYTHONPATH=.:kernels TRITON_INTERPRET=0 timeout -s INT -k 15 "$seconds" "$python" -m pytest -q \
+        -m gpu -o addopts= -o filterwarnings=default -p no:cacheprovider --durations 5 "$@" \
+        > "$work/$name.log" 2>&1
+    echo "== $name: $(tail -n 1 "$work/$name.log")"
+}
+
 # A section, options.
 run() {
     name=$1
@@ -101,14 +111,9 @@ run() {
         wait
         for family in $families; do show "check-$family"; done
         return ;;
-    tests)
-        # Those that need a device. Other versions of libraries warn of other things, and plugins
-        # may be missing that options are for.
-        PYTHONPATH=.:kernels TRITON_INTERPRET=0 timeout -k 15 "$seconds" "$python" -m pytest -q \
-            -m gpu -o addopts= -o filterwarnings=default --durations 5 tests/kernels \
-            tests/unit/adapters/test_streams.py tests/unit/model/test_logit_rules.py \
-            tests/unit/model/test_transformers_model.py > "$work/tests.log" 2>&1
-        echo "== tests: $(tail -n 1 "$work/tests.log")"
+    tests) pytests tests/kernels tests/unit/adapters/test_streams.py ; return ;;
+    families)
+        pytests tests/unit/model/test_logit_rules.py tests/unit/model/test_transformers_model.py
         return ;;
     decode | trace | time) section "$name" --only "$name" "$@" ;;
     *) section "$name" --only upstream --tables "$name" "$@" ;;
