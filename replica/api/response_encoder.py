@@ -258,15 +258,18 @@ class CompletionEncoder:
         self._suffix = b',"logprobs":null,"finish_reason":null}]' + self._frame.tail
 
     def chunk(self, piece: Piece, usage: Usage) -> bytes:
+        first = piece.index not in self._started
+        if first:
+            self._started.add(piece.index)
         if self._frame.plain and piece.finish is None:
-            if not piece.text:
+            # A first token that has no text yet is told: clients take the time.
+            if not piece.text and not first:
                 return b""
             return self._prefixes[piece.index] + orjson.dumps(piece.text) + self._suffix
         choice = self._choice(
             piece.index, piece.text, piece.tokens, piece.logprobs, piece, piece.prompt
         )
-        if self._options.token_ids and piece.index not in self._started:
-            self._started.add(piece.index)
+        if self._options.token_ids and first:
             choice["prompt_token_ids"] = self._call.prompts[piece.index // self._call.n]
         return self._frame.chunk(choice, usage)
 

@@ -112,6 +112,20 @@ async def test_two_choices_have_their_own_seeds_and_share_the_prompt(
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (6, 10)
 
 
+async def test_a_first_token_without_a_whole_character_is_told() -> None:
+    """Who measures takes the time of the first event."""
+    app = await app_with(StubEngine(scripts={None: await text().encode("ä€ ")}))
+    async with live(app) as url, AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        stream = await client.completions.create(
+            model=BASE, prompt="hi", max_tokens=12, n=2, stream=True
+        )
+        chunks = [chunk.choices[0] async for chunk in stream]
+    for index in (0, 1):
+        own = [choice.text for choice in chunks if choice.index == index]
+        # Six bytes; then only what completes a character has an event, and the last token.
+        assert own == ["", "ä", "€", " ", "ä", "€", " "]
+
+
 async def test_two_choices_streamed_come_interleaved(client: AsyncOpenAI) -> None:
     stream = await client.chat.completions.create(
         model=BASE, messages=ASK, max_tokens=5, n=2, stream=True
