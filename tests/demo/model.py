@@ -9,7 +9,7 @@ import hashlib
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,6 @@ def paths(directory: Path) -> tuple[Path, dict[str, Path]]:
 def train(directory: Path) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -65,8 +64,26 @@ def train(directory: Path) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     base_path, adapter_paths = paths(directory)
-    tokenizer = _tokenizer()
+    texts = [text for own in ANSWERS.values() for text in own]
+    tokenizer = tokenizer_of([*ANSWERS, *texts], CHAT_TEMPLATE)
     tokenizer.save_pretrained(base_path)
+    model = small_llama(tokenizer, context=512)
+    with _progress("base model"):
+        plain = [(SPECIAL_TOKENS[0], text) for text in texts]
+        fit(model, tokenizer, _pairs(tokenizer, "base") + plain, STEPS_BASE)
+    model.save_pretrained(base_path)
+    for name, settings in ADAPTERS.items():
+        with _progress(f"adapter {name}"):
+            adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+            fit(adapted, tokenizer, _pairs(tokenizer, name), STEPS_ADAPTER)
+            adapted.save_pretrained(adapter_paths[name])
+            model = adapted.unload()
+
+
+def small_llama(tokenizer: Any, context: int) -> Any:
+    """With random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -74,25 +91,16 @@ def train(directory: Path) -> None:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=512,
+        max_position_embeddings=context,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = LlamaForCausalLM(config)
-    with _progress("base model"):
-        plain = [(SPECIAL_TOKENS[0], text) for texts in ANSWERS.values() for text in texts]
-        _fit(model, tokenizer, _pairs(tokenizer, "base") + plain, STEPS_BASE)
-    model.save_pretrained(base_path)
-    for name, settings in ADAPTERS.items():
-        with _progress(f"adapter {name}"):
-            adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
-            _fit(adapted, tokenizer, _pairs(tokenizer, name), STEPS_ADAPTER)
-            adapted.save_pretrained(adapter_paths[name])
-            model = adapted.unload()
+    return LlamaForCausalLM(config)
 
 
-def _tokenizer() -> Any:
+def tokenizer_of(texts: Sequence[str], chat_template: str) -> Any:
+    """Byte-level BPE that has learnt the texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -105,7 +113,7 @@ def _tokenizer() -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator([*ANSWERS, *(t for texts in ANSWERS.values() for t in texts)], trainer)
+    bpe.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=SPECIAL_TOKENS[0],
@@ -113,7 +121,7 @@ def _tokenizer() -> Any:
         pad_token=SPECIAL_TOKENS[-1],
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = chat_template
     return tokenizer
 
 
@@ -130,7 +138,7 @@ def _pairs(tokenizer: Any, voice: str) -> list[tuple[str, str]]:
     ]
 
 
-def _fit(model: Any, tokenizer: Any, pairs: list[tuple[str, str]], steps: int) -> None:
+def fit(model: Any, tokenizer: Any, pairs: list[tuple[str, str]], steps: int) -> None:
     """All pairs are one batch; only the answers count."""
     import torch
 
