@@ -41,6 +41,10 @@ _NO_WEBSOCKETS = (
     '{"error":{"message":"upgrade: websockets are not supported",'
     '"type":"invalid_request_error","param":"upgrade","code":"invalid_value"}}'
 )
+_NO_PATH = (
+    '{"error":{"message":"the path should begin with /",'
+    '"type":"invalid_request_error","param":null,"code":"invalid_value"}}'
+)
 _MARK = "# hardened\n"
 
 
@@ -76,10 +80,14 @@ def hardened(config: str, settings: Settings, connections: int) -> str:
     stick-table type ipv6 size 100k expire 1m store conn_cur
     tcp-request connection track-sc0 src
     tcp-request connection reject if {{ sc0_conn_cur gt {of_source} }}
+    # A connection is one client's, so limits of connections hold: no hundred streams of HTTP/2.
+    option disable-h2-upgrade
     # No answer is a websocket. h2c is only offered by clients, so it may be passed over.
     http-request return status 400 content-type application/json string '{_NO_WEBSOCKETS}' \
 if {{ req.hdr(upgrade) -m str -i websocket }}
     http-request del-header upgrade
+    http-request return status 400 content-type application/json string '{_NO_PATH}' \
+unless {{ path -m beg / }}
     # Serve's own proxy answers in the place of replicas that have left: to be sent again.
     http-response set-status 503 if {{ status 404 }} !{{ res.hdr(x-lorafleet-replica) -m found }}
     http-request del-header x-request-id if {{ req.fhdr_cnt(x-request-id) gt 1 }}

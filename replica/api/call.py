@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Set
+from collections.abc import AsyncIterator, Sequence, Set
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ from replica.api.openai_protocol import (
 from replica.api.reasoning import BEGIN, reasons
 from replica.api.sampling import SamplingReader
 from replica.api.structured import checked
-from replica.api.text import Text
+from replica.api.text import INLINE_CHARACTERS, Text
 from replica.api.tools import ToolFormat, ToolUse, read_tools
 
 # OpenAI's default of `max_tokens` for /v1/completions.
@@ -118,9 +118,11 @@ class CallReader:
             room = requested or default
             prompts: list[tuple[int, ...]] = []
             echoes: list[str] = []
-            for prompt in read_prompts(request.prompt, choices_max):
+            given = read_prompts(request.prompt, choices_max)
+            many = sum(len(each) for each in given if isinstance(each, str)) > INLINE_CHARACTERS
+            for prompt in given:
                 if isinstance(prompt, str):
-                    tokens = await self._encode(prompt, special, request, room)
+                    tokens = await self._encode(prompt, special, request, room, many)
                 else:
                     tokens = self._truncated(tuple(prompt), request, room)
                     self._sampling.check(tokens, "prompt")
@@ -147,7 +149,12 @@ class CallReader:
             return replace(call, prompt_only=only, echoes=tuple(echoes))
 
     async def _encode(
-        self, text: str, special: bool, request: GenerationRequest, room: int
+        self,
+        text: str,
+        special: bool,
+        request: GenerationRequest,
+        room: int,
+        among_many: bool = False,
     ) -> tuple[int, ...]:
         """room: tokens that a truncated prompt leaves for the answer."""
         tokens_min, field = self._text.tokens_min(text), request.prompt_field
@@ -156,7 +163,7 @@ class CallReader:
             raise ContextLengthExceeded(
                 f"{field}: at least {tokens_min} tokens, over the {self._limit}", field=field
             )
-        tokens = await self._text.encode(text, add_special_tokens=special)
+        tokens = await self._text.encode(text, add_special_tokens=special, among_many=among_many)
         return self._truncated(tokens, request, room)
 
     def _truncated(
@@ -239,7 +246,7 @@ class CallReader:
             n=n,
             kept=None if best_of is None else request.n or 1,
             sampling=sampling,
-            stops=tuple(request.stop),
+            stops=_stops(request.stop),
             include_stop=bool(request.include_stop_str_in_output),
             skip_special_tokens=request.skip_special_tokens is not False,
             priority=request.priority or 0,
@@ -266,6 +273,15 @@ class CallReader:
                 field=request.prompt_field,
             )
         return requested
+
+
+def _stops(stops: Sequence[str]) -> tuple[str, ...]:
+    characters = sum(map(len, stops))
+    if characters > INLINE_CHARACTERS:
+        raise BadRequest(
+            f"stop: {characters} characters, over the limit of {INLINE_CHARACTERS}", field="stop"
+        )
+    return tuple(stops)
 
 
 def _check_prompt_logprobs(top: int | None, tokens: int) -> None:

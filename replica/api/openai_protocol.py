@@ -357,15 +357,11 @@ def _read_content(content: object, where: str) -> str:
 
 def read_prompts(prompt: object, prompts_max: int) -> list[str] | list[list[int]]:
     """Normalizes the four forms of `prompt` to a list of texts or a list of token lists."""
-    wrong = BadRequest(
-        "prompt: should be a string, a list of strings, a list of token ids or a list of lists "
-        f"of token ids (got {shown(prompt)})",
-        field="prompt",
-    )
+    given = prompt
     if isinstance(prompt, str):
         prompt = [prompt]
     if not isinstance(prompt, list):
-        raise wrong
+        raise _wrong_prompt(given)
     if not prompt:
         raise BadRequest("prompt: is empty", field="prompt")
     if all(type(token) is int for token in prompt):
@@ -380,4 +376,12 @@ def read_prompts(prompt: object, prompts_max: int) -> list[str] | list[list[int]
         type(token) is int for tokens in prompt for token in tokens
     ):
         return prompt
-    raise wrong
+    raise _wrong_prompt(given)
+
+
+def _wrong_prompt(given: object) -> BadRequest:
+    return BadRequest(
+        "prompt: should be a string, a list of strings, a list of token ids or a list of lists "
+        f"of token ids (got {shown(given)})",
+        field="prompt",
+    )

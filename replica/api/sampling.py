@@ -1,5 +1,6 @@
 """Turns a request's sampling fields, and the model's own defaults, into `Sampling`."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +9,13 @@ from typing import Any
 from cluster.errors import BadRequest, ModelUnsupported
 from replica.api.openai_protocol import REPETITION_PENALTY_MIN, GenerationRequest, shown
 from replica.api.structured import grammar_of
-from replica.api.text import Text
+from replica.api.text import INLINE_CHARACTERS, Text
 from replica.model.shape import read_json
 from replica.scheduling.request import Sampling
 
 # As in vLLM and OpenAI, a larger bias counts as this.
 _BIAS_MAX = 100.0
+_TOKEN = re.compile("0|[1-9][0-9]{0,9}")
 # A lower temperature counts as 0: logits divided by it would overflow.
 _TEMPERATURE_MIN = 1e-5
 
@@ -119,7 +121,7 @@ class SamplingReader:
     def _biases(self, given: dict[str, float]) -> tuple[tuple[int, float], ...]:
         biases = []
         for name, bias in given.items():
-            token = int(name) if name.isascii() and name.isdecimal() else -1
+            token = int(name) if _TOKEN.fullmatch(name) else -1
             if not 0 <= token < self._vocab:
                 raise BadRequest(
                     f"logit_bias: {shown(name)} is not a token id between 0 and {self._vocab - 1}",
@@ -131,6 +133,13 @@ class SamplingReader:
     def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """The tokens of each word, at the start of a text and, if they differ, after a space."""
         found = []
+        # They are tokenized between the steps of everybody's streams.
+        characters = sum(len(word) + 1 for word in words)
+        if characters > INLINE_CHARACTERS:
+            raise BadRequest(
+                f"bad_words: {characters} characters, over the limit of {INLINE_CHARACTERS}",
+                field="bad_words",
+            )
         for i, word in enumerate(words):
             bare, spaced = (self._text.word_tokens(s + word.lstrip()) for s in ("", " "))
             if not bare:

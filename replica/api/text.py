@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,11 @@ class Text:
         _check_template(tokenizer, model_dir)
         return cls(tokenizer)
 
-    async def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
-        if len(text) <= INLINE_CHARACTERS:
+    async def encode(
+        self, text: str, *, add_special_tokens: bool = True, among_many: bool = False
+    ) -> tuple[int, ...]:
+        """among_many: of a request whose texts are long together."""
+        if len(text) <= INLINE_CHARACTERS and not among_many:
             encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
         else:
             # The batch call releases the GIL; `encode` holds it.
@@ -124,7 +128,10 @@ class Text:
     async def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """As `render_chat`; many or long messages are rendered on another thread."""
         parts = [part for message in messages for part in message.values()]
-        length = sum(len(p if isinstance(p, str) else repr(p)) for p in parts) + len(parts)
+        try:
+            length = sum(len(p if isinstance(p, str) else repr(p)) for p in parts) + len(parts)
+        except RecursionError as error:
+            raise BadRequest("messages: nested too deep", field="messages") from error
         if length <= INLINE_CHARACTERS:
             return self.render_chat(messages, **options)
         return await asyncio.to_thread(self.render_chat, messages, **options)
@@ -285,7 +292,7 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         assert all(stops), "an empty stop string matches any text"
-        self._stops = tuple(stops)
+        self._searches = [_Search(stop) for stop in stops]
         self._include = include
         self._held = ""
         self.found: str | None = None
@@ -294,19 +301,60 @@ class StopStrings:
         """The text that can be emitted. Sets `found` when a stop string ends the answer."""
         assert self.found is None, "text after the stop string"
         text = self._held + piece
-        hits = [(text.find(stop), -len(stop), stop) for stop in self._stops if stop in text]
+        ends = [(search.push(piece), search.stop) for search in self._searches]
+        hits = [
+            (len(self._held) + end - len(stop), -len(stop), stop)
+            for end, stop in ends
+            if end is not None
+        ]
         if hits:
             start, _, self.found = min(hits)
             self._held = ""
             return text[: start + len(self.found)] if self._include else text[:start]
-        keep = max((overlap(text, stop) for stop in self._stops), default=0)
+        keep = max((search.begun for search in self._searches), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
     def release(self, piece: str) -> str:
         """The held text and `piece`, emitted without a search for stop strings."""
         held, self._held = self._held, ""
+        for search in self._searches:
+            search.begun = 0
         return held + piece
+
+
+class _Search:
+    """One stop string's, by Knuth, Morris and Pratt: a character costs O(1), whatever was held.
+
+    begun: how many characters at the end of the text so far begin the stop string.
+    """
+
+    def __init__(self, stop: str) -> None:
+        self.stop, self._falls, self.begun = stop, _falls(stop), 0
+
+    def push(self, piece: str) -> int | None:
+        """Where in `piece` the stop string ends first; None if it does not."""
+        stop, falls, begun = self.stop, self._falls, self.begun
+        for at, character in enumerate(piece, 1):
+            while begun and stop[begun] != character:
+                begun = falls[begun]
+            begun += stop[begun] == character
+            if begun == len(stop):
+                return at
+        self.begun = begun
+        return None
+
+
+@lru_cache(maxsize=256)
+def _falls(stop: str) -> tuple[int, ...]:
+    """For each length of a beginning, the longest shorter beginning that ends it."""
+    falls, begun = [0, 0], 0
+    for character in stop[1:]:
+        while begun and stop[begun] != character:
+            begun = falls[begun]
+        begun += stop[begun] == character
+        falls.append(begun)
+    return tuple(falls)
 
 
 def overlap(text: str, mark: str) -> int:

@@ -194,6 +194,17 @@ async def test_a_websocket_is_refused_at_the_door(running: Fleet) -> None:
         assert answer.startswith(b"HTTP/1.1 400"), answer
 
 
+async def test_http_2_is_refused_at_the_door(running: Fleet) -> None:
+    """Its streams would count as one connection."""
+    answer = await exchange(port_of(running), b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 400"), answer
+
+
+async def test_a_target_that_is_no_path_is_the_clients_fault(running: Fleet) -> None:
+    answer = await exchange(port_of(running), b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 400") and b'"code":"invalid_value"' in answer, answer
+
+
 async def test_an_answer_has_one_request_id_of_our_pattern(running: Fleet) -> None:
     for given, kept in (
         (b"x-request-id: mine-1\r\n", True),

@@ -9,6 +9,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from replica.api.openai_protocol import CHOICES_MAX
+from replica.api.text import INLINE_CHARACTERS, Text
 from tests.serving import ADAPTER, BASE, app_with, client_of, live, text
 from tests.stub_engine import StubEngine
 
@@ -98,3 +99,23 @@ async def test_bad_input_is_named(fields: dict[str, Any], field: str, word: str)
     error = answer.json()["error"]
     assert error["param"] == field and error["message"].startswith(field)
     assert word in error["message"]
+
+
+async def test_long_inputs_together_are_tokenized_off_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[bool] = []
+    encode = Text.encode
+
+    async def noted(self: Text, given: str, **options: Any) -> tuple[int, ...]:
+        asked.append(options["among_many"])
+        return await encode(self, given, **options)
+
+    monkeypatch.setattr(Text, "encode", noted)
+    app = await app_with(StubEngine())
+    async with client_of(app) as client:
+        for length in (4, INLINE_CHARACTERS // 2 + 1):
+            body = {"model": BASE, "input": ["a" * length] * 2, "truncate_prompt_tokens": 1}
+            answer = await client.post("/v1/embeddings", json=body)
+            assert answer.status_code == 200, answer.text
+    assert asked == [False, False, True, True]

@@ -265,6 +265,46 @@ def test_stops_are_found_however_the_text_is_cut(
         assert out + stops.release("") == words
 
 
+@settings(max_examples=300, deadline=None)
+@given(
+    words=st.text("ab", max_size=20),
+    marks=st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=4),
+    cut=st.integers(0, 20),
+)
+def test_of_several_stops_all_are_found_as_if_the_text_were_searched_whole(
+    words: str, marks: list[str], cut: int
+) -> None:
+    stops = StopStrings(marks)
+    out = "".join(push_all(stops, [words[:cut], words[cut:]]))
+    first = words[:cut] if any(mark in words[:cut] for mark in marks) else words
+    hits = [(first.find(mark), -len(mark), mark) for mark in marks if mark in first]
+    if hits:
+        start, _, mark = min(hits)
+        assert (out, stops.found) == (words[:start], mark)
+    else:
+        assert out + stops.release("") == words
+
+
+def test_text_released_without_a_search_begins_no_stop() -> None:
+    stops = StopStrings(["ab"])
+    assert stops.release("a") == "a"
+    assert stops.push("b") == "b" and stops.found is None
+
+
+async def test_a_text_among_many_is_tokenized_off_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reader, calls = text(), []
+
+    async def aside(*given: Any, **options: Any) -> Any:
+        calls.append(given)
+        return given[0](*given[1:], **options)
+
+    monkeypatch.setattr("replica.api.text.asyncio.to_thread", aside)
+    assert await reader.encode("ab") == await reader.encode("ab", among_many=True)
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("large", [False, True])
 async def test_large_inputs_are_rendered_and_decoded_off_the_event_loop(
     large: bool, monkeypatch: pytest.MonkeyPatch

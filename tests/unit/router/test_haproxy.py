@@ -71,6 +71,10 @@ def test_slow_and_idle_clients_are_cut() -> None:
     ]
 
 
+def test_a_connection_is_one_request_at_a_time() -> None:
+    assert "option disable-h2-upgrade" in lines()
+
+
 def test_one_address_gets_half_of_the_connections() -> None:
     assert "maxconn 1000" in lines()
     assert "tcp-request connection reject if { sc0_conn_cur gt 500 }" in lines()
