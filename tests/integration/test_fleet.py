@@ -98,7 +98,7 @@ def test_a_prompt_that_hides_the_model_from_the_router_is_served_all_the_same(
     running: Fleet,
 ) -> None:
     """HAProxy passes on 256 KiB of a body. It truncates chunked bodies without saying so."""
-    body = b'{"stop": ["' + b"x" * 300_000 + b'"], "prompt": "hello", "max_tokens": 4, '
+    body = b'{"user": "' + b"x" * 300_000 + b'", "prompt": "hello", "max_tokens": 4, '
     body += b'"temperature": 0, "model": "a1"}'
     expected = running.complete("a1", temperature=0).json()["choices"][0]["text"]
     headers = {"Content-Type": "application/json"}
