@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Sequence, Set
+from collections.abc import AsyncIterator, Set
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ from replica.api.openai_protocol import (
     shown,
 )
 from replica.api.reasoning import BEGIN, reasons
-from replica.api.sampling import SamplingReader
+from replica.api.sampling import SamplingReader, check_characters
 from replica.api.structured import checked
 from replica.api.text import INLINE_CHARACTERS, Text
 from replica.api.tools import ToolFormat, ToolUse, read_tools
@@ -234,6 +234,7 @@ class CallReader:
         if self._sampling.defaults.max_tokens is not None:
             default = min(default or self._tokens_max, self._sampling.defaults.max_tokens)
         max_tokens = self._max_tokens(request, longest, requested, default)
+        check_characters("stop", sum(map(len, request.stop)))
         sampling = await self._sampling.read(request, max_tokens, logprobs)
         _check_prompt_logprobs(sampling.prompt_logprobs, n * sum(map(len, prompts)))
         if best_of is not None and sampling.logprobs is None:
@@ -246,7 +247,7 @@ class CallReader:
             n=n,
             kept=None if best_of is None else request.n or 1,
             sampling=sampling,
-            stops=_stops(request.stop),
+            stops=tuple(request.stop),
             include_stop=bool(request.include_stop_str_in_output),
             skip_special_tokens=request.skip_special_tokens is not False,
             priority=request.priority or 0,
@@ -273,15 +274,6 @@ class CallReader:
                 field=request.prompt_field,
             )
         return requested
-
-
-def _stops(stops: Sequence[str]) -> tuple[str, ...]:
-    characters = sum(map(len, stops))
-    if characters > INLINE_CHARACTERS:
-        raise BadRequest(
-            f"stop: {characters} characters, over the limit of {INLINE_CHARACTERS}", field="stop"
-        )
-    return tuple(stops)
 
 
 def _check_prompt_logprobs(top: int | None, tokens: int) -> None:

@@ -133,13 +133,7 @@ class SamplingReader:
     def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """The tokens of each word, at the start of a text and, if they differ, after a space."""
         found = []
-        # They are tokenized between the steps of everybody's streams.
-        characters = sum(len(word) + 1 for word in words)
-        if characters > INLINE_CHARACTERS:
-            raise BadRequest(
-                f"bad_words: {characters} characters, over the limit of {INLINE_CHARACTERS}",
-                field="bad_words",
-            )
+        check_characters("bad_words", sum(len(word) + 1 for word in words))
         for i, word in enumerate(words):
             bare, spaced = (self._text.word_tokens(s + word.lstrip()) for s in ("", " "))
             if not bare:
@@ -149,6 +143,14 @@ class SamplingReader:
             if len(spaced) == len(bare) and spaced[0] != bare[0]:
                 found.append(spaced)
         return tuple(found)
+
+
+def check_characters(field: str, characters: int) -> None:
+    """Raises BadRequest: what is read between the steps of everybody's streams is to be short."""
+    if characters > INLINE_CHARACTERS:
+        raise BadRequest(
+            f"{field}: {characters} characters, over the limit of {INLINE_CHARACTERS}", field=field
+        )
 
 
 def _or(value: Any, default: float) -> Any:

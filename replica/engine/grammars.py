@@ -91,7 +91,7 @@ class Grammars:
         assert grammar is not None
         tokenizer, compiled = self._tokenizer, self._compiled.get(grammar)
         if compiled is None:
-            compiled = self._threads.submit(lambda: _compiled(tokenizer.result(), grammar))
+            compiled = self._threads.submit(lambda: _matcher(tokenizer.result(), grammar))
             self._compiled[grammar] = compiled
             if len(self._compiled) > _COMPILED_MAX:
                 self._compiled.popitem(last=False)
@@ -142,7 +142,7 @@ class Grammars:
         return LLTokenizer(path, n_vocab=vocab, eos_token=eos_tokens)
 
 
-def _compiled(tokenizer: "LLTokenizer", grammar: str) -> "LLMatcher":
+def _matcher(tokenizer: "LLTokenizer", grammar: str) -> "LLMatcher":
     from llguidance import LLMatcher
 
     return LLMatcher(tokenizer, grammar, log_level=0)

@@ -14,7 +14,7 @@ import json
 import random
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 
 import httpx
@@ -24,6 +24,7 @@ from tests.bench.decode import MODEL
 from tests.fleet import fleet
 from tests.models import make_adapter, make_model
 
+Sums = defaultdict[str, float]
 NAMES = ("m", "a", "b", "c", "d")
 TOKENS = 40
 GOAL = 0.05
@@ -35,7 +36,7 @@ HISTOGRAMS = {
 }
 
 
-async def ask(client: httpx.AsyncClient, name: str, prompt: list[int], found: Counter[str]) -> None:
+async def ask(client: httpx.AsyncClient, name: str, prompt: list[int], found: Sums) -> None:
     body = {"model": name, "prompt": prompt, "max_tokens": TOKENS, "ignore_eos": True}
     body |= {"stream": True, "temperature": 0, "stream_options": {"include_usage": True}}
     began_s = time.monotonic()
@@ -53,25 +54,25 @@ async def ask(client: httpx.AsyncClient, name: str, prompt: list[int], found: Co
                 found["prompt tokens"] += event["usage"]["prompt_tokens"]
                 found["output tokens"] += event["usage"]["completion_tokens"]
     found["requests"] += 1
-    found["TTFT"] += first_s - began_s  # type: ignore[assignment]
-    found["E2E"] += last_s - began_s  # type: ignore[assignment]
+    found["TTFT"] += first_s - began_s
+    found["E2E"] += last_s - began_s
 
 
-async def scrape(client: httpx.AsyncClient) -> tuple[Counter[str], int]:
+async def scrape(client: httpx.AsyncClient) -> tuple[Sums, int]:
     """Sums and counts by histogram, of all replicas, and how many samples the page has."""
     page = await client.get("/metrics/fleet")
     assert page.status_code == 200, page.text
-    found: Counter[str] = Counter()
+    found: Sums = defaultdict(float)
     samples = 0
     for family in text_string_to_metric_families(page.text):
         for sample in family.samples:
             samples += 1
-            found[sample.name] += sample.value  # type: ignore[assignment]
+            found[sample.name] += sample.value
     return found, samples
 
 
-async def load(url: str, clients: int, seconds: float) -> tuple[Counter[str], int, float]:
-    found: Counter[str] = Counter()
+async def load(url: str, clients: int, seconds: float) -> tuple[Sums, int, float]:
+    found: Sums = defaultdict(float)
     rng = random.Random(0)
     end_s = time.monotonic() + seconds
     limits = httpx.Limits(max_connections=None)
@@ -110,7 +111,7 @@ def main() -> None:
         with fleet(arguments, root / "run") as running:
             url = running.url
 
-            async def measured() -> tuple[Counter[str], Counter[str], int, float, int]:
+            async def measured() -> tuple[Sums, Sums, int, float, int]:
                 own, scrapes, slowest_s = await load(url, args.clients, args.seconds)
                 async with httpx.AsyncClient(base_url=url, timeout=120) as client:
                     page, samples = await scrape(client)
@@ -118,7 +119,7 @@ def main() -> None:
 
             own, page, scrapes, slowest_s, samples = asyncio.run(measured())
     print(
-        f"{own['requests']} requests; {scrapes} scrapes parsed under load, the slowest after "
+        f"{own['requests']:.0f} requests; {scrapes} scrapes parsed under load, the slowest after "
         f"{slowest_s * 1e3:.0f} ms, the last with {samples:,} samples\n"
     )
     print("| sum of all requests | clients | metrics | metrics / clients |")
