@@ -222,7 +222,8 @@ class FleetConfig:
     adapter_roots: tuple[str, ...] = ()
     """Directories from which the API may load adapters. Default: none."""
     adapter_sources: tuple[str, ...] = ()
-    """Directories in which a model that nobody registered is looked up by name. Default: none."""
+    """Directories or URLs in which a model that nobody registered is looked up by name. Default:
+    none."""
     redis_url: str | None = None
     """URL of the fleet's Redis, also redis+sentinel://. Default: an embedded one in `directory`."""
     directory: str = ".fleet"
@@ -242,6 +243,9 @@ class FleetConfig:
     """Refuse a request with unknown fields. Off names them in a header of the answer."""
     default_is_base: bool = False
     """Also call the base model `default`."""
+    tool_parser: Literal["auto", "hermes", "llama3_json", "mistral"] = "auto"
+    """How the model writes calls of tools: hermes (Qwen's too), llama3_json or mistral. auto reads
+    it off the chat template."""
     request_log: str | None = None
     """File to which each request adds a line of JSON, without its text. Default: none."""
     open_metrics: bool = False

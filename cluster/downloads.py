@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from cluster.adapter_paths import CONFIG_FILE, TENSORS_FILES
-from cluster.errors import AdapterFailed, AdapterRefused, StoreFull
+from cluster.errors import AdapterFailed, AdapterMissing, AdapterRefused, StoreFull
 
 if TYPE_CHECKING:
     import httpx
@@ -90,8 +90,8 @@ def sweep(store: str) -> None:
 def download(uri: str, target: str, partial: str, bytes_max: int) -> None:
     """Downloads configuration and tensors into `target`. partial: the directory of `alone`.
 
-    bytes_max: of each file. Raises AdapterRefused, AdapterFailed, StoreFull, or OSError if the
-    disk is at fault.
+    bytes_max: of each file. Raises AdapterRefused (AdapterMissing if there is nothing),
+    AdapterFailed, StoreFull, or OSError if the disk is at fault.
     """
     source = _Web(uri) if uri.startswith(("https://", "http://")) else _Files(uri)
     try:
@@ -104,7 +104,7 @@ def download(uri: str, target: str, partial: str, bytes_max: int) -> None:
             raise _NotFound(f"no {TENSORS_FILES[0]}")
     except _NotFound as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise AdapterRefused(f"{uri}: not found ({error})", field="lora_path") from error
+        raise AdapterMissing(f"{uri}: not found ({error})", field="lora_path") from error
     except AdapterRefused:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -68,6 +68,10 @@ class AdapterRefused(BadRequest):
     code = "adapter_refused"
 
 
+class AdapterMissing(AdapterRefused):
+    """Nothing is where the adapter should be."""
+
+
 class Unauthorized(FleetError):
     status = 401
     code = "invalid_api_key"

@@ -72,6 +72,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "strict_fields": {},
     "request_log": {"metavar": "FILE"},
     "default_is_base": {},
+    "tool_parser": {},
     "fair_share": {},
     "threads": {},
     "tensor_parallel": {},
@@ -81,7 +82,11 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 # What others call a field.
-_ALIASES = {"context_tokens_max": "--max-model-len", "allowed_origin": "--allowed-origins"}
+_ALIASES = {
+    "context_tokens_max": "--max-model-len",
+    "allowed_origin": "--allowed-origins",
+    "tool_parser": "--tool-call-parser",
+}
 
 Command = Callable[[Mapping[str, Any]], None]
 

@@ -51,7 +51,7 @@ from replica.api.sampling import OPENAI_DEFAULTS, SamplingDefaults, SamplingRead
 from replica.api.sglang import GenerateRequest
 from replica.api.text import Text
 from replica.api.text_routes import TextRoutes
-from replica.api.tools import format_of
+from replica.api.tools import ToolFormat, format_of
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +77,7 @@ class ServerConfig:
 
     context: longest prompt + answer, in tokens. vocab: token ids from the client lie below it.
     elsewhere_bytes: see `Attempts`. names_requests: False where Serve adds x-request-id to answers.
+    tool_format: None for the one that the chat template teaches.
     strict_fields, default_is_base, allowed_origins, request_log: see `FleetConfig`.
     """
 
@@ -91,6 +92,7 @@ class ServerConfig:
     body_bytes_max: int = 32 * 2**20
     strict_fields: bool = False
     default_is_base: bool = False
+    tool_format: ToolFormat | None = None
     allowed_origins: tuple[str, ...] = ()
     request_log: str | None = None
 
@@ -123,7 +125,7 @@ class Server:
             config.context,
             kv_tokens,
             SamplingReader(text, config.vocab, config.defaults),
-            format_of(text.chat_template),
+            config.tool_format or format_of(text.chat_template),
             config.base_names,
         )
         self._access = Access(config.rules)

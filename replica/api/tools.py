@@ -97,7 +97,11 @@ def read_tools(request: ChatRequest, tool_format: ToolFormat | None, text: Text)
     if not names:
         raise BadRequest(f"tool_choice: {shown(choice)} needs tools", field="tool_choice")
     if tool_format is None:
-        raise BadRequest("tools: this model's chat template knows no tools", field="tools")
+        raise BadRequest(
+            "tools: this model's chat template knows no tools (or not how it writes calls: "
+            "--tool-parser)",
+            field="tools",
+        )
     parallel = request.parallel_tool_calls is not False
     grammar = None
     if choice != "auto":

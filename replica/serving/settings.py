@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from cluster.adapter_paths import is_url
 from cluster.config import EngineConfig, FleetConfig
 from cluster.config_loader import load
 from cluster.errors import ConfigError, FleetError
@@ -73,7 +74,7 @@ def read_settings(flags: Mapping[str, Any]) -> FleetConfig:
         engine=_with_directory(settings.engine),
         adapters={name: absolute(path) for name, path in settings.adapters.items()},
         adapter_roots=tuple(map(absolute, settings.adapter_roots)),
-        adapter_sources=tuple(map(_directory, settings.adapter_sources)),
+        adapter_sources=tuple(map(_source, settings.adapter_sources)),
         directory=absolute(settings.directory),
         request_log=absolute(settings.request_log) if settings.request_log else None,
     )
@@ -90,13 +91,10 @@ def shown_settings(settings: FleetConfig) -> str:
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
-def _directory(source: str) -> str:
+def _source(source: str) -> str:
     path = absolute(source)
-    if not Path(path).is_dir():
-        raise ConfigError(
-            f"--adapter-source {source}: no such directory (URLs are not supported)",
-            field="adapter_sources",
-        )
+    if not is_url(path) and not Path(path).is_dir():
+        raise ConfigError(f"--adapter-source {source}: no such directory", field="adapter_sources")
     return path
 
 

@@ -14,6 +14,7 @@ from replica.api.interfaces import Engine
 from replica.api.sampling import read_defaults
 from replica.api.server import Server, ServerConfig, build_app
 from replica.api.text import Text
+from replica.api.tools import ToolFormat
 from replica.engine.link import EngineLink
 from replica.model.checkpoint import shape_of
 from replica.serving.http_protocol import HttpProtocol
@@ -45,6 +46,7 @@ def server_config(config: FleetConfig, replica_id: str, operator_key: str | None
         defaults=read_defaults(engine.model),
         strict_fields=config.strict_fields,
         default_is_base=config.default_is_base,
+        tool_format=None if config.tool_parser == "auto" else ToolFormat(config.tool_parser),
         allowed_origins=config.allowed_origins,
         request_log=config.request_log,
     )

@@ -1,4 +1,4 @@
-"""Adapters that nobody registered, found by name in the directories of `adapter_sources`.
+"""Adapters that nobody registered, found by name in the directories and URLs of `adapter_sources`.
 
 What is not there, or is refused, is not looked at again for `_KEPT_S`.
 """
@@ -6,10 +6,11 @@ What is not there, or is refused, is not looked at again for `_KEPT_S`.
 import asyncio
 import os
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from urllib.parse import quote
 
-from cluster.adapter_paths import CONFIG_FILE, check_allowed
-from cluster.errors import AdapterRefused, BadRequest
+from cluster.adapter_paths import CONFIG_FILE, check_allowed, is_url
+from cluster.errors import AdapterMissing, AdapterRefused, BadRequest
 
 Add = Callable[[str, str], Awaitable[object]]
 
@@ -20,8 +21,8 @@ _KEPT_MAX = 10_000
 class Sources:
     """For one event loop. add: registers a name and a path. now: monotonic seconds."""
 
-    def __init__(self, directories: Sequence[str], add: Add, now: Callable[[], float]) -> None:
-        self._directories = directories
+    def __init__(self, sources: Sequence[str], add: Add, now: Callable[[], float]) -> None:
+        self._sources = sources
         self._add = add
         self._now = now
         # Until when, and why if there is a reason.
@@ -33,7 +34,7 @@ class Sources:
 
         Raises what adding it raises.
         """
-        if not self._directories:
+        if not self._sources:
             return False
         until, error = self._unknown.get(name, (0.0, None))
         if self._now() < until:
@@ -47,17 +48,18 @@ class Sources:
         return await asyncio.shield(task)
 
     async def _resolve(self, name: str) -> bool:
-        path = await asyncio.to_thread(self._path, name)
-        if path is None:
-            self._keep(name, None)
-            return False
-        try:
-            await self._add(name, path)
-        except AdapterRefused as error:
-            refused = AdapterRefused(f"model: {name!r}: {error.message}", field="model")
-            self._keep(name, refused)
-            raise refused from error
-        return True
+        for path in await asyncio.to_thread(lambda: list(self._places(name))):
+            try:
+                await self._add(name, path)
+                return True
+            except AdapterMissing:
+                continue
+            except AdapterRefused as error:
+                refused = AdapterRefused(f"model: {name!r}: {error.message}", field="model")
+                self._keep(name, refused)
+                raise refused from error
+        self._keep(name, None)
+        return False
 
     def _keep(self, name: str, error: AdapterRefused | None) -> None:
         self._unknown[name] = self._now() + _KEPT_S, error
@@ -65,15 +67,16 @@ class Sources:
         if len(self._unknown) > _KEPT_MAX:
             self._unknown.popitem(last=False)
 
-    def _path(self, name: str) -> str | None:
+    def _places(self, name: str) -> Iterator[str]:
+        """Directories that have a configuration, and URLs that may."""
         if name != os.path.basename(name) or name.startswith("."):
-            return None
-        for directory in self._directories:
-            path = f"{directory}/{name}"
+            return
+        for source in self._sources:
+            web = source.startswith(("https://", "http://"))
+            place = f"{source.rstrip('/')}/{quote(name) if web else name}"
             try:
-                check_allowed(path, [directory])
+                check_allowed(place, [source])
             except (BadRequest, ValueError):  # a link out of it, or a name that is no path
                 continue
-            if os.path.isfile(f"{path}/{CONFIG_FILE}"):
-                return path
-        return None
+            if is_url(source) or os.path.isfile(f"{place}/{CONFIG_FILE}"):
+                yield place

@@ -11,8 +11,9 @@ from openai import AsyncOpenAI
 
 from replica.api.server import ServerConfig, build_app
 from replica.api.text import Text
+from replica.api.tools import ToolFormat
 from tests.models import EOS, write_tokenizer
-from tests.serving import BASE, Book, live
+from tests.serving import BASE, Book, client_of, live
 from tests.stub_engine import StubEngine
 
 TEMPLATE = (
@@ -76,6 +77,23 @@ async def test_a_call_and_its_result_go_round(
     assert answer.choices[0].finish_reason == "stop"
     # The template gets the arguments as an object, not as text.
     assert '"arguments": {"city": "Oslo"}' in text.decode(engine.seen[1].prompt)
+
+
+async def test_a_template_that_does_not_tell_how_calls_are_written_may_be_told(
+    engine: StubEngine, tmp_path: Path
+) -> None:
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE.replace("<tool_call>", ""))
+    text = Text.read(str(tmp_path))
+    for tool_format in (None, ToolFormat.HERMES):
+        config = ServerConfig(base=BASE, context=1000, vocab=320, tool_format=tool_format)
+        async with client_of(build_app(engine, Book(), text, config)) as client:
+            body = {"model": BASE, "messages": ASK, "tools": TOOLS}
+            answer = (await client.post("/v1/chat/completions", json=body)).json()
+        if tool_format is None:
+            assert "--tool-parser" in answer["error"]["message"]
+        else:
+            (call,) = answer["choices"][0]["message"]["tool_calls"]
+            assert call["function"]["name"] == "weather"
 
 
 async def test_a_call_streams(client: AsyncOpenAI) -> None:

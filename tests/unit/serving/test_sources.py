@@ -7,7 +7,7 @@ import pytest
 
 from cluster.adapter_paths import CONFIG_FILE
 from cluster.config import FleetConfig
-from cluster.errors import AdapterRefused, ConfigError
+from cluster.errors import AdapterMissing, AdapterRefused, ConfigError
 from replica.api.server import build_app
 from replica.serving import sources
 from replica.serving.local_catalog import LocalCatalog
@@ -22,15 +22,18 @@ from tests.stub_engine import StubEngine
 class Asked:
     """What was added, and a clock."""
 
-    def __init__(self, *directories: Path) -> None:
+    def __init__(self, *directories: Path | str) -> None:
         self.added: list[tuple[str, str]] = []
         self.error: AdapterRefused | None = None
+        self.missing: set[str] = set()
         self.now_s = 0.0
         self.sources = Sources([str(d) for d in directories], self._add, lambda: self.now_s)
 
     async def _add(self, name: str, path: str) -> None:
         self.added.append((name, path))
         await asyncio.sleep(0)
+        if path in self.missing:
+            raise AdapterMissing(path)
         if self.error is not None:
             raise self.error
 
@@ -87,6 +90,23 @@ async def test_names_never_lead_out_of_a_directory(tmp_path: Path) -> None:
     assert asked.added == []
 
 
+async def test_urls_are_tried_in_turn(tmp_path: Path) -> None:
+    asked = Asked("https://host/one/", tmp_path, "hf://org", "s3://bucket/two")
+    asked.missing = {"https://host/one/a%20b", "hf://org/a b"}
+    assert await asked.sources.resolve("a b")
+    tried = ["https://host/one/a%20b", "hf://org/a b", "s3://bucket/two/a b"]
+    assert asked.added == [("a b", place) for place in tried]
+
+
+async def test_a_name_that_no_url_has_is_not_asked_for_again() -> None:
+    asked = Asked("https://host/one", "hf://org")
+    # "::" is fsspec's, and would lead elsewhere.
+    asked.missing = {"https://host/one/a%3A%3Afile%3A"}
+    for _ in range(2):
+        assert not await asked.sources.resolve("a::file:")
+    assert [place for _, place in asked.added] == ["https://host/one/a%3A%3Afile%3A"]
+
+
 async def test_the_names_that_are_remembered_are_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,11 +138,12 @@ async def test_a_server_answers_for_a_name_in_a_directory(tmp_path: Path) -> Non
     assert [version.name for version in adapters.versions()] == ["mine"]
 
 
-def test_a_source_must_be_a_directory(tmp_path: Path) -> None:
+def test_a_source_is_a_directory_or_a_url(tmp_path: Path) -> None:
     model = write_model_config(tmp_path / "base")
     flags = {"config": None, "model": model}
     made = read_settings({**flags, "adapter_source": [str(tmp_path)]})
     assert made.adapter_sources == (str(tmp_path),)
-    for source in (str(tmp_path / "nothing"), "s3://bucket/prefix"):
-        with pytest.raises(ConfigError, match=r"--adapter-source .*: no such directory"):
-            read_settings({**flags, "adapter_source": [source]})
+    with pytest.raises(ConfigError, match=r"--adapter-source .*: no such directory"):
+        read_settings({**flags, "adapter_source": [str(tmp_path / "nothing")]})
+    made = read_settings({**flags, "adapter_source": ["s3://bucket/prefix"]})
+    assert made.adapter_sources == ("s3://bucket/prefix",)
