@@ -103,8 +103,9 @@ def download(uri: str, target: str, partial: str, bytes_max: int) -> None:
         else:
             raise _NotFound(f"no {TENSORS_FILES[0]}")
     except _NotFound as error:
+        kind = AdapterRefused if os.path.exists(f"{partial}/{CONFIG_FILE}") else AdapterMissing
         shutil.rmtree(partial, ignore_errors=True)
-        raise AdapterMissing(f"{uri}: not found ({error})", field="lora_path") from error
+        raise kind(f"{uri}: not found ({error})", field="lora_path") from error
     except AdapterRefused:
         shutil.rmtree(partial, ignore_errors=True)
         raise
