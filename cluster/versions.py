@@ -37,9 +37,16 @@ def check_name(name: str, base_name: str) -> None:
         raise BadRequest(
             f"lora_name: {name!a} contains control or invisible characters", field="lora_name"
         )
-    if _looks(name) == _looks(base_name):
+    looks, base_looks = _looks(name), _looks(base_name)
+    if looks == base_looks:
         like = "is" if name == base_name else "reads like"
         raise BadRequest(f"lora_name: {name!r} {like} the base model's name", field="lora_name")
+    if looks.startswith(f"{base_looks}:"):
+        raise BadRequest(
+            f"lora_name: {name!r} reads like BASE:ADAPTER, which names an adapter of the base "
+            "model's",
+            field="lora_name",
+        )
     mixed = _scripts(name)
     if "LATIN" in mixed and mixed & _LIKE_LATIN:
         raise BadRequest(

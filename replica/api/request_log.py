@@ -13,6 +13,9 @@ from replica.api.access import Caller
 
 log = logging.getLogger(__name__)
 
+# Whoever reaches the port may send a longer one, without a key.
+_PATH_MAX = 256
+
 
 class RequestLog:
     """path: of a file that replicas of one machine may share. It may be moved away meanwhile, as it
@@ -60,7 +63,7 @@ class RequestLog:
         entry = {
             "at": at.isoformat(timespec="milliseconds"),
             "replica": self._replica_id,
-            "path": scope["path"],
+            "path": scope["path"][:_PATH_MAX],
             "key": caller.label if caller is not None else None,
             "status": status,
             "code": scope.get("code"),

@@ -432,6 +432,7 @@ def test_a_broken_checkpoint_is_said_in_one_line(
         ("a" * 257, "257 characters"),
         ("a\tb", "control or invisible characters"),
         ("Tiny", "'Tiny' reads like the base model's name"),
+        ("tiny:one", "'tiny:one' reads like BASE:ADAPTER"),
         (" a", "begins or ends with a space"),
     ],
 )

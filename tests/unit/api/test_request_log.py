@@ -63,6 +63,15 @@ async def test_what_is_refused_is_logged_with_the_reason(tmp_path: Path) -> None
     assert lines(path)[2]["finish"] == ["abort"]
 
 
+async def test_a_long_path_is_cut(tmp_path: Path) -> None:
+    path = tmp_path / "requests"
+    config = replace(CONFIG, request_log=str(path))
+    async with client_of(await app_with(StubEngine(), config=config)) as client:
+        await client.post("/" + "x" * 60_000)
+    (entry,) = lines(path)
+    assert entry["path"] == "/" + "x" * 255
+
+
 def test_a_file_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"request_log: .*No such file"):
         RequestLog(str(tmp_path / "no" / "file"), "r")
