@@ -191,10 +191,8 @@ class CallReader:
         if model == self._base:
             yield model, None
             return
+        model = model.removeprefix(f"{self._base}:")  # as SGLang writes it
         claim = await self._adapters.claim(model)
-        if claim is None and model.startswith(f"{self._base}:"):  # as SGLang writes it
-            model = model.removeprefix(f"{self._base}:")
-            claim = await self._adapters.claim(model)
         if claim is None:
             raise ModelNotFound(f"the model {shown(model)} does not exist", field="model")
         try:

@@ -54,7 +54,7 @@ class Sources:
                 return True
             except AdapterMissing:
                 continue
-            except AdapterRefused as error:
+            except BadRequest as error:
                 refused = AdapterRefused(f"model: {name!r}: {error.message}", field="model")
                 self._keep(name, refused)
                 raise refused from error
