@@ -102,11 +102,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         model = make_model(f"{directory}/model", max_position_embeddings=2**21)
         engine = EngineConfig(model, served_model_name="model", device="cpu", threads=1)
-        config = FleetConfig(engine, port=0, directory=f"{directory}/fleet", drain_s=600.0)
+        config = FleetConfig(
+            engine,
+            port=0,
+            directory=f"{directory}/fleet",
+            drain_s=600.0,
+            # All of them come from one address.
+            source_connections_max=2 * arguments.streams,
+        )
         running = LocalFleet(config, engine="tests.bench.connections:slow")
         try:
             running.start()
             asyncio.run(measure(running, arguments.streams, arguments.body_bytes))
+        except Exception as error:  # what Python says of it goes to the fleet's own log
+            running.say(f"failed: {error!r}")
+            raise
         finally:
             running.kill()
 
