@@ -16,7 +16,7 @@ from replica.model.shape import read_shape
 from replica.model.weights import Weights, load_weights
 from tests.models import edit_config, make_adapter, make_model
 from tests.packed import DECODED, load, prompts, reference, run
-from tests.quantized import SCHEMES, Scheme, compressed, words, write_quantized
+from tests.quantized import SCHEMES, Scheme, compressed, fp8, words, write_quantized
 from tests.small_files import write_model_config
 
 # As in `test_decoder.py`: what is left is the order of sums.
@@ -69,7 +69,14 @@ def test_modules_that_a_checkpoint_leaves_as_they_were(name: str, tmp_path: Path
     assert_equal(weights(quantized), weights(plain))
 
 
-def test_a_zero_point_of_0_in_gptqs_first_version(tmp_path: Path) -> None:
+def test_a_weight_of_more_rows_than_are_computed_at_once() -> None:
+    weight = torch.randn(1100, 64, generator=torch.Generator().manual_seed(0))
+    stored, meant = fp8((48, 40))(weight.numpy())
+    module = StoredModule("m", Quantization("fp8", Layout.FP8, 8, (48, 40)), stored.get)
+    assert torch.equal(module.weight((1100, 64), torch.float32), torch.from_numpy(meant))
+
+
+def test_a_zero_point_of_0_in_gptqs_first_version() -> None:
     """Less 1, it borrows from its neighbour in the packed word."""
     zeros = torch.tensor([[0, 5, 0, 0, 15, 1, 2, 0]])
     stored = {
