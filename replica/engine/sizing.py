@@ -26,7 +26,7 @@ from cluster.config import EngineConfig
 from cluster.errors import ConfigError
 from replica.engine.node import Node
 from replica.model.memory import DTYPE_BYTES, batch_pages, divide, kv_page_bytes
-from replica.model.shape import Shape
+from replica.model.shape import Shape, TransformersShape
 from replica.scheduling.assembly import Division
 
 _RANK_EXPECTED = 64
@@ -220,7 +220,9 @@ def _itemized(taken: Iterable[tuple[str, int]]) -> str:
 
 
 def described(asked: EngineConfig, made: EngineConfig, whole: Shape) -> list[str]:
-    """The choices of an engine as lines for its log: dtype, memory, and a reduced context."""
+    """The choices of an engine as lines for its log: dtype, dequantized weights, memory, and a
+    reduced context.
+    """
     part = whole.divided(made.tensor_parallel)
     why = ""
     if asked.dtype == "auto" and made.dtype != whole.dtype:
@@ -230,6 +232,7 @@ def described(asked: EngineConfig, made: EngineConfig, whole: Shape) -> list[str
         sizes = _sizes(made, divide(made, part, DTYPE_BYTES[made.dtype]), part)
     lines = [
         f"dtype: {made.dtype} on {made.device}{why}",
+        *_dequantized(made, whole),
         f"memory: {sizes}, host tier {shown(made.host_memory or 0)}, "
         f"host's KV pages {shown(made.host_kv_memory or 0)}",
     ]
@@ -239,6 +242,20 @@ def described(asked: EngineConfig, made: EngineConfig, whole: Shape) -> list[str
             "sequence would take the adapters' memory (context_tokens_max)"
         )
     return lines
+
+
+def _dequantized(made: EngineConfig, whole: Shape) -> list[str]:
+    if isinstance(whole, TransformersShape) or made.load_format == "dummy":
+        return []
+    found = whole.quantization
+    if found is None:
+        return []
+    size = shown(weight_bytes(made, whole.divided(made.tensor_parallel)))
+    each = " a rank" if made.tensor_parallel > 1 else ""
+    return [
+        f"weights: dequantized from {found.method} ({found.bits} bits) to {made.dtype}: "
+        f"at most {size}{each} ({shown(found.stored_bytes)} on disk)"
+    ]
 
 
 def _sizes(made: EngineConfig, memory: Division, part: Shape) -> str:

@@ -19,11 +19,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from cluster.errors import FleetError, ModelUnsupported
+from replica.model.quantization import quantization_method
 from replica.model.shape import (
+    ARCHITECTURES,
     DTYPES,
     TransformersShape,
     VocabularyModule,
-    check_plain,
     read_eos_tokens,
     read_json,
 )
@@ -44,7 +45,13 @@ def walk(model_dir: str) -> TransformersShape:
     """Raises ModelUnsupported naming the feature."""
     path = Path(model_dir) / "config.json"
     given = read_json(path)
-    check_plain(given, str(path))
+    if method := quantization_method(given):
+        raise ModelUnsupported(
+            f"{path}: quantization {method!r} is not supported for a model that runs through "
+            f"transformers (only for {', '.join(ARCHITECTURES)}): use a checkpoint that is not "
+            "quantized",
+            field="model",
+        )
     config = read_config(model_dir)
     text = config.get_text_config(decoder=True)
     dtype = _dtype(text.dtype or config.dtype, str(path))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import ConfigError, ModelUnsupported
+from replica.model.quantization import Quantization, read_quantization
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
@@ -96,6 +97,7 @@ class ModelShape:
     qk_norm: bool
     windows: tuple[int | None, ...]
     rope: Mapping[str, Any]
+    quantization: Quantization | None = None
 
     @property
     def projections(self) -> Mapping[str, tuple[int, int]]:
@@ -226,22 +228,14 @@ def read_shape(model_dir: str) -> ModelShape:
             f"(supported: {', '.join(ARCHITECTURES)})",
             field="model",
         )
-    check_plain(config, str(path))
+    quantization = read_quantization(config, model_dir)
     if config.get("hidden_act", "silu") != "silu":
         raise ModelUnsupported(
             f"{path}: hidden_act {config['hidden_act']!r} is not supported (only silu)",
             field="model",
         )
-    return _shape(config, read_eos_tokens(model_dir, config), str(path))
-
-
-def check_plain(config: Mapping[str, Any], where: str) -> None:
-    """Raises ModelUnsupported if the checkpoint is quantized."""
-    quantization = config.get("quantization_config")
-    if quantization is not None:
-        named = isinstance(quantization, Mapping)
-        method = quantization.get("quant_method", "unknown") if named else quantization
-        raise ModelUnsupported(f"{where}: quantization {method!r} is not supported", field="model")
+    shape = _shape(config, read_eos_tokens(model_dir, config), str(path))
+    return replace(shape, quantization=quantization)
 
 
 def read_eos_tokens(model_dir: str, config: Mapping[str, Any]) -> frozenset[int]:

@@ -53,6 +53,7 @@ PURE_FILES = {
     "replica.engine.sizing",
     "replica.model.launch",
     "replica.model.memory",
+    "replica.model.quantization",
     "replica.model.shape",
     "router.policy",
     "router.view",

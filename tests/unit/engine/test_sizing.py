@@ -20,6 +20,7 @@ from replica.engine.sizing import (
     with_context_that_fits,
 )
 from replica.model.memory import DTYPE_BYTES, batch_pages, divide, kv_page_bytes
+from replica.model.quantization import Layout, Quantization
 from replica.model.shape import ModelShape, read_shape
 from tests.small_files import write_model_config
 
@@ -267,6 +268,20 @@ def test_what_was_chosen_is_told(small: ModelShape) -> None:
     _, memory = described(asked, both, small)
     assert memory.startswith("memory: 2.7 GiB for KV pages (")
     assert "tokens) and adapters together (up to 20 of rank 64), host tier 0 bytes" in memory
+
+
+def test_dequantized_weights_are_told_with_their_size(large: ModelShape) -> None:
+    gptq = Quantization("gptq", Layout.GPTQ, 4, (1, 128), stored_bytes=5 * GIB)
+    asked = EngineConfig("m", device="cuda", dtype="bfloat16", tensor_parallel=2)
+    made = on_gpu(asked, 40 * GIB, GIB, 0, shared=True)
+    made = dataclasses.replace(made, host_memory=0)
+    shape = dataclasses.replace(large, quantization=gptq)
+    assert described(asked, made, shape)[1] == (
+        "weights: dequantized from gptq (4 bits) to bfloat16: at most 8.5 GiB a rank "
+        "(5.0 GiB on disk)"
+    )
+    dummy = dataclasses.replace(made, load_format="dummy")
+    assert described(asked, dummy, shape) == described(asked, dummy, large)
 
 
 def test_a_context_that_a_small_card_cannot_hold_is_cut_and_said(large: ModelShape) -> None:

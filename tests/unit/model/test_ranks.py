@@ -18,6 +18,7 @@ from replica.model.ranks import Ranks
 from replica.model.shape import ModelShape, Shard, read_shape
 from replica.scheduling.request import Sampling
 from tests.models import make_adapter, make_model
+from tests.quantized import SCHEMES, write_quantized
 
 TOLERANCE = 1e-4
 VOCAB = 320
@@ -154,6 +155,19 @@ def test_logits_of_all_ranks_together_are_those_of_one(name: str, tmp_path: Path
         assert (own - theirs)[: alone.shape.vocab].abs().max() <= TOLERANCE, i
     base = steps(alone, [0] * 4)
     assert (whole[0] - base[0]).abs().max() > 0.1, "the adapters hardly do anything"
+    for group in (alone, together):
+        group.close()
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq, act-order", "packed", "fp8 blocks"])
+def test_ranks_share_a_quantized_model(name: str, tmp_path: Path) -> None:
+    scheme = SCHEMES[name]
+    plain = make_model(tmp_path / "plain", scheme.architecture)
+    quantized = write_quantized(plain, tmp_path / "quantized", scheme)
+    alone, together = Group(plain, 1), Group(quantized, 2)
+    whole, parts = steps(alone, [0, 0]), steps(together, [0, 0])
+    for own, theirs in zip(parts, whole, strict=True):
+        assert (own - theirs).abs().max() <= TOLERANCE
     for group in (alone, together):
         group.close()
 

@@ -125,7 +125,7 @@ def test_rope_in_both_spellings(tmp_path: Path) -> None:
     [
         ({"model_type": "gpt2"}, "gpt2"),
         ({"model_type": None}, "None"),
-        ({"quantization_config": {"quant_method": "awq"}}, "awq"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "hqq"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"rope_scaling": {"type": "longrope"}}, "longrope"),
