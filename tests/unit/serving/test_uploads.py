@@ -219,6 +219,17 @@ async def test_a_body_that_is_no_form_is_refused(
         assert (await client.post(LOAD, content=body, headers=compressed)).status_code == 415
 
 
+async def test_a_form_without_its_end_is_refused(tmp_path: Path, adapter: Path) -> None:
+    replica = Replica(tmp_path)
+    request = httpx.Request("POST", "http://x", data={"lora_name": "a"}, files=parts(adapter))
+    body, kind = request.read(), {"content-type": request.headers["content-type"]}
+    async with client_of(replica.app) as client:
+        cut = await client.post(LOAD, content=body.rpartition(b"\r\n--")[0], headers=kind)
+        assert cut.status_code == 400 and "well-formed" in cut.json()["error"]["message"]
+        assert replica.names() == replica.kept() == []
+        assert (await client.post(LOAD, content=body, headers=kind)).status_code == 200
+
+
 async def test_an_adapter_that_cannot_be_served_leaves_nothing(tmp_path: Path) -> None:
     replica = Replica(tmp_path)
     files = parts(Path(write_adapter(tmp_path / "large", rank=512)))
