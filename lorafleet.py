@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from cluster.errors import AdapterRefused, ConfigError, FleetError
+from replica.adapters.found_files import check_present
 from replica.serving.process import ending_at_once, listen, until_signalled
 from replica.serving.settings import (
     absolute,
@@ -202,6 +203,10 @@ def add(
     weight: Annotated[
         float, typer.Option(help="Its share of the batch against others', with --fair-share.")
     ] = 1.0,
+    upload: Annotated[
+        bool,
+        typer.Option("--upload", help="Send the files of a directory of this machine."),
+    ] = False,
     url: Url = LOCAL_URL,
     api_key: ApiKey = None,
 ) -> None:
@@ -209,12 +214,19 @@ def add(
 
     Example: lorafleet adapters add fr ./adapters/french
     """
-    from router.client import add_adapters
+    from router.client import add_adapters, upload_adapter
 
     if not math.isfinite(weight):  # JSON has no word for it
         raise ConfigError(f"--weight {weight}: must be a finite number", field="weight")
     if (file is None) == (name is None or path is None):
         raise ConfigError("adapters add: give either NAME and PATH, or --file")
+    if upload:
+        if not (name and path):
+            raise ConfigError("adapters add --upload: takes NAME and PATH")
+        check_present(absolute(path))
+        fields = {"lora_name": name, "load_inplace": replace, "pinned": pinned, "weight": weight}
+        print(upload_adapter(url, api_key, absolute(path), fields))
+        return
     paths = {name: absolute(path)} if name and path else read_adapters(file or Path())
     entries = [
         {"lora_name": name, "lora_path": path, "pinned": pinned, "weight": weight}

@@ -12,6 +12,8 @@ CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PICKLE_FILE, MLX_FILE = "adapter_model.bin", "adapters.safetensors"
 # An adapter has the first of these.
 TENSORS_FILES = (TENSORS_FILE, PICKLE_FILE, MLX_FILE)
+# Begins the URL of what a client sent: the digest follows.
+UPLOADED = "upload://"
 
 
 def files_of(directory: str) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """Downloads an adapter's files: one at a time for each URL on a node.
 
 https://, http://   resumed where the last try ended; redirects do not lead to private addresses
+upload://           from other replicas in the same way; nobody else has what a client sent
 s3://, hf://, …     through fsspec, each file as a whole
 """
 
@@ -9,19 +10,23 @@ import errno
 import fcntl
 import hashlib
 import ipaddress
+import logging
 import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from cluster.adapter_paths import CONFIG_FILE, TENSORS_FILES
+from cluster.adapter_paths import CONFIG_FILE, TENSORS_FILES, UPLOADED
 from cluster.errors import AdapterFailed, AdapterMissing, AdapterRefused, StoreFull
 
 if TYPE_CHECKING:
     import httpx
+
+log = logging.getLogger(__name__)
 
 DISK_FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
 DISK_REFUSES = DISK_FULL | {errno.EROFS}
@@ -32,6 +37,24 @@ _REDIRECTS_MAX = 5
 _TRIES = 3
 _TIMEOUT_S = 30.0
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
+# Where a replica gives files to others: DIGEST/NAME follow.
+PEER_PATH = "/internal/adapters"
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Another replica. url: of its server. key: what it gives files for."""
+
+    url: str
+    key: str = field(repr=False)
+
+
+Peers = Callable[[], Sequence[Peer]]
+"""The live ones. Blocking. Raises CatalogUnavailable."""
+
+
+def no_peers() -> Sequence[Peer]:
+    return ()
 
 
 class _NotFound(Exception):
@@ -87,13 +110,17 @@ def sweep(store: str) -> None:
                 os.close(descriptor)
 
 
-def download(uri: str, target: str, partial: str, bytes_max: int) -> None:
+def download(uri: str, target: str, partial: str, bytes_max: int, peers: Peers = no_peers) -> None:
     """Downloads configuration and tensors into `target`. partial: the directory of `alone`.
 
     bytes_max: of each file. Raises AdapterRefused (AdapterMissing if there is nothing),
     AdapterFailed, StoreFull, or OSError if the disk is at fault.
     """
-    source = _Web(uri) if uri.startswith(("https://", "http://")) else _Files(uri)
+    source: _Replicas | _Web | _Files
+    if uri.startswith(UPLOADED):
+        source = _Replicas(uri, peers())
+    else:
+        source = _Web(uri) if uri.startswith(("https://", "http://")) else _Files(uri)
     try:
         source.get(CONFIG_FILE, partial, bytes_max)
         for name in TENSORS_FILES:
@@ -152,9 +179,42 @@ class _Files:
             raise _NotFound(str(error)) from error
 
 
-class _Web:
-    def __init__(self, uri: str) -> None:
+class _Replicas:
+    """Each file from the first replica that gives it."""
+
+    def __init__(self, uri: str, peers: Sequence[Peer]) -> None:
         self._uri = uri
+        path = f"{PEER_PATH}/{uri.removeprefix(UPLOADED)}"
+        self._peers = [
+            _Web(peer.url + path, {"Authorization": f"Bearer {peer.key}"}, trust_env=False)
+            for peer in peers
+        ]
+
+    def get(self, name: str, target: str, bytes_max: int) -> None:
+        import httpx  # as fsspec above
+
+        for peer in self._peers:
+            try:
+                peer.get(name, target, bytes_max)
+                return
+            except StoreFull:
+                raise
+            except (_NotFound, AdapterFailed, httpx.TransportError) as error:
+                log.info("%s: not from a replica: %s", self._uri, error)
+        raise AdapterFailed(
+            f"{self._uri}: it was uploaded, and no live replica has its files; upload it again"
+        )
+
+
+class _Web:
+    """trust_env: the environment may name a proxy."""
+
+    def __init__(
+        self, uri: str, headers: Mapping[str, str] = {}, *, trust_env: bool = True
+    ) -> None:
+        self._uri = uri
+        self._headers = headers
+        self._trust_env = trust_env
 
     def get(self, name: str, target: str, bytes_max: int) -> None:
         import httpx  # as fsspec above
@@ -171,10 +231,10 @@ class _Web:
         """Goes on where the file ends, if the server still has the same one."""
         tag = Path(f"{path}.tag")
         start = os.path.getsize(path) if os.path.exists(path) and tag.exists() else 0
-        headers = {"Accept-Encoding": "identity"}
+        headers = {"Accept-Encoding": "identity", **self._headers}
         if start:
             headers |= {"Range": f"bytes={start}-", "If-Range": tag.read_text()}
-        with _opened(uri, headers) as answer:
+        with _opened(uri, headers, self._trust_env) as answer:
             if start and answer.status_code == 416:  # it had all of it
                 return
             if answer.status_code == 404:
@@ -204,12 +264,12 @@ def _write(answer: "httpx.Response", file: BinaryIO, uri: str, bytes_max: int) -
 
 
 @contextlib.contextmanager
-def _opened(uri: str, headers: dict[str, str]) -> Iterator["httpx.Response"]:
+def _opened(uri: str, headers: dict[str, str], trust_env: bool) -> Iterator["httpx.Response"]:
     """Follows redirects. Raises AdapterRefused for one that leads to a private address."""
     import httpx
 
     first = url = httpx.URL(uri)
-    with httpx.Client(timeout=_TIMEOUT_S, follow_redirects=False) as client:
+    with httpx.Client(timeout=_TIMEOUT_S, follow_redirects=False, trust_env=trust_env) as client:
         for _ in range(_REDIRECTS_MAX + 1):
             own = (url.scheme, url.host, url.port) == (first.scheme, first.host, first.port)
             address = url.host if own else _public_address(first, url)

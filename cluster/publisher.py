@@ -107,6 +107,7 @@ class Publisher:
         alive: Callable[[], bool] = lambda: True,
         on_catalog: Callable[[Stamp, bool], None] = lambda stamp, settled: None,
         url: Callable[[], str] = lambda: "",
+        files_key: str = "",
     ) -> None:
         self.replica_id = replica_id
         self.incarnation = f"{replica_id}:{secrets.token_hex(4)}"
@@ -114,7 +115,7 @@ class Publisher:
         self._lease_s, self._report_s = lease_s, report_s
         self._residency, self._report = residency, report
         self._applied, self._alive, self._on_catalog = applied, alive, on_catalog
-        self._url = url
+        self._url, self._files_key = url, files_key
         self._channel = channel(redis, fleet)
         root = prefix(fleet)
         self._keys = [
@@ -212,6 +213,7 @@ class Publisher:
             applied,
             self._report(),
             url=self._url(),
+            files_key=self._files_key,
         )
         pairs: list[str] = []
         for entry in changed:

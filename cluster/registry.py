@@ -81,6 +81,7 @@ class Lease:
     started_s: Unix time. Of two incarnations of one replica the later one counts.
     catalog: the state of the catalog, (generation, sequence), that the replica has applied.
     url: where other replicas reach its server; "" if it is not known.
+    files_key: what it gives adapter files for: nobody reads it but who may read Redis.
     """
 
     replica_id: str
@@ -91,6 +92,7 @@ class Lease:
     report: LoadReport
     schema: int = SCHEMA
     url: str = ""
+    files_key: str = dataclasses.field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +155,7 @@ def _decode_lease(record: Mapping[str, Any]) -> Lease:
         report=LoadReport(**report),
         schema=record.get("schema", 0),
         url=record.get("url", ""),
+        files_key=record.get("files_key", ""),
     )
 
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
-from cluster.adapter_paths import files_of, is_url, local_path
-from cluster.downloads import DISK_FULL, DISK_REFUSES, alone, download, sweep
+from cluster.adapter_paths import UPLOADED, files_of, is_url, local_path
+from cluster.downloads import DISK_FULL, DISK_REFUSES, Peers, alone, download, no_peers, sweep
 from cluster.errors import AdapterFailed, AdapterRefused, StoreFull
 from cluster.file_copies import copy_file
 from cluster.holds import Holds
@@ -39,7 +39,7 @@ class Store(Generic[Info]):
     """Blocking: call it on a thread. Any thread may call it.
 
         DIGEST/       the files of one version: complete, read-only, never changed
-        .incoming-*/  what is being copied or deleted; a crash leaves it for `_sweep`
+        .incoming-*/  what is being copied, received or deleted; a crash leaves it for `_sweep`
         .partial-*/   what is there of a URL (`downloads.py`)
         .unchecked-*/ versions kept before the machine last started: their data may not have reached
                       the disk, so they are inspected once before they are used
@@ -47,21 +47,27 @@ class Store(Generic[Info]):
         .held-*       which versions the processes need (`holds.py`)
         .lock         locked during each change of the above; the bytes of all versions, or more
 
-    All processes of a node may share a directory. `add` and `fetch` hold a version until `release`
-    or the end of the process. A version that no process holds stays until room is needed. Those
-    that were held last stay longest.
+    All processes of a node may share a directory. `add`, `keep` and `fetch` hold a version until
+    `release` or the end of the process. A version that no process holds stays until room is needed.
+    Those that were held last stay longest.
 
     inspect: checks the files in a directory, which it may rewrite, or raises AdapterRefused.
-    capacity: bytes of all versions. None: half of the directory's file system.
+    capacity: bytes of all versions. None: half of the directory's file system. peers: other
+    replicas, which may have what was uploaded.
     """
 
     def __init__(
-        self, directory: str, inspect: Callable[[str], Info], capacity: int | None = None
+        self,
+        directory: str,
+        inspect: Callable[[str], Info],
+        capacity: int | None = None,
+        peers: Peers = no_peers,
     ) -> None:
         self._directory = os.path.abspath(directory)
         self._inspect = inspect
         self._capacity = 0 if capacity is None else capacity
         self._sized = capacity is not None
+        self._peers = peers
         self._opening = threading.Lock()
         self._opened: Holds | None = None
 
@@ -70,6 +76,14 @@ class Store(Generic[Info]):
 
         Raises AdapterRefused, AdapterFailed or StoreFull.
         """
+        if uri.startswith(UPLOADED):
+            digest = uri.removeprefix(UPLOADED)
+            path = self.fetch([uri], digest)
+            try:
+                return self._inspected(path, uri)
+            except BaseException:
+                self.release(digest)
+                raise
         with self._incoming(uri) as new, self._alone(uri) as partial:
             info = self._checked_copy(uri, new, partial)
             self._keep(uri, new, info.digest)
@@ -95,6 +109,30 @@ class Store(Generic[Info]):
             except (AdapterRefused, AdapterFailed) as error:
                 failures.append(error)
         raise failures[0]
+
+    @contextlib.contextmanager
+    def receiving(self) -> Iterator[tuple[str, int]]:
+        """A new directory for files that a client sends, which is deleted at the end, and the bytes
+        that they may take: what versions in use leave. Raises StoreFull.
+        """
+        with self._incoming("files") as new:
+            with self._locked():
+                used = sum(bytes for name, bytes in self._versions() if self._in_use(name))
+            yield new, max(self._capacity - used, 0)
+
+    def keep(self, new: str) -> str:
+        """Checks the files that `receiving` has in its directory, and holds their version. Returns
+        its digest. Raises AdapterRefused or StoreFull.
+        """
+        with self._disk("files"):
+            digest = self._inspected(new, "files").digest
+            self._keep("files", new, digest)
+            return digest
+
+    def find(self, digest: str) -> str | None:
+        """The directory of a version's files, if they are here. Does not hold it."""
+        path = self.path(digest)
+        return path if _DIGEST.fullmatch(digest) and os.path.isdir(path) else None
 
     def drop_damaged(self, digest: str) -> None:
         """Drops a version's files if someone has changed them."""
@@ -197,21 +235,25 @@ class Store(Generic[Info]):
         try:
             self._copy(where, new, partial)
         except OSError as error:
-            if error.errno not in DISK_FULL or not self._drop_idle():
+            if error.errno not in DISK_FULL or not self.drop_idle():
                 raise
             for name in os.listdir(new):
                 os.unlink(f"{new}/{name}")
             self._copy(where, new, partial)
+        return self._inspected(new, where)
+
+    def _inspected(self, path: str, shown: str) -> Info:
+        """shown: what a refusal calls the path."""
         try:
-            return self._inspect(new)
+            return self._inspect(path)
         except AdapterRefused as error:
-            message = error.message.replace(new, where)
+            message = error.message.replace(path, shown)
             raise AdapterRefused(message, field=error.field) from None
 
     def _copy(self, where: str, new: str, partial: str) -> None:
         """Raises OSError if the store's disk is at fault."""
         if is_url(where):
-            download(where, new, partial, self._capacity)
+            download(where, new, partial, self._capacity, self._peers)
             return
         try:
             before = _stamps(where)
@@ -301,11 +343,12 @@ class Store(Generic[Info]):
             raise self._full(uri, size, used)
         return used, [self._retire(name) for name in victims]
 
-    def _drop_idle(self) -> bool:
-        """Drops all versions that no process holds. False if there are none."""
+    def drop_idle(self, only: str | None = None) -> bool:
+        """Drops all versions, or this one, that no process holds. False if there are none."""
         with self._locked() as lock:
             versions = self._versions()
-            idle = [name for name, _ in versions if not self._in_use(name)]
+            known = [name for name, _ in versions if only in (None, name)]
+            idle = [name for name in known if not self._in_use(name)]
             retired = [self._retire(name) for name in idle]
             _set_used(lock, sum(bytes for name, bytes in versions if name not in idle))
         _delete(retired)

@@ -1,12 +1,15 @@
 """Asks a running fleet, or a replica alone, over HTTP."""
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, BinaryIO
 
 import httpx
 
+from cluster.adapter_paths import files_of
 from cluster.errors import FleetError
+from cluster.file_copies import open_regular
 from replica.serving.keys import operator_key
 
 _TIMEOUT_S = 30.0
@@ -17,9 +20,16 @@ _CALLS_MAX = 4
 
 
 def call(
-    url: str, api_key: str | None, method: str, path: str, body: dict[str, Any] | None = None
+    url: str,
+    api_key: str | None,
+    method: str,
+    path: str,
+    body: dict[str, Any] | None = None,
+    files: Mapping[str, BinaryIO] = {},
 ) -> httpx.Response:
-    """Raises FleetError unless it succeeds, with what the server says."""
+    """files: by name, sent with the fields of `body` as a form. Raises FleetError unless it
+    succeeds, with what the server says.
+    """
     try:
         address = httpx.URL(url.rstrip("/").removesuffix("/v1") + path)
         here = address.host in _LOOPBACK
@@ -28,7 +38,9 @@ def call(
         response = httpx.request(
             method,
             address,
-            json=body,
+            json=None if files else body,
+            data=body if files else None,
+            files=[("files", named) for named in files.items()] or None,
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=_TIMEOUT_S,
             trust_env=not here,  # a proxy would look for its own loopback
@@ -42,6 +54,16 @@ def call(
     except (ValueError, KeyError, TypeError):
         message = response.text.strip() or response.reason_phrase
     raise FleetError(f"{response.status_code}: {message}")
+
+
+def upload_adapter(url: str, api_key: str | None, directory: str, fields: dict[str, Any]) -> str:
+    """Sends an adapter's files. Returns what the server says. Raises FleetError."""
+    with contextlib.ExitStack() as opened:
+        files = {
+            name: opened.enter_context(open_regular(f"{directory}/{name}"))
+            for name in files_of(directory)
+        }
+        return call(url, api_key, "POST", "/v1/load_lora_adapter", fields, files).text
 
 
 def add_adapters(

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from cluster.adapter_paths import check_allowed, is_url, local_path
 from cluster.config import FleetConfig
+from cluster.downloads import Peers, no_peers
 from cluster.errors import AdapterRefused
 from cluster.store import Store
 from cluster.values import Version
@@ -19,9 +20,11 @@ from replica.scheduling.adapter import no_room
 
 
 class Validation:
-    """config: with the dtype and sizes that the engine chose. store: of this node."""
+    """config: with the dtype and sizes that the engine chose. store: of this node. peers: of the
+    store.
+    """
 
-    def __init__(self, config: FleetConfig, shape: Shape) -> None:
+    def __init__(self, config: FleetConfig, shape: Shape, peers: Peers = no_peers) -> None:
         self._config = config
         self._shape = shape
         self._weight_bytes = DTYPE_BYTES[config.engine.dtype]
@@ -29,7 +32,7 @@ class Validation:
         self._part_parameters: dict[str, int] = {}  # by digest
         self._arena_bytes = divide(config.engine, self._part, self._weight_bytes).arena_bytes
         self.store: Store[AdapterInfo] = Store(
-            f"{config.directory}/adapters", self._inspect, config.adapter_disk
+            f"{config.directory}/adapters", self._inspect, config.adapter_disk, peers
         )
 
     def _inspect(self, path: str) -> AdapterInfo:

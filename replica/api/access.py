@@ -14,6 +14,7 @@ from replica.api import asgi
 
 _TAG_BYTES = 8
 _OPERATOR, _ADMIN = "operator", "admin_keys"
+JSON, FORM = "application/json", "multipart/form-data"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +23,9 @@ class Rules:
     changes are for those who send them to a loopback name or to one of `hosts`.
 
     operator_key: of the user that the process belongs to, whether there are keys or not. Its
-    adapters may come from any path. changes: False refuses all changes but the operator's.
-    open_metrics: /metrics needs no key. shared_prefixes: keys share cached prefixes, so
-    `cached_tokens` tells one what another asked.
+    adapters may come from any path. changes: False refuses the paths of all others, and without
+    keys all their changes. open_metrics: /metrics needs no key. shared_prefixes: keys share cached
+    prefixes, so `cached_tokens` tells one what another asked.
     """
 
     api_keys: tuple[str, ...] = field(default=(), repr=False)
@@ -93,25 +94,32 @@ class Access:
         if self._rules.keys and not self._rules.open_metrics:
             self.check_admin(self.caller(headers))
 
-    def check_change(self, caller: Caller, headers: Headers) -> None:
-        """Raises Forbidden or UnsupportedMediaType. A web page can send neither JSON to another
-        origin without being allowed to, nor its own name as a loopback one.
+    def check_change(
+        self, caller: Caller, headers: Headers, kinds: tuple[str, ...] = (JSON,), *, path: bool
+    ) -> str:
+        """The content type, one of `kinds`. path: the change names one, unless it is a form.
+
+        Raises Forbidden or UnsupportedMediaType. A web page can send neither JSON to another
+        origin without being allowed to, nor its own name as a loopback one, nor a form to another
+        origin without `Origin`.
         """
         self.check_admin(caller)
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
+        if kind not in kinds:
             raise asgi.UnsupportedMediaType(
-                f"content-type: must be application/json (got {kind or 'none'})",
+                f"content-type: must be {' or '.join(kinds)} (got {kind or 'none'})",
                 field="content-type",
             )
         if caller.operator:
-            return
-        if not self._rules.changes:
+            return kind
+        by_key = self._rules.keys and (kind == FORM or not path)
+        if not self._rules.changes and not by_key:
             raise Forbidden(
                 "adapters cannot be changed: no adapter root is configured (--adapter-root)"
             )
         origin = headers.get("origin")
-        if not self._rules.keys and origin and urlsplit(origin).netloc != headers.get("host"):
+        foreign = origin and (kind == FORM or urlsplit(origin).netloc != headers.get("host"))
+        if not self._rules.keys and foreign:
             raise Forbidden(
                 f"origin: without keys, web pages of others change nothing (got {origin!r})",
                 field="origin",
@@ -123,6 +131,7 @@ class Access:
                 f"(got {host!r})",
                 field="host",
             )
+        return kind
 
     def tagged(self, response_id: str, caller: Caller) -> str:
         """A response's id, which its caller's key `owns`."""

@@ -1,5 +1,6 @@
 """POST /v1/load_lora_adapter and its like: changes of the catalog, answered in vLLM's words."""
 
+import asyncio
 from collections.abc import Callable, Set
 from contextlib import AbstractAsyncContextManager
 from typing import Annotated
@@ -8,17 +9,22 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from cluster.errors import BadRequest, ShuttingDown
+from cluster.errors import AdapterRefused, BadRequest, ShuttingDown
 from replica.api import asgi
-from replica.api.access import Access, Caller
+from replica.api.access import FORM, JSON, Access, Caller
 from replica.api.bodies import Bodies
 from replica.api.interfaces import Acknowledgement, Adapters, NewAdapter
-from replica.api.openai_protocol import shown
+from replica.api.openai_protocol import shown, validated
+from replica.api.upload_form import read_form
 
 # The fair share is a running sum of tokens / weight; larger weights would round tokens away.
 _WEIGHT_MAX = 1e6
 # One change of the catalog: it occupies Redis for some ten milliseconds.
 _AT_ONCE_MAX = 1024
+
+
+_Weight = Annotated[float, Field(ge=1 / _WEIGHT_MAX, le=_WEIGHT_MAX)]
+_File = Annotated[str, Field(json_schema_extra={"format": "binary"})]
 
 
 class AdapterEntry(BaseModel):
@@ -27,11 +33,21 @@ class AdapterEntry(BaseModel):
     lora_name: Annotated[str, Field(min_length=1)]
     lora_path: Annotated[str, Field(min_length=1)]
     pinned: bool = False
-    weight: Annotated[float, Field(ge=1 / _WEIGHT_MAX, le=_WEIGHT_MAX)] = 1.0
+    weight: _Weight = 1.0
 
 
 class LoadAdapterRequest(AdapterEntry):
     load_inplace: bool = False
+
+
+class UploadAdapterRequest(BaseModel):
+    """A form, whose values are text. files: parts with these file names."""
+
+    lora_name: Annotated[str, Field(min_length=1)]
+    files: Annotated[list[_File], Field(json_schema_extra={"minItems": 2, "maxItems": 2})]
+    load_inplace: bool = False
+    pinned: bool = False
+    weight: _Weight = 1.0
 
 
 class LoadAdaptersRequest(BaseModel):
@@ -70,7 +86,9 @@ class AdapterRoutes:
         self._access = access
 
     async def load(self, http: Request) -> Response:
-        caller = self._changing(http)
+        caller: Caller = http.scope["caller"]
+        if self._access.check_change(caller, http.headers, (JSON, FORM), path=True) == FORM:
+            return await self._upload(http)
         request, _ = await self._bodies.read(LoadAdapterRequest, http)
         self._check_name(request.lora_name)
         async with self._until_cut():
@@ -82,11 +100,38 @@ class AdapterRoutes:
                 weight=request.weight,
                 trusted=caller.operator,
             )
-        return _acknowledge(f"Success: LoRA adapter '{done.name}' added successfully.", done)
+        return _added(done)
+
+    async def _upload(self, http: Request) -> Response:
+        """The files come with the request. What breaks off or is refused leaves none of them."""
+        self._check_open()
+        upload = self._adapters.upload()
+        try:
+            async with self._until_cut():
+                fields = await read_form(http, upload, UploadAdapterRequest.model_fields)
+                form = validated(UploadAdapterRequest, fields)
+                self._check_name(form.lora_name)
+                done = await self._adapters.add(
+                    form.lora_name,
+                    await asyncio.to_thread(upload.keep),
+                    load_inplace=form.load_inplace,
+                    pinned=form.pinned,
+                    weight=form.weight,
+                    trusted=True,
+                )
+        except BadRequest as error:
+            upload.refused = True  # after other errors the catalog may have it
+            if isinstance(error, AdapterRefused):
+                error.field, error.message = "files", error.message.removeprefix("lora_path: ")
+            raise
+        finally:
+            await asyncio.to_thread(upload.close)
+        return _added(done)
 
     async def load_all(self, http: Request) -> Response:
         """Many in one change of the catalog: all or none."""
-        caller = self._changing(http)
+        caller: Caller = http.scope["caller"]
+        self._access.check_change(caller, http.headers, path=True)
         request, _ = await self._bodies.read(LoadAdaptersRequest, http)
         for entry in request.adapters:
             self._check_name(entry.lora_name)
@@ -101,23 +146,25 @@ class AdapterRoutes:
         return _acknowledge_all(done)
 
     async def unload(self, http: Request) -> Response:
-        self._changing(http)
+        self._access.check_change(http.scope["caller"], http.headers, path=False)
         request, _ = await self._bodies.read(UnloadAdapterRequest, http)
         self._check_name(request.lora_name)
         async with self._until_cut():
             done = await self._adapters.remove(request.lora_name)
         return _acknowledge(f"Success: LoRA adapter '{done.name}' removed successfully.", done)
 
-    def _changing(self, http: Request) -> Caller:
-        caller: Caller = http.scope["caller"]
-        self._access.check_change(caller, http.headers)
-        return caller
-
     def _check_name(self, name: str) -> None:
         if name in self._base_names:
             raise BadRequest(f"lora_name: {shown(name)} is the base model", field="lora_name")
+        self._check_open()
+
+    def _check_open(self) -> None:
         if self._closing():
             raise ShuttingDown("this replica is shutting down", retry_after_s=1.0)
+
+
+def _added(done: Acknowledgement) -> Response:
+    return _acknowledge(f"Success: LoRA adapter '{done.name}' added successfully.", done)
 
 
 def _acknowledge(message: str, done: Acknowledgement) -> Response:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from cluster.config import EngineConfig
+from cluster.uploads import Upload
 from cluster.values import AdapterState, LoadReport, Version
 from replica.scheduling.request import Delta, NewRequest
 from replica.scheduling.timeline import TimelineEvent
@@ -132,6 +133,9 @@ class Adapters(Protocol):
         """Adds adapters, in their order. Raises as `add` does. In a fleet, all are added or none; a
         single process keeps those before the one that it refuses.
         """
+
+    def upload(self) -> Upload:
+        """Takes the files of an adapter; what `Upload.keep` returns is a path for `add`."""
 
     async def remove(self, name: str) -> Acknowledgement:
         """Raises ModelNotFound or CatalogUnavailable."""

@@ -30,10 +30,13 @@ from cluster.errors import (
     Unauthorized,
 )
 from replica.api import asgi
+from replica.api.access import FORM as _FORM
+from replica.api.access import JSON as _JSON
 from replica.api.adapter_routes import (
     LoadAdapterRequest,
     LoadAdaptersRequest,
     UnloadAdapterRequest,
+    UploadAdapterRequest,
 )
 from replica.api.embeddings import EmbeddingsRequest
 from replica.api.openai_protocol import (
@@ -45,7 +48,7 @@ from replica.api.sglang import GenerateRequest
 from replica.api.text_routes import DetokenizeRequest, TokenizeRequest
 
 _REF = "#/components/schemas/{model}"
-_TEXT, _JSON, _EVENTS = "text/plain", "application/json", "text/event-stream"
+_TEXT, _EVENTS = "text/plain", "text/event-stream"
 
 Errors = tuple[type[FleetError], ...]
 _KEYED: Errors = (BadRequest, Unauthorized, FleetError, ShuttingDown)
@@ -73,16 +76,24 @@ _CHANGE: Errors = (
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """What the document says of a route. body: the type that parses it. media: of its answers."""
+    """What the document says of a route. body: the type that parses it. media: of its answers.
+    form: the type of a form that it takes as well.
+    """
 
     summary: str
     errors: Errors = (FleetError,)
     body: type[BaseModel] | None = None
     media: tuple[str, ...] = (_JSON,)
+    form: type[BaseModel] | None = None
+
+    @property
+    def bodies(self) -> dict[str, type[BaseModel]]:
+        kinds = {_JSON: self.body, _FORM: self.form}
+        return {media: kind for media, kind in kinds.items() if kind is not None}
 
 
 _RUNS = (_JSON, _EVENTS)
-_LOAD = Operation("Add an adapter.", _CHANGE, LoadAdapterRequest, (_TEXT,))
+_LOAD = Operation("Add an adapter.", _CHANGE, LoadAdapterRequest, (_TEXT,), UploadAdapterRequest)
 _UNLOAD = Operation("Remove an adapter.", _CHANGE, UnloadAdapterRequest, (_TEXT,))
 _HEALTH = Operation("Does the engine move?", (FleetError, ShuttingDown))
 # Path → what its route is for. Every route of `Server` has a line.
@@ -196,7 +207,7 @@ class Document:
 
 def document(routes: Iterable[tuple[str, Route]]) -> dict[str, Any]:
     """OpenAPI 3.1. Raises KeyError for a route that has no line in OPERATIONS."""
-    bodies = {each.body for each in OPERATIONS.values() if each.body is not None}
+    bodies = {body for each in OPERATIONS.values() for body in each.bodies.values()}
     kinds = sorted(bodies, key=lambda body: body.__name__)
     _, schemas = models_json_schema([(kind, "validation") for kind in kinds], ref_template=_REF)
     for kind in kinds:
@@ -242,8 +253,11 @@ def _operation(path: str, method: str, route: Route) -> dict[str, Any]:
     if Unauthorized in operation.errors:
         said["security"] = [{}, {"key": []}]
     if operation.body is not None:
-        schema = {"$ref": _REF.format(model=operation.body.__name__)}
-        said["requestBody"] = {"required": True, "content": {_JSON: {"schema": schema}}}
+        content = {
+            media: {"schema": {"$ref": _REF.format(model=body.__name__)}}
+            for media, body in operation.bodies.items()
+        }
+        said["requestBody"] = {"required": True, "content": content}
     return said
 
 

@@ -20,6 +20,7 @@ from starlette.routing import Mount, Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.config import DEFAULT_MODEL
+from cluster.downloads import PEER_PATH
 from cluster.errors import (
     EngineFailed,
     FleetError,
@@ -44,6 +45,7 @@ from replica.api.openai_protocol import (
     CompletionRequest,
 )
 from replica.api.openapi import Document
+from replica.api.peer_files import Files, PeerFiles, no_files
 from replica.api.request_log import RequestLog
 from replica.api.response_encoder import ResponseEncoder
 from replica.api.responses import ResponsesRequest
@@ -112,6 +114,7 @@ class Server:
         config: ServerConfig,
         suspects: Suspects,
         others: Others,
+        files: Files,
     ) -> None:
         self._engine = engine
         self._adapters = adapters
@@ -196,6 +199,11 @@ class Server:
         self._router = Router(
             [
                 Mount("/v1", self._authorized),
+                # Of replicas among themselves, so no part of the document.
+                Mount(
+                    PEER_PATH,
+                    routes=[Route("/{digest}/{name}", PeerFiles(files).file, methods=["GET"])],
+                ),
                 Route("/openapi.json", document.json),
                 Route("/docs", document.page),
                 Route("/health", self._health),
@@ -393,6 +401,7 @@ def build_app(
     config: ServerConfig,
     suspects: Suspects | None = None,
     others: Others = no_others,
+    files: Files = no_files,
 ) -> Server:
     """The ASGI application of one replica. engine: has started. The app does not stop it."""
-    return Server(engine, adapters, text, config, suspects or LocalSuspects(), others)
+    return Server(engine, adapters, text, config, suspects or LocalSuspects(), others, files)

@@ -72,8 +72,10 @@ class Replica:
         assert self._config.redis_url is not None
         suspects = SharedSuspects(connect(self._config.redis_url), self._config.name)
         self._following = asyncio.create_task(suspects.run())
-        others = self._membership.others
-        app = build_app(self._engine, self._membership, self._text, settings, suspects, others)
+        member = self._membership
+        app = build_app(
+            self._engine, member, self._text, settings, suspects, member.others, member.files
+        )
         self._draining = asyncio.create_task(self._cut_at_drain_s(app))
 
         async def closing(scope: Any, receive: Any, send: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from cluster.config import FleetConfig
 from cluster.errors import ConfigError, FleetError
+from cluster.uploads import Upload
 from cluster.values import Tier, Version
 from cluster.versions import Book, merged
 from replica.adapters.validation import Validation
@@ -109,6 +110,9 @@ class LocalCatalog:
             )
             for new in adapters
         ]
+
+    def upload(self) -> Upload:
+        return Upload(self._validation.store)
 
     async def remove(self, name: str) -> Acknowledgement:
         async with self._change:

@@ -11,8 +11,10 @@ delays the lease's renewal.
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
+import hmac
 import logging
 import secrets
 import threading
@@ -22,6 +24,7 @@ from typing import Any, TypeVar
 
 from cluster.catalog import Catalog
 from cluster.config import FleetConfig
+from cluster.downloads import Peer
 from cluster.errors import (
     AdapterFailed,
     BadRequest,
@@ -32,7 +35,8 @@ from cluster.errors import (
 from cluster.publisher import Publisher
 from cluster.recovery import Stamp
 from cluster.redis_client import check_reachable, connect
-from cluster.registry import Registry, newest
+from cluster.registry import Lease, Registry, newest
+from cluster.uploads import Upload
 from cluster.values import AdapterState, Version
 from cluster.versions import check_name
 from replica.adapters.validation import Validation
@@ -52,6 +56,8 @@ log = logging.getLogger(__name__)
 
 START_POLL_S = 0.1
 CANCEL_AGAIN_S = 1.0
+# Longer than Redis takes to answer, or not to.
+PEERS_S = 30.0
 
 
 Result = TypeVar("Result")
@@ -79,7 +85,8 @@ class Membership:
         self._engine = engine
         self._config = config
         self._run = run or secrets.token_hex(8)
-        self._validation = Validation(config, shape or shape_of(config.engine.model))
+        self._validation = Validation(config, shape or shape_of(config.engine.model), self._peers)
+        self._files_key = secrets.token_urlsafe(32)
         self._redis = connect(config.redis_url)
         self._catalog = Catalog(
             self._redis,
@@ -122,6 +129,7 @@ class Membership:
             alive=lambda: engine.alive,
             on_catalog=self._check_behind,
             url=url,
+            files_key=self._files_key,
         )
         self._replica_id = replica_id
         self._sources = Sources(config.adapter_sources, self._add_found, lambda: time.monotonic())
@@ -213,7 +221,23 @@ class Membership:
 
     async def others(self) -> dict[str, str]:
         """Replica id → URL of its server, of all other live ones. Raises CatalogUnavailable."""
-        return await self._on_own_loop(self._others())
+        return {lease.replica_id: lease.url for lease in await self._on_own_loop(self._others())}
+
+    def upload(self) -> Upload:
+        return Upload(self._validation.store)
+
+    def files(self, key: str, digest: str) -> str | None:
+        """The directory of a version's files, for a replica that has read this one's key."""
+        same = hmac.compare_digest(key.encode(), self._files_key.encode())
+        return self._validation.store.find(digest) if same else None
+
+    def _peers(self) -> list[Peer]:
+        """Blocks a thread of the store's."""
+        try:
+            found = asyncio.run_coroutine_threadsafe(self._others(), self._loop)
+            return [Peer(lease.url, lease.files_key) for lease in found.result(PEERS_S)]
+        except (TimeoutError, RuntimeError, concurrent.futures.CancelledError) as error:
+            raise ShuttingDown("the replica is stopping") from error
 
     def _registered(self, name: str) -> Version | None:
         """The name's version, if the engine has it."""
@@ -333,10 +357,10 @@ class Membership:
         ]
         return catalog_page(versions, sequence, residency, replicas)
 
-    async def _others(self) -> dict[str, str]:
+    async def _others(self) -> list[Lease]:
         _, _, live = await self._registry.read()
         leases = newest(lease for lease, _, _ in live)
-        return {e.replica_id: e.url for e in leases if e.url and e.replica_id != self._replica_id}
+        return [each for each in leases if each.url and each.replica_id != self._replica_id]
 
     # The engine.
 

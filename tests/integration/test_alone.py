@@ -2,9 +2,10 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def test_it_answers_takes_adapters_and_ends_quietly(
     process, url, log = alone
 
     def complete(model: str) -> httpx.Response:
-        body = {"model": model, "prompt": "hello", "max_tokens": 4}
+        body = {"model": model, "prompt": "hello", "max_tokens": 4, "temperature": 0}
         return httpx.post(f"{url}/v1/completions", json=body, timeout=ANSWER_S)
 
     def cli(*arguments: str) -> tuple[int, str]:
@@ -59,8 +60,18 @@ def test_it_answers_takes_adapters_and_ends_quietly(
         return done.returncode, done.stdout + done.stderr
 
     assert complete("base").status_code == complete("fr").status_code == 200
-    check_prompts(url, files)
+    check_prompts(url, files, {"base": None, "fr": "fr"})
     assert complete("de").status_code == 404
+    sent = shutil.copytree(files / "de", log.parent / "sent")
+    status, said = cli("adapters", "add", "sent", str(sent), "--upload", "--weight", "2")
+    assert (status, "'sent' added" in said) == (0, True), said
+    shutil.rmtree(sent)
+    check_prompts(url, files, {"sent": "de"})
+    by_upload = complete("sent").json()["choices"]
+    status, said = cli("adapters", "rm", "sent")
+    assert (status, "'sent' removed" in said) == (0, True), said
+    status, said = cli("adapters", "add", "sent", str(sent), "--upload")
+    assert (status, "no such directory" in said) == (2, True), said
     add = ("adapters", "add", "de", str(files / "de"))
     status, said = cli(*add, "--weight", "0")
     assert status == 1 and said.startswith("lorafleet: 400: weight: "), said
@@ -68,7 +79,7 @@ def test_it_answers_takes_adapters_and_ends_quietly(
     assert status == 2 and said.startswith("lorafleet: --weight nan: "), said
     status, said = cli(*add, "--pinned", "--weight", "2.5")
     assert (status, "'de' added" in said) == (0, True), said
-    assert complete("de").status_code == 200
+    assert complete("de").json()["choices"] == by_upload
     status, said = cli("adapters", "ls")
     assert status == 0
     assert "fr" in said
@@ -94,11 +105,14 @@ def test_it_answers_takes_adapters_and_ends_quietly(
     assert besides(log) == [f"ready: {url}/v1"]
 
 
-def check_prompts(url: str, files: Path) -> None:
-    """What lm_eval asks for a multiple choice, and embeddings, are what transformers computes."""
+def check_prompts(url: str, files: Path, models: Mapping[str, str | None]) -> None:
+    """What lm_eval asks for a multiple choice, and embeddings, are what transformers computes.
+
+    models: name → directory of its adapter.
+    """
     tokens = prompts(40)[0]
-    for name, adapter in (("base", None), ("fr", str(files / "fr"))):
-        theirs = by_transformers(str(files / "tiny"), adapter)
+    for name, adapter in models.items():
+        theirs = by_transformers(str(files / "tiny"), adapter and str(files / adapter))
         with torch.inference_mode():
             wanted = theirs(torch.tensor([tokens]), output_hidden_states=True)
         scored = {"prompt": [tokens], "echo": True, "logprobs": 1, "max_tokens": 1}

@@ -93,7 +93,15 @@ def test_every_command_explains_itself(command: str) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    ["a", "", "a /a --file adapters.yaml", "--file nothing.yaml", "--file empty.yaml"],
+    [
+        "a",
+        "",
+        "a /a --file adapters.yaml",
+        "--file nothing.yaml",
+        "--file empty.yaml",
+        "a --upload",
+        "--file adapters.yaml --upload",
+    ],
 )
 def test_adapters_are_added_by_name_and_path_or_from_a_file(
     arguments: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -97,7 +97,7 @@ async def test_what_a_web_page_can_send_anywhere_changes_nothing() -> None:
     book = Book()
     app = await app_with(StubEngine(), book)
     async with client_of(app) as client:
-        for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
+        for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/mixed", ""):
             answer = await client.post(
                 "/v1/load_lora_adapter",
                 content=b'{"lora_name": "new", "lora_path": "/a"}',

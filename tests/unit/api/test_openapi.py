@@ -38,6 +38,17 @@ async def test_fields_are_those_that_are_parsed() -> None:
         Draft202012Validator.check_schema(schema)
 
 
+async def test_adapters_are_loaded_from_paths_and_from_forms() -> None:
+    said = await document()
+    content = said["paths"]["/v1/load_lora_adapter"]["post"]["requestBody"]["content"]
+    assert content.keys() == {"application/json", "multipart/form-data"}
+    form = said["components"]["schemas"]["UploadAdapterRequest"]
+    assert content["multipart/form-data"]["schema"]["$ref"].endswith("/UploadAdapterRequest")
+    assert form["required"] == ["lora_name", "files"]
+    assert form["properties"]["files"]["items"] == {"type": "string", "format": "binary"}
+    assert not any(path.startswith("/internal") for path in said["paths"])
+
+
 @pytest.mark.parametrize(
     ("field", "good", "bad"),
     [
