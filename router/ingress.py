@@ -132,9 +132,11 @@ def named_model(scope: Scope) -> str | None:
 
 
 def prompt_tokens(scope: Scope, body: bytes) -> int:
-    """Estimates the request's tokens. For a truncated body, HAProxy sends its whole size in
-    `X-Body-Truncated: FORWARDED/TOTAL`.
+    """Estimates the request's tokens: 0 for a form, which has an adapter's files. For a truncated
+    body, HAProxy sends its whole size in `X-Body-Truncated: FORWARDED/TOTAL`.
     """
+    if body.startswith(b"--"):
+        return 0
     length = len(body)
     for name, value in scope.get("headers", ()):
         total = value.rpartition(b"/")[2]

@@ -110,6 +110,11 @@ def test_a_truncated_body_counts_with_its_whole_size(
     assert prompt_tokens({"headers": headers}, b"x" * 100) == tokens
 
 
+def test_an_upload_of_files_is_no_prompt() -> None:
+    headers = [(b"x-body-truncated", b"100/400000000")]
+    assert prompt_tokens({"headers": headers}, b"--boundary\r\n" + b"x" * 100) == 0
+
+
 class Handle:
     """A deployment's handle that remembers what it was asked and picks a fixed replica.
 
