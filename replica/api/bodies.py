@@ -20,6 +20,9 @@ IGNORED_HEADER = "x-lorafleet-ignored-fields"
 _IGNORED_SHOWN_MAX = 16
 _FIELD_SHOWN_MAX = 64
 _GZIP = 16 + zlib.MAX_WBITS
+# Whatever its values are, a body with so many is parsed in less than a second, in which nothing else
+# is answered.
+COMMAS_MAX = 2**20
 
 
 class Bodies:
@@ -42,6 +45,11 @@ class Bodies:
         elif encoding != "identity":
             raise asgi.UnsupportedMediaType(
                 f"content-encoding: must be gzip (got {encoding})", field="content-encoding"
+            )
+        commas = body.count(b",")
+        if commas > COMMAS_MAX:
+            raise BadRequest(
+                f"the body has {commas} commas, the maximum is {COMMAS_MAX}: send it in parts"
             )
         request, unknown = parsed(kind, body)
         if unknown and self._strict:

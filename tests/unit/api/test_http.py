@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from replica.api import bodies
 from tests.serving import ADAPTER, BASE, CONFIG, app_with, client_of
 from tests.stub_engine import StubEngine
 
@@ -78,6 +79,15 @@ async def test_a_body_may_not_inflate_beyond_the_limit() -> None:
     finally:
         tracemalloc.stop()
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+
+
+async def test_a_body_of_too_many_values_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "COMMAS_MAX", 10)
+    for values, status in ((10, 200), (11, 400)):
+        packed = gzip.compress(json.dumps({"prompt": [5] * values, "max_tokens": 1}).encode())
+        answer = await send(packed)
+        assert answer.status_code == status, answer.text
+    assert "has 11 commas, the maximum is 10" in answer.text
 
 
 @pytest.mark.parametrize(
