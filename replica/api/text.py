@@ -48,7 +48,10 @@ class Text:
         from transformers import PreTrainedTokenizerFast
 
         if not (Path(model_dir) / "tokenizer.json").is_file():
-            raise ModelUnsupported(f"{model_dir}: has no tokenizer.json")
+            raise ModelUnsupported(
+                f"{model_dir}: has no tokenizer.json; transformers' AutoTokenizer makes one of "
+                "other files: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+            )
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir, local_files_only=True)
         except Exception as error:  # tokenizers raises plain Exception, and libraries vary.
