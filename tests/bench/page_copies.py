@@ -151,7 +151,8 @@ def compare(
         "a third, no copies": {"kv_memory": ample // 3, "page_copies": False},
     }
     runs: dict[str, list[Run]] = {name: [] for name in settings}
-    first = run(model, shape, versions, load, **settings["ample pages"])
+    for _ in range(2):  # the first one warms up
+        first = run(model, shape, versions, load, **settings["ample pages"])
     for _ in range(repeats):
         for name, kv in settings.items():
             times = load.settings(first.step_s)
