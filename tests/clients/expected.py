@@ -2,7 +2,7 @@
 
 import enum
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 QUESTION = "What is the sea?"
 BASE = "tiny-llama"
@@ -19,6 +19,8 @@ class Kind(enum.StrEnum):
 
 class Thing(BaseModel):
     """Of bounded length, so that a toy model, too, comes to its end."""
+
+    model_config = ConfigDict(extra="forbid")
 
     kind: Kind
     salty: bool
