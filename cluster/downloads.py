@@ -36,6 +36,11 @@ _KEPT_S = 24 * 3600.0
 _REDIRECTS_MAX = 5
 _TRIES = 3
 _TIMEOUT_S = 30.0
+# A server has this long for this much, again and again.
+_PROGRESS_S = 60.0
+_PROGRESS_BYTES = 2**20
+# A bucket whose keys nobody may list says 403 of those that are not there.
+_NOT_THERE = frozenset((403, 404, 410))
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 # Where a replica gives files to others: DIGEST/NAME follow.
 PEER_PATH = "/internal/adapters"
@@ -175,7 +180,7 @@ class _Files:
             if size > bytes_max:
                 raise _too_large(self._uri, size, bytes_max)
             files.get_file(path, f"{target}/{name}")
-        except FileNotFoundError as error:
+        except (FileNotFoundError, PermissionError) as error:
             raise _NotFound(str(error)) from error
 
 
@@ -237,8 +242,8 @@ class _Web:
         with _opened(uri, headers, self._trust_env) as answer:
             if start and answer.status_code == 416:  # it had all of it
                 return
-            if answer.status_code == 404:
-                raise _NotFound(uri)
+            if answer.status_code in _NOT_THERE:
+                raise _NotFound(f"{uri}: HTTP {answer.status_code}")
             if answer.status_code not in (200, 206):
                 raise AdapterFailed(f"{uri}: HTTP {answer.status_code}")
             # A weak tag does not say that bytes are the same.
@@ -256,7 +261,13 @@ def _write(answer: "httpx.Response", file: BinaryIO, uri: str, bytes_max: int) -
     announced = size + int(answer.headers.get("content-length") or 0)
     if announced > bytes_max:
         raise _too_large(uri, announced, bytes_max)
+    left, late_s = _PROGRESS_BYTES, time.monotonic() + _PROGRESS_S
     for piece in answer.iter_raw():
+        left -= len(piece)
+        if left <= 0:
+            left, late_s = _PROGRESS_BYTES, time.monotonic() + _PROGRESS_S
+        elif time.monotonic() > late_s:
+            raise AdapterFailed(f"{uri}: less than {_PROGRESS_BYTES} bytes in {_PROGRESS_S:.0f} s")
         size += len(piece)
         if size > bytes_max:
             raise _too_large(uri, size, bytes_max)

@@ -29,6 +29,7 @@ TOP_LOGPROBS_MAX = 20
 # Log-probabilities of prompt tokens that one call may ask for, alternatives included.
 PROMPT_LOGPROBS_MAX = 2**20
 TOOLS_MAX = 128
+MESSAGES_MAX = 2**14
 # Logits divided by much less would overflow.
 REPETITION_PENALTY_MIN = 0.01
 SHOWN_VALUE_MAX = 80
@@ -146,7 +147,7 @@ class GenerationRequest(BaseModel):
 class ChatRequest(GenerationRequest):
     prompt_field = "messages"
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MESSAGES_MAX)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS_MAX)] | None = None

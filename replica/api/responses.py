@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, WithJsonSchema
 from cluster.errors import BadRequest
 from replica.api.completion import Call, Piece
 from replica.api.openai_protocol import (
+    MESSAGES_MAX,
+    TOOLS_MAX,
     UNSUPPORTED,
     ChatRequest,
     Number,
@@ -93,7 +95,7 @@ class ResponsesRequest(BaseModel):
     temperature: Annotated[Number, Field(ge=0)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     stream: bool | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(max_length=TOOLS_MAX)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     text: dict[str, Any] | None = None
@@ -135,6 +137,10 @@ class ResponsesRequest(BaseModel):
             raise BadRequest(
                 f"input: should be a string or a list of items (got {shown(self.input)})",
                 field="input",
+            )
+        if len(self.input) > MESSAGES_MAX:
+            raise BadRequest(
+                f"input: has {len(self.input)} items, the maximum is {MESSAGES_MAX}", field="input"
             )
         for index, item in enumerate(self.input):
             self._add(messages, item, f"input[{index}]")

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from cluster.errors import BadRequest, ContextLengthExceeded
 from replica.api import asgi
 from replica.api.bodies import Bodies
-from replica.api.openai_protocol import ChatRequest, read_messages, validated
+from replica.api.openai_protocol import MESSAGES_MAX, ChatRequest, read_messages, validated
 from replica.api.text import Text
 
 # A longer text is not tokenized, as it is far over the context.
@@ -21,7 +21,7 @@ _CHARACTERS_PER_TOKEN_MAX = 8
 class TokenizeRequest(BaseModel):
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Annotated[list[dict[str, Any]], Field(max_length=MESSAGES_MAX)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     return_token_strs: bool = False

@@ -17,6 +17,7 @@ _ROWS = 512
 """Rows computed at once, which bounds the memory for their values in float32."""
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_INTEGERS = (torch.int32, torch.int64)
 # Where AWQ packs each of 8 neighbours, counted from the lowest bits.
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 
@@ -61,7 +62,10 @@ class StoredModule:
             rows = torch.arange(start, start + len(values), device=weight.device) // block[0]
             if parts.zeros is not None:
                 values -= spread(parts.zeros[rows])
-            weight[start : start + _ROWS] = values.mul_(spread(parts.scales[rows]))
+            values *= spread(parts.scales[rows])
+            if not values.isfinite().all():
+                raise self._refused("not all of its values are finite")
+            weight[start : start + _ROWS] = values
         return weight
 
     def _check_parts(self, parts: _Parts, size: tuple[int, int], grid: tuple[int, int]) -> None:
@@ -98,14 +102,14 @@ class StoredModule:
         outputs, inputs = size
         scales = _grid(self._need("weight_scale", *_FLOATS))
         shape = self._need("weight_shape", torch.int64, torch.int32)
-        if tuple(shape.tolist()) != size:
+        if shape.flatten().tolist() != [*size]:
             raise self._refused(f"weight_shape is {shape.tolist()}, config.json says {size}")
         if self.quantization.has_zeros:
-            packed = self._need("weight_zero_point", torch.int32)
+            packed = self._words("weight_zero_point")
             zeros = _unpacked(packed.T, bits)[:, :outputs].T.float()
         else:
             zeros = torch.full_like(scales, 2 ** (bits - 1))
-        codes = _unpacked(self._need("weight_packed", torch.int32), bits)
+        codes = _unpacked(self._words("weight_packed"), bits)
         if not inputs <= codes.shape[1] < inputs + 32 // bits:
             raise self._refused(f"weight_packed has {codes.shape[1]} columns, not {inputs}")
         return _Parts(codes[:, :inputs], scales, zeros, self._order("weight_g_idx"))
@@ -113,7 +117,7 @@ class StoredModule:
     def _awq(self) -> _Parts:
         def values(name: str) -> torch.Tensor:
             """[rows, outputs]"""
-            packed = _unpacked(self._need(name, torch.int32), 4)
+            packed = _unpacked(self._words(name), 4)
             return packed.view(len(packed), -1, 8)[..., _AWQ_PLACES].flatten(1)
 
         scales = _grid(self._need("scales", *_FLOATS))
@@ -121,16 +125,19 @@ class StoredModule:
 
     def _gptq(self, bits: int) -> _Parts:
         scales = _grid(self._need("scales", *_FLOATS))
-        zeros = self._need("qzeros", torch.int32)
+        zeros = self._words("qzeros")
         if self.quantization.zeros_less_one:
             # Writers subtract from whole words, so a zero point of 0 borrows from its neighbour.
             zeros = zeros + sum(1 << shift for shift in range(0, 32, bits))
-        codes = _unpacked(self._need("qweight", torch.int32).T, bits)
-        return _Parts(codes, scales.T, _unpacked(zeros, bits).T.float(), self._order("g_idx"))
+        codes = _unpacked(self._words("qweight").T, bits)
+        # Stored without `desc_act` too.
+        order = self._order("g_idx")
+        if order is None:
+            order = self._take("g_idx", *_INTEGERS)
+        return _Parts(codes, scales.T, _unpacked(zeros, bits).T.float(), order)
 
     def _order(self, name: str) -> torch.Tensor | None:
-        read = self._need if self.quantization.has_order else self._take
-        return read(name, torch.int32, torch.int64)
+        return self._need(name, *_INTEGERS) if self.quantization.has_order else None
 
     def _need(self, name: str, *dtypes: torch.dtype) -> torch.Tensor:
         tensor = self._take(name, *dtypes)
@@ -142,6 +149,13 @@ class StoredModule:
         tensor = self.take(name)
         if tensor is not None and tensor.dtype not in dtypes:
             raise self._refused(f"{name} is {tensor.dtype}, not {' or '.join(map(str, dtypes))}")
+        return tensor
+
+    def _words(self, name: str) -> torch.Tensor:
+        """A matrix of packed values."""
+        tensor = self._need(name, torch.int32)
+        if tensor.dim() != 2 or not tensor.numel():
+            raise self._refused(f"{name} has shape {tuple(tensor.shape)}, not that of a matrix")
         return tensor
 
     def _check(self, what: str, tensor: torch.Tensor, size: tuple[int, ...]) -> None:

@@ -127,8 +127,9 @@ def _gptq(fields: _Fields) -> Quantization:
     version = fields.values.get("format", "gptq")
     version = fields.one_of("checkpoint_format", ("gptq", "gptq_v2"), version)
     fields.one_of("is_marlin_format", (False,), False)
-    for pattern in fields.values.get("dynamic") or ():
-        if not pattern.startswith("-:"):  # those leave modules as they are
+    dynamic = fields.values.get("dynamic") or {}
+    for pattern in dynamic if isinstance(dynamic, Mapping) else [dynamic]:
+        if not str(pattern).startswith("-:"):  # those leave modules as they are
             raise fields.refused(f"dynamic {pattern!r} is not supported: {_STEP}")
     return Quantization(
         method="gptq",
@@ -189,7 +190,7 @@ def _strategy(weights: _Fields) -> Block:
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
 
 
 _METHODS = {

@@ -40,7 +40,8 @@ class LocalCatalog:
         self._files = HeldFiles(engine, self._validation.store, self._book)
         self._change = asyncio.Lock()
         self._claims = Claims()
-        self._sources = Sources(config.adapter_sources, self._add_found, lambda: time.monotonic())
+        base_name, now = config.engine.base_name, lambda: time.monotonic()
+        self._sources = Sources(config.adapter_sources, base_name, self._add_found, now)
 
     async def start(self) -> None:
         """Registers the configured adapters. Raises ConfigError naming the one that failed."""
@@ -77,21 +78,21 @@ class LocalCatalog:
         weight: float = 1.0,
         trusted: bool = False,
     ) -> Acknowledgement:
-        async with self._change:
-            with self._validation.adding() as adding:
-                version = await asyncio.to_thread(
-                    adding.version, name, path, pinned=pinned, weight=weight, trusted=trusted
-                )
+        with self._validation.adding() as adding:
+            version = await asyncio.to_thread(
+                adding.version, name, path, pinned=pinned, weight=weight, trusted=trusted
+            )
+            async with self._change:
                 self._book.check_add(version, load_inplace=load_inplace)
                 before = self._book.get(name)
                 others = self._book.names_of(version.digest)
                 again = self._fails(version.digest)
                 await self._files.register(merged({**others, name: version}), again=again)
-            self._book.add(version, load_inplace=load_inplace)
-            if before is not None and before.digest != version.digest:
-                await self._name_removed(before.digest)
-            remarks = tuple(adding.remarks[name])
-            return Acknowledgement(name, version.digest, self._book.sequence, remarks=remarks)
+                self._book.add(version, load_inplace=load_inplace)
+                if before is not None and before.digest != version.digest:
+                    await self._name_removed(before.digest)
+                remarks = tuple(adding.remarks[name])
+                return Acknowledgement(name, version.digest, self._book.sequence, remarks=remarks)
 
     async def _add_found(self, name: str, path: str) -> None:
         await self.add(name, path, trusted=True)

@@ -132,7 +132,8 @@ class Membership:
             files_key=self._files_key,
         )
         self._replica_id = replica_id
-        self._sources = Sources(config.adapter_sources, self._add_found, lambda: time.monotonic())
+        base_name, now = config.engine.base_name, lambda: time.monotonic()
+        self._sources = Sources(config.adapter_sources, base_name, self._add_found, now)
         self._behind_at: Stamp | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping = False

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from replica.api import bodies
+from replica.api.openai_protocol import MESSAGES_MAX
 from tests.serving import ADAPTER, BASE, CONFIG, app_with, client_of
 from tests.stub_engine import StubEngine
 
@@ -88,6 +89,17 @@ async def test_a_body_of_too_many_values_is_not_parsed(monkeypatch: pytest.Monke
         answer = await send(packed)
         assert answer.status_code == status, answer.text
     assert "has 11 commas, the maximum is 10" in answer.text
+
+
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [("/v1/chat/completions", "messages"), ("/v1/responses", "input"), ("/tokenize", "messages")],
+)
+async def test_a_chat_of_too_many_messages_is_refused(path: str, field: str) -> None:
+    body = {field: [{"role": "user", "content": "x"}] * (MESSAGES_MAX + 1)}
+    async with client_of(await app_with(StubEngine())) as client:
+        answer = await client.post(path, json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
 
 
 @pytest.mark.parametrize(

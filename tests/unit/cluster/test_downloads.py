@@ -18,7 +18,7 @@ import pytest
 from cluster import downloads
 from cluster.adapter_paths import CONFIG_FILE, TENSORS_FILE
 from cluster.downloads import alone, sweep
-from cluster.errors import AdapterFailed, AdapterRefused, StoreFull
+from cluster.errors import AdapterFailed, AdapterMissing, AdapterRefused, StoreFull
 from cluster.store import Store
 from tests.unit.cluster.test_store import Found, kept
 from tests.until import WORK_S
@@ -45,6 +45,7 @@ class Site:
     tag: str | None = '"v1"'
     hold: threading.Event = field(default_factory=threading.Event)
     url: str = ""
+    missing: int = 404
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def site() -> Iterator[Site]:
                 return
             data = own.files.get(self.path)
             if data is None:
-                self.send_error(404)
+                self.send_error(own.missing)
                 return
             start = 0
             if asked and self.headers.get("If-Range") == own.tag:
@@ -119,6 +120,21 @@ def test_the_next_try_resumes_unless_the_file_is_another(tmp_path: Path, site: S
         store.add(site.url)
     site.tag, site.files[f"/a/{TENSORS_FILE}"] = '"v2"', TENSORS
     assert store.add(site.url).digest == DIGEST
+
+
+def test_a_server_that_drips_is_given_up(
+    tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(downloads, "_PROGRESS_S", -1.0)
+    with pytest.raises(AdapterFailed, match="less than 1048576 bytes in"):
+        Store(str(tmp_path), inspect).add(site.url)
+
+
+@pytest.mark.parametrize("status", [403, 404, 410])
+def test_what_a_server_does_not_give_is_not_there(tmp_path: Path, site: Site, status: int) -> None:
+    site.files, site.missing = {}, status
+    with pytest.raises(AdapterMissing, match=f"not found .*HTTP {status}"):
+        Store(str(tmp_path), inspect).add(site.url)
 
 
 def test_a_server_without_tags_is_asked_for_all_of_it(tmp_path: Path, site: Site) -> None:

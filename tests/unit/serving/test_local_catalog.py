@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,30 @@ async def test_adapters_come_and_go(config: FleetConfig, tmp_path: Path) -> None
     )
     with pytest.raises(ModelNotFound):
         await adapters.remove("a")
+
+
+async def test_files_that_are_slow_to_come_hold_up_no_other_change(
+    config: FleetConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters = LocalCatalog(StubEngine(), config)
+    slow, others = (write_adapter(tmp_path / "adapters" / name) for name in ("slow", "other"))
+    begun, go_on, add = threading.Event(), threading.Event(), adapters._validation.store.add
+
+    def held(uri: str) -> Any:
+        if uri == slow:
+            begun.set()
+            assert go_on.wait(TIMEOUT_S)
+        return add(uri)
+
+    monkeypatch.setattr(adapters._validation.store, "add", held)
+    adding = asyncio.create_task(adapters.add("slow", slow))
+    assert await asyncio.to_thread(begun.wait, TIMEOUT_S)
+    async with asyncio.timeout(TIMEOUT_S / 2):
+        await adapters.add("other", others)
+        await adapters.remove("other")
+    go_on.set()
+    await adding
+    assert [version.name for version in adapters.versions()] == ["slow"]
 
 
 async def test_configured_adapters_are_added_at_start(config: FleetConfig, tmp_path: Path) -> None:

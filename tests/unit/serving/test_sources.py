@@ -7,7 +7,7 @@ import pytest
 
 from cluster.adapter_paths import CONFIG_FILE
 from cluster.config import FleetConfig
-from cluster.errors import AdapterMissing, AdapterRefused, ConfigError
+from cluster.errors import AdapterFailed, AdapterMissing, AdapterRefused, ConfigError
 from replica.api.server import build_app
 from replica.serving import sources
 from replica.serving.local_catalog import LocalCatalog
@@ -17,6 +17,7 @@ from tests.serving import CONFIG, client_of
 from tests.serving import text as tokenizer
 from tests.small_files import settled_config, write_adapter, write_model_config
 from tests.stub_engine import StubEngine
+from tests.until import until
 
 
 class Asked:
@@ -27,11 +28,13 @@ class Asked:
         self.error: AdapterRefused | None = None
         self.missing: set[str] = set()
         self.now_s = 0.0
-        self.sources = Sources([str(d) for d in directories], self._add, lambda: self.now_s)
+        self.hold = asyncio.Event()
+        self.hold.set()
+        self.sources = Sources([str(d) for d in directories], "base", self._add, lambda: self.now_s)
 
     async def _add(self, name: str, path: str) -> None:
         self.added.append((name, path))
-        await asyncio.sleep(0)
+        await self.hold.wait()
         if path in self.missing:
             raise AdapterMissing(path)
         if self.error is not None:
@@ -105,6 +108,41 @@ async def test_a_name_that_no_url_has_is_not_asked_for_again() -> None:
     for _ in range(2):
         assert not await asked.sources.resolve("a::file:")
     assert [place for _, place in asked.added] == ["https://host/one/a%3A%3Afile%3A"]
+
+
+async def test_names_that_no_adapter_can_have_are_not_looked_up(tmp_path: Path) -> None:
+    asked = Asked("hf://org")
+    for name in ("", "base", "Base", "base:a", "x" * 257, "a\tb", " a"):
+        assert not await asked.sources.resolve(name), name
+    assert (asked.added, len(asked.sources._unknown)) == ([], 0)
+
+
+async def test_a_source_that_fails_is_not_asked_again_at_once_and_is_not_shown() -> None:
+    asked = Asked("https://inside/one")
+    asked.error = AdapterFailed("https://inside/one/a: HTTP 500")
+    for _ in range(2):
+        with pytest.raises(AdapterFailed) as caught:
+            await asked.sources.resolve("a")
+        assert "inside" not in caught.value.message and caught.value.field == "model"
+    assert len(asked.added) == 1
+    asked.error, asked.now_s = AdapterRefused("https://inside/one/b: bad rank"), sources._KEPT_S
+    with pytest.raises(AdapterRefused, match=r"^model: 'b': b: bad rank"):
+        await asked.sources.resolve("b")
+    assert list(asked.sources._unknown) == ["b"]  # what has expired is dropped
+
+
+async def test_a_flood_of_names_is_bounded() -> None:
+    asked, hold = Asked("hf://org"), asyncio.Event()
+    asked.hold = hold
+    most = sources._LOOKED_UP_MAX + sources._WAITING_MAX
+    flood = [asyncio.create_task(asked.sources.resolve(f"a{n}")) for n in range(most)]
+    await until(lambda: len(asked.added) == sources._LOOKED_UP_MAX)
+    with pytest.raises(AdapterFailed, match="too many other names"):
+        await asked.sources.resolve("b")
+    assert len(asked.added) == sources._LOOKED_UP_MAX
+    hold.set()
+    assert all(await asyncio.gather(*flood))
+    assert await asked.sources.resolve("b")
 
 
 async def test_the_names_that_are_remembered_are_bounded(
