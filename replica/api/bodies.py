@@ -20,7 +20,7 @@ IGNORED_HEADER = "x-lorafleet-ignored-fields"
 _IGNORED_SHOWN_MAX = 16
 _FIELD_SHOWN_MAX = 64
 _GZIP = 16 + zlib.MAX_WBITS
-# Whatever its values are, a body with so many is parsed in less than a second. Nothing else is
+# Whatever its values are, a body with so many is parsed in about a second at most. Nothing else is
 # answered meanwhile.
 COMMAS_MAX = 2**20
 
