@@ -4,6 +4,7 @@ FleetError
 ├── BadRequest                400  a field is wrong; `field` names it
 │   ├── ContextLengthExceeded 400  prompt + max_tokens exceeds the context length
 │   └── AdapterRefused        400  this fleet can never serve the adapter
+│       └── AdapterMissing    400  nothing is where the adapter should be
 ├── Unauthorized              401  the API key is missing or wrong
 ├── Forbidden                 403  the caller has no right to it
 ├── ModelNotFound             404  neither the base model nor an adapter has that name
@@ -69,7 +70,7 @@ class AdapterRefused(BadRequest):
 
 
 class AdapterMissing(AdapterRefused):
-    """Nothing is where the adapter should be."""
+    pass
 
 
 class Unauthorized(FleetError):
