@@ -177,11 +177,11 @@ class _Files:
         path = f"{top.rstrip('/')}/{name}"
         try:
             size = files.size(path) or 0
-            if size > bytes_max:
-                raise _too_large(self._uri, size, bytes_max)
-            files.get_file(path, f"{target}/{name}")
-        except (FileNotFoundError, PermissionError) as error:
+        except (FileNotFoundError, PermissionError) as error:  # as of `_NOT_THERE`
             raise _NotFound(str(error)) from error
+        if size > bytes_max:
+            raise _too_large(self._uri, size, bytes_max)
+        files.get_file(path, f"{target}/{name}")
 
 
 class _Replicas:
