@@ -17,18 +17,30 @@ _STEP = "use a checkpoint that is not quantized, or quantized in another way"
 
 
 class Layout(Enum):
-    """What a module stores, by the last part of its tensors' names."""
+    """What a module stores, by the last part of its tensors' names.
 
-    INT8 = "weight in int8, weight_scale"
-    FP8 = "weight in fp8, weight_scale or weight_scale_inv"
-    PACKED = "weight_packed, weight_scale, weight_shape"
-    AWQ = "qweight [in, packed out], qzeros, scales"
-    GPTQ = "qweight [packed in, out], qzeros, scales, g_idx"
+    INT8    weight in int8, weight_scale
+    FP8     weight in fp8, weight_scale or weight_scale_inv
+    PACKED  weight_packed, weight_scale, weight_shape
+    AWQ     qweight [in, packed out], qzeros, scales
+    GPTQ    qweight [packed in, out], qzeros, scales, g_idx
+    """
+
+    INT8 = "int8"
+    FP8 = "fp8"
+    PACKED = "packed"
+    AWQ = "awq"
+    GPTQ = "gptq"
 
     @property
     def codes(self) -> str:
         """The tensor of quantized values."""
-        return self.value.partition(",")[0].partition(" ")[0]
+        match self:
+            case Layout.PACKED:
+                return "weight_packed"
+            case Layout.AWQ | Layout.GPTQ:
+                return "qweight"
+        return "weight"
 
 
 @dataclass(frozen=True, slots=True)
