@@ -55,6 +55,15 @@ def check_name(name: str, base_name: str) -> None:
         )
 
 
+def is_name(name: str, base_name: str) -> bool:
+    """True if an adapter may have it."""
+    try:
+        check_name(name, base_name)
+    except BadRequest:
+        return False
+    return True
+
+
 def _looks(name: str) -> str:
     """Equal for names that differ in case, width or twin letters only."""
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())

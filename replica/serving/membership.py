@@ -27,7 +27,6 @@ from cluster.config import FleetConfig
 from cluster.downloads import Peer
 from cluster.errors import (
     AdapterFailed,
-    BadRequest,
     CatalogUnavailable,
     ConfigError,
     ShuttingDown,
@@ -38,7 +37,7 @@ from cluster.redis_client import check_reachable, connect
 from cluster.registry import Lease, Registry, newest
 from cluster.uploads import Upload
 from cluster.values import AdapterState, Version
-from cluster.versions import check_name
+from cluster.versions import is_name
 from replica.adapters.validation import Validation
 from replica.api.catalog_page import catalog_page
 from replica.api.interfaces import Acknowledgement, Claim, Engine, NewAdapter
@@ -328,10 +327,8 @@ class Membership:
         await self._changes.add([NewAdapter(name, path, trusted=True)], False)
 
     async def _look_up(self, name: str) -> Version | None:
-        try:
-            check_name(name, self._config.engine.base_name)
-        except BadRequest:
-            return None  # an invalid name has no adapter
+        if not is_name(name, self._config.engine.base_name):
+            return None
         try:
             if await self._catalog.lookup(name) is None:
                 return None

@@ -1,10 +1,9 @@
 """Adapters that nobody registered, found by name in the directories and URLs of `adapter_sources`.
 
-What is not there, or is refused, is not looked at again for `_KEPT_S`.
+What is not there, is refused or fails is not looked at again for `_KEPT_S`.
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 from collections import OrderedDict
@@ -19,7 +18,7 @@ from cluster.errors import (
     BadRequest,
     FleetError,
 )
-from cluster.versions import check_name
+from cluster.versions import is_name
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +54,7 @@ class Sources:
 
         Raises what adding it raises, and AdapterFailed while too many others are looked up.
         """
-        if not self._sources or not self._valid(name):
+        if not self._sources or not is_name(name, self._base_name):
             return False
         until, error = self._unknown.get(name, (0.0, None))
         if self._now() < until:
@@ -73,12 +72,6 @@ class Sources:
             task = self._adding[name] = asyncio.create_task(self._resolve(name))
             task.add_done_callback(lambda _: self._adding.pop(name, None))
         return await asyncio.shield(task)
-
-    def _valid(self, name: str) -> bool:
-        with contextlib.suppress(BadRequest):
-            check_name(name, self._base_name)
-            return True
-        return False
 
     async def _resolve(self, name: str) -> bool:
         async with self._looking:
