@@ -57,15 +57,13 @@ class Extents:
         down.
         """
         gone = frozenset(gone)
-        end = hole = 0
-        for offset, size, digest in self._ordered:
-            if digest in gone:
-                continue
-            if digest in immovable:
-                hole = max(hole, offset - end)
-                end = offset
-            end += size
-        return end, hole
+        end = hole = start = 0
+        for span in sorted((*self._spans[d], d) for d in immovable if d not in gone):
+            index = bisect_left(self._ordered, span)
+            end += self._bytes(start, index, gone)
+            hole = max(hole, span[0] - end)
+            end, start = span[0] + span[1], index + 1
+        return end + self._bytes(start, len(self._ordered), gone), hole
 
     def hole(self, size: int) -> int | None:
         """Offset of the first hole that fits; None if there is none."""
@@ -116,6 +114,9 @@ class Extents:
         assert end <= self.capacity
         assert self.used == sum(size for _, size in self._spans.values())
         assert self._ordered == self._sorted()
+
+    def _bytes(self, start: int, stop: int, gone: frozenset[str]) -> int:
+        return sum([size for _, size, digest in self._ordered[start:stop] if digest not in gone])
 
     def _sorted(self) -> list[tuple[int, int, str]]:
         return sorted((*span, digest) for digest, span in self._spans.items())

@@ -10,7 +10,6 @@ can ever need are left free for it, and nothing more is recomputed. The idea is 
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable
 
 from cluster.costs import Smoothed
@@ -96,21 +95,23 @@ class Growth:
         if not horizon:
             return still
         # Written for speed: this runs once a row and step.
-        size, ahead = self._page_tokens, int(horizon)
-        # Pages until they end → their tokens, and rows × ROW.
-        ending: defaultdict[int, int] = defaultdict(int)
+        size, ahead = self._page_tokens, int(min(horizon, self._capacity_tokens))
+        # By the pages until they end: their tokens, and rows × ROW.
+        ending = [0] * (ahead // size + 1)
         held = 0
         for request in running:
             own = request.tokens
             left = request.tokens_max - own
             ending[(ahead if left > ahead else left) // size] += own + _ROW
             held += len(request.pages)
-        alive, tokens = divmod(sum(ending.values()), _ROW)
+        alive, tokens = divmod(sum(ending), _ROW)
         most = 0.0
-        for pages in sorted(ending):
+        for pages, ended in enumerate(ending):
+            if not ended:
+                continue
             # When these end. 1.5: half a page for rounding on average, and one last page a row.
             most = max(most, tokens / size + alive * (pages + 1.5) - held)
-            rows, own = divmod(ending[pages], _ROW)
+            rows, own = divmod(ended, _ROW)
             alive, tokens = alive - rows, tokens - own
         return still + int(most)
 
