@@ -2,7 +2,8 @@
 
 Run with `python -m tests.bench.churn`. Requests name random adapters, in alternating spells: all
 adapters, most of them cold since the arena holds a tenth of them; then a few hot ones, which park
-each other's rows. Meanwhile requests are cancelled, and names re-pointed to other weights and back.
+each other's rows. A quarter of the requests are urgent. Meanwhile requests are cancelled, and names
+re-pointed to other weights and back.
 The bench first computes every version's answers, one request at a time, and compares every token
 of the churn with them.
 """
@@ -127,7 +128,8 @@ def drive(
             asked[f"r{sent}"] = (digest, rng.randrange(len(PROMPTS)))
             got[f"r{sent}"] = []
             prompt = PROMPTS[asked[f"r{sent}"][1]]
-            engine.add(NewRequest(f"r{sent}", prompt, greedy(rng.randint(1, TOKENS)), digest))
+            sampling, priority = greedy(rng.randint(1, TOKENS)), rng.choice((-1, 0, 0, 0))
+            engine.add(NewRequest(f"r{sent}", prompt, sampling, digest, priority))
             sent += 1
         if rng.random() < 0.1:
             name = rng.choice(sorted(names))
