@@ -311,6 +311,17 @@ def test_only_as_many_victims_are_parked_as_the_bytes_need() -> None:
     assert list(core.running_set.parked) == ["y"]
 
 
+def test_small_images_do_not_take_one_by_one_the_places_that_an_overdue_large_one_needs() -> None:
+    core = scheduler(sharing=PARK, sizes={"a": 45, "b": 45, "small": 45, "large": 90})
+    begin(core, new("x", "a", max_tokens=90), new("y", "b", max_tokens=90))
+    core.add(new("l", "large"), 0.0)
+    core.add(new("s", "small"), 0.1)
+    core.adapter_cache.adapters["b"].slice_s = 4.8  # a's slice is over, b's is not
+    assert loaded(run(core, 5.0)[0]) == []
+    plan, _ = run(core, 5.5)
+    assert loaded(plan) == ["large"] and set(evicted(plan)) == {"a", "b"}
+
+
 def test_an_adapter_that_was_loaded_but_has_not_run_is_kept() -> None:
     core = busy(PARK)
     core.add(new("s", "c"), 0.0)

@@ -1,5 +1,7 @@
 """When pages run out, parked rows lose theirs first, newest first. No request is lost."""
 
+from dataclasses import replace
+
 from replica.scheduling.loads import Switches
 from replica.scheduling.pages import Prefix
 from replica.scheduling.request import NewRequest, Phase, Sampling
@@ -189,6 +191,18 @@ def test_pages_saved_for_a_request_reach_it_past_many_that_may_not_have_them() -
         if "large" in core.running_set.running:
             break
     assert step > 20 and {"on", "large"} <= core.running_set.running.keys()
+
+
+def test_a_request_with_a_cached_prefix_leaves_the_saved_pages_too() -> None:
+    core = scheduler(pages=8, tokens=256, page_wait_max_s=1.0)
+    begin(core, new("on", prompt=40, max_tokens=80), new("known", prompt=40, max_tokens=2))
+    settle(core, 0.0)
+    core.add(new("large", prompt=100, max_tokens=2), 0.0)
+    run(core, 0.0)
+    core.add(replace(new("known", prompt=40), id="again"), 2.0)
+    assert "again" not in ran(run(core, 2.0)[0]), "the free pages are saved for large"
+    core.cancel("large", 2.0)
+    assert "again" in ran(run(core, 2.0)[0])
 
 
 def test_a_large_prompt_of_an_absent_adapter_is_not_passed_over_forever() -> None:
