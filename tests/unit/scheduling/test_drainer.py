@@ -254,7 +254,8 @@ def test_a_slice_starts_at_the_first_step_not_at_the_load() -> None:
 
 
 def test_a_second_row_does_not_restart_the_slice() -> None:
-    core = busy(PARK)
+    core = scheduler(sharing=PARK, arena=40)
+    begin(core, new("x", "a", max_tokens=60))
     core.add(new("again", "a", max_tokens=60), 0.3)
     run(core, 0.3)
     core.add(new("s", "c"), 0.3)
