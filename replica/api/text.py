@@ -13,6 +13,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 
 from cluster.errors import BadRequest, ModelUnsupported
 from replica.model.shape import read_json
+from replica.model.tokenizer import read_tokenizer
 
 # A character has at most four bytes, hence at most four tokens, with tokens without text possible
 # in between. If text still ends in U+FFFD after this many tokens, the model produced it on purpose.
@@ -44,16 +45,10 @@ class Text:
     @classmethod
     def read(cls, model_dir: str) -> "Text":
         """Reads the tokenizer files in a model directory. Raises ModelUnsupported."""
-        # AutoTokenizer would import torch, which the HTTP process can do without.
-        from transformers import PreTrainedTokenizerFast
-
-        if not (Path(model_dir) / "tokenizer.json").is_file():
-            raise ModelUnsupported(
-                f"{model_dir}: has no tokenizer.json; transformers' AutoTokenizer makes one of "
-                "other files: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
-            )
         try:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir, local_files_only=True)
+            tokenizer = read_tokenizer(model_dir)
+        except ModelUnsupported:
+            raise
         except Exception as error:  # tokenizers raises plain Exception, and libraries vary.
             reason = " ".join(_broken_file(Path(model_dir), error).split())
             raise ModelUnsupported(reason) from error

@@ -6,13 +6,13 @@ llguidance is imported where the first grammar needs it: an engine runs without 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cluster.errors import BadRequest
+from replica.model.tokenizer import read_tokenizer
 from replica.scheduling.request import Request
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Grammars:
         eos_tokens: frozenset[int],
         wake: Callable[[], None] = lambda: None,
     ) -> None:
-        self._source = str(Path(model_dir) / "tokenizer.json"), vocab, sorted(eos_tokens)
+        self._source = model_dir, vocab, sorted(eos_tokens)
         self._wake = wake
         self._threads = ThreadPoolExecutor(_THREADS, "grammar")
         self._tokenizer: Future[LLTokenizer] | None = None
@@ -136,10 +136,10 @@ class Grammars:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _read_tokenizer(self) -> "LLTokenizer":
-        from llguidance import LLTokenizer
+        from llguidance.hf import from_tokenizer
 
-        path, vocab, eos_tokens = self._source
-        return LLTokenizer(path, n_vocab=vocab, eos_token=eos_tokens)
+        model_dir, vocab, eos_tokens = self._source
+        return from_tokenizer(read_tokenizer(model_dir), vocab, eos_tokens)
 
 
 def _matcher(tokenizer: "LLTokenizer", grammar: str) -> "LLMatcher":

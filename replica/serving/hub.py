@@ -7,7 +7,7 @@ from cluster.errors import ConfigError
 
 _ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 # Weights in other formats are not read.
-_FILES = ("*.json", "*.safetensors", "*.jinja")
+_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt")
 _OTHER_WEIGHTS = ("consolidated*", "original/*")
 
 

@@ -179,7 +179,7 @@ def test_a_tokenizer_that_cannot_be_read_fails_requests_with_a_grammar_only(
     def unreadable(*_: Any, **__: Any) -> None:
         raise BaseException("panic: decoder")  # as llguidance's panics are
 
-    monkeypatch.setattr("llguidance.LLTokenizer", unreadable)
+    monkeypatch.setattr("llguidance.hf.from_tokenizer", unreadable)
     made = Engine(EngineConfig(model, threads=1, seed=0))
     made.add(NewRequest("bad", PROMPT, Sampling(grammar=LLMatcher.grammar_from_regex("a"))))
     made.add(NewRequest("good", PROMPT, Sampling(max_tokens=3, ignore_eos=True)))

@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[2]
 COPIED = ("cluster", "replica", "tests", "kernels", "pyproject.toml", "lorafleet.py")
 TESTS = ["tests/unit/scheduling"]
 TESTS += ["tests/sim/test_bounds.py", "tests/sim/test_random_runs.py", "tests/sim/test_stateful.py"]
+# Ten times what they take. With some faults a loop has no end.
+_DEADLINE_S = 900
 
 
 @dataclass(frozen=True, slots=True)
@@ -1239,9 +1241,18 @@ def first_failure(fault: Fault) -> str | None:
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
         command += [test for test in TESTS if (ROOT / test).exists()]
         environment = {**os.environ, "PYTHONPATH": directory, "PYTHONDONTWRITEBYTECODE": "1"}
-        run = subprocess.run(
-            command, cwd=directory, env=environment, capture_output=True, text=True, check=False
-        )
+        try:
+            run = subprocess.run(
+                command,
+                cwd=directory,
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=_DEADLINE_S,
+            )
+        except subprocess.TimeoutExpired:
+            return f"a test does not end: {_DEADLINE_S} s"
     if run.returncode == 0:
         return None
     failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]

@@ -29,7 +29,12 @@ MAY_IMPORT = {
         "replica.model",
         "replica.adapters",
     },
-    "replica.api": {"cluster", "replica.scheduling", "replica.model.shape"},
+    "replica.api": {
+        "cluster",
+        "replica.scheduling",
+        "replica.model.shape",
+        "replica.model.tokenizer",
+    },
     "replica.simulation": {"cluster", "replica.scheduling", "replica.model.shape"},
     "replica.serving": {"cluster", "lora_kernels", "replica"},
     "router": {"cluster", "lora_kernels", "replica"},
