@@ -218,50 +218,6 @@ async def test_a_model_without_tokenizer_json_has_the_tokenizer_of_its_other_fil
         assert found.detokenizer().push(tokens) == found.decode(tokens)
 
 
-WORDS = "the quick brown fox jumps over a lazy dog and then some more words follow it".split()
-
-
-def write_sentencepiece(path: Path) -> None:
-    """As old Llamas have it: `tokenizer.model` alone."""
-    import sentencepiece
-
-    rng = random.Random(0)
-    trained = BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(" ".join(rng.choices(WORDS, k=12)) for _ in range(200)),
-        model_writer=trained,
-        model_type="bpe",
-        vocab_size=300,
-        byte_fallback=True,
-        minloglevel=2,
-    )
-    (path / "tokenizer.model").write_bytes(trained.getvalue())
-    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
-    (path / "tokenizer_config.json").write_text(json.dumps(settings))
-
-
-def write_merges(path: Path) -> None:
-    """As GPT-2 has it."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = [*alphabet, "th", "the", "\u0120the", "<|endoftext|>"]
-    (path / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(vocabulary)}))
-    (path / "merges.txt").write_text("#version: 0.2\nt h\nth e\n\u0120 the\n")
-    (path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
-
-
-@pytest.mark.parametrize("write", [write_sentencepiece, write_merges])
-async def test_a_model_without_tokenizer_json_has_the_tokenizer_of_its_other_files(
-    write: Callable[[Path], None], tmp_path: Path
-) -> None:
-    write(tmp_path)
-    expected, found = AutoTokenizer.from_pretrained(tmp_path), Text.read(str(tmp_path))
-    for words in ("the quick fox and the dog", " then\n\u00e9 \u4f60\u597d"):
-        tokens = await found.encode(words)
-        assert list(tokens) == expected(words).input_ids
-        assert found.decode(tokens) == expected.decode(tokens, skip_special_tokens=True)
-        assert found.detokenizer().push(tokens) == found.decode(tokens)
-
-
 @pytest.mark.parametrize(
     ("file", "content", "words"),
     [
