@@ -42,7 +42,7 @@ class TemplateOverrun(Exception):
 
 
 class TemplateProcess:
-    """Any thread may use it. The process starts with the first template."""
+    """`render` is for one event loop. The process starts with the first template."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "templates")
