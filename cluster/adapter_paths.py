@@ -12,16 +12,20 @@ CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PICKLE_FILE, MLX_FILE = "adapter_model.bin", "adapters.safetensors"
 # An adapter has the first of these.
 TENSORS_FILES = (TENSORS_FILE, PICKLE_FILE, MLX_FILE)
+# Of its chats, and not every adapter has them. A store keeps the second alone, with what is used.
+TEMPLATE_FILE, TOKENIZER_FILE = "chat_template.jinja", "tokenizer_config.json"
+CHAT_FILES = (TEMPLATE_FILE, TOKENIZER_FILE)
 # Begins the URL of what a client sent: the digest follows.
 UPLOADED = "upload://"
 
 
-def files_of(directory: str) -> tuple[str, str]:
-    """The names of the adapter's configuration and tensors, which may not be there."""
-    for name in TENSORS_FILES:
-        if os.path.lexists(f"{directory}/{name}"):
-            return CONFIG_FILE, name
-    return CONFIG_FILE, TENSORS_FILE
+def files_of(directory: str) -> tuple[str, ...]:
+    """The names of the adapter's configuration and tensors, which may not be there, and of those
+    of its chat files that are.
+    """
+    found = (name for name in TENSORS_FILES if os.path.lexists(f"{directory}/{name}"))
+    chat = (name for name in CHAT_FILES if os.path.isfile(f"{directory}/{name}"))
+    return CONFIG_FILE, next(found, TENSORS_FILE), *chat
 
 
 def is_url(uri: str) -> bool:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from cluster.adapter_paths import CONFIG_FILE, TENSORS_FILES, UPLOADED
+from cluster.adapter_paths import CHAT_FILES, CONFIG_FILE, TENSORS_FILES, UPLOADED
 from cluster.errors import AdapterFailed, AdapterMissing, AdapterRefused, StoreFull
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def sweep(store: str) -> None:
 
 
 def download(uri: str, target: str, partial: str, bytes_max: int, peers: Peers = no_peers) -> None:
-    """Downloads configuration and tensors into `target`. partial: the directory of `alone`.
+    """Downloads an adapter's files into `target`. partial: the directory of `alone`.
 
     bytes_max: of each file. Raises AdapterRefused (AdapterMissing if there is nothing),
     AdapterFailed, StoreFull, or OSError if the disk is at fault.
@@ -134,6 +134,9 @@ def download(uri: str, target: str, partial: str, bytes_max: int, peers: Peers =
                 break
         else:
             raise _NotFound(f"no {TENSORS_FILES[0]}")
+        for name in CHAT_FILES:
+            with contextlib.suppress(_NotFound):
+                source.get(name, partial, bytes_max)
     except _NotFound as error:
         kind = AdapterRefused if os.path.exists(f"{partial}/{CONFIG_FILE}") else AdapterMissing
         shutil.rmtree(partial, ignore_errors=True)
@@ -149,7 +152,7 @@ def download(uri: str, target: str, partial: str, bytes_max: int, peers: Peers =
         if isinstance(error, OSError) and error.errno in DISK_REFUSES:
             raise
         raise AdapterFailed(f"{uri}: download failed ({error})") from error
-    for name in (CONFIG_FILE, *TENSORS_FILES):
+    for name in (CONFIG_FILE, *TENSORS_FILES, *CHAT_FILES):
         if os.path.exists(f"{partial}/{name}"):
             os.chmod(f"{partial}/{name}", 0o444)
             os.rename(f"{partial}/{name}", f"{target}/{name}")
@@ -206,6 +209,8 @@ class _Replicas:
                 raise
             except (_NotFound, AdapterFailed, httpx.TransportError) as error:
                 log.info("%s: not from a replica: %s", self._uri, error)
+        if name in CHAT_FILES:  # the digest tells if it was only missed
+            raise _NotFound(name)
         raise AdapterFailed(
             f"{self._uri}: it was uploaded, and no live replica has its files; upload it again"
         )

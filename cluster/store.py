@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
-from cluster.adapter_paths import UPLOADED, files_of, is_url, local_path
+from cluster.adapter_paths import TOKENIZER_FILE, UPLOADED, files_of, is_url, local_path
 from cluster.downloads import DISK_FULL, DISK_REFUSES, Peers, alone, download, no_peers, sweep
 from cluster.errors import AdapterFailed, AdapterRefused, StoreFull
 from cluster.file_copies import copy_file
@@ -149,6 +149,10 @@ class Store(Generic[Info]):
             if partial and self._hold_present(uri, digest):
                 return  # another process or thread has downloaded it meanwhile
             found = self._checked_copy(uri, new, partial).digest
+            if found != digest and os.path.exists(f"{new}/{TOKENIZER_FILE}"):
+                # Replicas of earlier releases added it without.
+                os.unlink(f"{new}/{TOKENIZER_FILE}")
+                found = self._inspected(new, uri).digest
             if found != digest:
                 raise AdapterFailed(f"{uri}: its files changed (digest {found}, not {digest})")
             self._keep(uri, new, digest)

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from cluster.adapter_paths import CONFIG_FILE, TENSORS_FILE, TENSORS_FILES, UPLOADED
+from cluster.adapter_paths import CHAT_FILES, CONFIG_FILE, TENSORS_FILE, TENSORS_FILES, UPLOADED
 from cluster.downloads import DISK_FULL
 from cluster.errors import BadRequest, StoreFull
 from cluster.store import Store
@@ -33,8 +33,9 @@ class Upload:
     def open(self, name: str) -> None:
         """Begins a file. Raises BadRequest for one that an adapter does not have, or StoreFull."""
         with self._using():
-            if name not in (CONFIG_FILE, *TENSORS_FILES):
-                known = ", ".join((CONFIG_FILE, *TENSORS_FILES))
+            files = (CONFIG_FILE, *TENSORS_FILES, *CHAT_FILES)
+            if name not in files:
+                known = ", ".join(files)
                 raise _wrong(f"{name[:100]!r} is not a file of an adapter ({known})")
             if name in self._names or (name in TENSORS_FILES and self._tensors):
                 raise _wrong(f"{name} comes after {self._names[-1]}; send one of each kind")

@@ -19,13 +19,16 @@ class Tier(StrEnum):
 class Version:
     """One immutable content of an adapter.
 
-    digest: SHA-256 (hex) of the canonical adapter config and the tensors file.
+    digest: SHA-256 (hex) of the canonical adapter config, the tensors file, and what it says of
+    chats if that differs from the base model.
     uri: path or URL of the files, as the operator gave it.
     rank: the largest rank of its projections.
     parameters: elements of its image.
     pinned: never evicted.
     invocation: the tokens that activate it, if it is an activated LoRA.
     weight: its share of the batch, relative to other adapters, with `fair_share`.
+    template: True if it has a chat template of its own, which is among its files.
+    eos_token: ends its answers too, beside the base model's tokens.
     """
 
     name: str
@@ -36,6 +39,8 @@ class Version:
     pinned: bool = False
     weight: float = 1.0
     invocation: tuple[int, ...] = ()
+    template: bool = False
+    eos_token: int | None = None
 
 
 VERSION_FIELDS = tuple(field.name for field in fields(Version))

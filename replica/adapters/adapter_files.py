@@ -16,6 +16,7 @@ from cluster.adapter_paths import CONFIG_FILE, TENSORS_FILE
 from cluster.errors import AdapterRefused
 from cluster.file_copies import open_regular
 from replica.adapters.adapter_config import AdapterConfig, read_config, refused, short
+from replica.adapters.chat_files import NO_CHAT, Chat
 from replica.adapters.finite import first_not_finite
 from replica.adapters.found_files import check_present
 from replica.adapters.safetensors_header import HeaderInvalid, TensorSpan, read_header
@@ -36,7 +37,8 @@ _LAYER = re.compile(r"\.(0|[1-9]\d{0,5})\.")
 @dataclass(frozen=True, slots=True)
 class AdapterInfo:
     """digest: SHA-256 (hex). rank: the largest. parameters: elements of its image. dora: it has
-    gains. invocation: the tokens that activate it; (): it is always active.
+    gains. invocation: the tokens that activate it; (): it is always active. chat: what differs from
+    the base model.
     """
 
     digest: str
@@ -44,6 +46,7 @@ class AdapterInfo:
     parameters: int
     dora: bool = False
     invocation: tuple[int, ...] = ()
+    chat: Chat = NO_CHAT
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,9 @@ class AdapterFiles:
         )
 
 
-def inspect(path: str, shape: Shape, rank_max: int, dtype: str = "float32") -> AdapterInfo:
+def inspect(
+    path: str, shape: Shape, rank_max: int, dtype: str = "float32", chat: Chat = NO_CHAT
+) -> AdapterInfo:
     """Reads the whole tensors file. dtype: the engine's, in which all values must be finite.
 
     Raises AdapterRefused with file and reason.
@@ -120,10 +125,11 @@ def inspect(path: str, shape: Shape, rank_max: int, dtype: str = "float32") -> A
     files = read_adapter(path, shape)
     check_ranks(files, rank_max)
     try:
-        digest = _digest(files, dtype)
+        digest = _digest(files, dtype, chat.text)
     except OSError as error:
         raise refused(files.tensors_path, str(error)) from error
-    return AdapterInfo(digest, files.rank, files.parameters, files.dora, files.invocation)
+    found = files.rank, files.parameters, files.dora, files.invocation
+    return AdapterInfo(digest, *found, chat)
 
 
 def check_ranks(files: AdapterFiles, rank_max: int) -> None:
@@ -195,9 +201,9 @@ def _check_activated(
             )
 
 
-def _digest(files: AdapterFiles, dtype: str) -> str:
-    """Of the configuration and the tensors file. Raises AdapterRefused for a value that is not
-    finite: a NaN would spread to other adapters' rows.
+def _digest(files: AdapterFiles, dtype: str, chat: bytes) -> str:
+    """Of the configuration, the tensors file, which says how long it is, and `chat`. Raises
+    AdapterRefused for a value that is not finite: a NaN would spread to other adapters' rows.
     """
     digest = hashlib.sha256(b"%d:%b" % (len(files.canonical_config), files.canonical_config))
     with open_regular(files.tensors_path) as file:
@@ -217,6 +223,7 @@ def _digest(files: AdapterFiles, dtype: str) -> str:
                     raise refused(
                         files.tensors_path, f"tensor {name} holds a value not finite in {dtype}"
                     )
+    digest.update(chat)
     return digest.hexdigest()
 
 

@@ -11,9 +11,9 @@ from cluster.errors import AdapterRefused
 from cluster.store import Store
 from cluster.values import Version
 from replica.adapters.adapter_files import AdapterInfo, inspect, read_adapter
+from replica.adapters.chat_files import BaseText, read_template, remarks, tidy_chat
 from replica.adapters.foreign_files import foreign, rewrite_foreign
 from replica.adapters.found_files import check_present
-from replica.adapters.unused_files import unused
 from replica.model.memory import DTYPE_BYTES, divide
 from replica.model.shape import Shape
 from replica.scheduling.adapter import no_room
@@ -21,12 +21,19 @@ from replica.scheduling.adapter import no_room
 
 class Validation:
     """config: with the dtype and sizes that the engine chose. store: of this node. peers: of the
-    store.
+    store. text: the base model's; None: what adapters say of chats is left out.
     """
 
-    def __init__(self, config: FleetConfig, shape: Shape, peers: Peers = no_peers) -> None:
+    def __init__(
+        self,
+        config: FleetConfig,
+        shape: Shape,
+        peers: Peers = no_peers,
+        text: BaseText | None = None,
+    ) -> None:
         self._config = config
         self._shape = shape
+        self._text = text
         self._weight_bytes = DTYPE_BYTES[config.engine.dtype]
         self._part = shape.divided(config.engine.tensor_parallel)
         self._part_parameters: dict[str, int] = {}  # by digest
@@ -40,7 +47,8 @@ class Validation:
         engine, vocabulary = self._config.engine, self._shape.vocabulary
         if foreign(path, vocabulary):
             rewrite_foreign(path, engine.model, vocabulary)
-        info = inspect(path, self._shape, engine.rank_max, engine.dtype)
+        chat = tidy_chat(path, self._text, self._shape)
+        info = inspect(path, self._shape, engine.rank_max, engine.dtype, chat)
         if info.dora and engine.tensor_parallel > 1:
             raise AdapterRefused(
                 f"{path}: DoRA is not supported with tensor_parallel", field="lora_path"
@@ -71,24 +79,41 @@ class Validation:
         if not is_url(path):
             check_present(uri)
         info = self.store.add(uri)
-        image_bytes = self._bytes(info.digest, info.parameters)
-        if image_bytes > self._arena_bytes:
+        try:
+            reason = self._why_not(info)
+        except BaseException:
             self.store.release(info.digest)
-            engine = self._config.engine
-            raise AdapterRefused(
-                f"lora_path: {path!r} takes {image_bytes} bytes of adapter memory in "
-                f"{engine.dtype}, the total is {self._arena_bytes} "
-                f"({'adapter_memory' if engine.device_memory is None else 'device_memory'})",
-                field="lora_path",
-            )
+            raise
+        if reason is not None:
+            self.store.release(info.digest)
+            raise AdapterRefused(f"lora_path: {path!r} {reason}", field="lora_path")
         found = info.digest, uri, info.rank, info.parameters
-        return Version(name, *found, pinned, weight, info.invocation)
+        chat = info.chat.template, info.chat.eos_token
+        return Version(name, *found, pinned, weight, info.invocation, *chat)
+
+    def _why_not(self, info: AdapterInfo) -> str | None:
+        """Why a version whose files are in the store cannot be served."""
+        image_bytes, engine = self._bytes(info.digest, info.parameters), self._config.engine
+        if image_bytes > self._arena_bytes:
+            return (
+                f"takes {image_bytes} bytes of adapter memory in {engine.dtype}, the total is "
+                f"{self._arena_bytes} "
+                f"({'adapter_memory' if engine.device_memory is None else 'device_memory'})"
+            )
+        if not info.chat.template or self._text is None:
+            return None
+        wrong = self._text.template_error(self.chat_template(info.digest))
+        return None if wrong is None else f"has a chat template that cannot be used: {wrong}"
+
+    def chat_template(self, digest: str) -> str:
+        """The own one of a version that is held. Blocking. Raises AdapterFailed."""
+        return read_template(self.store.path(digest))
 
     def remarks(self, version: Version) -> list[str]:
         """What its directory has that is not used. Of a URL, nothing is known."""
-        if is_url(version.uri):
+        if is_url(version.uri) or self._text is None:
             return []
-        return unused(version.uri, self._config.engine.model, self._shape.vocab)
+        return remarks(version.uri, self._text, self._shape.vocab)
 
     def check_room(self, version: Version, others: Iterable[tuple[int, bool]]) -> None:
         """Raises AdapterRefused if it does not fit beside the pinned adapters. May read files.

@@ -22,11 +22,13 @@ from replica.api.openai_protocol import (
 from replica.api.reasoning import BEGIN, reasons
 from replica.api.sampling import SamplingReader, check_characters
 from replica.api.structured import checked
-from replica.api.text import INLINE_CHARACTERS, Text
-from replica.api.tools import ToolFormat, ToolUse, read_tools
+from replica.api.text import INLINE_CHARACTERS, OwnTemplate, Text
+from replica.api.tools import ToolFormat, ToolUse, format_of, read_tools
 
 # OpenAI's default of `max_tokens` for /v1/completions.
 COMPLETION_TOKENS = 16
+# Adapters' chat templates in memory, of at most 128 KiB each.
+TEMPLATES_KEPT = 256
 
 
 class CallReader:
@@ -35,8 +37,8 @@ class CallReader:
     A call holds a claim on its adapter's version. Whoever gets the call releases it.
 
     base: the base model's name. context: the model's limit, in tokens. kv_tokens: what all KV pages
-    hold. tool_format: how the model writes calls of tools; None: it has none. base_names: all
-    that requests may call the base model.
+    hold. tool_format: how the model writes calls of tools; None: as its chat template teaches.
+    base_names: all that requests may call the base model.
     """
 
     def __init__(
@@ -60,14 +62,17 @@ class CallReader:
         self._sampling = sampling
         self._tool_format = tool_format
         self._base_names = base_names
-        self._reasons = reasons(text.chat_template)
+        self._templates: dict[str, str] = {}  # by digest, the adapters' own
 
     async def chat(self, request: ChatRequest) -> Call:
-        async with self._claim(request) as (model, claim):
-            tools = read_tools(request, self._tool_format, self._text)
+        async with self.claim(request.model, request.lora_path) as (model, claim):
+            own = await self.own_template(claim)
+            template = self._text.chat_template if own is None else own.text
+            tools = read_tools(request, self._tool_format or format_of(template), self._text)
             resume = bool(request.continue_final_message)
             rendered = await self._text.render(
                 read_messages(request),
+                own,
                 add_generation_prompt=not resume and request.add_generation_prompt is not False,
                 continue_final_message=resume,
                 template_arguments=request.chat_template_kwargs,
@@ -83,13 +88,28 @@ class CallReader:
             )
             if tools is not None:
                 call = await self._with_tools(call, tools)
-            splits = self._reasons and request.separate_reasoning is not False
+            splits = reasons(template) and request.separate_reasoning is not False
             # An answer that must follow a grammar cannot think.
             if splits and call.sampling.grammar is None:
                 hidden = call.skip_special_tokens and not self._text.is_special(BEGIN)
                 begun = rendered.rstrip().endswith(BEGIN)
                 call = replace(call, thinks=begun, skip_special_tokens=hidden)
             return call
+
+    async def own_template(self, claim: Claim | None) -> OwnTemplate | None:
+        """The chat template of the claimed version; None for the base model's. Raises
+        AdapterFailed.
+        """
+        if claim is None or not claim.version.template:
+            return None
+        digest = claim.version.digest
+        text = self._templates.get(digest)
+        if text is None:
+            text = await asyncio.to_thread(self._adapters.chat_template, digest)
+            while len(self._templates) >= TEMPLATES_KEPT:
+                del self._templates[next(iter(self._templates))]
+            self._templates[digest] = text
+        return OwnTemplate(claim.version.name, text)
 
     async def _with_tools(self, call: Call, tools: ToolUse) -> Call:
         sampling = call.sampling
@@ -111,7 +131,7 @@ class CallReader:
         choices_max: int = CHOICES_MAX,
     ) -> Call:
         """default: of `max_tokens`."""
-        async with self._claim(request) as (model, claim):
+        async with self.claim(request.model, request.lora_path) as (model, claim):
             special = request.add_special_tokens is not False
             # The engine generates one token at least; `prompt_only` drops it.
             requested = 1 if request.max_tokens == 0 else request.max_tokens
@@ -176,18 +196,20 @@ class CallReader:
         return prompt if count is None else prompt[max(0, len(prompt) - count) :]
 
     @asynccontextmanager
-    async def _claim(self, request: GenerationRequest) -> AsyncIterator[tuple[str, Claim | None]]:
+    async def claim(
+        self, model: str | None, lora_path: str | None = None
+    ) -> AsyncIterator[tuple[str, Claim | None]]:
         """The model's name, and a claim that outlives the block, unless the block raises. None for
         the base model.
         """
-        model = self._base if request.model in self._base_names else request.model or self._base
-        if request.lora_path is not None:
-            if model not in (self._base, request.lora_path):
+        model = self._base if model in self._base_names else model or self._base
+        if lora_path is not None:
+            if model not in (self._base, lora_path):
                 raise BadRequest(
-                    f"lora_path: {shown(request.lora_path)} and model: {shown(model)} differ",
+                    f"lora_path: {shown(lora_path)} and model: {shown(model)} differ",
                     field="lora_path",
                 )
-            model = request.lora_path
+            model = lora_path
         if model == self._base:
             yield model, None
             return
@@ -234,6 +256,9 @@ class CallReader:
         max_tokens = self._max_tokens(request, longest, requested, default)
         check_characters("stop", sum(map(len, request.stop)))
         sampling = await self._sampling.read(request, max_tokens, logprobs)
+        eos_token = None if claim is None else claim.version.eos_token
+        if eos_token is not None and not sampling.ignore_eos:
+            sampling = replace(sampling, stop_tokens=sampling.stop_tokens | {eos_token})
         _check_prompt_logprobs(sampling.prompt_logprobs, n * sum(map(len, prompts)))
         if best_of is not None and sampling.logprobs is None:
             sampling = replace(sampling, logprobs=0)  # which choice is best

@@ -108,6 +108,9 @@ class Adapters(Protocol):
     async def claim(self, name: str) -> Claim | None:
         """Like `find`, and the engine keeps the version until the claim is released."""
 
+    def chat_template(self, digest: str) -> str:
+        """The own one of a version that is claimed and has one. Blocking. Raises AdapterFailed."""
+
     def versions(self) -> list[Version]:
         """All versions, sorted by name."""
 

@@ -53,7 +53,7 @@ from replica.api.sampling import OPENAI_DEFAULTS, SamplingDefaults, SamplingRead
 from replica.api.sglang import GenerateRequest
 from replica.api.text import Text
 from replica.api.text_routes import TextRoutes
-from replica.api.tools import ToolFormat, format_of
+from replica.api.tools import ToolFormat
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class Server:
             config.context,
             kv_tokens,
             SamplingReader(text, config.vocab, config.defaults),
-            config.tool_format or format_of(text.chat_template),
+            config.tool_format,
             config.base_names,
         )
         self._access = Access(config.rules)
@@ -170,7 +170,7 @@ class Server:
             self._access,
         )
         fleet = FleetRoutes(engine, self._metrics, self._access, config.replica_id, others)
-        texts = TextRoutes(text, config.context, config.vocab, bodies)
+        texts = TextRoutes(text, reader, config.context, config.vocab, bodies)
         self._v1 = Router(
             [
                 Route("/chat/completions", self._runs(ChatRequest, kinds.chat), methods=["POST"]),

@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import orjson
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from cluster.errors import BadRequest, ModelUnsupported
+from replica.api.template_process import TemplateOverrun, TemplateProcess
 from replica.model.shape import read_json
 from replica.model.tokenizer import read_tokenizer
 
@@ -28,8 +30,16 @@ SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tok
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
+@dataclass(frozen=True, slots=True)
+class OwnTemplate:
+    """The chat template that an adapter brings. adapter: its name."""
+
+    adapter: str
+    text: str
+
+
 class Text:
-    """The model's tokenizer and chat template. Stateless, so all requests share one."""
+    """The model's tokenizer and chat template. All requests share one."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -41,6 +51,7 @@ class Text:
         self._template_reserved = _named_parameters(tokenizer.apply_chat_template)
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self._token_characters_max = max(map(len, vocabulary), default=1)
+        self._templates = TemplateProcess()
 
     @classmethod
     def read(cls, model_dir: str) -> "Text":
@@ -90,6 +101,28 @@ class Text:
         template = self._tokenizer.chat_template
         return template if isinstance(template, str) else None
 
+    @property
+    def default_template(self) -> str | None:
+        """Of a model that has several, the one named so."""
+        template = self._tokenizer.chat_template
+        return template.get("default") if isinstance(template, dict) else template
+
+    @property
+    def eos_text(self) -> str | None:
+        text: str | None = self._tokenizer.special_tokens_map.get("eos_token")
+        return text
+
+    def token_id(self, text: str) -> int | None:
+        token: int | None = self._backend.token_to_id(text)
+        return token
+
+    def template_error(self, template: str) -> str | None:
+        """Why an adapter's chat template cannot be used. Blocking. Raises AdapterFailed."""
+        try:
+            return self._templates.syntax_error(template)
+        except TemplateOverrun as error:
+            return str(error)
+
     def tokens_min(self, text: str) -> int:
         """A lower bound on the number of tokens in `text`, from its length alone."""
         return len(text) // self._token_characters_max
@@ -123,8 +156,17 @@ class Text:
             return bytes.fromhex(byte[1])
         return piece.replace("\u2581", " ").encode()
 
-    async def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        """As `render_chat`; many or long messages are rendered on another thread."""
+    async def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        template: OwnTemplate | None = None,
+        **options: Any,
+    ) -> str:
+        """As `render_chat`; many or long messages are rendered on another thread, an adapter's own
+        template in another process.
+        """
+        if template is not None:
+            return await self._render_own(template, messages, self._options(**options))
         parts = [part for message in messages for part in message.values()]
         try:
             length = sum(len(p if isinstance(p, str) else repr(p)) for p in parts) + len(parts)
@@ -134,21 +176,51 @@ class Text:
             return self.render_chat(messages, **options)
         return await asyncio.to_thread(self.render_chat, messages, **options)
 
-    def render_chat(
+    async def _render_own(
+        self, own: OwnTemplate, messages: Sequence[Mapping[str, Any]], options: dict[str, Any]
+    ) -> str:
+        request = {
+            "special_tokens": self._tokenizer.special_tokens_map,
+            "messages": messages,
+            "options": options,
+        }
+        where = f"the chat template of the adapter {own.adapter!r}"
+        try:
+            return await self._templates.render(own.text, request)
+        except TemplateOverrun as error:
+            raise BadRequest(f"model: {where}: {error}", field="model") from error
+        except BadRequest as error:
+            raise BadRequest(
+                f"messages: refused by {where}: {error.message}", field="messages"
+            ) from error
+
+    def _options(
         self,
-        messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_arguments: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
-    ) -> str:
-        """Renders messages with the model's chat template. Raises BadRequest for `messages`."""
+    ) -> dict[str, Any]:
+        """Of `apply_chat_template`. Raises BadRequest for `chat_template_kwargs`."""
         arguments = dict(template_arguments or {})
         for name in sorted(self._template_reserved & set(arguments)):
             raise BadRequest(
                 f"chat_template_kwargs.{name}: reserved", field=f"chat_template_kwargs.{name}"
             )
+        return {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "tools": list(tools) or None,
+            **arguments,
+        }
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """Renders messages with the model's chat template. Raises BadRequest for `messages`.
+
+        options: see `_options`.
+        """
+        arguments = self._options(**options)
         if self._tokenizer.chat_template is None:
             raise BadRequest(
                 "messages: this model has no chat template; use /v1/completions",
@@ -156,12 +228,7 @@ class Text:
             )
         try:
             rendered = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tools=list(tools) or None,
-                **arguments,
+                [dict(message) for message in messages], tokenize=False, **arguments
             )
         except (
             TemplateError,

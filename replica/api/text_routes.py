@@ -11,6 +11,7 @@ from starlette.responses import Response
 from cluster.errors import BadRequest, ContextLengthExceeded
 from replica.api import asgi
 from replica.api.bodies import Bodies
+from replica.api.call import CallReader
 from replica.api.openai_protocol import MESSAGES_MAX, ChatRequest, read_messages, validated
 from replica.api.text import Text
 
@@ -35,8 +36,11 @@ class DetokenizeRequest(BaseModel):
 class TextRoutes:
     """context: in tokens."""
 
-    def __init__(self, text: Text, context: int, vocab: int, bodies: Bodies) -> None:
-        self._text, self._context, self._vocab, self._bodies = text, context, vocab, bodies
+    def __init__(
+        self, text: Text, reader: CallReader, context: int, vocab: int, bodies: Bodies
+    ) -> None:
+        self._text, self._reader = text, reader
+        self._context, self._vocab, self._bodies = context, vocab, bodies
 
     async def tokenize(self, http: Request) -> Response:
         request, _ = await self._bodies.read(TokenizeRequest, http)
@@ -46,9 +50,7 @@ class TextRoutes:
         if text is None:
             field = "messages"
             chat = validated(ChatRequest, {"messages": request.messages})
-            text = await self._text.render(
-                read_messages(chat), add_generation_prompt=request.add_generation_prompt
-            )
+            text = await self._render(chat, request)
             special = bool(request.add_special_tokens)
         characters_max = _CHARACTERS_PER_TOKEN_MAX * self._context
         if len(text) > characters_max:
@@ -63,6 +65,17 @@ class TextRoutes:
             names = await asyncio.to_thread(self._names, tokens)
         body = {"count": len(tokens), "max_model_len": self._context, "tokens": tokens}
         return asgi.JsonResponse({**body, "token_strs": names})
+
+    async def _render(self, chat: ChatRequest, request: TokenizeRequest) -> str:
+        async with self._reader.claim(request.model) as (_, claim):
+            rendered = await self._text.render(
+                read_messages(chat),
+                await self._reader.own_template(claim),
+                add_generation_prompt=request.add_generation_prompt,
+            )
+        if claim is not None:
+            claim.release()
+        return rendered
 
     def _names(self, tokens: Sequence[int]) -> list[str]:
         return [self._text.token_bytes(token).decode(errors="replace") for token in tokens]

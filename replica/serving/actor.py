@@ -60,7 +60,12 @@ class Replica:
         await self._engine.start()
         self._config = dataclasses.replace(self._config, engine=self._engine.config)
         self._membership = Membership(
-            self._engine, self._config, self._id, run=_run(self._config), url=_url
+            self._engine,
+            self._config,
+            self._id,
+            run=_run(self._config),
+            url=_url,
+            text=self._text,
         )
         await self._membership.start()
         settings = server_config(self._config, self._id, os.environ.get(OPERATOR_KEY))

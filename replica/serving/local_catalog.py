@@ -11,6 +11,7 @@ from cluster.errors import ConfigError, FleetError
 from cluster.uploads import Upload
 from cluster.values import Tier, Version
 from cluster.versions import Book, merged
+from replica.adapters.chat_files import BaseText
 from replica.adapters.validation import Validation
 from replica.api.catalog_page import catalog_page
 from replica.api.interfaces import Acknowledgement, Claim, Engine, NewAdapter
@@ -22,7 +23,10 @@ from replica.serving.sources import Sources
 
 
 class LocalCatalog:
-    """Serializes changes. A version is registered with the engine before its name is published."""
+    """Serializes changes. A version is registered with the engine before its name is published.
+
+    text: see `Validation`.
+    """
 
     def __init__(
         self,
@@ -31,11 +35,13 @@ class LocalCatalog:
         replica_id: str = "standalone",
         *,
         shape: Shape | None = None,
+        text: BaseText | None = None,
     ) -> None:
         self._engine = engine
         self._config = config
         self._replica_id = replica_id
-        self._validation = Validation(config, shape or shape_of(config.engine.model))
+        shape = shape or shape_of(config.engine.model)
+        self._validation = Validation(config, shape, text=text)
         self._book = Book(config.engine.base_name)
         self._files = HeldFiles(engine, self._validation.store, self._book)
         self._change = asyncio.Lock()
@@ -64,6 +70,9 @@ class LocalCatalog:
         if claim is None and await self._sources.resolve(name):
             claim = self._claims.claim(lambda: self._book.get(name))
         return claim
+
+    def chat_template(self, digest: str) -> str:
+        return self._validation.chat_template(digest)
 
     def versions(self) -> list[Version]:
         return self._book.by_name()

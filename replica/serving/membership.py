@@ -38,6 +38,7 @@ from cluster.registry import Lease, Registry, newest
 from cluster.uploads import Upload
 from cluster.values import AdapterState, Version
 from cluster.versions import is_name
+from replica.adapters.chat_files import BaseText
 from replica.adapters.validation import Validation
 from replica.api.catalog_page import catalog_page
 from replica.api.interfaces import Acknowledgement, Claim, Engine, NewAdapter
@@ -67,7 +68,7 @@ class Membership:
 
     run: an id of the fleet's start. The configured adapters are applied once a run, so a replica
     that restarts keeps the API's later changes. None: this replica's start is its own run. url: of
-    its server, for other replicas; "" while it is not known.
+    its server, for other replicas; "" while it is not known. text: see `Validation`.
     """
 
     def __init__(
@@ -79,12 +80,14 @@ class Membership:
         shape: Shape | None = None,
         run: str | None = None,
         url: Callable[[], str] = lambda: "",
+        text: BaseText | None = None,
     ) -> None:
         assert config.redis_url is not None
         self._engine = engine
         self._config = config
         self._run = run or secrets.token_hex(8)
-        self._validation = Validation(config, shape or shape_of(config.engine.model), self._peers)
+        shape = shape or shape_of(config.engine.model)
+        self._validation = Validation(config, shape, self._peers, text)
         self._files_key = secrets.token_urlsafe(32)
         self._redis = connect(config.redis_url)
         self._catalog = Catalog(
@@ -190,6 +193,9 @@ class Membership:
             known = await self._on_own_loop(self._find(name)) is not None
             if not known and not await self._on_own_loop(self._sources.resolve(name)):
                 return None
+
+    def chat_template(self, digest: str) -> str:
+        return self._validation.chat_template(digest)
 
     def versions(self) -> list[Version]:
         return self._catalog.book.by_name()

@@ -109,7 +109,7 @@ async def run(config: FleetConfig, listener: socket.socket) -> None:
     try:
         await engine.start()
         config = dataclasses.replace(config, engine=engine.config)
-        adapters = LocalCatalog(engine, config)
+        adapters = LocalCatalog(engine, config, text=text)
         await adapters.start()
         app = build_app(engine, adapters, text, server_config(config, "local", operator.text))
         server = Listening(app, engine, config.drain_s)

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cluster.adapter_paths import CONFIG_FILE, TENSORS_FILE
+from cluster.adapter_paths import CONFIG_FILE, TEMPLATE_FILE, TENSORS_FILE, files_of
 from cluster.config import FleetConfig
 from cluster.downloads import PEER_PATH
 from cluster.errors import AdapterFailed
@@ -37,8 +37,7 @@ class Node:
 
     async def post(self, name: str, directory: Path) -> httpx.Response:
         files = [
-            ("files", (file, (directory / file).read_bytes()))
-            for file in (CONFIG_FILE, TENSORS_FILE)
+            ("files", (file, (directory / file).read_bytes())) for file in files_of(str(directory))
         ]
         async with httpx.AsyncClient(base_url=self.url, timeout=TIMEOUT_S) as client:
             return await client.post(LOAD, data={"lora_name": name}, files=files, headers=ADMIN)
@@ -67,7 +66,7 @@ class Fleet:
         directory = self._directory / name
         config = dataclasses.replace(self._config, directory=str(directory))
         engine, url = StubEngine(), ""
-        membership = Membership(engine, config, name, url=lambda: url)
+        membership = Membership(engine, config, name, url=lambda: url, text=text())
         server = dataclasses.replace(CONFIG, replica_id=name, rules=rules)
         member = membership
         app = build_app(engine, member, text(), server, None, member.others, member.files)
@@ -107,6 +106,23 @@ async def test_replicas_of_other_nodes_get_the_files_from_one_that_has_them(
     await a.membership.stop()
     c = await running.node("c")
     assert c.has(digest) and c.kept() == {digest}
+
+
+async def test_a_chat_template_of_its_own_comes_with_them(running: Fleet, adapter: Path) -> None:
+    plain = await (await running.node("a")).post("plain", adapter)
+    (adapter / TEMPLATE_FILE).write_text("[{{ messages[0].content }}]")
+    b, c = await running.node("b"), await running.node("c")
+    answer = await b.post("mine", adapter)
+    assert answer.headers["x-lorafleet-applied"] == "a, b, c"
+    digest = answer.headers["x-lorafleet-digest"]
+    assert digest != plain.headers["x-lorafleet-digest"]
+    assert c.kept() == {digest, plain.headers["x-lorafleet-digest"]}
+    for name, prompt in (("mine", "[hi]"), ("plain", "<|begin|><|user|>hi<|end|><|assistant|>")):
+        body = {"model": name, "messages": [{"role": "user", "content": "hi"}]}
+        async with httpx.AsyncClient(base_url=c.url, timeout=TIMEOUT_S) as client:
+            chat = await client.post("/v1/chat/completions", json=body, headers=ADMIN)
+        assert chat.status_code == 200, chat.text
+        assert text().decode(c.engine.seen[-1].prompt, skip_special_tokens=False) == prompt
 
 
 async def test_a_restart_finds_the_files_in_the_store(running: Fleet, adapter: Path) -> None:

@@ -367,30 +367,6 @@ def test_a_rank_that_the_fleet_does_not_accept(add: Add, model: str, tmp_path: P
     )
 
 
-# What is beside it.
-
-
-def test_what_is_not_used_is_said(model: str, adapter: Path, tmp_path: Path) -> None:
-    config = FleetConfig(settled_config(model), directory=str(tmp_path / "fleet"))
-
-    def remarks() -> list[str]:
-        with Validation(config, read_shape(model)).adding() as adding:
-            adding.version("a", str(adapter), trusted=True)
-            return adding.remarks["a"]
-
-    assert remarks() == []
-    shutil.copy(Path(model) / "chat_template.jinja", adapter)
-    (adapter / "added_tokens.json").write_text(json.dumps({"<|within|>": 319}))
-    assert remarks() == []
-    (adapter / "added_tokens.json").write_text(json.dumps({"<|x|>": 320, "<|y|>": 321}))
-    (tokens,) = remarks()
-    assert "'<|x|>' and 1 others are beyond the base model's 320" in tokens
-    (adapter / "added_tokens.json").write_text("[" * 10_000)
-    (adapter / "chat_template.jinja").unlink()
-    (adapter / "tokenizer_config.json").write_text(json.dumps({"chat_template": "other"}))
-    assert remarks() == ["Its chat template is not used: chats have the base model's."]
-
-
 def test_other_forms_are_not_checked_before_they_are_rewritten(saved: Path, adapter: Path) -> None:
     vocabulary = ("model.embed_tokens", "lm_head")
     assert not foreign(str(saved), vocabulary)

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from cluster import downloads
-from cluster.adapter_paths import CONFIG_FILE, TENSORS_FILE
+from cluster.adapter_paths import CHAT_FILES, CONFIG_FILE, TEMPLATE_FILE, TENSORS_FILE
 from cluster.downloads import alone, sweep
 from cluster.errors import AdapterFailed, AdapterMissing, AdapterRefused, StoreFull
 from cluster.store import Store
@@ -154,7 +154,16 @@ def test_many_at_once_are_one_download(tmp_path: Path, site: Site) -> None:
             time.sleep(0.001)
         site.hold.set()
         assert {each.result() for each in found} == {str(tmp_path / DIGEST)}
-    assert [path for path, _ in site.asked] == [f"/a/{CONFIG_FILE}", f"/a/{TENSORS_FILE}"]
+    files = (CONFIG_FILE, TENSORS_FILE, *CHAT_FILES)
+    assert [path for path, _ in site.asked] == [f"/a/{name}" for name in files]
+
+
+def test_the_chat_files_come_too_if_there_are_any(tmp_path: Path, site: Site) -> None:
+    site.files[f"/a/{TEMPLATE_FILE}"] = b"a template"
+    store = Store(str(tmp_path), inspect)
+    kept = store.fetch([site.url], store.add(site.url).digest)
+    assert set(os.listdir(kept)) == {CONFIG_FILE, TENSORS_FILE, TEMPLATE_FILE}
+    assert Path(kept, TEMPLATE_FILE).read_bytes() == b"a template"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,168 @@
+"""Renders adapters' chat templates in a process that is killed when one takes too long.
+
+    none ── a template ──> running ── too long, too much memory, gone ──> killed ──> none
+
+A template is foreign code. Jinja's sandbox keeps it from files and variables, but not from endless
+loops. After an overrun its chats are refused for `REFUSED_S`, so that it holds up others once.
+"""
+
+import asyncio
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import AdapterFailed, BadRequest
+
+DEADLINE_S = 2.0
+REFUSED_S = 60.0
+MEMORY_BYTES = 512 * 2**20
+REQUEST_BYTES_MAX = 16 * 2**20
+_ANSWER_BYTES_MAX = 64 * 2**20
+_START_S = 60.0
+_ALARM_S = 10
+# Keys and tokens of the replica's environment stay here.
+_VARIABLES = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONPATH", "TZ")
+_CHILD = Path(__file__).with_name("template_child.py")
+
+# The first byte of an answer, see `template_child.py`.
+_RENDERED, _SYNTAX = b"r", b"s"
+
+
+class TemplateOverrun(Exception):
+    """The template took too much, now or less than `REFUSED_S` ago. Says what."""
+
+
+class TemplateProcess:
+    """`render` is for one event loop. The process starts with the first template."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "templates")
+        self._child: _Child | None = None
+        self._overruns: dict[str, tuple[float, str]] = {}  # template → until when, and what
+        self._turns = weakref.WeakValueDictionary[str, asyncio.Lock]()
+
+    async def render(self, template: str, request: Mapping[str, Any]) -> str:
+        """request: `special_tokens`, `messages` and `options` of `apply_chat_template`.
+
+        Raises TemplateOverrun, BadRequest with the template's own reason, or AdapterFailed.
+        """
+        loop = asyncio.get_running_loop()
+        # One at a time of each template, so that others wait for one of its renderings, not all.
+        turn = self._turns.setdefault(template, asyncio.Lock())
+        async with turn:
+            kind, text = await loop.run_in_executor(self._thread, self._run, template, request)
+        if kind != _RENDERED:
+            raise BadRequest(text, field="messages")
+        return text
+
+    def syntax_error(self, template: str) -> str | None:
+        """Blocking. Raises TemplateOverrun or AdapterFailed."""
+        messages = [{"role": "user", "content": ""}]
+        request = {"special_tokens": {}, "messages": messages, "options": {}}
+        kind, text = self._thread.submit(self._run, template, request).result()
+        return text if kind == _SYNTAX else None
+
+    def _run(self, template: str, request: Mapping[str, Any]) -> tuple[bytes, str]:
+        """On its own thread."""
+        now_s = time.monotonic()
+        until_s, reason = self._overruns.get(template, (now_s, ""))
+        if until_s > now_s:
+            raise _overrun(reason, until_s - now_s)
+        try:
+            body = json.dumps({**request, "template": template}).encode()
+        except RecursionError as error:
+            raise BadRequest("nested too deep", field="messages") from error
+        if len(body) > REQUEST_BYTES_MAX:
+            raise BadRequest(
+                f"{len(body)} bytes of JSON, the maximum is {REQUEST_BYTES_MAX}", field="messages"
+            )
+        if self._child is None or self._child.ended:
+            self._child = _Child()
+        try:
+            return self._child.answer(body)
+        except (OSError, ValueError) as error:
+            self._child.end()
+            self._child = None
+            reason = f"it took more than {MEMORY_BYTES >> 20} MiB, or broke its process"
+            if isinstance(error, TimeoutError):
+                reason = f"it took longer than {DEADLINE_S:g} s"
+            self._overruns = {t: o for t, o in self._overruns.items() if o[0] > now_s}
+            self._overruns[template] = time.monotonic() + REFUSED_S, reason
+            raise _overrun(reason, REFUSED_S) from error
+
+
+def _overrun(reason: str, left_s: float) -> TemplateOverrun:
+    return TemplateOverrun(f"{reason}; its chats are refused for {left_s:.0f} s")
+
+
+class _Child:
+    """The process. Blocking, and for one thread."""
+
+    def __init__(self) -> None:
+        """Raises AdapterFailed if it does not start."""
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            self._popen = subprocess.Popen(
+                [sys.executable, "-P", str(_CHILD), str(MEMORY_BYTES), str(_ALARM_S)],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={name: os.environ[name] for name in _VARIABLES if name in os.environ},
+                start_new_session=True,  # Ctrl-C is not for it
+            )
+        self.end = weakref.finalize(self, _end, self._popen, self._socket)
+        try:
+            self._received(time.monotonic() + _START_S)
+        except OSError as error:
+            self.end()
+            code = self._popen.returncode
+            raise AdapterFailed(
+                f"the process for chat templates did not start (exit status {code})",
+                retry_after_s=1.0,
+            ) from error
+
+    @property
+    def ended(self) -> bool:
+        return self._popen.poll() is not None
+
+    def answer(self, body: bytes) -> tuple[bytes, str]:
+        """(kind, text). After an OSError it is of no more use."""
+        request_id = secrets.token_bytes(8)
+        self._socket.settimeout(DEADLINE_S)
+        deadline_s = time.monotonic() + DEADLINE_S
+        self._socket.sendall((len(request_id) + len(body)).to_bytes(4) + request_id + body)
+        answer = self._received(deadline_s)
+        if answer[:8] != request_id:
+            raise OSError("an answer to another request")
+        return answer[8:9], answer[9:].decode("utf-8", "surrogatepass")
+
+    def _received(self, deadline_s: float) -> bytes:
+        size = int.from_bytes(self._exactly(4, deadline_s))
+        if size > _ANSWER_BYTES_MAX:
+            raise OSError(f"an answer of {size} bytes")
+        return self._exactly(size, deadline_s)
+
+    def _exactly(self, count: int, deadline_s: float) -> bytes:
+        data = bytearray()
+        while len(data) < count:
+            self._socket.settimeout(max(deadline_s - time.monotonic(), 0.001))
+            piece = self._socket.recv(min(count - len(data), 2**20))
+            if not piece:
+                raise ConnectionError("the process has ended")
+            data += piece
+        return bytes(data)
+
+
+def _end(popen: subprocess.Popen[bytes], connection: socket.socket) -> None:
+    popen.kill()
+    popen.wait()
+    connection.close()
