@@ -27,6 +27,7 @@ from replica.scheduling.adapter_cache import AdapterCache
 from replica.scheduling.request import Request
 from replica.scheduling.turns import Turns
 from replica.scheduling.victims import Spared
+from replica.scheduling.waiting import Waiting
 
 # Without parking, a drain starts after this many times the turns of all adapters.
 _LATE_TURNS = 10
@@ -81,8 +82,9 @@ class Drainer:
     def drained_for(self, digest: str) -> set[str]:
         return {victim for victim, drain in self.drains.items() if drain.starving == digest}
 
-    def tick(self, paused: Collection[str]) -> None:
-        """End drains whose starving adapter loads or stopped waiting, or whose victim left.
+    def tick(self, paused: Collection[str], waiting: Waiting) -> None:
+        """End drains whose starving adapter loads or stopped waiting, or whose victim left. And if
+        its most urgent request is gone: the drain would keep out some that are more urgent now.
 
         paused: adapters that may not load yet. Their drains end too.
 
@@ -94,6 +96,7 @@ class Drainer:
             waits = starving is not None and starving.starved_s is not None
             if (
                 not waits
+                or waiting.head(drain.starving).priority > drain.priority
                 or drain.starving in paused
                 or not self._adapter_cache.usable(victim)
                 or self._loads(drain.starving)

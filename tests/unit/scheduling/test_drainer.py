@@ -112,6 +112,17 @@ def test_a_cancelled_waiter_ends_its_drain() -> None:
     assert not core.drainer.drains and "more" in ran(plan)
 
 
+def test_a_drain_is_as_urgent_as_those_who_still_wait_for_it() -> None:
+    core = busy(DRAIN)
+    core.add(new("s", "c"), 0.0)
+    core.add(new("patient", "c", priority=1), 0.0)
+    run(core, 1.0)
+    core.add(new("more", "a"), 1.0)
+    assert list(core.drainer.drains) == ["a"] and "more" not in ran(run(core, 1.05)[0])
+    core.cancel("s", 1.1)
+    assert "more" in ran(run(core, 1.1)[0])
+
+
 def test_a_drain_ends_when_its_victim_is_gone() -> None:
     core = busy(DRAIN)
     core.add(new("s", "c"), 0.0)
