@@ -150,6 +150,7 @@ class Engine:
         """Runs at most one batch. Returns at once if nothing can run."""
         self._finish_loads()
         self._finish_page_copies()
+        self._clear_slots()  # before the plan gives one of them to another adapter
         start_s = time.monotonic()
         plan = self.scheduler.step(start_s)
         deltas = list(plan.failed)
@@ -345,7 +346,6 @@ class Engine:
             else:
                 self._place(ended, ended.layout)
                 self.scheduler.loaded(ended.load.digest, now_s)
-        self._clear_slots()
 
     def _finish_page_copies(self) -> None:
         for copied in self.runner.pages_copied():
