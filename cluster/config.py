@@ -42,7 +42,8 @@ class EngineConfig:
     host_memory: int | None = None
     """Bytes of host memory for evicted images; 0 keeps none. Default: chosen at startup."""
     host_kv_memory: int | None = None
-    """Bytes of host memory for KV pages of rows that left the batch. Default: chosen at startup."""
+    """Bytes of host memory for KV pages of rows that left the batch, and for cached prefixes.
+    Default: chosen at startup."""
     rank_max: int = 256
     """Largest adapter rank accepted."""
     slots_max: int | None = None

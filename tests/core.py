@@ -50,12 +50,14 @@ def scheduler(
     headroom: int = 0,
     growth_outputs: float = 0.0,
     host_pages: int = 0,
+    host_cache: bool = False,
     page_copy_s: float = 0.001,
 ) -> Scheduler:
     """page_bytes: adapters share the memory of the `pages`, instead of having an `arena`.
 
     growth_outputs: 0 admits rows to the batch regardless of the pages that they will grow to.
     host_pages: 0 loses the pages of rows for which the device has none.
+    host_cache: requests that end leave their prefixes there.
     page_copy_s: of one page, as `Costs` has it.
     """
     limits = Limits(
@@ -70,7 +72,7 @@ def scheduler(
     for digest, size in sizes.items():
         adapter_cache.register(digest, f"/{digest}", size, pinned=digest in pinned, now_s=0.0)
     growth = Growth(16, pages * 16, growth_outputs)
-    host = Pages(host_pages, 16, cache=False) if host_pages else None
+    host = Pages(host_pages, 16, host_cache) if host_pages else None
     costs.pages_copied(1, page_copy_s)
     copies = PageCopies(kv, host, 1, costs)
     return Scheduler(limits, kv, adapter_cache, costs, switches, sharing, share, growth, copies)

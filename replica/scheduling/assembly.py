@@ -98,10 +98,11 @@ def assemble(
 
 
 def _host_pages(config: EngineConfig, memory: Division) -> Pages | None:
-    """Without the prefix cache: the pages of rows that left the batch."""
+    """Without overlap a row may not wait for pages: its adapter's load may fail meanwhile."""
     if not (config.page_copies and memory.host_pages):
         return None
-    return Pages(memory.host_pages, config.page_tokens, cache=False)
+    cache = config.prefix_cache and config.overlap
+    return Pages(memory.host_pages, config.page_tokens, cache)
 
 
 def _budget(config: EngineConfig, memory: Division, pages: Pages, extents: Extents) -> Budget:

@@ -106,7 +106,7 @@ class InFlight:
                 continue  # the newest plan reuses its memory, and waits for it
             for request, start, end, slot, _ in plan.rows:
                 assert request.step >= plan.number
-                assert request.copying is None, "a row whose pages are copied"
+                assert request.copying is None or request.ended, "a row whose pages are copied"
                 assert len(request.pages) * page_tokens >= end, "a step in flight lost its pages"
                 known = len(request.prompt) + len(request.output)
                 assert not request.stepwise or start < known, "planned before its token is known"

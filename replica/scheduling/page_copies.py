@@ -1,4 +1,4 @@
-"""KV pages of rows that left the batch: copied to host memory, and back when the row returns.
+"""KV pages in host memory: of rows that left the batch, until they return, and cached prefixes.
 
     device pages ── out ── pages at both ends ── done ──> host pages
          ^                                                    │
@@ -10,12 +10,15 @@ place in the batch when its copy starts, and is computed again when the copy is 
 
 Only pages with computed tokens are copied. Full pages that the prefix cache still has on the device
 are not copied back.
+
+The full pages of a request that ends are copied too, and stay in host memory as a prefix cache for
+as long as no row needs the space. A new request gets from there what the device has forgotten.
 """
 
 from collections.abc import Iterable, Sequence
 
 from cluster.costs import Costs
-from replica.scheduling.pages import PageCopy, Pages
+from replica.scheduling.pages import PageCopy, Pages, Prefix
 from replica.scheduling.request import Request
 
 # A row that returns runs for this many times the time of its copies, before it may leave again.
@@ -40,6 +43,7 @@ class PageCopies:
         self._planned: list[PageCopy] = []
         self._requests: dict[int, Request] = {}
         self._freeing: dict[int, int] = {}  # copy → device pages that will be free when it is done
+        self._saving: dict[int, Prefix] = {}  # copy → the prefix that its pages will extend
 
     @property
     def in_progress(self) -> bool:
@@ -90,6 +94,44 @@ class PageCopies:
         self._plan(request, request.pages[found:count], request.host_pages[found:], out=False)
         self.back += count - found
 
+    def save(self, request: Request) -> None:
+        """It ends. Copy its full pages to the host's prefix cache, if nothing else is on that way.
+
+        They are known there when the copy is done.
+        """
+        count = request.published if request.pages and not request.host_pages else 0
+        if self.host is None or not self.host.caches or not count or self._freeing:
+            return
+        if not self._is_sooner_back(count):
+            return
+        known = self._match(self.host, request, count * self._device.page_tokens)
+        missing = count - len(known.pages)
+        pages = self.host.take(missing) if missing else None
+        if pages is None:
+            self.host.give_back(known.pages)
+            return
+        request.host_pages = [*known.pages, *pages]
+        copy = self._plan(request, request.pages[count - missing : count], pages, out=True)
+        self._freeing[copy.number] = self._device.sole(request.pages)
+        self._saving[copy.number] = known
+        self.out += missing
+
+    def bring(self, request: Request, found: int, most: int) -> None:
+        """A new request has its device pages. Those that the host's prefix cache can fill are not
+        computed. found: pages that the device's had. most: tokens that may be matched.
+        """
+        if self.host is None:
+            return
+        known = self._match(self.host, request, most)
+        missing = len(known.pages) - found
+        if missing <= 0 or not self._is_sooner_back(missing):
+            self.host.give_back(known.pages)
+            return
+        request.host_pages = list(known.pages)
+        request.computed = len(known.pages) * self.host.page_tokens
+        if not request.begun:
+            request.cached = request.computed
+
     def planned(self) -> tuple[PageCopy, ...]:
         """The copies that the plan in progress starts, in this order."""
         planned, self._planned = tuple(self._planned), []
@@ -107,6 +149,9 @@ class PageCopies:
         request = self._requests.pop(number)
         out = self._freeing.pop(number, None) is not None
         request.copying = None
+        known = self._saving.pop(number, None)
+        if known is not None:
+            self._publish(request, known)
         if request.ended:
             return request
         if out:
@@ -129,7 +174,7 @@ class PageCopies:
         requests = list(requests)
         copying = {r.copying: r for r in requests if r.copying is not None}
         assert copying == self._requests, "a copy without its request"
-        assert self._freeing.keys() <= copying.keys()
+        assert self._saving.keys() <= self._freeing.keys() <= copying.keys()
         assert {copy.number for copy in self._planned} <= copying.keys()
         if self.host is None:
             assert not any(request.host_pages for request in requests)
@@ -156,6 +201,27 @@ class PageCopies:
     def _filled(self, request: Request) -> int:
         """Its pages with computed tokens."""
         return self._device.needed(request.computed)
+
+    def _match(self, host: Pages, request: Request, most: int) -> Prefix:
+        """Its prefix in host memory, which is now held."""
+        tokens = request.slice(0, request.tokens)
+        return host.match(request.root, tokens, most, request.fork(host.page_tokens))
+
+    def _publish(self, request: Request, known: Prefix) -> None:
+        assert self.host is not None
+        link, size = known.link, self.host.page_tokens
+        for index in range(len(known.pages), len(request.host_pages)):
+            tokens = request.slice(index * size, (index + 1) * size)
+            page = request.host_pages[index]
+            link = self.host.publish(link, tokens, page, index, request.fork(size))
+
+    def _is_sooner_back(self, pages: int) -> bool:
+        """True if so many pages of a new prompt are copied sooner than they are computed, though it
+        then waits for a step. As a copy to the host came before, it counts twice.
+        """
+        copies_s = 2 * self._costs.page_copy_s(pages * self.page_bytes)
+        computed_s = self._costs.prefill_s(pages * self._device.page_tokens)
+        return copies_s + 2 * self._costs.decode_s < computed_s
 
     def _pays(self, pages: int, request: Request) -> bool:
         copies_s = 2 * self._costs.page_copy_s(pages * self.page_bytes)

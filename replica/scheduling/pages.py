@@ -60,7 +60,7 @@ class Pages:
         self.total = capacity
         self.first = 0
         self.page_tokens = page_tokens
-        self._cache = cache
+        self.caches = cache
         # A heap of negative ids. It also has those below `first`, which are never popped.
         self._free = [-page for page in range(capacity - 1, -1, -1)]
         self._unused: OrderedDict[int, None] = (
@@ -215,7 +215,7 @@ class Pages:
         index: of the page among those of the request that `fork` is of.
         """
         assert page in self._holders and len(tokens) == self.page_tokens
-        if not self._cache:
+        if not self.caches:
             return link
         key = _key(link, tokens, index, fork)
         known = self._known.setdefault(key, page)

@@ -239,14 +239,20 @@ class RunningSet:
                 request.pages = [renamed.get(page, page) for page in request.pages]
             self._copies.rename(renamed)
 
-    def end(self, request: Request, now_s: float) -> None:
-        """It leaves for good, from any phase. Its pages are freed later by `free`."""
+    def end(self, request: Request, phase: Phase, now_s: float) -> None:
+        """It leaves for good, from any phase. Its pages are freed later by `free`.
+
+        Unless requests wait for pages, host memory keeps a copy of them first.
+        """
         if request.phase is Phase.RUNNING:
             self._leave_batch(request, now_s)
         else:
             self._waiting.remove(request)
             self.parked.pop(request.id, None)
         self.saved.forget(request)
+        if phase in (Phase.FINISHED, Phase.CANCELLED) and not self.short_of_pages:
+            self._copies.save(request)
+        request.become(phase)
 
     def free(self, request: Request) -> None:
         """No step and no copy references it any more."""
@@ -291,6 +297,8 @@ class RunningSet:
                     request.computed = 0
             return False
         request.pages += pages
+        if not (resumes or returns):
+            self._copies.bring(request, len(found), _matchable(request))
         self._kept.came_back(request, len(found))
         if not resumes:
             self.demand.admitted(request)

@@ -210,7 +210,7 @@ class Scheduler:
         failed = [self.fail(request, error, now_s) for request, error in failing]
         closed, retry_s = backoff.paused(now_s), backoff.next_retry_s(self.waiting, now_s)
         self.in_flight.begin()
-        self.drainer.tick(closed)
+        self.drainer.tick(closed, self.waiting)
         arena_changes: list[ArenaChange] = []
         self.running_set.begin_step(self.drainer.drains, self.drainer.may_admit)
         if self.switches.overlap or self.drainer.sharing.park:
@@ -377,8 +377,7 @@ class Scheduler:
 
     def _end(self, request: Request, phase: Phase, now_s: float) -> None:
         adapter_key = request.adapter_key
-        self.running_set.end(request, now_s)
-        request.become(phase)
+        self.running_set.end(request, phase, now_s)
         self.waiting.forget(request)
         del self._requests[request.id]
         self.share.leave(adapter_key)

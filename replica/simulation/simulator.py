@@ -83,7 +83,7 @@ class Simulator:
     depth: int = 1
     now_s: float = 0.0
     steps: int = 0
-    _copies_end_s: float = 0.0
+    _copies_end_s: list[float] = field(default_factory=lambda: [0.0, 0.0])  # to the device, from it
     _copies: list[tuple[float, int, Load | PageCopy, float]] = field(default_factory=list)
     _copies_begun: int = 0
     _records: dict[str, RequestStats] = field(default_factory=dict)
@@ -176,10 +176,11 @@ class Simulator:
                 self.now_s += copy_s
 
     def _begin_copy(self, copy: Load | PageCopy, copy_s: float) -> None:
-        """One copy engine: images and pages are copied one after another."""
-        self._copies_end_s = max(self._copies_end_s, self.now_s) + copy_s
+        """A copy engine for each direction: images and pages are copied one after another."""
+        out = isinstance(copy, PageCopy) and copy.out
+        end_s = self._copies_end_s[out] = max(self._copies_end_s[out], self.now_s) + copy_s
         self._copies_begun += 1
-        heapq.heappush(self._copies, (self._copies_end_s, self._copies_begun, copy, copy_s))
+        heapq.heappush(self._copies, (end_s, self._copies_begun, copy, copy_s))
 
     def _bytes(self, copy: PageCopy) -> int:
         return len(copy.pages) * self.scheduler.page_copies.page_bytes

@@ -15,6 +15,7 @@ from replica.adapters.adapter_files import inspect
 from replica.engine.engine import Engine
 from replica.model.memory import kv_page_bytes
 from replica.model.shape import read_shape
+from replica.scheduling.page_copies import PageCopies
 from replica.scheduling.request import NewRequest, Sampling
 from replica.scheduling.timeline import Event
 from tests.models import make_adapter, make_model
@@ -95,7 +96,7 @@ def copies_always_pay(monkeypatch: pytest.MonkeyPatch) -> None:
 def unhurried(model: str, versions: list[Version]) -> dict[str, list[int]]:
     with closing(Engine(config(model, ROWS * ROW_PAGES))) as engine:
         got = answers(engine, versions)
-        assert engine.scheduler.page_copies.out == 0
+        assert engine.scheduler.page_copies.back == 0
     return got
 
 
@@ -132,6 +133,43 @@ def test_parked_rows_keep_their_pages_in_host_memory(
         assert engine.scheduler.timelines.counts[Event.PARKED] > 0
         assert engine.scheduler.page_copies.back > 0
         assert engine.scheduler.growth.over_needed == 1.0
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_prefixes_that_the_device_forgot_come_back_from_host_memory(
+    model: str, versions: list[Version], depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three models are asked four prompts each, one after another, and the same again."""
+    monkeypatch.setattr(PageCopies, "_is_sooner_back", lambda self, pages: pages > 0)
+    prompts = [tuple(range(3 + 7 * i, 14 + 7 * i)) for i in range(4)]
+    sampling = Sampling(max_tokens=3, temperature=0.0, ignore_eos=True)
+    with closing(Engine(config(model, ROW_PAGES + 2, plan_depth=depth))) as engine:
+        for version in versions:
+            engine.register(version, version.uri)
+        digests = [None, *(version.digest for version in versions)]
+        first, second = (
+            [ask(engine, prompt, digest, sampling) for prompt in prompts for digest in digests]
+            for _ in range(2)
+        )
+        assert [tokens for tokens, _ in first] == [tokens for tokens, _ in second]
+        assert {cached for _, cached in first} == {0}
+        assert {cached for _, cached in second} == {2 * PAGE_TOKENS}
+        assert engine.scheduler.page_copies.back == 2 * len(first)
+
+
+def ask(
+    engine: Engine, prompt: tuple[int, ...], digest: str | None, sampling: Sampling
+) -> tuple[list[int], int]:
+    """The answer, and how many tokens of the prompt were cached."""
+    engine.add(NewRequest("only", prompt, sampling, digest))
+    tokens, cached = [], 0
+    while engine.has_work:
+        for delta in engine.step():
+            assert delta.error is None, delta.error
+            tokens += delta.tokens
+            cached += delta.cached_tokens
+        engine.scheduler.check()
+    return tokens, cached
 
 
 def test_without_page_copies_tokens_are_computed_again(

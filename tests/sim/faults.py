@@ -1056,7 +1056,8 @@ FAULTS = (
         "page copies",
         "pages are free as soon as their copy begins",
         "scheduling/page_copies",
-        "        self._freeing[copy.number] = self._device.sole(request.pages)\n",
+        "        self._freeing[copy.number] = self._device.sole(request.pages)\n"
+        "        self.out += count\n",
         "        self._freeing[copy.number] = self._device.sole(request.pages)\n"
         "        self._device.give_back(request.pages)\n"
         "        request.pages = []\n",
@@ -1151,6 +1152,62 @@ FAULTS = (
         "scheduling/page_copies",
         "return copies_s < self._costs.prefill_s(request.computed)",
         "return True",
+    ),
+    _fault(
+        "page copies",
+        "a prefix is known in host memory before its copy is done",
+        "scheduling/page_copies",
+        "        self._saving[copy.number] = known\n",
+        "        self._publish(request, known)\n",
+    ),
+    _fault(
+        "page copies",
+        "a prefix in host memory serves any adapter",
+        "scheduling/page_copies",
+        "host.match(request.root, tokens",
+        "host.match(None, tokens",
+    ),
+    _fault(
+        "page copies",
+        "prefixes are saved one page too far",
+        "scheduling/page_copies",
+        "request.pages[count - missing : count], pages, out=True",
+        "[*request.pages[count - missing :], *request.pages][:missing], pages, out=True",
+    ),
+    _fault(
+        "page copies",
+        "a prefix comes from host memory however short it is",
+        "scheduling/page_copies",
+        "return copies_s + 2 * self._costs.decode_s < computed_s",
+        "return True",
+    ),
+    _fault(
+        "page copies",
+        "host memory has less of a prefix than the device, and that counts",
+        "scheduling/page_copies",
+        "if missing <= 0 or not self._is_sooner_back(missing):",
+        "if not self._is_sooner_back(missing):",
+    ),
+    _fault(
+        "page copies",
+        "prefixes are saved while requests wait for pages",
+        "scheduling/running_set",
+        " and not self.short_of_pages:",
+        ":",
+    ),
+    _fault(
+        "page copies",
+        "a whole prompt comes from host memory, and no logits choose a token",
+        "scheduling/running_set",
+        "self._copies.bring(request, len(found), _matchable(request))",
+        "self._copies.bring(request, len(found), request.tokens)",
+    ),
+    _fault(
+        "page copies",
+        "prefixes wait for each other's copies",
+        "scheduling/page_copies",
+        " or not count or self._freeing:",
+        " or not count:",
     ),
     _fault(
         "page copies",

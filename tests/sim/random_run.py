@@ -87,6 +87,7 @@ class Run:
             page_wait_max_s=rng.choice([0.0, 0.3, 2.0]),
         )
         costs = Costs(copy_bytes_per_s=rng.choice([200.0, 2000.0]), decode_s=0.05)
+        costs.stepped(1, rng.choice([0.05, 0.1]))
         sharing = Sharing(
             park=self.chance(0.6),
             quantum_s=rng.choice([0.1, 0.5]),
@@ -119,7 +120,9 @@ class Run:
         )
         share = Share({"a": 2.0}, on=self.chance(0.3))
         growth = Growth(16, pages.total * 16, rng.choice([0.0, 0.0, 0.02, 2.0]))
-        host = Pages(rng.randint(1, 24), 16, cache=False) if self.chance(0.7) else None
+        host = None
+        if self.chance(0.7):
+            host = Pages(rng.randint(1, 24), 16, cache=switches.overlap and self.chance(0.7))
         costs.pages_copied(1, rng.choice([0.001, 0.005, 0.1]))
         copies = PageCopies(pages, host, 1, costs)
         self.core = Scheduler(
@@ -253,6 +256,7 @@ class Run:
                 self.memory.end_copy(number)
                 self.core.pages_copied(number, self.now_s)
                 self.core.check()
+        self.clear()
 
     def begin_page_copies(self, plan: Plan) -> None:
         pages_in_use = {page for step in self.launched for page in step.pages_written()}

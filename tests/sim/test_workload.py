@@ -91,7 +91,7 @@ OVERLOADS = {
 
 @pytest.mark.parametrize("name", OVERLOADS)
 def test_under_overload_the_default_policy_is_no_worse_than_skip(name: str) -> None:
-    """Within the spread of the seeds: one alone is off by 2%.
+    """Within the spread of the seeds: one alone is off by 4%.
 
     Parked rows that lose their pages are recomputed turn after turn, which once made the default
     ten times slower here.
@@ -108,7 +108,7 @@ def test_under_overload_the_default_policy_is_no_worse_than_skip(name: str) -> N
             adapters={"count": adapters},
             popularity={"zipf": 0.8},
             base_share=0.1,
-            seeds=5,
+            seeds=12,
         )
         for policy in ("skip", "ours")
     )

@@ -1,5 +1,6 @@
 """Pages of rows off the batch move to host memory and back, and nothing is computed twice."""
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from replica.scheduling.loads import Switches
 from replica.scheduling.pages import PageCopy, Pages
 from replica.scheduling.plan import Plan
-from replica.scheduling.request import Delta, Phase, Request, Sampled
+from replica.scheduling.request import Delta, NewRequest, Phase, Request, Sampled
 from replica.scheduling.scheduler import Scheduler
 from replica.scheduling.timeline import Event
 from replica.scheduling.turns import Sharing
@@ -314,3 +315,132 @@ def test_a_planned_copy_reads_pages_where_they_moved_to() -> None:
     core.page_copies.rename({page: 99})
     (copy,) = core.page_copies.planned()
     assert copy.pages == (99,)
+
+
+# Prefixes
+
+
+def saved(**settings: object) -> Scheduler:
+    """Ten pages. The first four of the prompt "known" are in host memory, and on the device."""
+    settings = {"pages": 10, "tokens": 256, "host_pages": 20, "host_cache": True, **settings}
+    core = scheduler(**settings)  # type: ignore[arg-type]
+    core.add(new("known", "a", prompt=70, max_tokens=2), 0.0)
+    settle(core, 0.0)
+    end(core)
+    return core
+
+
+def forget_on_device(core: Scheduler) -> None:
+    assert core.pages.take(core.pages.capacity) is not None
+    core.pages.give_back(range(core.pages.capacity))
+
+
+def again(core: Scheduler, digest: str | None = "a", **fields: object) -> Request:
+    known = new("known", digest, prompt=70, max_tokens=2, **fields)
+    return core.add(dataclasses.replace(known, id="again"), 0.0)
+
+
+def known_on_host(core: Scheduler, request: NewRequest) -> int:
+    host = core.page_copies.host
+    assert host is not None
+    prefix = host.match(request.digest, request.prompt)
+    host.give_back(prefix.pages)
+    return len(prefix.pages)
+
+
+def test_a_prefix_that_the_device_forgot_comes_from_host_memory() -> None:
+    core = saved()
+    forget_on_device(core)
+    request = again(core)
+    plan, copy = until_copy(core)
+    assert not copy.out and list(copy.pages) == request.pages[:4] and ran(plan) == []
+    for _ in range(3):
+        assert ran(run(core)[0]) == [], "its pages are not there yet"
+    core.pages_copied(copy.number, 0.0)
+    plan, (delta,) = run(core)
+    assert [(w.start, w.end) for w in plan.rows] == [(64, 70)] and delta.cached_tokens == 64
+    end(core)
+    assert not run(core)[0].page_copies, "host memory has all of it"
+
+
+def test_what_the_device_still_has_is_not_copied() -> None:
+    core = saved()
+    request = again(core)
+    plan, _ = run(core)
+    assert ran(plan) == ["again"] and not plan.page_copies and request.cached == 64
+
+
+def test_a_prefix_is_known_when_its_copy_is_done_and_not_before() -> None:
+    core = scheduler(pages=10, tokens=256, host_pages=20, host_cache=True)
+    request = new("known", prompt=70, max_tokens=2)
+    core.add(request, 0.0)
+    _, copy = until_copy(core)
+    assert copy.out and len(copy.pages) == 4 and core.pages.free < core.pages.capacity
+    assert known_on_host(core, request) == 0
+    core.pages_copied(copy.number, 0.0)
+    assert known_on_host(core, request) == 4 and core.pages.free == core.pages.capacity
+
+
+@pytest.mark.parametrize("digest", [None, "b"])
+def test_a_prefix_in_host_memory_is_its_adapters_own(digest: str | None) -> None:
+    core = saved()
+    forget_on_device(core)
+    request = again(core, digest)
+    for _ in range(3):
+        settle(core, 0.0)
+    assert request.cached == 0 and core.page_copies.back == 0
+
+
+def test_a_prompt_whose_log_probabilities_are_wanted_is_computed() -> None:
+    core = saved()
+    forget_on_device(core)
+    request = again(core, prompt_logprobs=0)
+    settle(core, 0.0)
+    assert request.cached == 0 and core.page_copies.back == 0
+
+
+def test_a_prefix_that_is_sooner_computed_stays() -> None:
+    core = saved()
+    forget_on_device(core)
+    core.costs.pages_copied(1, 0.03)
+    again(core)
+    end(core)
+    assert core.page_copies.back == 0
+
+
+def test_rows_take_the_place_of_prefixes_in_host_memory() -> None:
+    core = saved(pages=5, context=96, host_pages=5)
+    known = new("known", "a", prompt=70)
+    assert known_on_host(core, known) == 4
+    begin(core, *(new(name, prompt=10, max_tokens=30) for name in ("old", "young")))
+    _, copy = until_copy(core)
+    core.pages_copied(copy.number, 0.0)
+    end(core)
+    assert known_on_host(core, known) < 4
+
+
+def test_one_prefix_is_copied_at_a_time() -> None:
+    core = scheduler(pages=16, tokens=256, host_pages=40, host_cache=True)
+    for name in ("x", "y"):
+        core.add(new(name, prompt=70, max_tokens=2), 0.0)
+    assert len([copy for _ in range(5) for copy in run(core)[0].page_copies]) == 1
+
+
+def test_no_prefix_is_copied_while_requests_wait_for_pages() -> None:
+    core = scheduler(pages=8, tokens=256, host_pages=40, host_cache=True)
+    core.add(new("x", prompt=70, max_tokens=2), 0.0)
+    core.add(new("large", prompt=100, max_tokens=2), 0.0)
+    for _ in range(3):
+        assert not run(core)[0].page_copies
+
+
+def test_a_request_that_is_cancelled_while_its_prefix_arrives_holds_it_until_then() -> None:
+    core = saved()
+    forget_on_device(core)
+    again(core)
+    _, copy = until_copy(core)
+    assert core.cancel("again", 0.0)
+    core.check()
+    assert not free(core.pages) & set(copy.pages)
+    core.pages_copied(copy.number, 0.0)
+    end(core)
