@@ -1,5 +1,7 @@
 """One memory for adapters and KV pages: when each gives memory to the other."""
 
+from dataclasses import replace
+
 import pytest
 
 from cluster.values import Tier
@@ -259,7 +261,8 @@ def test_a_request_of_a_whole_context_always_finds_its_pages() -> None:
     assert placed(core) == list("abcd")
 
 
-def test_freed_pages_are_kept_for_an_adapter_that_starved_too_long() -> None:
+@pytest.mark.parametrize("prompt", ["of its own", "of a row"])
+def test_freed_pages_are_kept_for_an_adapter_that_starved_too_long(prompt: str) -> None:
     """Otherwise a stream of base requests would take each page as it comes free."""
     core = shared(pages=10, headroom=0, page_wait_max_s=1.0)
     now_s = 0.0
@@ -269,12 +272,23 @@ def test_freed_pages_are_kept_for_an_adapter_that_starved_too_long() -> None:
     came_s = None
     while came_s is None:
         now_s += 0.05
-        core.add(new(f"c{now_s}", None, prompt=20, max_tokens=12), now_s)
+        name = f"c{now_s}" if prompt == "of its own" else "b4"
+        core.add(replace(new(name, prompt=18, max_tokens=12), id=f"c{now_s}"), now_s)
         plan, _ = settle(core, now_s)
         came_s = now_s if "a" in loaded(plan) else None
         assert now_s < 3.0
     assert 1.0 < came_s < 2.0
     assert core.waiting.waited_for(None), "other requests wait, and did not take the pages"
+
+
+def test_a_request_never_evicts_its_own_adapter_for_pages() -> None:
+    core = shared(pages=12, headroom=0)
+    use(core, "a")
+    request = core.add(new("mine", "a"), 0.0)
+    more = core.pages.free + 1
+    assert core.running_set._supply.take(more, 0.0, drop=True, requester=request) is None
+    assert placed(core) == ["a"]
+    assert core.running_set._supply.take(more, 0.0, drop=True) is not None and not placed(core)
 
 
 def test_a_request_that_waits_longer_than_the_adapter_goes_first() -> None:
