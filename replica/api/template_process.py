@@ -3,7 +3,8 @@
     none ── a template ──> running ── too long, too much memory, gone ──> killed ──> none
 
 A template is foreign code. Jinja's sandbox keeps it from files and variables, but not from endless
-loops. After an overrun its chats are refused for `REFUSED_S`, so that it holds up others once.
+loops. After an overrun its chats are refused for `REFUSED_S`, so that it holds up others once. Only
+those of less than half the size go on: one huge chat must not end everyone's with that adapter.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ import time
 import weakref
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +43,26 @@ class TemplateOverrun(Exception):
     """The template took too much, now or less than `REFUSED_S` ago. Says what."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Overrun:
+    """size_bytes: of the request that took too much, without the template."""
+
+    until_s: float
+    reason: str
+    size_bytes: int
+
+    def error(self, now_s: float) -> TemplateOverrun:
+        left_s = self.until_s - now_s
+        return TemplateOverrun(f"{self.reason}; its chats are refused for {left_s:.0f} s")
+
+
 class TemplateProcess:
     """`render` is for one event loop. The process starts with the first template."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "templates")
         self._child: _Child | None = None
-        self._overruns: dict[str, tuple[float, str]] = {}  # template → until when, and what
+        self._overruns: dict[str, _Overrun] = {}  # by template
         self._turns = weakref.WeakValueDictionary[str, asyncio.Lock]()
 
     async def render(self, template: str, request: Mapping[str, Any]) -> str:
@@ -73,10 +88,6 @@ class TemplateProcess:
 
     def _run(self, template: str, request: Mapping[str, Any]) -> tuple[bytes, str]:
         """On its own thread."""
-        now_s = time.monotonic()
-        until_s, reason = self._overruns.get(template, (now_s, ""))
-        if until_s > now_s:
-            raise _overrun(reason, until_s - now_s)
         try:
             body = json.dumps({**request, "template": template}).encode()
         except RecursionError as error:
@@ -85,23 +96,33 @@ class TemplateProcess:
             raise BadRequest(
                 f"{len(body)} bytes of JSON, the maximum is {REQUEST_BYTES_MAX}", field="messages"
             )
-        if self._child is None or self._child.ended:
-            self._child = _Child()
+        now_s, size_bytes = time.monotonic(), len(body) - len(template)
+        self._overruns = {t: o for t, o in self._overruns.items() if o.until_s > now_s}
+        overrun = self._overruns.get(template)
+        if overrun is not None and size_bytes * 2 >= overrun.size_bytes:
+            raise overrun.error(now_s)
         try:
-            return self._child.answer(body)
+            return self._answer(body)
         except (OSError, ValueError) as error:
-            self._child.end()
-            self._child = None
             reason = f"it took more than {MEMORY_BYTES >> 20} MiB, or broke its process"
             if isinstance(error, TimeoutError):
                 reason = f"it took longer than {DEADLINE_S:g} s"
-            self._overruns = {t: o for t, o in self._overruns.items() if o[0] > now_s}
-            self._overruns[template] = time.monotonic() + REFUSED_S, reason
-            raise _overrun(reason, REFUSED_S) from error
+            now_s = time.monotonic()
+            overrun = _Overrun(now_s + REFUSED_S, reason, size_bytes)
+            self._overruns[template] = overrun
+            raise overrun.error(now_s) from error
 
-
-def _overrun(reason: str, left_s: float) -> TemplateOverrun:
-    return TemplateOverrun(f"{reason}; its chats are refused for {left_s:.0f} s")
+    def _answer(self, body: bytes) -> tuple[bytes, str]:
+        """Raises AdapterFailed, or OSError or ValueError: then the process has ended."""
+        if self._child is None or self._child.ended:
+            self._child = _Child()
+        child = self._child
+        try:
+            return child.answer(body)
+        except (OSError, ValueError):
+            self._child = None
+            child.end()
+            raise
 
 
 class _Child:

@@ -13,7 +13,7 @@ import pytest
 
 from cluster.errors import AdapterFailed, BadRequest
 from replica.api import template_process
-from replica.api.template_process import TemplateOverrun, TemplateProcess
+from replica.api.template_process import TemplateOverrun, TemplateProcess, _Overrun
 from replica.api.text import OwnTemplate, Text
 from tests.models import write_tokenizer
 from tests.until import TIMEOUT_S
@@ -25,7 +25,7 @@ BOMB = (
 )
 CHAT: list[dict[str, Any]] = [
     {"role": "system", "content": "Be\r\nkind.", "name": None},
-    {"role": "user", "content": "h\u00e9 \U0001f600 \ud800 <|end|>"},
+    {"role": "user", "content": "h\u00e9 \U0001f600 <|end|>"},
     {"role": "assistant", "content": "an answer", "reasoning": "thought"},
 ]
 TOOL = {"type": "function", "function": {"name": "f\u00fc", "parameters": {"type": "object"}}}
@@ -139,11 +139,24 @@ async def test_an_endless_template_is_refused_and_others_go_on() -> None:
 
 async def test_a_refused_template_is_tried_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
     process = TemplateProcess()
-    process._overruns["x"] = time.monotonic() + TIMEOUT_S, "it took long"
+    process._overruns["x"] = _Overrun(time.monotonic() + TIMEOUT_S, "it took long", 0)
     with pytest.raises(TemplateOverrun):
         await process.render("x", request())
-    process._overruns["x"] = time.monotonic(), "it took long"
+    process._overruns["x"] = _Overrun(time.monotonic(), "it took long", 0)
     assert await process.render("x", request()) == "x"
+    assert process._overruns == {}
+
+
+async def test_one_huge_chat_leaves_the_templates_small_ones() -> None:
+    process = TemplateProcess()
+    template = "{% for m in messages %}{% if m.n %}" + ENDLESS + "{% endif %}{% endfor %}fine"
+    huge = {"role": "user", "content": "x" * 1000, "n": 1}
+    assert await process.render(template, request()) == "fine"
+    with pytest.raises(TemplateOverrun, match="longer than 2 s"):
+        await process.render(template, request(huge))
+    assert await process.render(template, request()) == "fine"
+    with pytest.raises(TemplateOverrun, match="longer than 2 s"):
+        await process.render(template, request({"role": "user", "content": "x" * 600}))
 
 
 @pytest.mark.parametrize("template", [BOMB, "{{ 'x' * 999999999 }}"])
