@@ -10,7 +10,9 @@ those of less than half the size go on: one huge chat must not end everyone's wi
 import asyncio
 import json
 import os
+import resource
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -27,6 +29,8 @@ from cluster.errors import AdapterFailed, BadRequest
 DEADLINE_S = 2.0
 REFUSED_S = 60.0
 MEMORY_BYTES = 512 * 2**20
+# What compiled templates may keep of it.
+KEPT_BYTES_MAX = 256 * 2**20
 REQUEST_BYTES_MAX = 16 * 2**20
 _ANSWER_BYTES_MAX = 64 * 2**20
 _START_S = 60.0
@@ -112,17 +116,25 @@ class TemplateProcess:
             self._overruns[template] = overrun
             raise overrun.error(now_s) from error
 
-    def _answer(self, body: bytes) -> tuple[bytes, str]:
+    def _answer(self, body: bytes, again: bool = True) -> tuple[bytes, str]:
         """Raises AdapterFailed, or OSError or ValueError: then the process has ended."""
         if self._child is None or self._child.ended:
             self._child = _Child()
         child = self._child
         try:
-            return child.answer(body)
-        except (OSError, ValueError):
+            answer = child.answer(body)
+        except (OSError, ValueError) as error:
             self._child = None
+            killed = child.end() in (-signal.SIGKILL, -signal.SIGTERM)
+            if not (again and killed and isinstance(error, ConnectionError)):
+                raise
+            # Somebody else did that, such as the kernel for want of memory. Only if it happens
+            # again, the template may be at fault.
+            return self._answer(body, again=False)
+        if child.kept_bytes > KEPT_BYTES_MAX:
             child.end()
-            raise
+            self._child = None
+        return answer
 
 
 class _Child:
@@ -143,6 +155,7 @@ class _Child:
         self.end = weakref.finalize(self, _end, self._popen, self._socket)
         try:
             self._received(time.monotonic() + _START_S)
+            self._bytes_at_start = self._resident_bytes()
         except OSError as error:
             self.end()
             code = self._popen.returncode
@@ -155,6 +168,18 @@ class _Child:
     def ended(self) -> bool:
         return self._popen.poll() is not None
 
+    @property
+    def kept_bytes(self) -> int:
+        """Resident memory beyond that of its start. 0 if it has ended."""
+        return max(self._resident_bytes() - self._bytes_at_start, 0)
+
+    def _resident_bytes(self) -> int:
+        try:
+            pages = Path(f"/proc/{self._popen.pid}/statm").read_text().split()[1]
+        except (OSError, IndexError):
+            return 0
+        return int(pages) * resource.getpagesize()
+
     def answer(self, body: bytes) -> tuple[bytes, str]:
         """(kind, text). After an OSError it is of no more use."""
         request_id = secrets.token_bytes(8)
@@ -164,7 +189,7 @@ class _Child:
         answer = self._received(deadline_s)
         if answer[:8] != request_id:
             raise OSError("an answer to another request")
-        return answer[8:9], answer[9:].decode("utf-8", "surrogatepass")
+        return answer[8:9], answer[9:].decode()
 
     def _received(self, deadline_s: float) -> bytes:
         size = int.from_bytes(self._exactly(4, deadline_s))
@@ -183,7 +208,9 @@ class _Child:
         return bytes(data)
 
 
-def _end(popen: subprocess.Popen[bytes], connection: socket.socket) -> None:
+def _end(popen: subprocess.Popen[bytes], connection: socket.socket) -> int:
+    """Returns the exit status."""
     popen.kill()
-    popen.wait()
+    status = popen.wait()
     connection.close()
+    return status

@@ -29,6 +29,7 @@ CHAT: list[dict[str, Any]] = [
     {"role": "assistant", "content": "an answer", "reasoning": "thought"},
 ]
 TOOL = {"type": "function", "function": {"name": "f\u00fc", "parameters": {"type": "object"}}}
+KILLED = "__import__('os').kill(__import__('os').getpid(), 9)"
 WHOLE = """{%- if tools %}{{ tools | tojson(indent=2) }}{% endif %}
   {% for message in messages %}
     {%- if loop.index > 5 %}{% break %}{% endif %}
@@ -173,6 +174,52 @@ async def test_a_process_that_was_killed_is_started_again(process: TemplateProce
     process._child._popen.kill()
     process._child._popen.wait()
     assert await process.render("x", request()) == "x"
+
+
+async def test_a_template_is_not_blamed_for_who_kills_its_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = str(tmp_path / "killed")
+    killed = f"(open({mark!r}, 'w'), {KILLED})"
+    answer = f"request[:8] + b'rdone' if __import__('os').path.exists({mark!r}) else {killed}"
+    monkeypatch.setattr(template_process, "_CHILD", script(tmp_path, answer))
+    process = TemplateProcess()
+    assert await process.render("x", request()) == "done"
+    assert process._overruns == {}
+
+
+async def test_a_process_that_is_always_killed_is_the_templates_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(template_process, "_CHILD", script(tmp_path, KILLED))
+    with pytest.raises(TemplateOverrun, match="or broke its process"):
+        await TemplateProcess().render("x", request())
+
+
+async def test_compiled_templates_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_process, "KEPT_BYTES_MAX", 64 * 2**20)
+    process = TemplateProcess()
+    kept = []
+    for i in range(3):  # Jinja computes constants when it compiles
+        template = f"{{% set x = '{i} ' * 10000000 %}}{{{{ x | length }}}}"
+        assert await process.render(template, request()) == "20000000"
+        kept.append(process._child is not None)
+    assert kept == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ '\\ud800' }}", "surrogates not allowed"),
+        ("\ud800", "surrogates not allowed"),
+        ("{{ raise_exception('\\ud800') }}", r"^\\ud800$"),
+    ],
+)
+async def test_half_a_character_is_refused(
+    process: TemplateProcess, template: str, reason: str
+) -> None:
+    with pytest.raises(BadRequest, match=reason):
+        await process.render(template, request())
 
 
 async def test_requests_have_a_limit(process: TemplateProcess) -> None:
