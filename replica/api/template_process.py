@@ -142,27 +142,17 @@ class _Child:
 
     def __init__(self) -> None:
         """Raises AdapterFailed if it does not start."""
-        self._socket, theirs = socket.socketpair()
-        with theirs:
-            self._popen = subprocess.Popen(
-                [sys.executable, "-P", str(_CHILD), str(MEMORY_BYTES), str(_ALARM_S)],
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env={name: os.environ[name] for name in _VARIABLES if name in os.environ},
-                start_new_session=True,  # Ctrl-C is not for it
-            )
+        try:
+            self._popen, self._socket = _started()
+        except OSError as error:
+            raise _not_started(str(error)) from error
         self.end = weakref.finalize(self, _end, self._popen, self._socket)
         try:
             self._received(time.monotonic() + _START_S)
             self._bytes_at_start = self._resident_bytes()
         except OSError as error:
             self.end()
-            code = self._popen.returncode
-            raise AdapterFailed(
-                f"the process for chat templates did not start (exit status {code})",
-                retry_after_s=1.0,
-            ) from error
+            raise _not_started(f"exit status {self._popen.returncode}") from error
 
     @property
     def ended(self) -> bool:
@@ -206,6 +196,29 @@ class _Child:
                 raise ConnectionError("the process has ended")
             data += piece
         return bytes(data)
+
+
+def _started() -> tuple[subprocess.Popen[bytes], socket.socket]:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        try:
+            return subprocess.Popen(
+                [sys.executable, "-P", str(_CHILD), str(MEMORY_BYTES), str(_ALARM_S)],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={name: os.environ[name] for name in _VARIABLES if name in os.environ},
+                start_new_session=True,  # Ctrl-C is not for it
+            ), ours
+        except OSError:
+            ours.close()
+            raise
+
+
+def _not_started(reason: str) -> AdapterFailed:
+    return AdapterFailed(
+        f"the process for chat templates did not start ({reason})", retry_after_s=1.0
+    )
 
 
 def _end(popen: subprocess.Popen[bytes], connection: socket.socket) -> int:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -270,6 +271,17 @@ async def test_a_process_that_does_not_start_is_told(
     monkeypatch.setattr(template_process, "_CHILD", tmp_path / "nothing.py")
     with pytest.raises(AdapterFailed, match=r"did not start \(exit status 2\)"):
         await TemplateProcess().render("x", request())
+
+
+async def test_a_process_that_cannot_be_started_is_not_the_templates_fault(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    process = TemplateProcess()
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "executable", "/nowhere/python")
+        with pytest.raises(AdapterFailed, match=r"did not start \(.*No such file"):
+            await process.render("x", request())
+    assert await process.render("x", request()) == "x"
 
 
 def test_a_syntax_error_has_its_line(process: TemplateProcess) -> None:
