@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Mapping
@@ -67,6 +68,7 @@ class TemplateProcess:
         self._thread = ThreadPoolExecutor(1, "templates")
         self._child: _Child | None = None
         self._overruns: dict[str, _Overrun] = {}  # by template
+        self._checking = threading.Lock()
         self._turns = weakref.WeakValueDictionary[str, asyncio.Lock]()
 
     async def render(self, template: str, request: Mapping[str, Any]) -> str:
@@ -87,7 +89,8 @@ class TemplateProcess:
         """Blocking. Raises TemplateOverrun or AdapterFailed."""
         messages = [{"role": "user", "content": ""}]
         request = {"special_tokens": {}, "messages": messages, "options": {}}
-        kind, text = self._thread.submit(self._run, template, request).result()
+        with self._checking:  # one at a time, so that chats wait for one of them, not all
+            kind, text = self._thread.submit(self._run, template, request).result()
         return text if kind == _SYNTAX else None
 
     def _run(self, template: str, request: Mapping[str, Any]) -> tuple[bytes, str]:

@@ -1,12 +1,15 @@
 """Adapters' chat templates render as in transformers, in a process that can be killed."""
 
 import asyncio
+import contextlib
 import json
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +285,24 @@ async def test_a_process_that_cannot_be_started_is_not_the_templates_fault(
         with pytest.raises(AdapterFailed, match=r"did not start \(.*No such file"):
             await process.render("x", request())
     assert await process.render("x", request()) == "x"
+
+
+def test_templates_that_are_added_are_queued_one_at_a_time(
+    process: TemplateProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = threading.Barrier(2)
+
+    def submit(*_: object) -> Future[tuple[bytes, str]]:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.3)
+            pytest.fail("two are in the queue, and a chat waits for both")
+        done = Future[tuple[bytes, str]]()
+        done.set_result((b"r", ""))
+        return done
+
+    monkeypatch.setattr(process._thread, "submit", submit)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(process.syntax_error, "ab")) == [None, None]
 
 
 def test_a_syntax_error_has_its_line(process: TemplateProcess) -> None:
