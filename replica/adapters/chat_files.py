@@ -134,8 +134,10 @@ def _template(directory: str) -> str | None:
 
 
 def _one_line_less(text: str | None) -> str | None:
-    """Jinja leaves out a last line break, too."""
-    return None if text is None else text.removesuffix("\n")
+    """Jinja leaves out a last line break, too. Of several, all stay: what is kept is read again."""
+    if text is None or text.endswith("\n\n"):
+        return text
+    return text.removesuffix("\n")
 
 
 def _eos_text(directory: str) -> str | None:
@@ -146,18 +148,18 @@ def _eos_text(directory: str) -> str | None:
 
 
 def _json(directory: str, name: str) -> dict[str, Any]:
+    raw = _read(directory, name) or b"{}"
     try:
-        value = json.loads(_read(directory, name) or b"{}")
+        value = json.loads(raw) if len(raw) <= _BYTES_MAX else {}
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
 
 def _read(directory: str, name: str) -> bytes | None:
-    """None if there is no such file, or none that can be read."""
+    """The first `_BYTES_MAX` + 1 bytes. None if there is no such file, or none that can be read."""
     try:
         with open_regular(str(Path(directory, name))) as file:
-            text = file.read(_BYTES_MAX + 1)
+            return file.read(_BYTES_MAX + 1)
     except (OSError, ValueError):
         return None
-    return text if len(text) <= _BYTES_MAX else None

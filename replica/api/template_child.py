@@ -42,7 +42,7 @@ def _rendered(request: bytes) -> bytes:
             tokenize=False,
             **given["options"],
         )
-        return RENDERED + _encoded(str(text))
+        return RENDERED + str(text).encode()  # refuses half a character: it has no tokens
     except MemoryError:
         os._exit(1)  # so that the next template finds none of this one's memory
     except TemplateSyntaxError as error:
@@ -51,8 +51,8 @@ def _rendered(request: bytes) -> bytes:
         return REFUSED + _encoded(str(error)[:_MESSAGE_MAX])
 
 
-def _encoded(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")
+def _encoded(reason: str) -> bytes:
+    return reason.encode("utf-8", "backslashreplace")
 
 
 def _main(memory_bytes: int, alarm_s: int) -> None:

@@ -3,20 +3,25 @@
     none ── a template ──> running ── too long, too much memory, gone ──> killed ──> none
 
 A template is foreign code. Jinja's sandbox keeps it from files and variables, but not from endless
-loops. After an overrun its chats are refused for `REFUSED_S`, so that it holds up others once.
+loops. After an overrun its chats are refused for `REFUSED_S`, so that it holds up others once. Only
+those of less than half the size go on: one huge chat must not end everyone's with that adapter.
 """
 
 import asyncio
 import json
 import os
+import resource
 import secrets
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +30,8 @@ from cluster.errors import AdapterFailed, BadRequest
 DEADLINE_S = 2.0
 REFUSED_S = 60.0
 MEMORY_BYTES = 512 * 2**20
+# What compiled templates may keep of it.
+KEPT_BYTES_MAX = 256 * 2**20
 REQUEST_BYTES_MAX = 16 * 2**20
 _ANSWER_BYTES_MAX = 64 * 2**20
 _START_S = 60.0
@@ -41,13 +48,27 @@ class TemplateOverrun(Exception):
     """The template took too much, now or less than `REFUSED_S` ago. Says what."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Overrun:
+    """size_bytes: of the request that took too much, without the template."""
+
+    until_s: float
+    reason: str
+    size_bytes: int
+
+    def error(self, now_s: float) -> TemplateOverrun:
+        left_s = self.until_s - now_s
+        return TemplateOverrun(f"{self.reason}; its chats are refused for {left_s:.0f} s")
+
+
 class TemplateProcess:
     """`render` is for one event loop. The process starts with the first template."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "templates")
         self._child: _Child | None = None
-        self._overruns: dict[str, tuple[float, str]] = {}  # template → until when, and what
+        self._overruns: dict[str, _Overrun] = {}  # by template
+        self._checking = threading.Lock()
         self._turns = weakref.WeakValueDictionary[str, asyncio.Lock]()
 
     async def render(self, template: str, request: Mapping[str, Any]) -> str:
@@ -68,15 +89,12 @@ class TemplateProcess:
         """Blocking. Raises TemplateOverrun or AdapterFailed."""
         messages = [{"role": "user", "content": ""}]
         request = {"special_tokens": {}, "messages": messages, "options": {}}
-        kind, text = self._thread.submit(self._run, template, request).result()
+        with self._checking:  # one at a time, so that chats wait for one of them, not all
+            kind, text = self._thread.submit(self._run, template, request).result()
         return text if kind == _SYNTAX else None
 
     def _run(self, template: str, request: Mapping[str, Any]) -> tuple[bytes, str]:
         """On its own thread."""
-        now_s = time.monotonic()
-        until_s, reason = self._overruns.get(template, (now_s, ""))
-        if until_s > now_s:
-            raise _overrun(reason, until_s - now_s)
         try:
             body = json.dumps({**request, "template": template}).encode()
         except RecursionError as error:
@@ -85,23 +103,41 @@ class TemplateProcess:
             raise BadRequest(
                 f"{len(body)} bytes of JSON, the maximum is {REQUEST_BYTES_MAX}", field="messages"
             )
-        if self._child is None or self._child.ended:
-            self._child = _Child()
+        now_s, size_bytes = time.monotonic(), len(body) - len(template)
+        self._overruns = {t: o for t, o in self._overruns.items() if o.until_s > now_s}
+        overrun = self._overruns.get(template)
+        if overrun is not None and size_bytes * 2 >= overrun.size_bytes:
+            raise overrun.error(now_s)
         try:
-            return self._child.answer(body)
+            return self._answer(body)
         except (OSError, ValueError) as error:
-            self._child.end()
-            self._child = None
             reason = f"it took more than {MEMORY_BYTES >> 20} MiB, or broke its process"
             if isinstance(error, TimeoutError):
                 reason = f"it took longer than {DEADLINE_S:g} s"
-            self._overruns = {t: o for t, o in self._overruns.items() if o[0] > now_s}
-            self._overruns[template] = time.monotonic() + REFUSED_S, reason
-            raise _overrun(reason, REFUSED_S) from error
+            now_s = time.monotonic()
+            overrun = _Overrun(now_s + REFUSED_S, reason, size_bytes)
+            self._overruns[template] = overrun
+            raise overrun.error(now_s) from error
 
-
-def _overrun(reason: str, left_s: float) -> TemplateOverrun:
-    return TemplateOverrun(f"{reason}; its chats are refused for {left_s:.0f} s")
+    def _answer(self, body: bytes, again: bool = True) -> tuple[bytes, str]:
+        """Raises AdapterFailed, or OSError or ValueError: then the process has ended."""
+        if self._child is None or self._child.ended:
+            self._child = _Child()
+        child = self._child
+        try:
+            answer = child.answer(body)
+        except (OSError, ValueError) as error:
+            self._child = None
+            killed = child.end() in (-signal.SIGKILL, -signal.SIGTERM)
+            if not (again and killed and isinstance(error, ConnectionError)):
+                raise
+            # Somebody else did that, such as the kernel for want of memory. Only if it happens
+            # again, the template may be at fault.
+            return self._answer(body, again=False)
+        if child.kept_bytes > KEPT_BYTES_MAX:
+            child.end()
+            self._child = None
+        return answer
 
 
 class _Child:
@@ -109,30 +145,33 @@ class _Child:
 
     def __init__(self) -> None:
         """Raises AdapterFailed if it does not start."""
-        self._socket, theirs = socket.socketpair()
-        with theirs:
-            self._popen = subprocess.Popen(
-                [sys.executable, "-P", str(_CHILD), str(MEMORY_BYTES), str(_ALARM_S)],
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env={name: os.environ[name] for name in _VARIABLES if name in os.environ},
-                start_new_session=True,  # Ctrl-C is not for it
-            )
+        try:
+            self._popen, self._socket = _started()
+        except OSError as error:
+            raise _not_started(str(error)) from error
         self.end = weakref.finalize(self, _end, self._popen, self._socket)
         try:
             self._received(time.monotonic() + _START_S)
+            self._bytes_at_start = self._resident_bytes()
         except OSError as error:
             self.end()
-            code = self._popen.returncode
-            raise AdapterFailed(
-                f"the process for chat templates did not start (exit status {code})",
-                retry_after_s=1.0,
-            ) from error
+            raise _not_started(f"exit status {self._popen.returncode}") from error
 
     @property
     def ended(self) -> bool:
         return self._popen.poll() is not None
+
+    @property
+    def kept_bytes(self) -> int:
+        """Resident memory beyond that of its start. 0 if it has ended."""
+        return max(self._resident_bytes() - self._bytes_at_start, 0)
+
+    def _resident_bytes(self) -> int:
+        try:
+            pages = Path(f"/proc/{self._popen.pid}/statm").read_text().split()[1]
+        except (OSError, IndexError):
+            return 0
+        return int(pages) * resource.getpagesize()
 
     def answer(self, body: bytes) -> tuple[bytes, str]:
         """(kind, text). After an OSError it is of no more use."""
@@ -143,7 +182,7 @@ class _Child:
         answer = self._received(deadline_s)
         if answer[:8] != request_id:
             raise OSError("an answer to another request")
-        return answer[8:9], answer[9:].decode("utf-8", "surrogatepass")
+        return answer[8:9], answer[9:].decode()
 
     def _received(self, deadline_s: float) -> bytes:
         size = int.from_bytes(self._exactly(4, deadline_s))
@@ -162,7 +201,32 @@ class _Child:
         return bytes(data)
 
 
-def _end(popen: subprocess.Popen[bytes], connection: socket.socket) -> None:
+def _started() -> tuple[subprocess.Popen[bytes], socket.socket]:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        try:
+            return subprocess.Popen(
+                [sys.executable, "-P", str(_CHILD), str(MEMORY_BYTES), str(_ALARM_S)],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={name: os.environ[name] for name in _VARIABLES if name in os.environ},
+                start_new_session=True,  # Ctrl-C is not for it
+            ), ours
+        except OSError:
+            ours.close()
+            raise
+
+
+def _not_started(reason: str) -> AdapterFailed:
+    return AdapterFailed(
+        f"the process for chat templates did not start ({reason})", retry_after_s=1.0
+    )
+
+
+def _end(popen: subprocess.Popen[bytes], connection: socket.socket) -> int:
+    """Returns the exit status."""
     popen.kill()
-    popen.wait()
+    status = popen.wait()
     connection.close()
+    return status

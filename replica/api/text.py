@@ -113,7 +113,10 @@ class Text:
         return text
 
     def token_id(self, text: str) -> int | None:
-        token: int | None = self._backend.token_to_id(text)
+        try:
+            token: int | None = self._backend.token_to_id(text)
+        except UnicodeEncodeError:  # adapters' files may have half a character
+            return None
         return token
 
     def template_error(self, template: str) -> str | None:

@@ -2,8 +2,10 @@
 
 import asyncio
 import dataclasses
+import functools
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from cluster.config import FleetConfig
@@ -20,6 +22,9 @@ from replica.model.shape import Shape
 from replica.serving.claims import Claims
 from replica.serving.held_files import HeldFiles
 from replica.serving.sources import Sources
+
+# Adapters that are read at once, when they are added.
+READERS = 4
 
 
 class LocalCatalog:
@@ -44,6 +49,8 @@ class LocalCatalog:
         self._validation = Validation(config, shape, text=text)
         self._book = Book(config.engine.base_name)
         self._files = HeldFiles(engine, self._validation.store, self._book)
+        # Threads of their own, because a chat template may take seconds, and chats need the others.
+        self._readers = ThreadPoolExecutor(READERS, "adding")
         self._change = asyncio.Lock()
         self._claims = Claims()
         base_name, now = config.engine.base_name, lambda: time.monotonic()
@@ -60,6 +67,7 @@ class LocalCatalog:
 
     async def stop(self) -> None:
         """Releases the store's files, but not the engine, which belongs to the caller."""
+        self._readers.shutdown(wait=False, cancel_futures=True)
         self._validation.store.close()
 
     async def find(self, name: str) -> Version | None:
@@ -88,9 +96,10 @@ class LocalCatalog:
         trusted: bool = False,
     ) -> Acknowledgement:
         with self._validation.adding() as adding:
-            version = await asyncio.to_thread(
+            read = functools.partial(
                 adding.version, name, path, pinned=pinned, weight=weight, trusted=trusted
             )
+            version = await asyncio.get_running_loop().run_in_executor(self._readers, read)
             async with self._change:
                 self._book.check_add(version, load_inplace=load_inplace)
                 before = self._book.get(name)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import Environment
 
 from cluster.adapter_paths import CONFIG_FILE, TEMPLATE_FILE, TENSORS_FILE, TOKENIZER_FILE
 from cluster.config import FleetConfig
@@ -133,6 +134,18 @@ def test_what_is_kept_is_not_rewritten(
     assert (file.stat().st_ino, file.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
+@pytest.mark.parametrize("lines", ["\n\n", "\n\n\n", "\r\n", "\n\r\n"])
+def test_the_line_breaks_at_its_end_stay_the_same_when_it_is_read_again(
+    validation: Validation, add: Callable[..., Any], lines: str
+) -> None:
+    version, _ = add(template=OWN + lines)
+    again = validation._inspect(validation.store.path(version.digest))
+    assert again.digest == version.digest
+    kept = validation.chat_template(version.digest)
+    jinja = Environment()
+    assert jinja.from_string(kept).render() == jinja.from_string(OWN + lines).render()
+
+
 def test_a_version_of_an_earlier_release_is_fetched_without_its_template(
     validation: Validation, adapter: Path, tmp_path: Path
 ) -> None:
@@ -165,6 +178,7 @@ def test_a_template_that_was_changed_in_the_store_is_noticed(
         ("a\n{% if %}", r"a chat template that cannot be used: line 2: Expected an expression"),
         ("{{ x | nothing }}", "cannot be used: line 1: No filter named 'nothing'"),
         ("x" * (TEMPLATE_BYTES_MAX + 1), "its chat template is over 131072 bytes"),
+        ("x" * (5 * 2**20), "its chat template is over 131072 bytes"),
         ("{{ 'x' * 999999999 }}", "cannot be used: it took more than 512 MiB"),
     ],
 )
@@ -215,6 +229,11 @@ def test_what_is_not_used_is_said(add: Callable[..., Any]) -> None:
     assert remarks == [
         "Its chat templates are not used: none is named default.",
         "Its eos_token is not used: '<|none|>' is no token of the base model's.",
+    ]
+    _, remarks = add(tokenizer={"eos_token": "\ud800"}, added={"\ud800": 5})
+    assert remarks == [
+        r"Its eos_token is not used: '\ud800' is no token of the base model's.",
+        r"Its added tokens '\ud800' are not used: the base model's tokenizer does not have them.",
     ]
 
 

@@ -1,11 +1,15 @@
 """Adapters' chat templates render as in transformers, in a process that can be killed."""
 
 import asyncio
+import contextlib
 import json
 import os
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ import pytest
 
 from cluster.errors import AdapterFailed, BadRequest
 from replica.api import template_process
-from replica.api.template_process import TemplateOverrun, TemplateProcess
+from replica.api.template_process import TemplateOverrun, TemplateProcess, _Overrun
 from replica.api.text import OwnTemplate, Text
 from tests.models import write_tokenizer
 from tests.until import TIMEOUT_S
@@ -25,10 +29,11 @@ BOMB = (
 )
 CHAT: list[dict[str, Any]] = [
     {"role": "system", "content": "Be\r\nkind.", "name": None},
-    {"role": "user", "content": "h\u00e9 \U0001f600 \ud800 <|end|>"},
+    {"role": "user", "content": "h\u00e9 \U0001f600 <|end|>"},
     {"role": "assistant", "content": "an answer", "reasoning": "thought"},
 ]
 TOOL = {"type": "function", "function": {"name": "f\u00fc", "parameters": {"type": "object"}}}
+KILLED = "__import__('os').kill(__import__('os').getpid(), 9)"
 WHOLE = """{%- if tools %}{{ tools | tojson(indent=2) }}{% endif %}
   {% for message in messages %}
     {%- if loop.index > 5 %}{% break %}{% endif %}
@@ -139,11 +144,24 @@ async def test_an_endless_template_is_refused_and_others_go_on() -> None:
 
 async def test_a_refused_template_is_tried_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
     process = TemplateProcess()
-    process._overruns["x"] = time.monotonic() + TIMEOUT_S, "it took long"
+    process._overruns["x"] = _Overrun(time.monotonic() + TIMEOUT_S, "it took long", 0)
     with pytest.raises(TemplateOverrun):
         await process.render("x", request())
-    process._overruns["x"] = time.monotonic(), "it took long"
+    process._overruns["x"] = _Overrun(time.monotonic(), "it took long", 0)
     assert await process.render("x", request()) == "x"
+    assert process._overruns == {}
+
+
+async def test_one_huge_chat_leaves_the_templates_small_ones() -> None:
+    process = TemplateProcess()
+    template = "{% for m in messages %}{% if m.n %}" + ENDLESS + "{% endif %}{% endfor %}fine"
+    huge = {"role": "user", "content": "x" * 1000, "n": 1}
+    assert await process.render(template, request()) == "fine"
+    with pytest.raises(TemplateOverrun, match="longer than 2 s"):
+        await process.render(template, request(huge))
+    assert await process.render(template, request()) == "fine"
+    with pytest.raises(TemplateOverrun, match="longer than 2 s"):
+        await process.render(template, request({"role": "user", "content": "x" * 600}))
 
 
 @pytest.mark.parametrize("template", [BOMB, "{{ 'x' * 999999999 }}"])
@@ -160,6 +178,52 @@ async def test_a_process_that_was_killed_is_started_again(process: TemplateProce
     process._child._popen.kill()
     process._child._popen.wait()
     assert await process.render("x", request()) == "x"
+
+
+async def test_a_template_is_not_blamed_for_who_kills_its_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = str(tmp_path / "killed")
+    killed = f"(open({mark!r}, 'w'), {KILLED})"
+    answer = f"request[:8] + b'rdone' if __import__('os').path.exists({mark!r}) else {killed}"
+    monkeypatch.setattr(template_process, "_CHILD", script(tmp_path, answer))
+    process = TemplateProcess()
+    assert await process.render("x", request()) == "done"
+    assert process._overruns == {}
+
+
+async def test_a_process_that_is_always_killed_is_the_templates_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(template_process, "_CHILD", script(tmp_path, KILLED))
+    with pytest.raises(TemplateOverrun, match="or broke its process"):
+        await TemplateProcess().render("x", request())
+
+
+async def test_compiled_templates_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_process, "KEPT_BYTES_MAX", 64 * 2**20)
+    process = TemplateProcess()
+    kept = []
+    for i in range(3):  # Jinja computes constants when it compiles
+        template = f"{{% set x = '{i} ' * 10000000 %}}{{{{ x | length }}}}"
+        assert await process.render(template, request()) == "20000000"
+        kept.append(process._child is not None)
+    assert kept == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ '\\ud800' }}", "surrogates not allowed"),
+        ("\ud800", "surrogates not allowed"),
+        ("{{ raise_exception('\\ud800') }}", r"^\\ud800$"),
+    ],
+)
+async def test_half_a_character_is_refused(
+    process: TemplateProcess, template: str, reason: str
+) -> None:
+    with pytest.raises(BadRequest, match=reason):
+        await process.render(template, request())
 
 
 async def test_requests_have_a_limit(process: TemplateProcess) -> None:
@@ -210,6 +274,35 @@ async def test_a_process_that_does_not_start_is_told(
     monkeypatch.setattr(template_process, "_CHILD", tmp_path / "nothing.py")
     with pytest.raises(AdapterFailed, match=r"did not start \(exit status 2\)"):
         await TemplateProcess().render("x", request())
+
+
+async def test_a_process_that_cannot_be_started_is_not_the_templates_fault(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    process = TemplateProcess()
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "executable", "/nowhere/python")
+        with pytest.raises(AdapterFailed, match=r"did not start \(.*No such file"):
+            await process.render("x", request())
+    assert await process.render("x", request()) == "x"
+
+
+def test_templates_that_are_added_are_queued_one_at_a_time(
+    process: TemplateProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = threading.Barrier(2)
+
+    def submit(*_: object) -> Future[tuple[bytes, str]]:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.3)
+            pytest.fail("two are in the queue, and a chat waits for both")
+        done = Future[tuple[bytes, str]]()
+        done.set_result((b"r", ""))
+        return done
+
+    monkeypatch.setattr(process._thread, "submit", submit)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(process.syntax_error, "ab")) == [None, None]
 
 
 def test_a_syntax_error_has_its_line(process: TemplateProcess) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from cluster.config import FleetConfig
 from replica.api.interfaces import Claim
 from replica.api.server import build_app
 from replica.api.template_process import TemplateProcess
+from replica.api.text import INLINE_CHARACTERS
 from replica.serving.local_catalog import LocalCatalog
 from tests.models import SPECIAL_TOKENS
 from tests.serving import BASE, CONFIG, client_of, text
 from tests.small_files import settled_config, write_adapter, write_model_config
 from tests.stub_engine import StubEngine
-from tests.until import until
+from tests.until import TIMEOUT_S, until
 
 CHAT = "/v1/chat/completions"
 ASK = [{"role": "user", "content": "hi"}]
@@ -174,6 +176,28 @@ async def test_an_endless_template_holds_up_nobody(replica: Replica) -> None:
     # What needs no template goes on.
     body = {"model": "endless", "prompt": "hi"}
     assert (await replica.post("/v1/completions", **body)).status_code == 200
+
+
+async def test_adapters_that_take_long_to_check_leave_chats_their_threads(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends, checked = threading.Event(), TemplateProcess.syntax_error
+
+    def waits(process: TemplateProcess, template: str) -> str | None:
+        assert ends.wait(TIMEOUT_S)
+        return checked(process, template)
+
+    monkeypatch.setattr(TemplateProcess, "syntax_error", waits)
+    adding = [asyncio.create_task(replica.add(f"a{i}", f"{SQUARE}{i}")) for i in range(40)]
+    try:
+        long = "x" * (INLINE_CHARACTERS + 1)
+        asked = replica.post("/tokenize", model=BASE, prompt=long)
+        assert (await asyncio.wait_for(asked, TIMEOUT_S / 2)).status_code == 200
+        assert not any(task.done() for task in adding)
+    finally:
+        ends.set()
+    await asyncio.gather(*adding)
+    assert len(replica.catalog.versions()) == 40
 
 
 async def test_its_template_tells_how_it_calls_tools_and_thinks(replica: Replica) -> None:
