@@ -7,7 +7,7 @@ an adapter in part gives wrong answers.
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from cluster.errors import AdapterRefused
@@ -50,6 +50,23 @@ def refused(where: str, what: str) -> AdapterRefused:
 def short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def other_base(path: str, names: Iterable[str]) -> str | None:
+    """The base model that an adapter's config names, if it is none of these. Only the last part of
+    a path or id counts, and no case. path: of the config.
+    """
+    try:
+        base = read_config(path).get("base_model_name_or_path")
+    except (AdapterRefused, OSError):
+        return None
+    if not isinstance(base, str) or not base.strip("/"):
+        return None
+    return None if _last_part(base) in map(_last_part, names) else base
+
+
+def _last_part(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].lower()
 
 
 def read_config(path: str) -> dict[str, Any]:

@@ -4,12 +4,13 @@ import contextlib
 import threading
 from collections.abc import Iterable, Iterator
 
-from cluster.adapter_paths import check_allowed, is_url, local_path
+from cluster.adapter_paths import CONFIG_FILE, check_allowed, is_url, local_path
 from cluster.config import FleetConfig
 from cluster.downloads import Peers, no_peers
 from cluster.errors import AdapterRefused
 from cluster.store import Store
 from cluster.values import Version
+from replica.adapters.adapter_config import other_base, short
 from replica.adapters.adapter_files import AdapterInfo, inspect, read_adapter
 from replica.adapters.chat_files import BaseText, read_template, remarks, tidy_chat
 from replica.adapters.foreign_files import foreign, rewrite_foreign
@@ -110,10 +111,17 @@ class Validation:
         return read_template(self.store.path(digest))
 
     def remarks(self, version: Version) -> list[str]:
-        """What its directory has that is not used. Of a URL, nothing is known."""
+        """What its directory has that is not used, and another base model. Of a URL, nothing is
+        known.
+        """
         if is_url(version.uri) or self._text is None:
             return []
-        return remarks(version.uri, self._text, self._shape.vocab)
+        found = remarks(version.uri, self._text, self._shape.vocab)
+        engine = self._config.engine
+        base = other_base(f"{version.uri}/{CONFIG_FILE}", (engine.base_name, engine.model))
+        if base is not None:
+            found.append(f"Its config names another base model, {short(base)}; its shapes fit.")
+        return found
 
     def check_room(self, version: Version, others: Iterable[tuple[int, bool]]) -> None:
         """Raises AdapterRefused if it does not fit beside the pinned adapters. May read files.

@@ -1,5 +1,6 @@
 """What an adapter says of chats is part of its version, if it differs from the base model."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from replica.adapters.adapter_files import inspect
 from replica.adapters.chat_files import TEMPLATE_BYTES_MAX
 from replica.adapters.validation import Validation
 from replica.model.shape import read_shape
-from tests.models import CHAT_TEMPLATE, SPECIAL_TOKENS
+from tests.models import CHAT_TEMPLATE, SPECIAL_TOKENS, edit_config
 from tests.serving import text
 from tests.small_files import settled_config, write_adapter, write_model_config
 
@@ -247,3 +248,27 @@ def test_without_the_base_models_text_nothing_is_kept(tmp_path: Path, adapter: P
     assert not version.template
     kept = validation.store.path(version.digest)
     assert set(os.listdir(kept)) == {CONFIG_FILE, TENSORS_FILE}
+
+
+@pytest.mark.parametrize(
+    ("named", "told"),
+    [
+        ("some/BASE", False),
+        ("/data/base/", False),
+        ("tiny-served", False),
+        (None, False),
+        (7, False),
+        ("meta-llama/Llama-3.1-8B", True),
+    ],
+)
+def test_another_base_model_is_told(
+    tmp_path: Path, adapter: Path, named: object, told: bool
+) -> None:
+    edit_config(adapter, CONFIG_FILE, base_model_name_or_path=named)
+    engine = settled_config(write_model_config(tmp_path / "base"))
+    engine = dataclasses.replace(engine, served_model_name="tiny-served")
+    config = FleetConfig(engine, directory=str(tmp_path / "fleet"))
+    with Validation(config, read_shape(engine.model), text=text()).adding() as adding:
+        adding.version("a", str(adapter), trusted=True)
+    said = f"Its config names another base model, {named!r}; its shapes fit."
+    assert adding.remarks["a"] == ([said] if told else [])
