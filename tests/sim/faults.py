@@ -1169,10 +1169,10 @@ FAULTS = (
     ),
     _fault(
         "page copies",
-        "prefixes are saved one page too far",
+        "what a prefix adds is copied from its start",
         "scheduling/page_copies",
         "request.pages[count - missing : count], pages, out=True",
-        "[*request.pages[count - missing :], *request.pages][:missing], pages, out=True",
+        "request.pages[:missing], pages, out=True",
     ),
     _fault(
         "page copies",

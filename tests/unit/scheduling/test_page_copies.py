@@ -381,6 +381,18 @@ def test_a_prefix_is_known_when_its_copy_is_done_and_not_before() -> None:
     assert known_on_host(core, request) == 4 and core.pages.free == core.pages.capacity
 
 
+def test_only_what_a_request_adds_to_a_prefix_is_copied_to_host_memory() -> None:
+    core = saved()
+    known = new("known", "a", prompt=70, max_tokens=2)
+    request = core.add(
+        dataclasses.replace(known, id="more", prompt=(*known.prompt, *range(30))), 0.0
+    )
+    _, copy = until_copy(core)
+    assert copy.out and list(copy.pages) == request.pages[4:6]
+    core.pages_copied(copy.number, 0.0)
+    assert known_on_host(core, NewRequest("", request.prompt, known.sampling, "a")) == 6
+
+
 @pytest.mark.parametrize("digest", [None, "b"])
 def test_a_prefix_in_host_memory_is_its_adapters_own(digest: str | None) -> None:
     core = saved()
