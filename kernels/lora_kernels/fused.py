@@ -26,18 +26,29 @@ def _power_of_2(size: int) -> int:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x: [rows, hidden], rows apart by any stride. A new tensor."""
-    return _norm(x, None, weight, eps)
+    return _norm(x, None, weight, eps, 1.0)
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    scale: float = 1.0,
 ) -> torch.Tensor:
-    """Adds x to `residual` in place (rounded to its type) and gives the norm of that."""
-    return _norm(x, residual, weight, eps)
+    """Adds x · scale to `residual` in place (rounded to its type) and gives the norm of that.
+
+    A kernel is compiled for each scale.
+    """
+    return _norm(x, residual, weight, eps, scale)
 
 
 def _norm(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    scale: float,
 ) -> torch.Tensor:
     rows, hidden = x.shape
     assert x.stride(1) == 1 and weight.is_contiguous()
@@ -57,6 +68,7 @@ def _norm(
             hidden,
             BLOCK=block,
             ADDS=residual is not None,
+            SCALE=scale,
             num_warps=min(max(block // 512, 1), 16),
         )
     return out
@@ -75,11 +87,14 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
     hidden,
     BLOCK: tl.constexpr,
     ADDS: tl.constexpr,
+    SCALE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < hidden
     values = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    if SCALE != 1.0:
+        values *= SCALE
     if ADDS:
         place = residual + row * residual_stride + columns
         values += tl.load(place, mask=inside, other=0.0).to(tl.float32)

@@ -205,10 +205,14 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    scale: float = 1.0,
 ) -> torch.Tensor:
-    """Adds x to `residual` in place and returns the norm of the sum."""
-    residual += x
+    """Adds x · scale to `residual` in place and returns the norm of the sum."""
+    residual.copy_(residual.float() + x.float() * scale)
     return rms_norm(residual, weight, eps)
 
 

@@ -17,7 +17,7 @@ from replica.model.weights import Layer, Weights
 if TYPE_CHECKING:
     from replica.model.paged_attention import PagedBatch
 
-# Gate and up in `GROUPS`.
+# Gate and up in a shape's groups.
 GATE_UP = 2
 
 
@@ -48,8 +48,9 @@ class Backend(Protocol):
     """Computes what is not a matmul. begin: called before each batch.
 
     attend: rotates queries and keys, stores keys and values; qkv [tokens, heads + 2 · kv_heads,
-    head_dim] → [tokens, heads · head_dim]. add_norm: adds x to `residual` in place and returns the
-    norm of the sum. silu_mul: [tokens, 2 · inner], gate then up → [tokens, inner].
+    head_dim] → [tokens, heads · head_dim]. add_norm: adds x, times the shape's `residual_scale`,
+    to `residual` in place and returns the norm of the sum. silu_mul: [tokens, 2 · inner], gate
+    then up → [tokens, inner].
     """
 
     def begin(self, batch: Any) -> None: ...
@@ -68,6 +69,9 @@ class Backend(Protocol):
 class Decoder:
     def __init__(self, shape: ModelShape, weights: Weights, backend: Backend) -> None:
         self._head_dim = shape.head_dim
+        self._embed_scale = shape.embed_scale
+        self._logits_divisor = shape.logits_divisor
+        self._gates_with_deltas = len(shape.groups[GATE_UP]) == 2
         self._weights = weights
         self._backend = backend
 
@@ -81,6 +85,8 @@ class Decoder:
         logits = self._weights.head(x)
         if deltas is not None:
             deltas.vocabulary.head(x, logits, wanted)
+        if self._logits_divisor != 1.0:
+            logits.div_(self._logits_divisor)
         return logits
 
     def hidden(self, batch: ModelInputs | PagedBatch, deltas: Deltas | None) -> torch.Tensor:
@@ -88,8 +94,10 @@ class Decoder:
         backend.begin(batch)
         norms = [layer.attention_norm for layer in weights.layers[1:]] + [weights.norm]
         hidden = F.embedding(batch.tokens, weights.embeddings)
+        if self._embed_scale != 1.0:
+            hidden.mul_(self._embed_scale)
         if deltas is not None:
-            deltas.vocabulary.embed(batch.tokens, hidden)
+            deltas.vocabulary.embed(batch.tokens, hidden, self._embed_scale)
         x = backend.norm(hidden, weights.layers[0].attention_norm)
         for index, (layer, next_norm) in enumerate(zip(weights.layers, norms, strict=True)):
             qkv = _project(x, index, 0, layer, deltas).view(len(x), -1, self._head_dim)
@@ -104,7 +112,8 @@ class Decoder:
     def _gate(
         self, x: torch.Tensor, index: int, layer: Layer, deltas: Deltas | None
     ) -> torch.Tensor:
-        if deltas is None or layer.biases[GATE_UP] is not None:
+        apart = layer.biases[GATE_UP] is not None or not self._gates_with_deltas
+        if deltas is None or apart:
             return self._backend.silu_mul(_project(x, index, GATE_UP, layer, deltas))
         deltas.start(x, index, GATE_UP)
         return deltas.add_gated(x, layer.matmuls[GATE_UP](x), index, GATE_UP)

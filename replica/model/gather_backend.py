@@ -30,7 +30,7 @@ class GatherBackend:
     def attend(self, qkv: torch.Tensor, index: int, layer: Layer) -> torch.Tensor:
         self.rotate(qkv, layer)
         q, keys, values = torch.split(qkv, self._heads, 1)
-        scale, window = self._shape.head_dim**-0.5, self._shape.windows[index]
+        scale, window = self._shape.softmax_scale, self._shape.windows[index]
         return self._attention.attend(index, q, keys, values, scale, window).flatten(1)
 
     def rotate(self, qkv: torch.Tensor, layer: Layer) -> None:
@@ -51,7 +51,7 @@ class GatherBackend:
     def add_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
     ) -> torch.Tensor:
-        residual += x
+        residual.add_(x, alpha=self._shape.residual_scale)
         return self.norm(residual, weight)
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from replica.model.decoder import Decoder, Deltas
 from replica.model.gather_attention import GatherAttention, ModelInputs
 from replica.model.gather_backend import GatherBackend
 from replica.model.ranks import Ranks
-from replica.model.shape import GROUPS, ModelShape, Shape
+from replica.model.shape import ModelShape, Shape
 from replica.model.weights import Weights
 
 if TYPE_CHECKING:
@@ -93,8 +93,9 @@ class NativeModel:
 
     def weight(self, layer: int, projection: str) -> torch.Tensor:
         fused, start = self.weights.layers[layer].matmuls, 0
-        (group,) = (i for i, names in enumerate(GROUPS) if projection in names)
-        for name in GROUPS[group]:
+        groups = self.shape.groups
+        (group,) = (i for i, names in enumerate(groups) if projection in names)
+        for name in groups[group]:
             if name == projection:
                 break
             start += self.shape.projections[name][1]

@@ -38,7 +38,7 @@ class PagedBackend:
             shape.norm_eps,
         )
         q = qkv[:, : shape.heads]
-        return attention.mix(index, q, shape.head_dim**-0.5, shape.windows[index]).flatten(1)
+        return attention.mix(index, q, shape.softmax_scale, shape.windows[index]).flatten(1)
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return fused.rms_norm(x, weight, self._shape.norm_eps)
@@ -46,7 +46,8 @@ class PagedBackend:
     def add_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
     ) -> torch.Tensor:
-        return fused.add_rms_norm(x, residual, weight, self._shape.norm_eps)
+        shape = self._shape
+        return fused.add_rms_norm(x, residual, weight, shape.norm_eps, shape.residual_scale)
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         return fused.silu_mul(gate_up)

@@ -16,10 +16,7 @@ from cluster.errors import ModelUnsupported
 from replica.model.dequantization import StoredModule
 from replica.model.quantization import Layout, Quantization
 from replica.model.ranks import Linear, Ranks
-from replica.model.shape import GROUPS, ROW_PARALLEL, ModelShape, Shard
-
-_MODULES = ("self_attn", "self_attn", "mlp", "mlp")
-"""The checkpoint's module of each group's projections."""
+from replica.model.shape import BLOCKS, GROUPS, ROW_PARALLEL, ModelShape, Shard
 
 _PLAIN_TYPES = ("F32", "BF16", "F16", "F64")
 _OF_ACTIVATIONS = ("input_scale", "input_zero_point", "activation_scale")
@@ -42,7 +39,7 @@ class Matmul(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One decoder block. matmuls, biases: one for each group of `GROUPS`, in that order.
+    """One decoder block. matmuls, biases: one for each of the shape's groups.
 
     ranks: the ranks that share the layer; None: it is whole.
     """
@@ -164,7 +161,7 @@ def _layer(
     has_bias = (shape.qkv_bias, shape.output_bias, shape.mlp_bias, shape.mlp_bias)
     matmuls: list[Matmul] = []
     biases: list[torch.Tensor | None] = []
-    for group, module, bias in zip(GROUPS, _MODULES, has_bias, strict=True):
+    for group, module, bias in zip(shape.groups, BLOCKS, has_bias, strict=True):
         parts = [(f"{prefix}.{module}.{name}", *shape.projections[name]) for name in group]
         by_inputs = group[0] in ROW_PARALLEL
         weights, bias_parts = [], []

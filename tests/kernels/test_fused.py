@@ -60,13 +60,14 @@ def test_no_rows() -> None:
     assert fused.choose(weight.new_empty(0, 8), none, none).shape == (0, 2)
 
 
-def test_add_rms_norm_leaves_the_sum_behind(kernel_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_add_rms_norm_leaves_the_sum_behind(scale: float, kernel_dtype: torch.dtype) -> None:
     x, held = randn(3, 40, dtype=kernel_dtype), randn(3, 40, dtype=kernel_dtype, seed=1)
     weight, again = randn(40, dtype=kernel_dtype, seed=2), held.clone()
-    normed = fused.add_rms_norm(x, held, weight, 1e-5)
-    close(normed, reference.add_rms_norm(x, again, weight, 1e-5))
+    normed = fused.add_rms_norm(x, held, weight, 1e-5, scale)
+    close(normed, reference.add_rms_norm(x, again, weight, 1e-5, scale))
     assert torch.equal(held, again)
-    assert torch.equal(held, x + randn(3, 40, dtype=kernel_dtype, seed=1))
+    assert torch.equal(held, x * scale + randn(3, 40, dtype=kernel_dtype, seed=1))
 
 
 @pytest.mark.parametrize("inner", [5, 48, fused._GATED_BLOCK + 3])

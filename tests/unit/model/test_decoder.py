@@ -37,6 +37,12 @@ YARN = {
     "original_max_position_embeddings": 128,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+SCALED = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.1,
+    "logits_scaling": 2.5,
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
@@ -56,6 +62,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("qwen3", {"head_dim": 32}),
     "qwen3-tied": ("qwen3", {"tie_word_embeddings": True}),
+    "granite": ("granite", SCALED),
+    "granite-biases-tied": (
+        "granite",
+        {**SCALED, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    "granite-rope-yarn": ("granite", {**SCALED, "rope_parameters": YARN}),
+    "phi3": ("phi3", {"pad_token_id": 2}),
+    "phi3-window": ("phi3", {"pad_token_id": 2, "sliding_window": 20}),
 }
 
 
