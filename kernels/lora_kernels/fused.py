@@ -240,12 +240,21 @@ def _rotary_kernel(  # type: ignore[no-untyped-def]
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """[rows, 2 · inner], gates then ups → [rows, inner], a new tensor."""
+    return _gated(gate_up, False)
+
+
+def gelu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """As `silu_mul`, by GELU in its approximation with tanh."""
+    return _gated(gate_up, True)
+
+
+def _gated(gate_up: torch.Tensor, gelu: bool) -> torch.Tensor:
     rows, inner = gate_up.shape[0], gate_up.shape[1] // 2
     assert gate_up.stride(1) == 1
     out = gate_up.new_empty(rows, inner)
     if rows:
         _gated_kernel[rows, -(-inner // _GATED_BLOCK)](
-            gate_up, out, gate_up.stride(0), inner, BLOCK=_GATED_BLOCK, num_warps=4
+            gate_up, out, gate_up.stride(0), inner, BLOCK=_GATED_BLOCK, GELU=gelu, num_warps=4
         )
     return out
 
@@ -253,15 +262,25 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 @Launcher
 @triton.jit
 def _gated_kernel(  # type: ignore[no-untyped-def]
-    gate_up, out, stride, inner, BLOCK: tl.constexpr
+    gate_up, out, stride, inner, BLOCK: tl.constexpr, GELU: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < inner
     gate = tl.load(gate_up + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + inner + column, mask=inside, other=0.0).to(tl.float32)
-    gated = gate * tl.sigmoid(gate) * up
+    gated = activated(gate, GELU) * up
     tl.store(out + row * inner + column, gated.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def activated(gate, GELU: tl.constexpr):  # type: ignore[no-untyped-def]
+    """SiLU, or GELU with tanh: (1 + tanh(z / 2)) / 2 is sigmoid(z)."""
+    z = gate
+    if GELU:
+        z = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)  # 2 · √(2 / π)
+        z = tl.maximum(z, -80.0)  # `exp` of more than 88 is infinite
+    return gate * tl.sigmoid(z)
 
 
 def choose(logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

@@ -65,11 +65,12 @@ class Model(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class NativeModel:
-    """cos_sin: see `rotary_tables`."""
+    """cos_sin, window_cos_sin: see `rotary_tables` and `GatherBackend`."""
 
     shape: ModelShape
     weights: Weights
     cos_sin: tuple[torch.Tensor, torch.Tensor]
+    window_cos_sin: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def context(self) -> int:
@@ -103,9 +104,10 @@ class NativeModel:
 
     def decoder(self, attention: GatherAttention | PagedAttention) -> Decoder:
         if isinstance(attention, GatherAttention):
-            backend = GatherBackend(self.shape, self.cos_sin, attention)
-            return Decoder(self.shape, self.weights, backend)
+            gather = GatherBackend(self.shape, self.cos_sin, attention, self.window_cos_sin)
+            return Decoder(self.shape, self.weights, gather)
         # It imports triton.
         from replica.model.paged_backend import PagedBackend
 
-        return Decoder(self.shape, self.weights, PagedBackend(self.shape, self.cos_sin, attention))
+        paged = PagedBackend(self.shape, self.cos_sin, attention, self.window_cos_sin)
+        return Decoder(self.shape, self.weights, paged)

@@ -10,6 +10,7 @@ from cluster.errors import ConfigError, ModelUnsupported
 from replica.model.config_fields import integer, is_integer, number, wrong
 from replica.model.families import (
     ARCHITECTURES,
+    GEMMAS,
     PARTLY,
     check_fields,
     read_activation,
@@ -71,10 +72,13 @@ class ModelShape:
     eos_tokens: union of `config.json` and `generation_config.json`.
     windows: per layer, how many tokens (itself included) a token attends to; None means all.
     rope: `rope_parameters` in the format of transformers 5.
-    softmax_scale: of the products of queries and keys. activation: of the gate, `silu`.
-    fused_projections: see `FUSED_GROUPS`.
+    window_rope: of layers with a window; None: as of all others.
+    softmax_scale, softcap: of the products of queries and keys.
+    activation: of the gate, `silu` or `gelu_tanh`. fused_projections: see `FUSED_GROUPS`.
     embed_scale, residual_scale: what embeddings, and each output of attention and MLP, are
-    multiplied by. logits_divisor: what logits are divided by.
+    multiplied by. embed_scale_rounded: to the dtype, before.
+    logits_divisor, final_softcap: logits are divided by one, then bounded by the other.
+    post_norms: outputs of attention and MLP are normed. norm_offset: added to norms' weights.
     """
 
     architecture: str
@@ -101,7 +105,13 @@ class ModelShape:
     fused_projections: bool = False
     embed_scale: float = 1.0
     residual_scale: float = 1.0
+    embed_scale_rounded: bool = False
     logits_divisor: float = 1.0
+    softcap: float | None = None
+    final_softcap: float | None = None
+    post_norms: bool = False
+    norm_offset: float = 0.0
+    window_rope: Mapping[str, Any] | None = None
     quantization: Quantization | None = None
 
     @property
@@ -299,11 +309,11 @@ def _shape(config: Mapping[str, Any], eos_tokens: frozenset[int], where: str) ->
         eos_tokens=eos_tokens,
         dtype=dtype,
         norm_eps=number(config, "rms_norm_eps", where, 1e-6),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tied_embeddings=bool(config.get("tie_word_embeddings", architecture in GEMMAS)),
         qkv_bias=attention_bias and architecture != "mistral",
-        output_bias=attention_bias and architecture in ("llama", "qwen3", "granite"),
+        output_bias=attention_bias and architecture in ("llama", "qwen3", "granite", *GEMMAS),
         mlp_bias=architecture in ("llama", "granite") and bool(config.get("mlp_bias", False)),
-        qk_norm=architecture == "qwen3",
+        qk_norm=architecture in ("qwen3", "gemma3_text"),
         windows=read_windows(config, where),
         rope=read_rope(config, where),
         activation=read_activation(config, where),

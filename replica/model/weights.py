@@ -50,6 +50,8 @@ class Layer:
     mlp_norm: torch.Tensor
     query_norm: torch.Tensor | None
     key_norm: torch.Tensor | None
+    attention_post_norm: torch.Tensor | None = None
+    mlp_post_norm: torch.Tensor | None = None
     ranks: Ranks | None = None
 
     def complete(self, y: torch.Tensor, group: int) -> torch.Tensor:
@@ -137,7 +139,7 @@ def _weights(
     rows = slice(None) if ranks is None else ranks.vocab_rows(shape.vocab)
     embeddings = source.take("model.embed_tokens.weight", size)
     layers = tuple(_layer(source, shape, layer, linear, ranks) for layer in range(shape.layers))
-    norm = source.take("model.norm.weight", (shape.hidden,))
+    norm = _norm(source, shape, "model.norm", shape.hidden)
     head: Linear
     if shape.tied_embeddings:
         head = linear(embeddings[rows])
@@ -176,17 +178,29 @@ def _layer(
     source.skip(f"{prefix}.self_attn.rotary_emb.inv_freq")  # in old Llamas; the decoder computes it
 
     def norm(name: str, size: int) -> torch.Tensor:
-        return source.take(f"{prefix}.{name}.weight", (size,))
+        return _norm(source, shape, f"{prefix}.{name}", size)
 
+    def after(name: str) -> torch.Tensor | None:
+        return norm(name, shape.hidden) if shape.post_norms else None
+
+    before_mlp = "pre_feedforward_layernorm" if shape.post_norms else "post_attention_layernorm"
     return Layer(
         matmuls=tuple(matmuls),
         biases=tuple(biases),
         attention_norm=norm("input_layernorm", shape.hidden),
-        mlp_norm=norm("post_attention_layernorm", shape.hidden),
+        mlp_norm=norm(before_mlp, shape.hidden),
         query_norm=norm("self_attn.q_norm", shape.head_dim) if shape.qk_norm else None,
         key_norm=norm("self_attn.k_norm", shape.head_dim) if shape.qk_norm else None,
+        attention_post_norm=after("post_attention_layernorm"),
+        mlp_post_norm=after("post_feedforward_layernorm"),
         ranks=ranks,
     )
+
+
+def _norm(source: "_Checkpoint | _Dummy", shape: ModelShape, name: str, size: int) -> torch.Tensor:
+    """With the shape's offset it is in float32, as a sum with 1 has fewer bits in 16."""
+    weight = source.take(f"{name}.weight", (size,))
+    return weight.float() + shape.norm_offset if shape.norm_offset else weight
 
 
 class _Checkpoint:

@@ -32,6 +32,8 @@ FUSED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 MODELS: dict[str, tuple[str, Sequence[str], dict[str, Any]]] = {
     "through transformers": ("olmo3", TARGETS, {"sliding_window": 8}),
     "granite": ("granite", TARGETS, {"residual_multiplier": 0.7, "logits_scaling": 2.0}),
+    "gemma2": ("gemma2", TARGETS, {"sliding_window": 8}),
+    "gemma3": ("gemma3_text", TARGETS, {"sliding_window": 8}),
     "phi3": ("phi3", FUSED, {"sliding_window": 8, "pad_token_id": 2}),
 }
 

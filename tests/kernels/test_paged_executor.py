@@ -48,6 +48,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"embedding_multiplier": 3.0, "residual_multiplier": 0.7, "attention_multiplier": 0.2}
         | {"logits_scaling": 2.5},
     ),
+    "gemma2": (
+        "gemma2",
+        {"sliding_window": 9, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 8.0}
+        | {"query_pre_attn_scalar": 24},
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
     "phi3": ("phi3", {"pad_token_id": 2}),
     # Through transformers' own modules.
     "olmo3": ("olmo3", {"sliding_window": 9}),

@@ -37,6 +37,7 @@ YARN = {
     "original_max_position_embeddings": 128,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+KINDS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 SCALED = {
     "embedding_multiplier": 3.0,
     "residual_multiplier": 0.7,
@@ -68,6 +69,23 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**SCALED, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     ),
     "granite-rope-yarn": ("granite", {**SCALED, "rope_parameters": YARN}),
+    "gemma2": ("gemma2", {"sliding_window": 20}),
+    "gemma2-caps-biases-tied": (
+        "gemma2",
+        {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5, "attention_bias": True}
+        | {"query_pre_attn_scalar": 24, "tie_word_embeddings": True},
+    ),
+    "gemma2-no-caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma3": ("gemma3_text", {"sliding_window": 20, **KINDS}),
+    "gemma3-all-windows-capped": (
+        "gemma3_text",
+        {"sliding_window": 20, "final_logit_softcapping": 2.0},
+    ),
+    "gemma3-rope-linear": (
+        "gemma3_text",
+        {"sliding_window": 20, **KINDS}
+        | {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": LLAMA3}},
+    ),
     "phi3": ("phi3", {"pad_token_id": 2}),
     "phi3-window": ("phi3", {"pad_token_id": 2, "sliding_window": 20}),
 }

@@ -34,6 +34,18 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "llama": ("llama", TARGETS, {}),
     "granite": ("granite", TARGETS, SCALED),
     "granite, biases": ("granite", TARGETS, {**SCALED, "attention_bias": True, "mlp_bias": True}),
+    "gemma2": (
+        "gemma2",
+        TARGETS,
+        {"sliding_window": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 8.0}
+        | {"query_pre_attn_scalar": 24},
+    ),
+    "gemma3": (
+        "gemma3_text",
+        TARGETS,
+        {"sliding_window": 8}
+        | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
     "phi3": ("phi3", FUSED, {"pad_token_id": 2}),
     "phi3, window": ("phi3", FUSED, {"pad_token_id": 2, "sliding_window": 8}),
 }
@@ -90,6 +102,13 @@ def test_a_mixed_batch_is_what_peft_computes(family: str, tmp_path: Path) -> Non
         ("granite", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}),
         ("granite", {"hidden_act": "gelu"}),
         ("granite", {"rms_norm_eps": None}),
+        ("gemma2", {"hidden_activation": "gelu"}),
+        ("gemma2", {"use_bidirectional_attention": True}),
+        ("gemma2", {"final_logit_softcapping": None}),  # its default is 30
+        ("gemma2", {"layer_types": ["full_attention"]}),
+        ("gemma3_text", {"attn_logit_softcapping": 30.0}),
+        ("gemma3_text", {"rope_parameters": {"rope_type": "default"}}),
+        ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}),
         ("phi3", {"rope_parameters": None, "partial_rotary_factor": 0.5}),
         ("phi3", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}),
         ("phi3", {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}),
@@ -155,7 +174,7 @@ def test_the_bound_on_parameters_holds(family: str, tmp_path: Path) -> None:
     assert shape.parameters == matrices + shape.tied_embeddings * shape.vocab * shape.hidden
 
 
-@pytest.mark.parametrize("architecture", ["granite", "phi3"])
+@pytest.mark.parametrize("architecture", ["granite", "phi3", "gemma2", "gemma3_text"])
 def test_a_quantized_checkpoint_is_dequantized(architecture: str, tmp_path: Path) -> None:
     plain = make_model(tmp_path / "plain", architecture, pad_token_id=2)
     quantized = write_quantized(plain, tmp_path / "quantized", SCHEMES["awq"])
