@@ -1,7 +1,8 @@
 """Reads the model's shape from a checkpoint's `config.json`, without torch."""
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,15 @@ class Shard:
         assert size % self.ranks == 0
         part = size // self.ranks
         return slice(self.rank * part, (self.rank + 1) * part)
+
+    def cuts(self, sizes: Sequence[int]) -> list[slice]:
+        """This rank's slice of each of several parts, which follow each other."""
+        ends = list(itertools.accumulate(sizes))
+        own = [self.cut(size) for size in sizes]
+        return [
+            slice(end - size + cut.start, end - size + cut.stop)
+            for end, size, cut in zip(ends, sizes, own, strict=True)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +145,15 @@ class ModelShape:
             "down_proj": (self.intermediate, self.hidden),
         }
 
+    def parts(self, projection: str) -> tuple[int, ...]:
+        """Sizes of a projection's outputs that ranks share one by one."""
+        if projection == "qkv_proj":
+            values = self.kv_heads * self.head_dim
+            return self.heads * self.head_dim, values, values
+        if projection == "gate_up_proj":
+            return self.intermediate, self.intermediate
+        return (self.projections[projection][1],)
+
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
         return FUSED_GROUPS if self.fused_projections else GROUPS
@@ -171,12 +190,6 @@ class ModelShape:
         """Shape of the part that one of `ranks` ranks computes. Only the outputs of `o_proj` and
         `down_proj` are summed over ranks (Shoeybi et al., Megatron-LM, 2019). Raises ConfigError.
         """
-        if self.fused_projections and ranks > 1:
-            raise ConfigError(
-                f"tensor_parallel: {ranks} ranks cannot share {self.architecture}, whose queries, "
-                "keys and values are one projection",
-                field="tensor_parallel",
-            )
         for name in ("heads", "kv_heads", "intermediate"):
             if getattr(self, name) % ranks:
                 raise ConfigError(

@@ -164,10 +164,17 @@ def _layer(
     matmuls: list[Matmul] = []
     biases: list[torch.Tensor | None] = []
     for group, module, bias in zip(shape.groups, BLOCKS, has_bias, strict=True):
-        parts = [(f"{prefix}.{module}.{name}", *shape.projections[name]) for name in group]
         by_inputs = group[0] in ROW_PARALLEL
         weights, bias_parts = [], []
-        for name, inputs, outputs in parts:
+        for projection in group:
+            name, (inputs, outputs) = (
+                f"{prefix}.{module}.{projection}",
+                shape.projections[projection],
+            )
+            if projection in ("qkv_proj", "gate_up_proj"):  # which have no bias
+                whole = source.take(f"{name}.weight", (outputs, inputs))
+                weights += [whole[rows] for rows in shard.cuts(shape.parts(projection))]
+                continue
             columns = shard.cut(inputs) if by_inputs else slice(None)
             rows = slice(None) if by_inputs else shard.cut(outputs)
             weights.append(source.take(f"{name}.weight", (outputs, inputs), (rows, columns)))

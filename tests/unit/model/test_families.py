@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from cluster.errors import ConfigError
 from replica.adapters.foreign_files import rewrite_foreign
 from replica.model.checkpoint import is_native, shape_of
 from replica.model.launch import Asked, Row
@@ -182,10 +181,3 @@ def test_a_quantized_checkpoint_is_dequantized(architecture: str, tmp_path: Path
     (found,), _ = run(load(quantized, shape_of(quantized)), [text], [0], 7)
     difference = found - reference(plain, None, text)[-DECODED - 1 :]
     assert difference.abs().max() <= TOLERANCE
-
-
-def test_ranks_cannot_share_fused_projections(tmp_path: Path) -> None:
-    shape = shape_of(make_model(tmp_path, "phi3", pad_token_id=2))
-    assert shape.divided(1) == shape
-    with pytest.raises(ConfigError, match="tensor_parallel: 2 ranks cannot share phi3"):
-        shape.divided(2)
