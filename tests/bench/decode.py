@@ -149,7 +149,9 @@ def _matmuls(model_dir: str, rows: int, dtype: torch.dtype) -> Callable[[], obje
 
 
 def register(engine: Engine, path: Path, model_dir: str, rank: int, seed: int) -> str:
-    make_adapter(path, model_dir, rank=rank, seed=seed, strength=0.02)
+    """Makes the adapter unless it is there. Returns its digest."""
+    if not path.exists():
+        make_adapter(path, model_dir, rank=rank, seed=seed, strength=0.02)
     info = inspect(str(path), engine.shape, engine.config.rank_max)
     version = Version(path.name, info.digest, str(path), info.rank, info.parameters)
     engine.register(version, str(path))

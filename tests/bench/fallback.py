@@ -86,7 +86,7 @@ def _engines(args: argparse.Namespace, directory: Path) -> tuple[Engine, Engine,
     digests = []
     for n in range(args.adapters):
         path, rank = directory / f"adapter-{n}", RANKS[n % len(RANKS)]
-        digests += {register(engine, path, model_dir, rank, n) for engine in (native, modules)}
+        digests += {register(each, path, model_dir, rank, n) for each in (native, modules)}
     return native, modules, digests
 
 
