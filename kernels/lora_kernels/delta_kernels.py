@@ -5,6 +5,7 @@ import triton.language as tl
 
 from lora_kernels import segments
 from lora_kernels.device_tables import ENTRY, RANK, SCALE
+from lora_kernels.fused import activated
 from lora_kernels.launching import Launcher
 
 _ENTRY = tl.constexpr(ENTRY)
@@ -183,9 +184,10 @@ def gated_kernel(
     BLOCK_OUTPUTS: tl.constexpr,
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
+    GELU: tl.constexpr,
 ) -> None:
-    """out = silu(gate) · up of all rows, where gate and up are y's halves with their deltas, each
-    rounded to y's type, as if expand had written them. Grid: (blocks of `INNER`, programs that
+    """out = activation(gate) · up of all rows, where gate and up are y's halves with their deltas,
+    each rounded to y's type, as if expand had written them. Grid: (blocks of `INNER`, programs that
     share the tiles, those of rows without an adapter included).
     """
     n = tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
@@ -221,7 +223,7 @@ def gated_kernel(
             up = _gained(up, n, inside, INNER, entry + 1, arena, offsets, UNIT)
         gate = gate.to(y.dtype.element_ty).to(tl.float32)
         up = up.to(y.dtype.element_ty).to(tl.float32)
-        gated = (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty)
+        gated = (activated(gate, GELU) * up).to(out.dtype.element_ty)
         tl.store(out + row[:, None] * INNER + n[None, :], gated, mask=mask)
 
 

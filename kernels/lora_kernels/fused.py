@@ -26,18 +26,29 @@ def _power_of_2(size: int) -> int:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x: [rows, hidden], rows apart by any stride. A new tensor."""
-    return _norm(x, None, weight, eps)
+    return _norm(x, None, weight, eps, 1.0)
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    scale: float = 1.0,
 ) -> torch.Tensor:
-    """Adds x to `residual` in place (rounded to its type) and gives the norm of that."""
-    return _norm(x, residual, weight, eps)
+    """Adds x · scale to `residual` in place (rounded to its type) and gives the norm of that.
+
+    A kernel is compiled for each scale.
+    """
+    return _norm(x, residual, weight, eps, scale)
 
 
 def _norm(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    scale: float,
 ) -> torch.Tensor:
     rows, hidden = x.shape
     assert x.stride(1) == 1 and weight.is_contiguous()
@@ -57,6 +68,7 @@ def _norm(
             hidden,
             BLOCK=block,
             ADDS=residual is not None,
+            SCALE=scale,
             num_warps=min(max(block // 512, 1), 16),
         )
     return out
@@ -75,11 +87,14 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
     hidden,
     BLOCK: tl.constexpr,
     ADDS: tl.constexpr,
+    SCALE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < hidden
     values = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    if SCALE != 1.0:
+        values *= SCALE
     if ADDS:
         place = residual + row * residual_stride + columns
         values += tl.load(place, mask=inside, other=0.0).to(tl.float32)
@@ -225,12 +240,21 @@ def _rotary_kernel(  # type: ignore[no-untyped-def]
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """[rows, 2 · inner], gates then ups → [rows, inner], a new tensor."""
+    return _gated(gate_up, False)
+
+
+def gelu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """As `silu_mul`, by GELU in its approximation with tanh."""
+    return _gated(gate_up, True)
+
+
+def _gated(gate_up: torch.Tensor, gelu: bool) -> torch.Tensor:
     rows, inner = gate_up.shape[0], gate_up.shape[1] // 2
     assert gate_up.stride(1) == 1
     out = gate_up.new_empty(rows, inner)
     if rows:
         _gated_kernel[rows, -(-inner // _GATED_BLOCK)](
-            gate_up, out, gate_up.stride(0), inner, BLOCK=_GATED_BLOCK, num_warps=4
+            gate_up, out, gate_up.stride(0), inner, BLOCK=_GATED_BLOCK, GELU=gelu, num_warps=4
         )
     return out
 
@@ -238,15 +262,25 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 @Launcher
 @triton.jit
 def _gated_kernel(  # type: ignore[no-untyped-def]
-    gate_up, out, stride, inner, BLOCK: tl.constexpr
+    gate_up, out, stride, inner, BLOCK: tl.constexpr, GELU: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < inner
     gate = tl.load(gate_up + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + inner + column, mask=inside, other=0.0).to(tl.float32)
-    gated = gate * tl.sigmoid(gate) * up
+    gated = activated(gate, GELU) * up
     tl.store(out + row * inner + column, gated.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def activated(gate, GELU: tl.constexpr):  # type: ignore[no-untyped-def]
+    """SiLU, or GELU with tanh: (1 + tanh(z / 2)) / 2 is sigmoid(z)."""
+    z = gate
+    if GELU:
+        z = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)  # 2 · √(2 / π)
+        z = tl.maximum(z, -80.0)  # `exp` of more than 88 is infinite
+    return gate * tl.sigmoid(z)
 
 
 def choose(logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

@@ -199,16 +199,21 @@ class TritonLora:
         self._finish_shrink(x, layer, group)
         self._expand(y, layer, group)
 
-    def add_gated(self, x: torch.Tensor, y: torch.Tensor, layer: int, group: int) -> torch.Tensor:
-        """`add` for gate and up, then `fused.silu_mul` of y, whose values are then undefined."""
+    def add_gated(
+        self, x: torch.Tensor, y: torch.Tensor, layer: int, group: int, gelu: bool = False
+    ) -> torch.Tensor:
+        """`add` for gate and up, then `fused.silu_mul` or `fused.gelu_mul` of y, whose values are
+        then undefined.
+        """
         if self._alone is not None or not self._tiles:
             self.add(x, y, layer, group)
-            return fused.silu_mul(y)
+            return fused.gelu_mul(y) if gelu else fused.silu_mul(y)
         self._finish_shrink(x, layer, group)
         cut = self._cuts[group]
         out = y.new_empty(len(y), cut.outputs // 2)
         parts = cut.expand_parts // 2
-        cut.gated[parts, _workers(self._tiles + self._base_tiles, parts, self._tiling.programs)](
+        gated = cut.gated_gelu if gelu else cut.gated
+        gated[parts, _workers(self._tiles + self._base_tiles, parts, self._tiling.programs)](
             y,
             y.stride(0),
             out,
@@ -283,6 +288,7 @@ class _Cut:
     shrink: Launcher
     expand: Launcher
     gated: Launcher
+    gated_gelu: Launcher
 
     @classmethod
     def of(
@@ -325,7 +331,8 @@ class _Cut:
                 **{f"OUTPUTS_{i}": width for i, width in enumerate([*outputs, 0, 0][:3])},
                 **expand,
             ),
-            gated_kernel.bound(INNER=outputs[0], **expand),
+            gated_kernel.bound(INNER=outputs[0], GELU=False, **expand),
+            gated_kernel.bound(INNER=outputs[0], GELU=True, **expand),
         )
 
 

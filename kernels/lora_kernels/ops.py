@@ -99,10 +99,14 @@ class Lora:
         for slot, rows in self._segments:
             self._matmuls.add(x, y, slot, rows, layer, group)
 
-    def add_gated(self, x: torch.Tensor, y: torch.Tensor, layer: int, group: int) -> torch.Tensor:
-        """`add` for gate and up, then `silu_mul` of y, whose values are then undefined."""
+    def add_gated(
+        self, x: torch.Tensor, y: torch.Tensor, layer: int, group: int, gelu: bool = False
+    ) -> torch.Tensor:
+        """`add` for gate and up, then `silu_mul` or `gelu_mul` of y, whose values are then
+        undefined.
+        """
         self.add(x, y, layer, group)
-        return silu_mul(y)
+        return gelu_mul(y) if gelu else silu_mul(y)
 
     def check(self) -> None:
         for pack in self._packs:
@@ -168,6 +172,12 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """[rows, 2 · inner], gate then up → [rows, inner]."""
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate).mul_(up)
+
+
+def gelu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """As `silu_mul`, by GELU in its approximation with tanh."""
+    gate, up = gate_up.chunk(2, -1)
+    return F.gelu(gate, approximate="tanh").mul_(up)
 
 
 def _tile_packs(

@@ -1,5 +1,6 @@
 """The kernels' specification in plain torch: what a launch computes, row by row."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -205,10 +206,14 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    scale: float = 1.0,
 ) -> torch.Tensor:
-    """Adds x to `residual` in place and returns the norm of the sum."""
-    residual += x
+    """Adds x · scale to `residual` in place and returns the norm of the sum."""
+    residual.copy_(residual.float() + x.float() * scale)
     return rms_norm(residual, weight, eps)
 
 
@@ -252,6 +257,14 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """[rows, 2 · inner], gate then up → [rows, inner]. Computes in float32 and rounds once."""
     gate, up = gate_up.float().chunk(2, -1)
     return (gate * gate.sigmoid() * up).to(gate_up.dtype)
+
+
+def gelu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """As `silu_mul`, by GELU in its approximation with tanh."""
+    gate, up = gate_up.float().chunk(2, -1)
+    inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+    # (1 + tanh) / 2, without its cancellation.
+    return (gate * (2 * inner).sigmoid() * up).to(gate_up.dtype)
 
 
 def choose(logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ from replica.adapters.adapter_files import AdapterFiles, Pair, check_ranks, read
 from replica.adapters.gains import STORED, BaseWeights, gains_of
 from replica.adapters.host_pool import Piece
 from replica.adapters.safetensors_header import TensorSpan
-from replica.model.shape import ROW_PARALLEL, Shape, Shard
+from replica.model.shape import ROW_PARALLEL, ModelShape, Shape, Shard
 
 # Files are read in chunks of about this size, so that memory for conversion is bounded.
 CHUNK_BYTES = 16 * 2**20
@@ -246,16 +246,19 @@ def _matrices(files: AdapterFiles, shape: Shape, shard: Shard, bytes_max: int) -
             (pair.a, 1 if by_inputs else None),
             (pair.b, None if by_inputs else 0),
         ):
-            rows, columns = (
-                shard.cut(size) if dim == cut_dim else slice(0, size)
-                for dim, size in enumerate(span.shape)
-            )
-            dtype, width = STORED[span.dtype], span.shape[1]
-            begin = span.begin + rows.start * width * dtype.itemsize
-            where, count = f"layer {layer} {projection}", rows.stop - rows.start
-            matrix = _Matrix(where, dtype, begin, count, width, columns, offset)
-            yield matrix
-            offset = matrix.end
+            height, width = span.shape
+            cuts, columns = [slice(0, height)], slice(0, width)
+            if cut_dim == 1:
+                columns = shard.cut(width)
+            elif cut_dim == 0 and isinstance(shape, ModelShape):
+                cuts = shard.cuts([size * shard.ranks for size in shape.parts(projection)])
+            for rows in cuts:
+                dtype = STORED[span.dtype]
+                begin = span.begin + rows.start * width * dtype.itemsize
+                where, count = f"layer {layer} {projection}", rows.stop - rows.start
+                matrix = _Matrix(where, dtype, begin, count, width, columns, offset)
+                yield matrix
+                offset = matrix.end
     offset += files.gain_elements(shape)
     for where, part in files.vocabulary.items():
         for span in (part.a, part.b) if isinstance(part, Pair) else (part,):

@@ -175,7 +175,10 @@ class Runner:
         )
         part = whole.divided(1 if ranks is None else ranks.shard.ranks)
         tables = rotary_tables(part, context, self.dtype, self.device)
-        return NativeModel(part, weights, tables), kernels
+        windowed = None
+        if part.window_rope is not None:
+            windowed = rotary_tables(part, context, self.dtype, self.device, part.window_rope)
+        return NativeModel(part, weights, tables, windowed), kernels
 
     def _sized(
         self,

@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 
 from cluster.errors import FleetError, ModelUnsupported
-from replica.model.shape import ARCHITECTURES, Shape, read_json, read_shape
+from replica.model.families import ARCHITECTURES
+from replica.model.shape import Shape, is_covered, read_json, read_shape
 
 
 def is_native(model_dir: str) -> bool:
-    """True if our own decoders run it, or if its `config.json` is missing or names no model."""
+    """True if our own decoder runs it, or if its `config.json` is missing or names no model."""
     path = Path(model_dir) / "config.json"
-    return not path.is_file() or read_json(path).get("model_type") in (*ARCHITECTURES, None)
+    config = read_json(path) if path.is_file() else {}
+    architecture = config.get("model_type")
+    return architecture is None or (architecture in ARCHITECTURES and is_covered(config))
 
 
 def shape_of(model_dir: str) -> Shape:

@@ -19,9 +19,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from cluster.errors import FleetError, ModelUnsupported
+from replica.model.families import ARCHITECTURES
 from replica.model.quantization import quantization_method
 from replica.model.shape import (
-    ARCHITECTURES,
     DTYPES,
     TransformersShape,
     VocabularyModule,

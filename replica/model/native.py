@@ -11,7 +11,7 @@ from replica.model.decoder import Decoder, Deltas
 from replica.model.gather_attention import GatherAttention, ModelInputs
 from replica.model.gather_backend import GatherBackend
 from replica.model.ranks import Ranks
-from replica.model.shape import GROUPS, ModelShape, Shape
+from replica.model.shape import ModelShape, Shape
 from replica.model.weights import Weights
 
 if TYPE_CHECKING:
@@ -65,11 +65,12 @@ class Model(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class NativeModel:
-    """cos_sin: see `rotary_tables`."""
+    """cos_sin, window_cos_sin: see `rotary_tables` and `GatherBackend`."""
 
     shape: ModelShape
     weights: Weights
     cos_sin: tuple[torch.Tensor, torch.Tensor]
+    window_cos_sin: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def context(self) -> int:
@@ -93,8 +94,9 @@ class NativeModel:
 
     def weight(self, layer: int, projection: str) -> torch.Tensor:
         fused, start = self.weights.layers[layer].matmuls, 0
-        (group,) = (i for i, names in enumerate(GROUPS) if projection in names)
-        for name in GROUPS[group]:
+        groups = self.shape.groups
+        (group,) = (i for i, names in enumerate(groups) if projection in names)
+        for name in groups[group]:
             if name == projection:
                 break
             start += self.shape.projections[name][1]
@@ -102,9 +104,10 @@ class NativeModel:
 
     def decoder(self, attention: GatherAttention | PagedAttention) -> Decoder:
         if isinstance(attention, GatherAttention):
-            backend = GatherBackend(self.shape, self.cos_sin, attention)
-            return Decoder(self.shape, self.weights, backend)
+            gather = GatherBackend(self.shape, self.cos_sin, attention, self.window_cos_sin)
+            return Decoder(self.shape, self.weights, gather)
         # It imports triton.
         from replica.model.paged_backend import PagedBackend
 
-        return Decoder(self.shape, self.weights, PagedBackend(self.shape, self.cos_sin, attention))
+        paged = PagedBackend(self.shape, self.cos_sin, attention, self.window_cos_sin)
+        return Decoder(self.shape, self.weights, paged)

@@ -14,9 +14,13 @@ class PagedBackend:
         shape: ModelShape,
         cos_sin: tuple[torch.Tensor, torch.Tensor],
         attention: PagedAttention,
+        window_cos_sin: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
+        """window_cos_sin: of layers with a window; None: as of all others."""
         self._shape = shape
-        self._cos, self._sin = cos_sin
+        others = cos_sin if window_cos_sin is None else window_cos_sin
+        self._tables = [cos_sin if window is None else others for window in shape.windows]
+        self._gated = fused.gelu_mul if shape.activation == "gelu_tanh" else fused.silu_mul
         self._attention = attention
 
     def begin(self, batch: PagedBatch) -> None:
@@ -28,8 +32,7 @@ class PagedBackend:
         fused.rotary_store(
             qkv,
             self._batch.positions,
-            self._cos,
-            self._sin,
+            *self._tables[index],
             attention.keys[index],
             attention.values[index],
             self._batch.targets,
@@ -38,7 +41,8 @@ class PagedBackend:
             shape.norm_eps,
         )
         q = qkv[:, : shape.heads]
-        return attention.mix(index, q, shape.head_dim**-0.5, shape.windows[index]).flatten(1)
+        window, softcap = shape.windows[index], shape.softcap
+        return attention.mix(index, q, shape.softmax_scale, window, softcap).flatten(1)
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return fused.rms_norm(x, weight, self._shape.norm_eps)
@@ -46,7 +50,8 @@ class PagedBackend:
     def add_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
     ) -> torch.Tensor:
-        return fused.add_rms_norm(x, residual, weight, self._shape.norm_eps)
+        shape = self._shape
+        return fused.add_rms_norm(x, residual, weight, shape.norm_eps, shape.residual_scale)
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return fused.silu_mul(gate_up)
+    def gated(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return self._gated(gate_up)

@@ -1,13 +1,24 @@
 """Reads the model's shape from a checkpoint's `config.json`, without torch."""
 
+import itertools
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cluster.errors import ConfigError, ModelUnsupported
+from replica.model.config_fields import integer, is_integer, number, wrong
+from replica.model.families import (
+    ARCHITECTURES,
+    GEMMAS,
+    PARTLY,
+    check_fields,
+    read_activation,
+    read_options,
+    read_rope,
+    read_windows,
+)
 from replica.model.quantization import Quantization, read_quantization
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -17,26 +28,12 @@ ROW_PARALLEL = ("o_proj", "down_proj")
 """With tensor parallelism a rank has a part of these projections' inputs, and a part of the outputs
 of all others."""
 
-_BLOCKS = dict(zip(PROJECTIONS, ("self_attn",) * 4 + ("mlp",) * 3, strict=True))
+FUSED_GROUPS = (("qkv_proj",), ("o_proj",), ("gate_up_proj",), ("down_proj",))
+"""`GROUPS` where the checkpoint stores a group that shares an input as one projection."""
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-# `dynamic` and `longrope` change the rotation of a position as the sequence grows, so cached keys
-# would be wrong.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-# The parameters that transformers reads for each type, besides `rope_theta`.
-ROPE_NUMBERS = {
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "yarn": ("factor",),
-}
-ROPE_OPTIONAL = (
-    "original_max_position_embeddings",
-    "attention_factor",
-    "beta_fast",
-    "beta_slow",
-    "mscale",
-    "mscale_all_dim",
-)
+BLOCKS = ("self_attn", "self_attn", "mlp", "mlp")
+"""The checkpoint's module of each group's projections."""
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -52,6 +49,15 @@ class Shard:
         assert size % self.ranks == 0
         part = size // self.ranks
         return slice(self.rank * part, (self.rank + 1) * part)
+
+    def cuts(self, sizes: Sequence[int]) -> list[slice]:
+        """This rank's slice of each of several parts, which follow each other."""
+        ends = list(itertools.accumulate(sizes))
+        own = [self.cut(size) for size in sizes]
+        return [
+            slice(end - size + cut.start, end - size + cut.stop)
+            for end, size, cut in zip(ends, sizes, own, strict=True)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +82,13 @@ class ModelShape:
     eos_tokens: union of `config.json` and `generation_config.json`.
     windows: per layer, how many tokens (itself included) a token attends to; None means all.
     rope: `rope_parameters` in the format of transformers 5.
+    window_rope: of layers with a window; None: as of all others.
+    softmax_scale, softcap: of the products of queries and keys.
+    activation: of the gate, `silu` or `gelu_tanh`. fused_projections: see `FUSED_GROUPS`.
+    embed_scale, residual_scale: what embeddings, and each output of attention and MLP, are
+    multiplied by. embed_scale_rounded: to the dtype, before.
+    logits_divisor, final_softcap: logits are divided by one, then bounded by the other.
+    post_norms: outputs of attention and MLP are normed. norm_offset: added to norms' weights.
     """
 
     architecture: str
@@ -97,12 +110,31 @@ class ModelShape:
     qk_norm: bool
     windows: tuple[int | None, ...]
     rope: Mapping[str, Any]
+    softmax_scale: float
+    activation: str = "silu"
+    fused_projections: bool = False
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    embed_scale_rounded: bool = False
+    logits_divisor: float = 1.0
+    softcap: float | None = None
+    final_softcap: float | None = None
+    post_norms: bool = False
+    norm_offset: float = 0.0
+    window_rope: Mapping[str, Any] | None = None
     quantization: Quantization | None = None
 
     @property
     def projections(self) -> Mapping[str, tuple[int, int]]:
-        """Name → (in_features, out_features), in the order of `PROJECTIONS`."""
+        """Name → (in_features, out_features), in the order of `groups`."""
         queries, values = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        if self.fused_projections:
+            return {
+                "qkv_proj": (self.hidden, queries + 2 * values),
+                "o_proj": (queries, self.hidden),
+                "gate_up_proj": (self.hidden, 2 * self.intermediate),
+                "down_proj": (self.intermediate, self.hidden),
+            }
         return {
             "q_proj": (self.hidden, queries),
             "k_proj": (self.hidden, values),
@@ -113,17 +145,27 @@ class ModelShape:
             "down_proj": (self.intermediate, self.hidden),
         }
 
+    def parts(self, projection: str) -> tuple[int, ...]:
+        """Sizes of a projection's outputs that ranks share one by one."""
+        if projection == "qkv_proj":
+            values = self.kv_heads * self.head_dim
+            return self.heads * self.head_dim, values, values
+        if projection == "gate_up_proj":
+            return self.intermediate, self.intermediate
+        return (self.projections[projection][1],)
+
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
-        return GROUPS
+        return FUSED_GROUPS if self.fused_projections else GROUPS
 
     @property
     def modules(self) -> Mapping[str, tuple[int, str]]:
         """A linear module's path → (layer, projection), in the order of layers and projections."""
         return {
-            f"model.layers.{layer}.{_BLOCKS[name]}.{name}": (layer, name)
+            f"model.layers.{layer}.{block}.{name}": (layer, name)
             for layer in range(self.layers)
-            for name in PROJECTIONS
+            for block, group in zip(BLOCKS, self.groups, strict=True)
+            for name in group
         }
 
     @property
@@ -206,7 +248,7 @@ class TransformersShape:
         if ranks > 1:
             raise ConfigError(
                 f"tensor_parallel: {ranks} ranks cannot share {self.architecture}, which runs "
-                f"through transformers (only {', '.join(ARCHITECTURES)} can be shared)",
+                f"through transformers (only our own decoders can be shared)",
                 field="tensor_parallel",
             )
         return self
@@ -229,13 +271,22 @@ def read_shape(model_dir: str) -> ModelShape:
             field="model",
         )
     quantization = read_quantization(config, model_dir)
-    if config.get("hidden_act", "silu") != "silu":
-        raise ModelUnsupported(
-            f"{path}: hidden_act {config['hidden_act']!r} is not supported (only silu)",
-            field="model",
-        )
     shape = _shape(config, read_eos_tokens(model_dir, config), str(path))
     return replace(shape, quantization=quantization)
+
+
+def is_covered(config: Mapping[str, Any]) -> bool:
+    """False for a configuration of a family in `PARTLY` that runs through transformers.
+
+    config: content of `config.json`, of an architecture in `ARCHITECTURES`.
+    """
+    if config["model_type"] not in PARTLY:
+        return True
+    try:
+        _shape(config, frozenset(), "")
+    except ModelUnsupported:
+        return False
+    return True
 
 
 def read_eos_tokens(model_dir: str, config: Mapping[str, Any]) -> frozenset[int]:
@@ -248,138 +299,47 @@ def read_eos_tokens(model_dir: str, config: Mapping[str, Any]) -> frozenset[int]
 
 
 def _shape(config: Mapping[str, Any], eos_tokens: frozenset[int], where: str) -> ModelShape:
+    check_fields(config, where)
     architecture = config["model_type"]
-    hidden = _integer(config, "hidden_size", where)
-    heads = _integer(config, "num_attention_heads", where)
+    hidden = integer(config, "hidden_size", where)
+    heads = integer(config, "num_attention_heads", where)
+    head_dim = 128 if architecture == "qwen3" else hidden // heads
+    head_dim = integer(config, "head_dim", where, head_dim)
     attention_bias = architecture == "qwen2" or bool(config.get("attention_bias", False))
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     if dtype not in DTYPES:
         raise ModelUnsupported(f"{where}: dtype {dtype!r} is not supported", field="model")
     return ModelShape(
         architecture=architecture,
-        layers=_integer(config, "num_hidden_layers", where),
+        layers=integer(config, "num_hidden_layers", where),
         hidden=hidden,
         heads=heads,
-        kv_heads=_integer(config, "num_key_value_heads", where, heads),
-        head_dim=_integer(
-            config, "head_dim", where, 128 if architecture == "qwen3" else hidden // heads
-        ),
-        intermediate=_integer(config, "intermediate_size", where),
-        vocab=_integer(config, "vocab_size", where),
-        context=_integer(config, "max_position_embeddings", where),
+        kv_heads=integer(config, "num_key_value_heads", where, heads),
+        head_dim=head_dim,
+        intermediate=integer(config, "intermediate_size", where),
+        vocab=integer(config, "vocab_size", where),
+        context=integer(config, "max_position_embeddings", where),
         eos_tokens=eos_tokens,
         dtype=dtype,
-        norm_eps=_number(config, "rms_norm_eps", where, 1e-6),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        norm_eps=number(config, "rms_norm_eps", where, 1e-6),
+        tied_embeddings=bool(config.get("tie_word_embeddings", architecture in GEMMAS)),
         qkv_bias=attention_bias and architecture != "mistral",
-        output_bias=attention_bias and architecture in ("llama", "qwen3"),
-        mlp_bias=architecture == "llama" and bool(config.get("mlp_bias", False)),
-        qk_norm=architecture == "qwen3",
-        windows=_windows(config, where),
-        rope=_rope(config, where),
+        output_bias=attention_bias and architecture in ("llama", "qwen3", "granite", *GEMMAS),
+        mlp_bias=architecture in ("llama", "granite") and bool(config.get("mlp_bias", False)),
+        qk_norm=architecture in ("qwen3", "gemma3_text"),
+        windows=read_windows(config, where),
+        rope=read_rope(config, where),
+        activation=read_activation(config, where),
+        **{"softmax_scale": head_dim**-0.5} | read_options(config, where),
     )
-
-
-def _windows(config: Mapping[str, Any], where: str) -> tuple[int | None, ...]:
-    """Follows transformers' configuration classes of the four architectures."""
-    layers = _integer(config, "num_hidden_layers", where)
-    if config["model_type"] == "llama":
-        return (None,) * layers
-    mistral = config["model_type"] == "mistral"
-    window: int | None = None
-    used = mistral or config.get("use_sliding_window")
-    if used and config.get("sliding_window", 4096) is not None:  # null: no window
-        window = _integer(config, "sliding_window", where, 4096)
-    if mistral:
-        return (window,) * layers
-    first = config.get("max_window_layers", 28)
-    if window is not None and not _is_integer(first):
-        raise _wrong(where, "max_window_layers", first, "an integer")
-    kinds = config.get("layer_types") or [
-        "sliding_attention" if window is not None and layer >= first else "full_attention"
-        for layer in range(layers)
-    ]
-    if (
-        not isinstance(kinds, list)
-        or len(kinds) != layers
-        or any(kind not in ("sliding_attention", "full_attention") for kind in kinds)
-    ):
-        raise ModelUnsupported(f"{where}: layer_types {kinds} are not supported", field="model")
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-
-
-def _rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    # transformers 5 writes `rope_parameters`; earlier ones write `rope_scaling` and `rope_theta`.
-    name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    given = config.get(name) or {}
-    if not isinstance(given, Mapping):
-        raise _wrong(where, name, given, "a mapping")
-    rope = dict(given)
-    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
-    rope.pop("type", None)
-    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    if rope["rope_type"] not in ROPE_TYPES:
-        raise ModelUnsupported(
-            f"{where}: rope type {rope['rope_type']!r} is not supported "
-            f"(supported: {', '.join(ROPE_TYPES)})",
-            field="model",
-        )
-    partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    if partial != 1.0:
-        raise ModelUnsupported(
-            f"{where}: partial_rotary_factor {partial} is not supported", field="model"
-        )
-    inside = f"{where}: {name}"
-    _number(rope, "rope_theta", inside if "rope_theta" in given else where)
-    if rope["rope_type"] != "default":
-        needed = ROPE_NUMBERS[rope["rope_type"]]
-        for number in (*needed, *filter(rope.get, ROPE_OPTIONAL)):
-            _number(rope, number, inside)
-    return rope
 
 
 def _tokens(config: Mapping[str, Any], where: str) -> frozenset[int]:
     value = config.get("eos_token_id")
     tokens = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(_is_integer(token) and token >= 0 for token in tokens):
-        raise _wrong(where, "eos_token_id", value, "a token or a list of tokens")
+    if not all(is_integer(token) and token >= 0 for token in tokens):
+        raise wrong(where, "eos_token_id", value, "a token or a list of tokens")
     return frozenset(tokens)
-
-
-def _integer(config: Mapping[str, Any], name: str, where: str, default: int | None = None) -> int:
-    """A positive integer. The default, if given, also replaces null."""
-    value = _given(config, name, where, default)
-    if not _is_integer(value) or value < 1:
-        raise _wrong(where, name, value, "a positive integer")
-    return int(value)
-
-
-def _number(
-    config: Mapping[str, Any], name: str, where: str, default: float | None = None
-) -> float:
-    """A positive number. The default, if given, also replaces null."""
-    value = _given(config, name, where, default)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and value > 0):
-        raise _wrong(where, name, value, "a positive number")
-    return float(value)
-
-
-def _given(config: Mapping[str, Any], name: str, where: str, default: float | None) -> Any:
-    value = config.get(name)
-    if value is None and default is not None:
-        return default
-    if name not in config:
-        raise ModelUnsupported(f"{where}: no {name!r}", field="model")
-    return value
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _wrong(where: str, name: str, value: Any, wanted: str) -> ModelUnsupported:
-    return ModelUnsupported(f"{where}: {name} {value!r} is not {wanted}", field="model")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -16,10 +16,7 @@ from cluster.errors import ModelUnsupported
 from replica.model.dequantization import StoredModule
 from replica.model.quantization import Layout, Quantization
 from replica.model.ranks import Linear, Ranks
-from replica.model.shape import GROUPS, ROW_PARALLEL, ModelShape, Shard
-
-_MODULES = ("self_attn", "self_attn", "mlp", "mlp")
-"""The checkpoint's module of each group's projections."""
+from replica.model.shape import BLOCKS, GROUPS, ROW_PARALLEL, ModelShape, Shard
 
 _PLAIN_TYPES = ("F32", "BF16", "F16", "F64")
 _OF_ACTIVATIONS = ("input_scale", "input_zero_point", "activation_scale")
@@ -42,7 +39,7 @@ class Matmul(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One decoder block. matmuls, biases: one for each group of `GROUPS`, in that order.
+    """One decoder block. matmuls, biases: one for each of the shape's groups.
 
     ranks: the ranks that share the layer; None: it is whole.
     """
@@ -53,6 +50,8 @@ class Layer:
     mlp_norm: torch.Tensor
     query_norm: torch.Tensor | None
     key_norm: torch.Tensor | None
+    attention_post_norm: torch.Tensor | None = None
+    mlp_post_norm: torch.Tensor | None = None
     ranks: Ranks | None = None
 
     def complete(self, y: torch.Tensor, group: int) -> torch.Tensor:
@@ -140,7 +139,7 @@ def _weights(
     rows = slice(None) if ranks is None else ranks.vocab_rows(shape.vocab)
     embeddings = source.take("model.embed_tokens.weight", size)
     layers = tuple(_layer(source, shape, layer, linear, ranks) for layer in range(shape.layers))
-    norm = source.take("model.norm.weight", (shape.hidden,))
+    norm = _norm(source, shape, "model.norm", shape.hidden)
     head: Linear
     if shape.tied_embeddings:
         head = linear(embeddings[rows])
@@ -164,11 +163,18 @@ def _layer(
     has_bias = (shape.qkv_bias, shape.output_bias, shape.mlp_bias, shape.mlp_bias)
     matmuls: list[Matmul] = []
     biases: list[torch.Tensor | None] = []
-    for group, module, bias in zip(GROUPS, _MODULES, has_bias, strict=True):
-        parts = [(f"{prefix}.{module}.{name}", *shape.projections[name]) for name in group]
+    for group, module, bias in zip(shape.groups, BLOCKS, has_bias, strict=True):
         by_inputs = group[0] in ROW_PARALLEL
         weights, bias_parts = [], []
-        for name, inputs, outputs in parts:
+        for projection in group:
+            name, (inputs, outputs) = (
+                f"{prefix}.{module}.{projection}",
+                shape.projections[projection],
+            )
+            if projection in ("qkv_proj", "gate_up_proj"):  # which have no bias
+                whole = source.take(f"{name}.weight", (outputs, inputs))
+                weights += [whole[rows] for rows in shard.cuts(shape.parts(projection))]
+                continue
             columns = shard.cut(inputs) if by_inputs else slice(None)
             rows = slice(None) if by_inputs else shard.cut(outputs)
             weights.append(source.take(f"{name}.weight", (outputs, inputs), (rows, columns)))
@@ -179,17 +185,29 @@ def _layer(
     source.skip(f"{prefix}.self_attn.rotary_emb.inv_freq")  # in old Llamas; the decoder computes it
 
     def norm(name: str, size: int) -> torch.Tensor:
-        return source.take(f"{prefix}.{name}.weight", (size,))
+        return _norm(source, shape, f"{prefix}.{name}", size)
 
+    def after(name: str) -> torch.Tensor | None:
+        return norm(name, shape.hidden) if shape.post_norms else None
+
+    before_mlp = "pre_feedforward_layernorm" if shape.post_norms else "post_attention_layernorm"
     return Layer(
         matmuls=tuple(matmuls),
         biases=tuple(biases),
         attention_norm=norm("input_layernorm", shape.hidden),
-        mlp_norm=norm("post_attention_layernorm", shape.hidden),
+        mlp_norm=norm(before_mlp, shape.hidden),
         query_norm=norm("self_attn.q_norm", shape.head_dim) if shape.qk_norm else None,
         key_norm=norm("self_attn.k_norm", shape.head_dim) if shape.qk_norm else None,
+        attention_post_norm=after("post_attention_layernorm"),
+        mlp_post_norm=after("post_feedforward_layernorm"),
         ranks=ranks,
     )
+
+
+def _norm(source: "_Checkpoint | _Dummy", shape: ModelShape, name: str, size: int) -> torch.Tensor:
+    """With the shape's offset it is in float32, as a sum with 1 has fewer bits in 16."""
+    weight = source.take(f"{name}.weight", (size,))
+    return weight.float() + shape.norm_offset if shape.norm_offset else weight
 
 
 class _Checkpoint:

@@ -77,7 +77,7 @@ def measure(args: argparse.Namespace, directory: Path) -> None:
     with mock.patch("replica.engine.engine.read_shape_here", walk):
         modules = Engine(config)
     digests = [
-        _register(mixed, directory / f"adapter-{n}", model_dir, RANKS[n % len(RANKS)], n)
+        register(mixed, directory / f"adapter-{n}", model_dir, RANKS[n % len(RANKS)], n)
         for n in range(args.adapters)
     ]
     matmuls = _matmuls(model_dir, args.rows, base.runner.dtype)
@@ -89,9 +89,9 @@ def measure(args: argparse.Namespace, directory: Path) -> None:
         ("modules", modules.step),
     )
     for round_ in range(args.rounds + 1):
-        _fill(base, [None] * args.rows)
-        _fill(modules, [None] * args.rows)
-        _fill(mixed, [digests[i % len(digests)] for i in range(args.rows)])
+        fill(base, [None] * args.rows)
+        fill(modules, [None] * args.rows)
+        fill(mixed, [digests[i % len(digests)] for i in range(args.rows)])
         for _ in range(args.steps):
             for name, step in variants:
                 elapsed_s = _timed(step)
@@ -148,15 +148,17 @@ def _matmuls(model_dir: str, rows: int, dtype: torch.dtype) -> Callable[[], obje
     return run
 
 
-def _register(engine: Engine, path: Path, model_dir: str, rank: int, seed: int) -> str:
-    make_adapter(path, model_dir, rank=rank, seed=seed, strength=0.02)
+def register(engine: Engine, path: Path, model_dir: str, rank: int, seed: int) -> str:
+    """Makes the adapter unless it is there. Returns its digest."""
+    if not path.exists():
+        make_adapter(path, model_dir, rank=rank, seed=seed, strength=0.02)
     info = inspect(str(path), engine.shape, engine.config.rank_max)
     version = Version(path.name, info.digest, str(path), info.rank, info.parameters)
     engine.register(version, str(path))
     return info.digest
 
 
-def _fill(engine: Engine, digests: Sequence[str | None]) -> None:
+def fill(engine: Engine, digests: Sequence[str | None]) -> None:
     """Adds requests and steps until each has its first token, so that later steps only decode."""
     generator = torch.Generator().manual_seed(0)
     for i, digest in enumerate(digests):
@@ -183,7 +185,7 @@ def _timed(step: Callable[[], object]) -> float:
 
 
 def _profile(engine: Engine, args: argparse.Namespace) -> None:
-    _fill(engine, [None] * args.rows)
+    fill(engine, [None] * args.rows)
     with torch.profiler.profile() as profile:
         for _ in range(args.steps):
             engine.step()

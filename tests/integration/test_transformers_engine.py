@@ -1,12 +1,14 @@
-"""A model that runs through transformers, served: parked and resumed rows, the prefix cache, and
-the command line give the tokens of transformers with PEFT.
+"""Families other than Llama, served through transformers or by our own decoder: parked and resumed
+rows, the prefix cache, and the command line give the tokens of transformers with PEFT.
 """
 
 import itertools
 import random
 import time
 import types
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -26,12 +28,23 @@ GREEDY = Sampling(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
 NAMES = ("fr", "de", "it")
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("gemma")
-    model = make_model(root / "model", "gemma2", sliding_window=8)
+FUSED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+MODELS: dict[str, tuple[str, Sequence[str], dict[str, Any]]] = {
+    "through transformers": ("olmo3", TARGETS, {"sliding_window": 8}),
+    "granite": ("granite", TARGETS, {"residual_multiplier": 0.7, "logits_scaling": 2.0}),
+    "gemma2": ("gemma2", TARGETS, {"sliding_window": 8}),
+    "gemma3": ("gemma3_text", TARGETS, {"sliding_window": 8}),
+    "phi3": ("phi3", FUSED, {"sliding_window": 8, "pad_token_id": 2}),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    architecture, targets, settings = MODELS[request.param]
+    root = tmp_path_factory.mktemp(architecture)
+    model = make_model(root / "model", architecture, **settings)
     for i, name in enumerate(NAMES, start=1):
-        make_adapter(root / name, model, rank=4 * i, targets=TARGETS[i:], seed=i)
+        make_adapter(root / name, model, rank=4 * i, targets=targets[i:], seed=i)
     return root
 
 
@@ -95,6 +108,7 @@ def test_parked_rows_and_shared_prefixes_give_the_models_own_tokens(
         assert [got[f"{request}-{turn}"] for turn in range(2)] == [expected] * 2, request
 
 
+@pytest.mark.parametrize("files", ["through transformers", "phi3"], indirect=True)
 def test_the_command_line_serves_it_with_an_adapter(files: Path, tmp_path: Path) -> None:
     given = ["--device", "cpu", "--adapter", f"fr={files / 'fr'}"]
     given += ["--adapter-memory", "4MiB", "--kv-memory", "4MiB"]

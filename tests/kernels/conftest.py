@@ -91,5 +91,5 @@ def by_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "decode", decode)
     monkeypatch.setattr(attention, "prefill", prefill)
     monkeypatch.setattr(lora, "TritonLora", ReferenceLora)
-    for name in ("rms_norm", "add_rms_norm", "rotary_store", "silu_mul", "choose"):
+    for name in ("rms_norm", "add_rms_norm", "rotary_store", "silu_mul", "gelu_mul", "choose"):
         monkeypatch.setattr(fused, name, getattr(reference, name))

@@ -116,10 +116,11 @@ def lora() -> None:
                 operation.start(x, layer, number)
                 if number == 2:
                     operation.add_gated(x, y, layer, number)
+                    operation.add_gated(x, y, layer, number, True)
                 else:
                     operation.add(x, y, layer, number)
-    # Each once for each tiling and group: the layer makes no difference.
-    assert len(COMPILED) == 4 * 6, [kernel.name for kernel in COMPILED]
+    # Each once for each tiling, group and activation: the layer makes no difference.
+    assert len(COMPILED) == 4 * 7, [kernel.name for kernel in COMPILED]
     for kernel in COMPILED:
         # A, B and x are read by 16 bytes at once, straight into shared memory.
         assert "cp.async.cg.shared.global" in kernel.ptx, kernel.name
@@ -176,7 +177,9 @@ def fused() -> None:
         x = torch.empty(tokens, 4096, dtype=torch.bfloat16)
         fused.rms_norm(x, weight, 1e-5)
         fused.add_rms_norm(x, x.clone(), weight, 1e-5)
-        fused.silu_mul(torch.empty(tokens, 2 * 14336, dtype=torch.bfloat16))
+        fused.add_rms_norm(x, x.clone(), weight.float(), 1e-5, 0.22)
+        for gated in (fused.silu_mul, fused.gelu_mul):
+            gated(torch.empty(tokens, 2 * 14336, dtype=torch.bfloat16))
         qkv = torch.empty(tokens, heads + 2 * kv_heads, head_dim, dtype=torch.bfloat16)
         at = torch.zeros(tokens, dtype=torch.int32)
         for norm in (None, weight[:head_dim]):

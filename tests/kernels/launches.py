@@ -193,8 +193,9 @@ def between_matmuls(make: Make) -> None:
     rows, hidden, pitch = pick((1, 3, 300)), pick((1, 33, 64)), pick((0, 1, 16))
     x, weight = make.tensor(rows, hidden, pitch=pitch), make.tensor(hidden)
     fused.rms_norm(x, weight, 1e-5)
-    fused.add_rms_norm(x, make.tensor(rows, hidden), weight, 1e-5)
-    fused.silu_mul(make.tensor(rows, 2 * hidden, pitch=pitch))
+    fused.add_rms_norm(x, make.tensor(rows, hidden), weight, 1e-5, pick((1.0, 0.5)))
+    gated = pick((fused.silu_mul, fused.gelu_mul))
+    gated(make.tensor(rows, 2 * hidden, pitch=pitch))
     size, kv_heads = pick((16, 24)), pick((1, 2))
     qkv, at = make.tensor(rows, 4 + 2 * kv_heads, size), make.integers(rows)
     cache = make.tensor(4, 2, kv_heads, 16, size)
@@ -240,7 +241,7 @@ def deltas(make: Make) -> None:
             operation.start(x, layer, 0)
             operation.add(x, y, layer, 0)
             if len(widths) == 2 and widths[0] == widths[1]:
-                operation.add_gated(x, y, layer, 0)
+                operation.add_gated(x, y, layer, 0, pick((False, True)))
 
 
 CASES: dict[str, Callable[[], None]] = {"bounded": bounded, "every": every, "package": package}

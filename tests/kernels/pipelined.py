@@ -15,8 +15,9 @@ from replica.engine.runner import Runner
 from replica.model.checkpoint import shape_of
 from replica.model.launch import Asked, Row, Ticket
 from replica.model.sampling import Sampled
+from replica.model.shape import FUSED_GROUPS
 from replica.scheduling.request import PromptResult, Sampling, TokenLogprobs
-from tests.models import make_adapter
+from tests.models import TARGETS, make_adapter
 
 VOCAB = 96
 PAGE_TOKENS = 8
@@ -40,10 +41,13 @@ TELL = Sampling(temperature=0.0, prompt_logprobs=3, embeds=True)
 
 def adapters_of(directory: Path, model_dir: str) -> list[str]:
     """Of mixed ranks and partial targets; slot n holds adapter n - 1."""
+    some, every, up = ("q_proj", "v_proj", "down_proj"), TARGETS, "up_proj"
+    if "qkv_proj" in shape_of(model_dir).projections:
+        some, every, up = ("qkv_proj", "down_proj"), sum(FUSED_GROUPS, ()), "gate_up_proj"
     settings = (
-        {"rank": 4, "targets": ("q_proj", "v_proj", "down_proj")},
-        {"rank": 24, "alpha": 30},
-        {"rank": 8, "rank_pattern": {r"layers\.0\.mlp\.up_proj": 17}},
+        {"rank": 4, "targets": some},
+        {"rank": 24, "alpha": 30, "targets": every},
+        {"rank": 8, "rank_pattern": {rf"layers\.0\.mlp\.{up}": 17}, "targets": every},
     )
     return [
         make_adapter(directory / f"adapter-{n}", model_dir, seed=n, strength=0.15, **kind)

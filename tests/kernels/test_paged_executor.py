@@ -43,8 +43,23 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral-window": ("mistral", {"sliding_window": 9}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
+    "granite": (
+        "granite",
+        {"embedding_multiplier": 3.0, "residual_multiplier": 0.7, "attention_multiplier": 0.2}
+        | {"logits_scaling": 2.5},
+    ),
+    "gemma2": (
+        "gemma2",
+        {"sliding_window": 9, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 8.0}
+        | {"query_pre_attn_scalar": 24},
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "phi3": ("phi3", {"pad_token_id": 2}),
     # Through transformers' own modules.
-    "gemma2": ("gemma2", {"sliding_window": 9}),
+    "olmo3": ("olmo3", {"sliding_window": 9}),
 }
 
 
@@ -123,7 +138,7 @@ def test_steps_whose_adapters_change_the_vocabulary_are_not_replayed(
 def test_a_model_of_transformers_is_not_captured_and_its_heads_are_of_one_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model_dir = make_model(tmp_path / "even", "gemma2", **TINY)
+    model_dir = make_model(tmp_path / "even", "olmo3", **TINY)
     executor = load(model_dir, kernels="triton")._executor
     assert isinstance(executor, PagedExecutor)
     assert executor._graphs is None

@@ -115,9 +115,9 @@ def test_gate_and_up_give_the_bits_of_their_deltas_and_then_the_activation(
     x, y = bench.operands(rows or len(slots), 2)
     added = y.clone()
     bench.lora.add(x, added, 1, 2)
-    wanted = fused.silu_mul(added)
-    bench.lora.start(x, 1, 2)
-    assert torch.equal(bench.lora.add_gated(x, y, 1, 2), wanted)
+    for gelu, activation in ((False, fused.silu_mul), (True, fused.gelu_mul)):
+        bench.lora.start(x, 1, 2)
+        assert torch.equal(bench.lora.add_gated(x, y, 1, 2, gelu), activation(added))
 
 
 def test_gate_and_up_of_one_adapter_alone_and_of_none(
@@ -131,7 +131,9 @@ def test_gate_and_up_of_one_adapter_alone_and_of_none(
         x, y = bench.operands(4, 2)
         added = y.clone()
         bench.lora.add(x, added, 1, 2)
-        assert torch.equal(bench.lora.add_gated(x, y, 1, 2), fused.silu_mul(added))
+        again = y.clone()
+        assert torch.equal(bench.lora.add_gated(x, again, 1, 2), fused.silu_mul(added))
+        assert torch.equal(bench.lora.add_gated(x, y, 1, 2, True), fused.gelu_mul(added))
 
 
 def test_a_batch_of_base_rows_alone_is_left_as_it_is(device: torch.device) -> None:

@@ -56,6 +56,8 @@ PURE_FILES = {
     "lora_kernels.tilings",
     "replica.engine.messages",
     "replica.engine.sizing",
+    "replica.model.config_fields",
+    "replica.model.families",
     "replica.model.launch",
     "replica.model.memory",
     "replica.model.quantization",

@@ -17,7 +17,7 @@ from replica.model.launch import Row
 from replica.model.ranks import Ranks
 from replica.model.shape import ModelShape, Shard, read_shape
 from replica.scheduling.request import Sampling
-from tests.models import make_adapter, make_model
+from tests.models import TARGETS, make_adapter, make_model
 from tests.quantized import SCHEMES, write_quantized
 
 TOLERANCE = 1e-4
@@ -130,6 +130,10 @@ MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "mistral-window": ("mistral", 2, {"sliding_window": 8}),
     "qwen2": ("qwen2", 2, {}),
     "qwen3": ("qwen3", 2, {"head_dim": 32}),
+    "granite": ("granite", 2, {"residual_multiplier": 0.5, "logits_scaling": 2.0}),
+    "gemma2": ("gemma2", 2, {"sliding_window": 8}),
+    "gemma3": ("gemma3_text", 2, {"sliding_window": 8}),
+    "phi3": ("phi3", 2, {"pad_token_id": 2}),
 }
 
 
@@ -138,15 +142,20 @@ MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
 def test_logits_of_all_ranks_together_are_those_of_one(name: str, tmp_path: Path) -> None:
     architecture, ranks, settings = MODELS[name]
     model = make_model(tmp_path / "model", architecture, **settings)
+    some, every = ("q_proj", "o_proj", "up_proj"), TARGETS
+    if architecture == "phi3":
+        some = every = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
     adapters = [
         make_adapter(
             tmp_path / "a",
             model,
             rank=4,
-            targets=("q_proj", "o_proj", "up_proj", "lm_head", "embed_tokens"),
+            targets=(*some, "lm_head", "embed_tokens"),
             saving={"save_embedding_layers": False},
         ),
-        make_adapter(tmp_path / "b", model, rank=16, seed=2, layers_to_transform=[0, 2]),
+        make_adapter(
+            tmp_path / "b", model, rank=16, targets=every, seed=2, layers_to_transform=[0, 2]
+        ),
     ]
     slots = [1, 0, 2, 1]
     alone, together = Group(model, 1, adapters), Group(model, ranks, adapters)

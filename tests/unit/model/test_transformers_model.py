@@ -99,7 +99,8 @@ def test_a_native_model_runs_through_its_modules_too(tmp_path: Path) -> None:
 
 
 def test_a_process_without_torch_is_told_the_same_shape(tmp_path: Path) -> None:
-    model_dir = make_model(tmp_path / "model", "gemma2", sliding_window=8)
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    model_dir = make_model(tmp_path / "model", "olmo3", sliding_window=8, layer_types=kinds)
     shape = walk(model_dir)
     assert shape_of(model_dir) == shape
     assert shape.windows == (8, None, 8)

@@ -1,0 +1,243 @@
+"""How the families of our own decoder differ: what `config.json` says beyond dimensions."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.errors import ModelUnsupported
+from replica.model.config_fields import integer, is_integer, number, wrong
+
+GEMMAS = ("gemma2", "gemma3_text")
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "granite", "phi3", *GEMMAS)
+# `dynamic` and `longrope` change the rotation of a position as the sequence grows, so cached keys
+# would be wrong.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# The parameters that transformers reads for each type, besides `rope_theta`.
+ROPE_NUMBERS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
+ROPE_OPTIONAL = (
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+)
+
+_COMMON = """
+architectures attention_dropout auto_map bos_token_id dtype eos_token_id head_dim hidden_act
+hidden_size initializer_range intermediate_size max_position_embeddings model_type
+num_attention_heads num_hidden_layers num_key_value_heads pad_token_id quantization_config
+rms_norm_eps rope_parameters rope_scaling rope_theta tie_word_embeddings torch_dtype
+transformers_version use_cache vocab_size _name_or_path
+"""
+"""Fields of `config.json` that are read for every family, or change nothing that is computed."""
+_GRANITE = """
+attention_bias attention_multiplier embedding_multiplier logits_scaling mlp_bias residual_multiplier
+"""
+_PHI3 = """
+embd_pdrop original_max_position_embeddings partial_rotary_factor resid_pdrop sliding_window
+"""
+_GEMMA = """
+attention_bias attn_logit_softcapping cache_implementation final_logit_softcapping
+hidden_activation layer_types query_pre_attn_scalar sliding_window
+"""
+_GEMMA2 = f"{_GEMMA} sliding_window_size"
+_GEMMA3 = f"{_GEMMA} rope_local_base_freq sliding_window_pattern _sliding_window_pattern"
+_NEEDED = "num_key_value_heads rms_norm_eps"
+_GEMMA_NEEDED = f"{_NEEDED} head_dim query_pre_attn_scalar sliding_window"
+_GEMMA2_NEEDED = f"{_GEMMA_NEEDED} attn_logit_softcapping final_logit_softcapping"
+_GEMMA3_THETAS = {
+    "full_attention": ("rope_theta", 1e6),
+    "sliding_attention": ("rope_local_base_freq", 1e4),
+}
+"""Kind of a layer → where its `rope_theta` was in earlier versions, and the default."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Fields:
+    """Names of fields. known: beside `_COMMON`. needed: those whose defaults in transformers are
+    not read here.
+    """
+
+    known: str
+    needed: str = _NEEDED
+
+
+PARTLY: Mapping[str, _Fields] = {
+    "granite": _Fields(_GRANITE),
+    "phi3": _Fields(_PHI3),
+    "gemma2": _Fields(_GEMMA2, _GEMMA2_NEEDED),
+    "gemma3_text": _Fields(_GEMMA3, _GEMMA_NEEDED),
+}
+"""Families of which only these configurations run natively: every field that is set is known.
+Others run through transformers.
+"""
+
+
+def check_fields(config: Mapping[str, Any], where: str) -> None:
+    """Raises ModelUnsupported naming a field that a family in `PARTLY` must not have, or lacks."""
+    fields = PARTLY.get(config["model_type"])
+    if fields is None:
+        return
+    for name in sorted(config.keys() - {*_COMMON.split(), *fields.known.split()}):
+        if config[name]:  # null, false and 0 are taken for a feature that is off
+            raise ModelUnsupported(f"{where}: {name!r} is not known", field="model")
+    if config.get("rope_parameters") and config.get("rope_scaling"):
+        raise ModelUnsupported(f"{where}: rope_parameters and rope_scaling", field="model")
+    for name in sorted({*fields.needed.split()} - config.keys()):
+        raise ModelUnsupported(f"{where}: no {name!r}", field="model")
+
+
+def read_options(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Fields of a `ModelShape` in which the family differs from Llama."""
+    match config["model_type"]:
+        case "granite":
+            return {
+                "embed_scale": number(config, "embedding_multiplier", where, 1.0),
+                "residual_scale": number(config, "residual_multiplier", where, 1.0),
+                "softmax_scale": number(config, "attention_multiplier", where, 1.0),
+                "logits_divisor": number(config, "logits_scaling", where, 1.0),
+            }
+        case "phi3":
+            return {"fused_projections": True}
+        case "gemma2":
+            return _gemma(config, where) | {
+                "softcap": _cap(config, "attn_logit_softcapping", where)
+            }
+        case "gemma3_text":
+            if config.get("attn_logit_softcapping") is not None:  # transformers ignores it
+                raise ModelUnsupported(f"{where}: attn_logit_softcapping", field="model")
+            window_rope = _gemma3_rope(config, "sliding_attention", where)
+            return _gemma(config, where) | {"window_rope": window_rope}
+    return {}
+
+
+def _gemma(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    return {
+        "embed_scale": integer(config, "hidden_size", where) ** 0.5,
+        "embed_scale_rounded": True,
+        "softmax_scale": number(config, "query_pre_attn_scalar", where) ** -0.5,
+        "final_softcap": _cap(config, "final_logit_softcapping", where),
+        "post_norms": True,
+        "norm_offset": 1.0,
+    }
+
+
+def _cap(config: Mapping[str, Any], name: str, where: str) -> float | None:
+    return None if config.get(name) is None else number(config, name, where)
+
+
+def read_activation(config: Mapping[str, Any], where: str) -> str:
+    """As in `ModelShape`."""
+    name, supported, meant = "hidden_act", "silu", "silu"
+    if config["model_type"] in GEMMAS:
+        name, supported, meant = "hidden_activation", "gelu_pytorch_tanh", "gelu_tanh"
+    given = config.get(name, supported)
+    if given != supported:
+        raise ModelUnsupported(
+            f"{where}: {name} {given!r} is not supported (only {supported})", field="model"
+        )
+    return meant
+
+
+def read_windows(config: Mapping[str, Any], where: str) -> tuple[int | None, ...]:
+    """Follows transformers' configuration classes."""
+    layers = integer(config, "num_hidden_layers", where)
+    if config["model_type"] in ("llama", "granite"):
+        return (None,) * layers
+    if config["model_type"] == "phi3":
+        given = config.get("sliding_window")
+        return (given if given is None else integer(config, "sliding_window", where),) * layers
+    if config["model_type"] in GEMMAS:
+        # Every so many layers one attends to all tokens.
+        pattern = 2
+        if config["model_type"] == "gemma3_text":
+            pattern = integer(config, "sliding_window_pattern", where, 6)
+        alternating = [
+            "sliding_attention" if (layer + 1) % pattern else "full_attention"
+            for layer in range(layers)
+        ]
+        kinds = config.get("layer_types") or alternating
+        return _by_kind(kinds, layers, integer(config, "sliding_window", where), where)
+    mistral = config["model_type"] == "mistral"
+    window: int | None = None
+    used = mistral or config.get("use_sliding_window")
+    if used and config.get("sliding_window", 4096) is not None:  # null: no window
+        window = integer(config, "sliding_window", where, 4096)
+    if mistral:
+        return (window,) * layers
+    first = config.get("max_window_layers", 28)
+    if window is not None and not is_integer(first):
+        raise wrong(where, "max_window_layers", first, "an integer")
+    kinds = config.get("layer_types") or [
+        "sliding_attention" if window is not None and layer >= first else "full_attention"
+        for layer in range(layers)
+    ]
+    return _by_kind(kinds, layers, window, where)
+
+
+def _by_kind(kinds: object, layers: int, window: int | None, where: str) -> tuple[int | None, ...]:
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != layers
+        or any(kind not in ("sliding_attention", "full_attention") for kind in kinds)
+    ):
+        raise ModelUnsupported(f"{where}: layer_types {kinds} are not supported", field="model")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def read_rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if config["model_type"] == "gemma3_text":
+        return _gemma3_rope(config, "full_attention", where)
+    # transformers 5 writes `rope_parameters`; earlier ones write `rope_scaling` and `rope_theta`.
+    name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    given = config.get(name) or {}
+    if not isinstance(given, Mapping):
+        raise wrong(where, name, given, "a mapping")
+    partial = given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    if partial != 1.0:
+        raise ModelUnsupported(
+            f"{where}: partial_rotary_factor {partial} is not supported", field="model"
+        )
+    # Phi-3 says `yarn` for `longrope`.
+    supported = ("default",) if config["model_type"] == "phi3" else ROPE_TYPES
+    theta = config.get("rope_theta", 10000.0)
+    return _rope(given, theta, supported, where, f"{where}: {name}")
+
+
+def _gemma3_rope(config: Mapping[str, Any], kind: str, where: str) -> dict[str, Any]:
+    """Of the layers of a kind. Earlier versions only scale those that attend to all tokens."""
+    ropes = config.get("rope_parameters") or {"full_attention": config.get("rope_scaling")}
+    if not isinstance(ropes, Mapping) or ropes.keys() - _GEMMA3_THETAS.keys():
+        raise wrong(where, "rope_parameters", ropes, "a mapping of kinds of layers")
+    given, (name, default) = ropes.get(kind) or {}, _GEMMA3_THETAS[kind]
+    inside = f"{where}: rope_parameters of {kind}"
+    if not isinstance(given, Mapping) or given.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ModelUnsupported(f"{inside} {given!r} are not supported", field="model")
+    return _rope(given, config.get(name, default), ROPE_TYPES, where, inside)
+
+
+def _rope(
+    given: Mapping[str, Any], theta: Any, supported: Sequence[str], where: str, inside: str
+) -> dict[str, Any]:
+    """theta: where `given` has none. inside: where `given` is."""
+    rope = dict(given)
+    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
+    rope.pop("type", None)
+    rope.setdefault("rope_theta", theta)
+    if rope["rope_type"] not in supported:
+        raise ModelUnsupported(
+            f"{where}: rope type {rope['rope_type']!r} is not supported "
+            f"(supported: {', '.join(supported)})",
+            field="model",
+        )
+    number(rope, "rope_theta", inside if "rope_theta" in given else where)
+    if rope["rope_type"] != "default":
+        needed = ROPE_NUMBERS[rope["rope_type"]]
+        for each in (*needed, *filter(rope.get, ROPE_OPTIONAL)):
+            number(rope, each, inside)
+    return rope
