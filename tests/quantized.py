@@ -32,15 +32,16 @@ class Scheme:
 
 
 def write_quantized(plain: str, directory: Path, scheme: Scheme, left: Sequence[str] = ()) -> str:
-    """Quantizes the layers' linear modules but those whose names contain one of `left`. Writes what
-    the tensors stand for back into `plain`.
+    """Quantizes the layers' linear modules, experts too, but those whose names contain one of
+    `left`. Writes what the tensors stand for back into `plain`.
     """
     shutil.copytree(plain, directory)
     exact = load_file(Path(plain) / "model.safetensors")
     stored: Tensors = {}
     for name, tensor in list(exact.items()):
         module, _, kind = name.rpartition(".")
-        if kind != "weight" or "_proj" not in module or any(part in module for part in left):
+        linear = kind == "weight" and ("_proj" in module or ".experts." in module)
+        if not linear or any(part in module for part in left):
             stored[name] = tensor
             continue
         tensors, meant = scheme.quantize(tensor.numpy())
