@@ -55,6 +55,13 @@ def write_quantized(plain: str, directory: Path, scheme: Scheme, left: Sequence[
     return str(directory)
 
 
+def change_tensors(model_dir: str, **tensors: torch.Tensor | None) -> None:
+    """Adds or replaces tensors by name. None removes a tensor."""
+    path = Path(model_dir) / "model.safetensors"
+    held = load_file(path) | tensors
+    save_file({name: each for name, each in held.items() if each is not None}, path)
+
+
 def integers(
     weight: Array, block: tuple[int, int], least: int, most: int
 ) -> tuple[Array, Array, Array]:

@@ -45,7 +45,10 @@ def walk(model_dir: str) -> TransformersShape:
     """Raises ModelUnsupported naming the feature."""
     path = Path(model_dir) / "config.json"
     given = read_json(path)
+    text_only = given.get("text_config")  # of a model that takes images, too
     quantization = read_quantization(given, model_dir)
+    if quantization is None and isinstance(text_only, Mapping):
+        quantization = read_quantization(text_only, model_dir)
     config = read_config(model_dir)
     text = config.get_text_config(decoder=True)
     dtype = _dtype(text.dtype or config.dtype, str(path))

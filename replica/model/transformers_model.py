@@ -135,8 +135,9 @@ def read_config(model_dir: str) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             model_dir, local_files_only=True, trust_remote_code=False
         )
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        for part in (config, config.get_text_config(decoder=True)):
+            if hasattr(part, "quantization_config"):
+                del part.quantization_config
     return config
 
 

@@ -2,20 +2,20 @@
 transformers and PEFT on the weights that its tensors stand for.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from cluster.config import EngineConfig
 from cluster.errors import ModelUnsupported
 from replica.engine.sizing import described, weight_bytes
 from replica.model.module_walk import walk
 from tests.models import edit_config, make_adapter, make_model
-from tests.packed import DECODED, load, prompts, reference, run
-from tests.quantized import SCHEMES, write_quantized
+from tests.packed import DECODED, VOCAB, load, prompts, reference, run
+from tests.quantized import SCHEMES, change_tensors, write_quantized
 
 TOLERANCE = 1e-5
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -43,12 +43,6 @@ def written(
     return write_quantized(plain, tmp_path / "quantized", SCHEMES[scheme], left), plain
 
 
-def change(model_dir: str, **tensors: torch.Tensor | None) -> None:
-    path = Path(model_dir) / "model.safetensors"
-    held = load_file(path) | tensors
-    save_file({name: each for name, each in held.items() if each is not None}, path)
-
-
 @pytest.mark.parametrize(
     ("architecture", "settings", "scheme"),
     [(name, settings, each) for name, settings, layouts in FAMILIES for each in layouts],
@@ -64,6 +58,27 @@ def test_logprobs_are_those_of_the_fp32_checkpoint_with_adapters_on_top(
     found, _ = run(load(quantized, walk(quantized), [adapter]), texts, [1, 0], 7)
     for own, theirs in zip(found, expected, strict=True):
         assert (own - theirs[-DECODED - 1 :]).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_quantized_model_of_images_answers_text(nested: bool, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
+    text = {"vocab_size": VOCAB, "intermediate_size": 96, "num_key_value_heads": 2}
+    images = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "image_size": 28}
+    settings = {
+        "text_config": sizes | text | {"sliding_window": 8, "max_position_embeddings": 512},
+        "vision_config": images | {"patch_size": 14, "num_attention_heads": 2},
+        "image_token_index": 1,
+    }
+    quantized, plain = written(tmp_path, "int8", "gemma3", "vision", "multi_modal", **settings)
+    if nested:
+        config = json.loads((Path(quantized) / "config.json").read_text())
+        text_config = config["text_config"] | {"quantization_config": config["quantization_config"]}
+        edit_config(quantized, text_config=text_config, quantization_config=None)
+    (prompt,) = prompts(30)
+    (found,), _ = run(load(quantized, walk(quantized)), [prompt], [0], 7)
+    difference = found - reference(plain, None, prompt)[-DECODED - 1 :]
+    assert difference.abs().max() <= TOLERANCE
 
 
 def test_every_weight_is_exactly_what_its_tensors_stand_for(tmp_path: Path) -> None:
@@ -109,7 +124,7 @@ def test_tensors_that_contradict_the_configuration(
     scheme: str, tensors: dict[str, torch.Tensor | None], message: str, tmp_path: Path
 ) -> None:
     quantized, _ = written(tmp_path, scheme)
-    change(quantized, **{f"{PROJECTION}.{kind}": each for kind, each in tensors.items()})
+    change_tensors(quantized, **{f"{PROJECTION}.{kind}": each for kind, each in tensors.items()})
     with pytest.raises(ModelUnsupported) as caught:
         load(quantized, walk(quantized))
     assert message in caught.value.message
@@ -119,7 +134,7 @@ def test_tensors_that_contradict_the_configuration(
 def test_a_bias_of_zeros_that_autogptq_adds_is_left_out(tmp_path: Path) -> None:
     quantized, _ = written(tmp_path, "gptq", "mixtral", **MIXTRAL)
     expert = "model.layers.1.block_sparse_moe.experts.2.w1"
-    change(quantized, **{f"{expert}.bias": torch.zeros(96)})
+    change_tensors(quantized, **{f"{expert}.bias": torch.zeros(96)})
     load(quantized, walk(quantized))
 
 
@@ -140,7 +155,7 @@ def test_quantized_tensors_without_a_configuration(tmp_path: Path) -> None:
 def test_an_8_bit_tensor_of_another_layout_is_refused(tmp_path: Path) -> None:
     quantized, _ = written(tmp_path, "packed")
     path = "model.layers.1.post_attention_layernorm.weight"
-    change(quantized, **{path: torch.ones(64).to(torch.float8_e4m3fn)})
+    change_tensors(quantized, **{path: torch.ones(64).to(torch.float8_e4m3fn)})
     with pytest.raises(ModelUnsupported, match=r"is F8_E4M3, and config\.json does not"):
         load(quantized, walk(quantized))
 
