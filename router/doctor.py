@@ -5,7 +5,7 @@ import resource
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -14,7 +14,8 @@ from cluster.errors import FleetError
 from cluster.redis_client import check_reachable
 from cluster.redis_server import find_redis_server
 from replica.engine.node import read_node
-from replica.engine.sizing import shown
+from replica.engine.sizing import chosen_dtype, shown, weight_bytes
+from replica.model.checkpoint import shape_of
 from replica.serving.process import listen
 from replica.serving.settings import check_adapter, check_model
 from router.ports import ReplicaPorts
@@ -154,10 +155,17 @@ def _disk(settings: FleetConfig) -> Findings:
 
 
 def _memory(settings: FleetConfig) -> Findings:
-    node, model = read_node(), Path(settings.engine.model)
-    weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    text = f"{shown(node.free)} free of {shown(node.memory)}; the weights take {shown(weights)}"
-    on_cpu = settings.engine.device == "cpu" or not gpus()
+    node, engine = read_node(), settings.engine
+    text = f"{shown(node.free)} free of {shown(node.memory)}"
+    try:
+        shape = shape_of(engine.model)
+    except FleetError:  # it is the finding of `_model`
+        yield _ok("memory", text)
+        return
+    on_cpu = engine.device == "cpu" or not gpus()
+    dtype = chosen_dtype(engine, shape.dtype, "cpu" if on_cpu else "cuda", node.bf16)
+    weights = weight_bytes(replace(engine, dtype=dtype), shape)  # type: ignore[arg-type]
+    text = f"{text}; the weights take {shown(weights)} in {dtype}"
     if on_cpu and weights * settings.replicas >= node.free:
         yield _failed("memory", f"{text} a replica", _STEPS["memory"])
     else:

@@ -32,15 +32,16 @@ class Scheme:
 
 
 def write_quantized(plain: str, directory: Path, scheme: Scheme, left: Sequence[str] = ()) -> str:
-    """Quantizes the layers' linear modules but those whose names contain one of `left`. Writes what
-    the tensors stand for back into `plain`.
+    """Quantizes the layers' linear modules, experts too, but those whose names contain one of
+    `left`. Writes what the tensors stand for back into `plain`.
     """
     shutil.copytree(plain, directory)
     exact = load_file(Path(plain) / "model.safetensors")
     stored: Tensors = {}
     for name, tensor in list(exact.items()):
         module, _, kind = name.rpartition(".")
-        if kind != "weight" or "_proj" not in module or any(part in module for part in left):
+        linear = kind == "weight" and ("_proj" in module or ".experts." in module)
+        if not linear or any(part in module for part in left):
             stored[name] = tensor
             continue
         tensors, meant = scheme.quantize(tensor.numpy())
@@ -52,6 +53,13 @@ def write_quantized(plain: str, directory: Path, scheme: Scheme, left: Sequence[
     config["quantization_config"] = dict(scheme.config)
     (directory / "config.json").write_text(json.dumps(config))
     return str(directory)
+
+
+def change_tensors(model_dir: str, **tensors: torch.Tensor | None) -> None:
+    """Adds or replaces tensors by name. None removes a tensor."""
+    path = Path(model_dir) / "model.safetensors"
+    held = load_file(path) | tensors
+    save_file({name: each for name, each in held.items() if each is not None}, path)
 
 
 def integers(

@@ -26,7 +26,7 @@ from cluster.config import EngineConfig
 from cluster.errors import ConfigError
 from replica.engine.node import Node
 from replica.model.memory import DTYPE_BYTES, batch_pages, divide, kv_page_bytes
-from replica.model.shape import Shape, TransformersShape
+from replica.model.shape import Shape
 from replica.scheduling.assembly import Division
 
 _RANK_EXPECTED = 64
@@ -245,10 +245,8 @@ def described(asked: EngineConfig, made: EngineConfig, whole: Shape) -> list[str
 
 
 def _dequantized(made: EngineConfig, whole: Shape) -> list[str]:
-    if isinstance(whole, TransformersShape) or made.load_format == "dummy":
-        return []
     found = whole.quantization
-    if found is None:
+    if found is None or made.load_format == "dummy":
         return []
     size = shown(weight_bytes(made, whole.divided(made.tensor_parallel)))
     each = " a rank" if made.tensor_parallel > 1 else ""

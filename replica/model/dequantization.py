@@ -42,11 +42,14 @@ class StoredModule:
     quantization: Quantization
     take: Callable[[str], torch.Tensor | None]
 
-    def weight(self, size: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-        """Computed in float32 and rounded once. size: (out_features, in_features). Raises
-        ModelUnsupported naming a tensor that is missing or contradicts `config.json`.
+    def weight(self, size: tuple[int, int] | None, dtype: torch.dtype) -> torch.Tensor:
+        """Computed in float32 and rounded once. size: (out_features, in_features); None: as its
+        tensors say. Raises ModelUnsupported naming a tensor that is missing or contradicts
+        `config.json`.
         """
         parts, of = self._parts(size), self.quantization.block
+        if size is None:
+            size = self._matrix("codes", parts.codes)
         block = (of[0] or size[0], of[1] or size[1])
         self._check_parts(parts, size, (-(-size[0] // block[0]), -(-size[1] // block[1])))
 
@@ -78,7 +81,7 @@ class StoredModule:
             if parts.order.min() < 0 or parts.order.max() >= grid[1]:
                 raise self._refused(f"a column's group is not one of {grid[1]}")
 
-    def _parts(self, size: tuple[int, int]) -> _Parts:
+    def _parts(self, size: tuple[int, int] | None) -> _Parts:
         bits = self.quantization.bits
         match self.quantization.layout:
             case Layout.AWQ:
@@ -97,13 +100,15 @@ class StoredModule:
         codes = self._need("weight", torch.float8_e4m3fn if fp8 else torch.int8)
         return _Parts(codes, _grid(scales), zeros, self._order("weight_g_idx"))
 
-    def _packed(self, bits: int, size: tuple[int, int]) -> _Parts:
+    def _packed(self, bits: int, size: tuple[int, int] | None) -> _Parts:
         """Codes and zero points are stored plus 2 ** (bits - 1)."""
-        outputs, inputs = size
         scales = _grid(self._need("weight_scale", *_FLOATS))
         shape = self._need("weight_shape", torch.int64, torch.int32)
-        if shape.flatten().tolist() != [*size]:
-            raise self._refused(f"weight_shape is {shape.tolist()}, config.json says {size}")
+        found = shape.flatten().tolist()
+        if len(found) != 2 or found != [*(size or found)]:
+            right = "not that of a matrix" if size is None else f"config.json says {size}"
+            raise self._refused(f"weight_shape is {shape.tolist()}, {right}")
+        outputs, inputs = found
         if self.quantization.has_zeros:
             packed = self._words("weight_zero_point")
             zeros = _unpacked(packed.T, bits)[:, :outputs].T.float()
@@ -154,9 +159,13 @@ class StoredModule:
     def _words(self, name: str) -> torch.Tensor:
         """A matrix of packed values."""
         tensor = self._need(name, torch.int32)
+        self._matrix(name, tensor)
+        return tensor
+
+    def _matrix(self, name: str, tensor: torch.Tensor) -> tuple[int, int]:
         if tensor.dim() != 2 or not tensor.numel():
             raise self._refused(f"{name} has shape {tuple(tensor.shape)}, not that of a matrix")
-        return tensor
+        return tensor.shape[0], tensor.shape[1]
 
     def _check(self, what: str, tensor: torch.Tensor, size: tuple[int, ...]) -> None:
         if tensor.shape != size:

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from cluster.errors import FleetError, ModelUnsupported
-from replica.model.families import ARCHITECTURES
-from replica.model.quantization import quantization_method
+from replica.model.quantization import read_quantization
 from replica.model.shape import (
     DTYPES,
     TransformersShape,
@@ -45,13 +45,10 @@ def walk(model_dir: str) -> TransformersShape:
     """Raises ModelUnsupported naming the feature."""
     path = Path(model_dir) / "config.json"
     given = read_json(path)
-    if method := quantization_method(given):
-        raise ModelUnsupported(
-            f"{path}: quantization {method!r} is not supported for a model that runs through "
-            f"transformers (only for {', '.join(ARCHITECTURES)}): use a checkpoint that is not "
-            "quantized",
-            field="model",
-        )
+    text_only = given.get("text_config")  # of a model that takes images, too
+    quantization = read_quantization(given, model_dir)
+    if quantization is None and isinstance(text_only, Mapping):
+        quantization = read_quantization(text_only, model_dir)
     config = read_config(model_dir)
     text = config.get_text_config(decoder=True)
     dtype = _dtype(text.dtype or config.dtype, str(path))
@@ -61,6 +58,9 @@ def walk(model_dir: str) -> TransformersShape:
             config, dtype=torch.bfloat16, attn_implementation=ATTENTION, trust_remote_code=False
         )
         trace = _Trace(model.eval())
+        if quantization is not None and any(isinstance(m, Conv1D) for m in model.modules()):
+            # Their weights are transposed, which only a shape that is not square would tell.
+            raise ModelUnsupported("quantized Conv1D modules are not supported", field="model")
     modules, projections = _named(trace.linears)
     calls = list(trace.calls.values())
     return TransformersShape(
@@ -79,6 +79,7 @@ def walk(model_dir: str) -> TransformersShape:
         projections=projections,
         modules=modules,
         vocabulary=trace.vocabulary,
+        quantization=quantization,
     )
 
 

@@ -61,20 +61,14 @@ class Quantization:
     stored_bytes: int = 0
 
 
-def quantization_method(config: Mapping[str, Any]) -> str | None:
-    """config: content of `config.json`. None if the checkpoint is not quantized."""
-    given = config.get("quantization_config")
+def read_quantization(config: Mapping[str, Any], model_dir: str) -> Quantization | None:
+    """config: content of `config.json`. None if the checkpoint is not quantized. Raises
+    ModelUnsupported naming what is not supported.
+    """
+    where, given = f"{Path(model_dir) / 'config.json'}", config.get("quantization_config")
     if given is None:
         return None
-    return str(given.get("quant_method", "unknown") if isinstance(given, Mapping) else given)
-
-
-def read_quantization(config: Mapping[str, Any], model_dir: str) -> Quantization | None:
-    """As `quantization_method`. Raises ModelUnsupported naming what is not supported."""
-    method = quantization_method(config)
-    if method is None:
-        return None
-    where, given = f"{Path(model_dir) / 'config.json'}", config["quantization_config"]
+    method = str(given.get("quant_method", "unknown") if isinstance(given, Mapping) else given)
     if method not in _METHODS or not isinstance(given, Mapping):
         raise ModelUnsupported(
             f"{where}: quantization {method!r} is not supported "

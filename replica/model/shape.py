@@ -215,6 +215,7 @@ class TransformersShape:
     projections, modules: as in `ModelShape`. A projection's name is the path of its modules with
     `*` for the layer; a layer may lack it.
     vocabulary: by path, those of embedding and head that are plain.
+    parameters: also of a quantized checkpoint, whose weights are dequantized.
     context: where the rotation of a position depends on the longest sequence, the length up to
     which it does not.
     """
@@ -234,6 +235,7 @@ class TransformersShape:
     projections: Mapping[str, tuple[int, int]]
     modules: Mapping[str, tuple[int, str]]
     vocabulary: Mapping[str, VocabularyModule]
+    quantization: Quantization | None = None
 
     @property
     def cached_layers(self) -> int:

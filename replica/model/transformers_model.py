@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -24,8 +25,10 @@ from transformers.pytorch_utils import Conv1D
 from cluster.errors import ModelUnsupported
 from lora_kernels.vocabulary import Vocabulary
 from replica.model.gather_attention import GatherAttention, ModelInputs
+from replica.model.quantization import Quantization
 from replica.model.ranks import Ranks
 from replica.model.shape import TransformersShape
+from replica.model.stored_checkpoint import StoredCheckpoint
 
 if TYPE_CHECKING:
     from replica.model.paged_attention import PagedAttention, PagedBatch
@@ -114,6 +117,8 @@ def refusing(model_dir: str) -> Iterator[None]:
     try:
         yield
     except ModelUnsupported as error:
+        if error.message.startswith(model_dir):
+            raise
         raise ModelUnsupported(f"{model_dir}: {error.message}", field=error.field) from error
     except Exception as error:
         reason = "transformers: " + " ".join(f"{type(error).__name__}: {error}".split())
@@ -123,11 +128,16 @@ def refusing(model_dir: str) -> Iterator[None]:
 
 
 def read_config(model_dir: str) -> PreTrainedConfig:
-    """Raises ModelUnsupported. No code is loaded from the directory."""
+    """Raises ModelUnsupported. No code is loaded from the directory. Says nothing of quantization:
+    transformers gets dequantized weights.
+    """
     with refusing(model_dir):
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             model_dir, local_files_only=True, trust_remote_code=False
         )
+        for part in (config, config.get_text_config(decoder=True)):
+            if hasattr(part, "quantization_config"):
+                del part.quantization_config
     return config
 
 
@@ -304,21 +314,53 @@ def load_model(
     seed of random weights, which need no files; None reads the checkpoint.
     """
     settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": ATTENTION}
-    settings |= {"trust_remote_code": False}
     with refusing(model_dir):
         if dummy_seed is not None:
             with torch.random.fork_rng(devices=[]), torch.device(device):
                 torch.manual_seed(dummy_seed)
-                modules = AutoModelForCausalLM.from_config(read_config(model_dir), **settings)
+                modules = _from_config(model_dir, settings)
+        elif shape.quantization is not None:
+            modules = _dequantized(model_dir, shape.quantization, settings)
         else:
             modules, found = AutoModelForCausalLM.from_pretrained(
                 model_dir,
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
+                trust_remote_code=False,
                 **settings,
             )
-            for what in ("missing", "mismatched", "unexpected"):
-                for key in sorted(map(str, found[f"{what}_keys"]))[:1]:
-                    raise ModelUnsupported(f"{what} tensor {key}", field="model")
+            _check_found(found)
     return TransformersModel(shape, context, modules.to(device).eval().requires_grad_(False))
+
+
+def _from_config(model_dir: str, settings: Mapping[str, Any]) -> Any:
+    config = read_config(model_dir)
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings)
+
+
+def _dequantized(model_dir: str, quantization: Quantization, settings: Mapping[str, Any]) -> Any:
+    """transformers renames and fuses the dequantized weights, as those of experts."""
+    with torch.device("meta"):
+        empty = _from_config(model_dir, settings)
+    path, device = Path(model_dir), torch.device("cpu")
+    with StoredCheckpoint(path, settings["dtype"], device, quantization) as checkpoint:
+        modules, found = type(empty).from_pretrained(
+            None,
+            config=empty.config,
+            state_dict=checkpoint.all_later(),
+            output_loading_info=True,
+            **settings,
+        )
+        if not checkpoint.has_bias():  # those that were not read are GPTQ's zeros
+            unexpected = found["unexpected_keys"]
+            found["unexpected_keys"] = {key for key in unexpected if not key.endswith(".bias")}
+    _check_found(found)
+    return modules
+
+
+def _check_found(found: Mapping[str, Any]) -> None:
+    """found: what transformers tells about loading."""
+    for what in ("missing", "mismatched", "unexpected"):
+        for key in sorted(map(str, found[f"{what}_keys"]))[:1]:
+            raise ModelUnsupported(f"{what} tensor {key}", field="model")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from cluster.errors import ModelUnsupported
 from replica.model.dequantization import StoredModule
@@ -16,7 +16,7 @@ from replica.model.shape import read_shape
 from replica.model.weights import Weights, load_weights
 from tests.models import edit_config, make_adapter, make_model
 from tests.packed import DECODED, load, prompts, reference, run
-from tests.quantized import SCHEMES, Scheme, compressed, fp8, words, write_quantized
+from tests.quantized import SCHEMES, Scheme, change_tensors, compressed, fp8, words, write_quantized
 from tests.small_files import write_model_config
 
 # As in `test_decoder.py`: what is left is the order of sums.
@@ -91,17 +91,11 @@ def test_a_zero_point_of_0_in_gptqs_first_version() -> None:
 
 def test_a_bias_of_zeros_that_autogptq_adds_is_left_out(tmp_path: Path) -> None:
     quantized, plain = written(tmp_path, SCHEMES["gptq"])
-    add(quantized, **{"model.layers.0.self_attn.k_proj.bias": torch.zeros(32)})
+    change_tensors(quantized, **{"model.layers.0.self_attn.k_proj.bias": torch.zeros(32)})
     assert_equal(weights(quantized), weights(plain))
-    add(quantized, **{"model.layers.0.self_attn.k_proj.bias": torch.ones(32)})
+    change_tensors(quantized, **{"model.layers.0.self_attn.k_proj.bias": torch.ones(32)})
     with pytest.raises(ModelUnsupported, match=r"k_proj\.bias' is not part of the architecture"):
         weights(quantized)
-
-
-def add(model_dir: str, **tensors: torch.Tensor | None) -> None:
-    path = Path(model_dir) / TENSORS
-    held = load_file(path) | tensors
-    save_file({name: each for name, each in held.items() if each is not None}, path)
 
 
 PROJECTION = "model.layers.1.mlp.up_proj"
@@ -151,7 +145,7 @@ def test_tensors_that_contradict_the_configuration(
     name: str, kind: str, tensor: torch.Tensor | None, message: str, tmp_path: Path
 ) -> None:
     quantized, _ = written(tmp_path, SCHEMES[name])
-    add(quantized, **{f"{PROJECTION}.{kind}": tensor})
+    change_tensors(quantized, **{f"{PROJECTION}.{kind}": tensor})
     with pytest.raises(ModelUnsupported, match=re.escape(message)) as caught:
         weights(quantized)
     assert PROJECTION in caught.value.message

@@ -108,11 +108,12 @@ def test_a_process_without_torch_is_told_the_same_shape(tmp_path: Path) -> None:
     assert shape.modules["model.layers.2.mlp.up_proj"] == (2, "model.layers.*.mlp.up_proj")
     assert shape.dtype == "float32"
     assert shape.eos_tokens == {1}
-    edit_config(model_dir, quantization_config={"quant_method": "gptq"})
+    edit_config(model_dir, quantization_config={"quant_method": "gptq", "bits": 4})
     checkpoint._walked.cache_clear()
-    with pytest.raises(
-        ModelUnsupported, match="'gptq' is not supported for a model that runs through"
-    ):
+    assert shape_of(model_dir) == walk(model_dir)
+    edit_config(model_dir, quantization_config={"quant_method": "hqq"})
+    checkpoint._walked.cache_clear()
+    with pytest.raises(ModelUnsupported, match="quantization 'hqq' is not supported"):
         shape_of(model_dir)
 
 

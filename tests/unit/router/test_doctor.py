@@ -1,5 +1,6 @@
 """What `lorafleet doctor` finds on a good machine, and on broken ones."""
 
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from replica.engine.node import Node
 from router import doctor
 from router.doctor import Finding, State, examine
 from tests.models import make_adapter, make_model
+from tests.quantized import SCHEMES, write_quantized
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +124,18 @@ def test_too_little_memory(good: FleetConfig, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(doctor, "read_node", lambda: Node(2**40, 1000, False))
     about, text = only(good)
     assert about == "memory" and text.startswith("1000 bytes free of 1.0 TiB")
+
+
+def test_weights_take_what_they_take_dequantized(good: FleetConfig, tmp_path: Path) -> None:
+    plain = make_model(tmp_path / "plain", "olmo2")
+    quantized = write_quantized(plain, tmp_path / "quantized", SCHEMES["awq"])
+    told = []
+    for path in (plain, quantized):
+        settings = replace(good, engine=EngineConfig(path), adapters={})
+        (memory,) = (each for each in examine(settings) if each.about == "memory")
+        told.append(memory.text.partition("; ")[2])
+    assert told[0] == told[1]
+    assert re.fullmatch(r"the weights take \d.* in float32", told[0])
 
 
 @pytest.mark.parametrize("broken", [False, True])
