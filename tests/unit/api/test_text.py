@@ -179,8 +179,7 @@ CORPUS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "
 
 def write_sentencepiece(path: Path) -> None:
     """As old Llamas have it: `tokenizer.model` alone."""
-    import sentencepiece
-
+    sentencepiece = pytest.importorskip("sentencepiece", reason="needs the extra sentencepiece")
     rng = random.Random(0)
     trained = BytesIO()
     sentencepiece.SentencePieceTrainer.train(
