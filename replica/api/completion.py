@@ -9,7 +9,8 @@ from cluster.errors import DeadlineExceeded, LogitsNotFinite
 from replica.api.interfaces import Claim, Engine
 from replica.api.openai_protocol import CHOICES_MAX
 from replica.api.reasoning import ReasoningReader
-from replica.api.text import Detokenizer, StopStrings, Text
+from replica.api.stop_strings import StopStrings
+from replica.api.text import Detokenizer, Text
 from replica.api.tools import ToolCall, ToolReader, ToolUse
 from replica.scheduling.request import (
     Delta,

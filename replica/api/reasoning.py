@@ -1,6 +1,6 @@
 """Splits what a model thinks, between <think> and </think>, from its answer, as vLLM does."""
 
-from replica.api.text import overlap
+from replica.api.stop_strings import overlap
 
 BEGIN, END = "<think>", "</think>"
 

@@ -12,7 +12,8 @@ import orjson
 
 from cluster.errors import BadRequest
 from replica.api.openai_protocol import ChatRequest, encodable, shown
-from replica.api.text import Text, overlap
+from replica.api.stop_strings import overlap
+from replica.api.text import Text
 
 
 class ToolFormat(StrEnum):

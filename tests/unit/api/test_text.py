@@ -18,7 +18,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cluster.errors import BadRequest, ModelUnsupported
-from replica.api.text import HELD_TOKENS_MAX, INLINE_CHARACTERS, StopStrings, Text
+from replica.api.stop_strings import StopStrings
+from replica.api.text import HELD_TOKENS_MAX, INLINE_CHARACTERS, Text
 from tests.models import write_tokenizer
 from tests.serving import text, tokens_of
 
