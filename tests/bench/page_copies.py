@@ -30,13 +30,12 @@ from typing import Any
 
 from cluster.config import EngineConfig
 from cluster.values import Version
-from replica.adapters.adapter_files import inspect
 from replica.engine.engine import Engine
 from replica.model.memory import kv_page_bytes
 from replica.model.shape import ModelShape
 from replica.scheduling.request import NewRequest, Sampling
 from replica.scheduling.timeline import Event
-from tests.bench.toys import toy_adapter, toy_model
+from tests.bench.toys import toy_model, toy_version
 
 ADAPTERS, RANK = 3, 8
 PAGE_TOKENS = 16
@@ -191,11 +190,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         model = Path(directory) / "base"
         shape = toy_model(model, hidden=256, layers=4, context=1024)
-        versions = []
-        for seed in range(ADAPTERS):
-            path = toy_adapter(Path(directory) / f"a{seed}", shape, RANK, seed)
-            info = inspect(path, shape, rank_max=64)
-            versions.append(Version(f"a{seed}", info.digest, path, info.rank, info.parameters))
+        root = Path(directory)
+        versions = [toy_version(root / f"a{n}", shape, RANK, n) for n in range(ADAPTERS)]
         met = [
             compare(model, shape, versions, load, options.repeats) for load in loads(options.scale)
         ]

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from cluster.values import Version
+from replica.adapters.adapter_files import inspect
 from replica.model.shape import PROJECTIONS, ModelShape, read_shape
 
 _BLOCK = {"q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn"}
@@ -69,3 +71,10 @@ def toy_adapter(
     }
     (directory / "adapter_config.json").write_text(json.dumps(config))
     return str(directory)
+
+
+def toy_version(directory: Path, shape: ModelShape, rank: int, seed: int) -> Version:
+    """Writes such an adapter, and names its version after the directory."""
+    path = toy_adapter(directory, shape, rank, seed)
+    info = inspect(path, shape, rank_max=64)
+    return Version(directory.name, info.digest, path, info.rank, info.parameters)
