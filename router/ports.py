@@ -70,9 +70,11 @@ def bracketed(host: str) -> str:
 def bind(host: str, port: int) -> str:
     """Where HAProxy listens, in its words. host: an address.
 
-    One socket: HAProxy 2.8 hands either IPv4 or IPv6 ones on to its successor.
+    One socket: HAProxy 2.8 hands either IPv4 or IPv6 ones on to its successor. Without the last
+    word the successor takes an IPv6 one for another: a moment without a listener refuses clients.
     """
-    return f"{bracketed(host)}:{port}" + (" v4v6" if host == "::" else "")
+    taken = "" if ":" not in host else " v4v6" if host == "::" else " v6only"
+    return f"{bracketed(host)}:{port}{taken}"
 
 
 def free_port(host: str = LOOPBACK) -> int:

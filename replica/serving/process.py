@@ -14,7 +14,7 @@ from cluster.errors import ConfigError
 
 EXIT_ENDED = 1
 # One Ctrl-C may arrive twice, from the terminal and from a parent that passes it on.
-_AGAIN_S = 0.5
+AGAIN_S = 0.5
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -47,7 +47,7 @@ def until_signalled(end_now: Callable[[], None] = lambda: None) -> Iterator[thre
             asked_s = time.monotonic()
             ended.set()  # what is raised in a finalizer is ignored
             raise _Signalled
-        if time.monotonic() > asked_s + _AGAIN_S:
+        if time.monotonic() > asked_s + AGAIN_S:
             end_now()
             os._exit(EXIT_ENDED)
 

@@ -18,6 +18,7 @@ import psutil
 import pytest
 from redis import Redis
 
+from replica.serving.process import AGAIN_S
 from tests.fleet import ANSWER_S, START_S, Fleet, ReplicaProcess, eventually, fleet
 from tests.models import make_adapter, make_model
 from tests.until import until
@@ -414,6 +415,8 @@ async def test_a_second_ctrl_c_ends_at_once_and_leaves_nothing(files: Path, tmp_
                 return answer.status_code == 503
 
             await until(refused)  # the first one has been heard
+            heard_s = time.monotonic()
+            await until(lambda: time.monotonic() > heard_s + AGAIN_S)
             status, _, left = await asyncio.to_thread(running.stop, signal.SIGINT)
             with pytest.raises(httpx.HTTPError):
                 async for _ in lines:

