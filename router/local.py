@@ -36,6 +36,8 @@ START_S = 300.0
 ENGINE = "replica.engine.link:EngineLink"
 APPLICATION = "default"
 _WATCH_S = 1.0
+# Serve's, of its controller and proxies and of routers and replicas. A line a request costs each.
+_LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 _STORE_LOST = (
     "Ray's control store (gcs_server) has ended; the fleet serves for about a minute more and then "
     "ends: start it again"
@@ -274,9 +276,9 @@ class LocalFleet:
             try:
                 serve.start(
                     http_options={"host": LOOPBACK, "port": self.config.port},
-                    logging_config={"log_level": "WARNING", "enable_access_log": False},
+                    logging_config=_LOGGING,
                 )
-                serve.run(application, name=APPLICATION)
+                serve.run(application, name=APPLICATION, logging_config=_LOGGING)
             except RuntimeError as error:
                 raise StartupError(_reason([str(error), *_messages()])) from error
             except Exception as error:
