@@ -275,7 +275,7 @@ def test_where_a_batch_is_cut_into_spans(
     assert list(_cuts(np.array(counts), np.array(used))) == cuts
 
 
-@pytest.mark.parametrize("name", ["llama", "granite", "gemma2", "gemma3", "mixtral", "qwen3-moe"])
+@pytest.mark.parametrize("name", ["llama", "granite", "gemma2", "gemma3"])
 def test_bfloat16_is_as_near_as_that_of_transformers(name: str, tmp_path: Path) -> None:
     """Both round differently, but their distances from the exact values are similar."""
     from transformers import AutoModelForCausalLM
