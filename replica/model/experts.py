@@ -36,9 +36,9 @@ class Experts:
     ) -> torch.Tensor:
         """[tokens, hidden], which ranks sum. gated: the backend's.
 
-        The host never waits for the router's choice, so that a CUDA graph can hold it: tokens are
-        sorted by expert, and a group may be empty. On CUDA this is so in bfloat16 from Hopper on;
-        elsewhere torch's grouped matmul itself reads the groups' ends on the host.
+        Tokens are sorted by expert, and a group may be empty, so the host does not wait for the
+        router's choice, and a CUDA graph can hold it. On CUDA, though, `grouped_mm` itself reads
+        the groups' ends on the host, but for bfloat16 on compute capability 9 or 10.
         """
         active = self.mixture.active
         weights, chosen = F.linear(x, self.router).softmax(-1, torch.float32).topk(active)

@@ -94,6 +94,17 @@ def test_experts_that_no_token_chose_may_hold_anything(tmp_path: Path) -> None:
     assert torch.equal(experts(x, silu_mul), before)
 
 
+@torch.inference_mode()
+def test_a_row_that_is_not_finite_spoils_no_other(tmp_path: Path) -> None:
+    experts, x = experts_of(made(tmp_path, "qwen3_moe"), torch.float32), drawn(6, torch.float32)
+    before = experts(x, silu_mul)
+    x[2] = float("nan")
+    found = experts(x, silu_mul)
+    others = [0, 1, 3, 4, 5]
+    assert found[2].isnan().all()
+    torch.testing.assert_close(found[others], before[others])
+
+
 def test_the_host_reads_nothing_of_what_the_router_chose(tmp_path: Path) -> None:
     """Tensors of the meta device have no content, so reading it raises."""
     real = experts_of(made(tmp_path, "mixtral"), torch.bfloat16)
