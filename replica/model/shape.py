@@ -173,7 +173,7 @@ class ModelShape:
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
         if self.mixture is not None:
-            return GROUPS[:2]
+            return GROUPS[:2]  # those of attention
         return FUSED_GROUPS if self.fused_projections else GROUPS
 
     @property

@@ -226,6 +226,42 @@ def test_an_adapter_of_parameters_is_refused_by_name(tmp_path: Path) -> None:
         read_adapter(adapter, read_shape(model_dir))
 
 
+@pytest.mark.parametrize(
+    ("fields", "parameters"),
+    [
+        (
+            {"model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336}
+            | {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+            | {"num_local_experts": 8, "num_experts_per_tok": 2, "rope_theta": 1e6}
+            | {"max_position_embeddings": 32768, "vocab_size": 32000, "rms_norm_eps": 1e-5}
+            | {"router_aux_loss_coef": 0.02, "output_router_logits": False},
+            46_702_526_464,
+        ),
+        (
+            {"model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144}
+            | {"num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4}
+            | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+            | {"max_position_embeddings": 40960, "vocab_size": 151936, "rms_norm_eps": 1e-6}
+            | {"head_dim": 128, "norm_topk_prob": True, "rope_theta": 1e6, "max_window_layers": 48}
+            | {"mlp_only_layers": [], "decoder_sparse_step": 1, "use_sliding_window": False}
+            | {"router_aux_loss_coef": 0.001, "sliding_window": None, "attention_bias": False},
+            30_531_911_680,
+        ),
+    ],
+    ids=["Mixtral-8x7B", "Qwen3-30B-A3B"],
+)
+def test_published_models_run_natively(
+    fields: dict[str, Any], parameters: int, tmp_path: Path
+) -> None:
+    """Without norms, 46.7 and 30.5 billion parameters."""
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    shape = shape_of(str(tmp_path))
+    assert isinstance(shape, ModelShape)
+    assert shape.parameters == parameters
+    assert shape.windows == (None,) * shape.layers
+    assert shape.divided(4).intermediate * 4 == shape.intermediate
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_sizes_count_every_expert_and_a_step_those_that_compute(name: str, tmp_path: Path) -> None:
     model_dir = made(tmp_path, name)
