@@ -26,7 +26,7 @@ from cluster.config import EngineConfig
 from cluster.errors import ConfigError
 from replica.engine.node import Node
 from replica.model.memory import DTYPE_BYTES, batch_pages, divide, kv_page_bytes
-from replica.model.shape import Shape
+from replica.model.shape import ModelShape, Shape
 from replica.scheduling.assembly import Division
 
 _RANK_EXPECTED = 64
@@ -133,6 +133,8 @@ def weight_bytes(config: EngineConfig, part: Shape) -> int:
 def step_bytes(config: EngineConfig, part: Shape) -> int:
     """Rough size of the largest step's intermediates: one layer's activations, logits in fp32."""
     widths = sum(map(sum, part.projections.values()))
+    if isinstance(part, ModelShape) and part.mixture is not None:
+        widths += part.mixture.active * 3 * (part.hidden + part.intermediate)
     tokens = config.step_tokens
     logits = config.batch_rows_max * part.vocab * 4
     return tokens * widths * DTYPE_BYTES[config.dtype] + 4 * logits

@@ -77,7 +77,7 @@ class Decoder:
             self._embed_scale = float(rounded)
         self._logits_divisor, self._final_softcap = shape.logits_divisor, shape.final_softcap
         self._gelu = shape.activation == "gelu_tanh"
-        self._gates_with_deltas = len(shape.groups[GATE_UP]) == 2
+        self._gates_with_deltas = not shape.fused_projections
         self._weights = weights
         self._backend = backend
 
@@ -114,8 +114,13 @@ class Decoder:
             if layer.attention_post_norm is not None:
                 x = backend.norm(x, layer.attention_post_norm)
             x = backend.add_norm(x, hidden, layer.mlp_norm)
-            x = self._gate(x, index, layer, deltas)
-            x = _project(x, index, 3, layer, deltas)
+            if layer.experts is None:
+                x = self._gate(x, index, layer, deltas)
+                x = _project(x, index, 3, layer, deltas)
+            else:
+                x = layer.experts(x, backend.gated)
+                if layer.ranks is not None:
+                    layer.ranks.all_reduce(x)
             if layer.mlp_post_norm is not None:
                 x = backend.norm(x, layer.mlp_post_norm)
             x = backend.add_norm(x, hidden, next_norm)

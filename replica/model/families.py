@@ -8,7 +8,8 @@ from cluster.errors import ModelUnsupported
 from replica.model.config_fields import integer, is_integer, number, wrong
 
 GEMMAS = ("gemma2", "gemma3_text")
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "granite", "phi3", *GEMMAS)
+MIXTURES = ("mixtral", "qwen3_moe")
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "granite", "phi3", *GEMMAS, *MIXTURES)
 # `dynamic` and `longrope` change the rotation of a position as the sequence grows, so cached keys
 # would be wrong.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -47,6 +48,15 @@ hidden_activation layer_types query_pre_attn_scalar sliding_window
 """
 _GEMMA2 = f"{_GEMMA} sliding_window_size"
 _GEMMA3 = f"{_GEMMA} rope_local_base_freq sliding_window_pattern _sliding_window_pattern"
+_MIXTRAL = """
+num_experts_per_tok num_local_experts output_router_logits router_aux_loss_coef router_jitter_noise
+sliding_window
+"""
+_QWEN3_MOE = """
+attention_bias decoder_sparse_step max_window_layers mlp_only_layers moe_intermediate_size
+norm_topk_prob num_experts num_experts_per_tok num_local_experts output_router_logits
+router_aux_loss_coef sliding_window use_sliding_window
+"""
 _NEEDED = "num_key_value_heads rms_norm_eps"
 _GEMMA_NEEDED = f"{_NEEDED} head_dim query_pre_attn_scalar sliding_window"
 _GEMMA2_NEEDED = f"{_GEMMA_NEEDED} attn_logit_softcapping final_logit_softcapping"
@@ -55,6 +65,24 @@ _GEMMA3_THETAS = {
     "sliding_attention": ("rope_local_base_freq", 1e4),
 }
 """Kind of a layer → where its `rope_theta` was in earlier versions, and the default."""
+
+
+EXPERT_ALIGNMENT = 8
+"""Grouped matmuls take rows of multiples of 16 bytes: this many elements of 2 bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """Experts that take the place of each layer's MLP. active: how many a token goes through.
+
+    normalized: the weights of a token's experts sum to 1. rounded: weights are of the model's
+    dtype, else float32.
+    """
+
+    experts: int
+    active: int
+    normalized: bool
+    rounded: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +100,8 @@ PARTLY: Mapping[str, _Fields] = {
     "phi3": _Fields(_PHI3),
     "gemma2": _Fields(_GEMMA2, _GEMMA2_NEEDED),
     "gemma3_text": _Fields(_GEMMA3, _GEMMA_NEEDED),
+    "mixtral": _Fields(_MIXTRAL),
+    "qwen3_moe": _Fields(_QWEN3_MOE),
 }
 """Families of which only these configurations run natively: every field that is set is known.
 Others run through transformers.
@@ -113,7 +143,37 @@ def read_options(config: Mapping[str, Any], where: str) -> dict[str, Any]:
                 raise ModelUnsupported(f"{where}: attn_logit_softcapping", field="model")
             window_rope = _gemma3_rope(config, "sliding_attention", where)
             return _gemma(config, where) | {"window_rope": window_rope}
+        case "mixtral":
+            return {"mixture": _mixture(config, where, normalized=True, rounded=False)}
+        case "qwen3_moe":
+            if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+                raise ModelUnsupported(f"{where}: layers without experts", field="model")
+            normalized = bool(config.get("norm_topk_prob"))
+            return {"mixture": _mixture(config, where, normalized=normalized, rounded=True)}
     return {}
+
+
+def _mixture(config: Mapping[str, Any], where: str, *, normalized: bool, rounded: bool) -> Mixture:
+    if config.get("quantization_config"):
+        raise ModelUnsupported(f"{where}: quantized experts", field="model")
+    # transformers 5 writes `num_local_experts` for Qwen3-MoE; earlier ones write `num_experts`.
+    names = [name for name in ("num_local_experts", "num_experts") if name in config]
+    if len(names) != 1:
+        raise ModelUnsupported(f"{where}: one number of experts is needed", field="model")
+    experts = integer(config, names[0], where)
+    active = integer(config, "num_experts_per_tok", where)
+    if active > experts:
+        raise wrong(where, "num_experts_per_tok", active, f"at most {experts}")
+    for name in ("hidden_size", inner_name(config)):
+        if integer(config, name, where) % EXPERT_ALIGNMENT:
+            raise wrong(where, name, config[name], f"a multiple of {EXPERT_ALIGNMENT}")
+    return Mixture(experts, active, normalized, rounded)
+
+
+def inner_name(config: Mapping[str, Any]) -> str:
+    """The field that says the inner dimension of an MLP, or of each expert."""
+    qwen3_moe = config["model_type"] == "qwen3_moe"
+    return "moe_intermediate_size" if qwen3_moe else "intermediate_size"
 
 
 def _gemma(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -149,7 +209,7 @@ def read_windows(config: Mapping[str, Any], where: str) -> tuple[int | None, ...
     layers = integer(config, "num_hidden_layers", where)
     if config["model_type"] in ("llama", "granite"):
         return (None,) * layers
-    if config["model_type"] == "phi3":
+    if config["model_type"] in ("phi3", "mixtral"):
         given = config.get("sliding_window")
         return (given if given is None else integer(config, "sliding_window", where),) * layers
     if config["model_type"] in GEMMAS:
@@ -168,7 +228,7 @@ def read_windows(config: Mapping[str, Any], where: str) -> tuple[int | None, ...
     used = mistral or config.get("use_sliding_window")
     if used and config.get("sliding_window", 4096) is not None:  # null: no window
         window = integer(config, "sliding_window", where, 4096)
-    if mistral:
+    if mistral or config["model_type"] == "qwen3_moe":
         return (window,) * layers
     first = config.get("max_window_layers", 28)
     if window is not None and not is_integer(first):
@@ -205,7 +265,7 @@ def read_rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         )
     # Phi-3 says `yarn` for `longrope`.
     supported = ("default",) if config["model_type"] == "phi3" else ROPE_TYPES
-    theta = config.get("rope_theta", 10000.0)
+    theta = config.get("rope_theta", 1e6 if config["model_type"] == "mixtral" else 1e4)
     return _rope(given, theta, supported, where, f"{where}: {name}")
 
 

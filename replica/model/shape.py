@@ -11,9 +11,12 @@ from cluster.errors import ConfigError, ModelUnsupported
 from replica.model.config_fields import integer, is_integer, number, wrong
 from replica.model.families import (
     ARCHITECTURES,
+    EXPERT_ALIGNMENT,
     GEMMAS,
     PARTLY,
+    Mixture,
     check_fields,
+    inner_name,
     read_activation,
     read_options,
     read_rope,
@@ -36,10 +39,15 @@ BLOCKS = ("self_attn", "self_attn", "mlp", "mlp")
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+_OUTPUT_BIASES = ("llama", "qwen3", "granite", *GEMMAS, "qwen3_moe")
+"""Families whose `attention_bias` is also one of `o_proj`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The part of the model on one of `ranks` ranks: whole heads, and a slice of the MLP."""
+    """The part of the model on one of `ranks` ranks: whole heads, and a slice of the MLP or of each
+    expert.
+    """
 
     rank: int = 0
     ranks: int = 1
@@ -89,6 +97,7 @@ class ModelShape:
     multiplied by. embed_scale_rounded: to the dtype, before.
     logits_divisor, final_softcap: logits are divided by one, then bounded by the other.
     post_norms: outputs of attention and MLP are normed. norm_offset: added to norms' weights.
+    mixture: None: every token goes through one MLP. `intermediate` is of each expert.
     """
 
     architecture: str
@@ -122,11 +131,14 @@ class ModelShape:
     post_norms: bool = False
     norm_offset: float = 0.0
     window_rope: Mapping[str, Any] | None = None
+    mixture: Mixture | None = None
     quantization: Quantization | None = None
 
     @property
     def projections(self) -> Mapping[str, tuple[int, int]]:
-        """Name → (in_features, out_features), in the order of `groups`."""
+        """Name → (in_features, out_features), in the order of `groups`. Experts are left out: no
+        adapter targets them.
+        """
         queries, values = self.heads * self.head_dim, self.kv_heads * self.head_dim
         if self.fused_projections:
             return {
@@ -135,11 +147,15 @@ class ModelShape:
                 "gate_up_proj": (self.hidden, 2 * self.intermediate),
                 "down_proj": (self.intermediate, self.hidden),
             }
-        return {
+        attention = {
             "q_proj": (self.hidden, queries),
             "k_proj": (self.hidden, values),
             "v_proj": (self.hidden, values),
             "o_proj": (queries, self.hidden),
+        }
+        if self.mixture is not None:
+            return attention
+        return attention | {
             "gate_proj": (self.hidden, self.intermediate),
             "up_proj": (self.hidden, self.intermediate),
             "down_proj": (self.intermediate, self.hidden),
@@ -156,6 +172,8 @@ class ModelShape:
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
+        if self.mixture is not None:
+            return GROUPS[:2]  # those of attention
         return FUSED_GROUPS if self.fused_projections else GROUPS
 
     @property
@@ -164,7 +182,7 @@ class ModelShape:
         return {
             f"model.layers.{layer}.{block}.{name}": (layer, name)
             for layer in range(self.layers)
-            for block, group in zip(BLOCKS, self.groups, strict=True)
+            for block, group in zip(BLOCKS, self.groups, strict=False)
             for name in group
         }
 
@@ -183,12 +201,15 @@ class ModelShape:
     @property
     def parameters(self) -> int:
         """An upper bound: on one of several ranks, the head may be smaller."""
-        matrices = sum(i * o for i, o in self.projections.values()) * self.layers
-        return matrices + 2 * self.vocab * self.hidden
+        layer = sum(i * o for i, o in self.projections.values())
+        if self.mixture is not None:  # a row of the router, gate, up and down for each expert
+            layer += self.mixture.experts * self.hidden * (1 + 3 * self.intermediate)
+        return self.layers * layer + 2 * self.vocab * self.hidden
 
     def divided(self, ranks: int) -> "ModelShape":
         """Shape of the part that one of `ranks` ranks computes. Only the outputs of `o_proj` and
-        `down_proj` are summed over ranks (Shoeybi et al., Megatron-LM, 2019). Raises ConfigError.
+        `down_proj`, or experts, are summed over ranks (Shoeybi et al., Megatron-LM, 2019). Raises
+        ConfigError.
         """
         for name in ("heads", "kv_heads", "intermediate"):
             if getattr(self, name) % ranks:
@@ -197,11 +218,18 @@ class ModelShape:
                     f"there are {getattr(self, name)}",
                     field="tensor_parallel",
                 )
+        inner = self.intermediate // ranks
+        if self.mixture is not None and inner % EXPERT_ALIGNMENT:
+            raise ConfigError(
+                f"tensor_parallel: {ranks} ranks would have {inner} of each expert's "
+                f"{self.intermediate} columns, which is no multiple of {EXPERT_ALIGNMENT}",
+                field="tensor_parallel",
+            )
         return replace(
             self,
             heads=self.heads // ranks,
             kv_heads=self.kv_heads // ranks,
-            intermediate=self.intermediate // ranks,
+            intermediate=inner,
         )
 
 
@@ -318,7 +346,7 @@ def _shape(config: Mapping[str, Any], eos_tokens: frozenset[int], where: str) ->
         heads=heads,
         kv_heads=integer(config, "num_key_value_heads", where, heads),
         head_dim=head_dim,
-        intermediate=integer(config, "intermediate_size", where),
+        intermediate=integer(config, inner_name(config), where),
         vocab=integer(config, "vocab_size", where),
         context=integer(config, "max_position_embeddings", where),
         eos_tokens=eos_tokens,
@@ -326,9 +354,9 @@ def _shape(config: Mapping[str, Any], eos_tokens: frozenset[int], where: str) ->
         norm_eps=number(config, "rms_norm_eps", where, 1e-6),
         tied_embeddings=bool(config.get("tie_word_embeddings", architecture in GEMMAS)),
         qkv_bias=attention_bias and architecture != "mistral",
-        output_bias=attention_bias and architecture in ("llama", "qwen3", "granite", *GEMMAS),
+        output_bias=attention_bias and architecture in _OUTPUT_BIASES,
         mlp_bias=architecture in ("llama", "granite") and bool(config.get("mlp_bias", False)),
-        qk_norm=architecture in ("qwen3", "gemma3_text"),
+        qk_norm=architecture in ("qwen3", "gemma3_text", "qwen3_moe"),
         windows=read_windows(config, where),
         rope=read_rope(config, where),
         activation=read_activation(config, where),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +20,18 @@ from replica.model.quantization import Layout, Quantization
 _PLAIN_TYPES = ("F32", "BF16", "F16", "F64")
 _OF_ACTIVATIONS = ("input_scale", "input_zero_point", "activation_scale")
 """Tensors of quantized modules that have no use here: activations are not quantized."""
+
+
+class Source(Protocol):
+    """Tensors by name: a checkpoint's, or random ones."""
+
+    def holds(self, name: str) -> bool: ...
+
+    def take(
+        self, name: str, size: tuple[int, ...], part: tuple[slice, ...] = ()
+    ) -> torch.Tensor: ...
+
+    def skip(self, name: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +85,10 @@ class StoredCheckpoint:
     ) -> None:
         with self._reading:  # after an error, transformers' threads may go on
             self._files.close()
+
+    def holds(self, name: str) -> bool:
+        """True if the tensor is there and not taken yet."""
+        return name in self._where
 
     def take(self, name: str, size: tuple[int, ...], part: tuple[slice, ...] = ()) -> torch.Tensor:
         """size: expected size of the whole tensor. part: a slice per dimension; () takes all."""

@@ -8,9 +8,10 @@ from typing import Protocol
 import torch
 from torch.nn import functional as F
 
+from replica.model.experts import Experts, load_experts
 from replica.model.ranks import Linear, Ranks
 from replica.model.shape import BLOCKS, GROUPS, ROW_PARALLEL, ModelShape, Shard
-from replica.model.stored_checkpoint import StoredCheckpoint, is_whole
+from replica.model.stored_checkpoint import Source, StoredCheckpoint, is_whole
 
 _DUMMY_STD = 0.02
 """The usual initialization of these architectures, which keeps outputs finite."""
@@ -31,7 +32,8 @@ class Matmul(Protocol):
 class Layer:
     """One decoder block. matmuls, biases: one for each of the shape's groups.
 
-    ranks: the ranks that share the layer; None: it is whole.
+    experts: take the place of gate, up and down. ranks: the ranks that share the layer; None: it is
+    whole.
     """
 
     matmuls: tuple[Matmul, ...]
@@ -42,6 +44,7 @@ class Layer:
     key_norm: torch.Tensor | None
     attention_post_norm: torch.Tensor | None = None
     mlp_post_norm: torch.Tensor | None = None
+    experts: Experts | None = None
     ranks: Ranks | None = None
 
     def complete(self, y: torch.Tensor, group: int) -> torch.Tensor:
@@ -120,7 +123,7 @@ def load_weights(
 
 
 def _weights(
-    source: "StoredCheckpoint | _Dummy",
+    source: Source,
     shape: ModelShape,
     linear: Callable[[torch.Tensor], Matmul],
     ranks: Ranks | None,
@@ -142,7 +145,7 @@ def _weights(
 
 
 def _layer(
-    source: "StoredCheckpoint | _Dummy",
+    source: Source,
     shape: ModelShape,
     layer: int,
     linear: Callable[[torch.Tensor], Matmul],
@@ -153,7 +156,7 @@ def _layer(
     has_bias = (shape.qkv_bias, shape.output_bias, shape.mlp_bias, shape.mlp_bias)
     matmuls: list[Matmul] = []
     biases: list[torch.Tensor | None] = []
-    for group, module, bias in zip(shape.groups, BLOCKS, has_bias, strict=True):
+    for group, module, bias in zip(shape.groups, BLOCKS, has_bias, strict=False):
         by_inputs = group[0] in ROW_PARALLEL
         weights, bias_parts = [], []
         for projection in group:
@@ -190,13 +193,12 @@ def _layer(
         key_norm=norm("self_attn.k_norm", shape.head_dim) if shape.qk_norm else None,
         attention_post_norm=after("post_attention_layernorm"),
         mlp_post_norm=after("post_feedforward_layernorm"),
+        experts=load_experts(source, shape, prefix, shard) if shape.mixture is not None else None,
         ranks=ranks,
     )
 
 
-def _norm(
-    source: "StoredCheckpoint | _Dummy", shape: ModelShape, name: str, size: int
-) -> torch.Tensor:
+def _norm(source: Source, shape: ModelShape, name: str, size: int) -> torch.Tensor:
     """With the shape's offset it is in float32, as a sum with 1 has fewer bits in 16."""
     weight = source.take(f"{name}.weight", (size,))
     return weight.float() + shape.norm_offset if shape.norm_offset else weight
@@ -217,6 +219,9 @@ class _Dummy:
         else:
             tensor.normal_(0.0, _DUMMY_STD, generator=self._generator)
         return tensor if is_whole(part) else tensor[part].clone()
+
+    def holds(self, name: str) -> bool:
+        return False
 
     def skip(self, name: str) -> None:
         pass

@@ -35,6 +35,7 @@ MODELS: dict[str, tuple[str, Sequence[str], dict[str, Any]]] = {
     "gemma2": ("gemma2", TARGETS, {"sliding_window": 8}),
     "gemma3": ("gemma3_text", TARGETS, {"sliding_window": 8}),
     "phi3": ("phi3", FUSED, {"sliding_window": 8, "pad_token_id": 2}),
+    "mixtral": ("mixtral", TARGETS[:4], {"num_local_experts": 4}),
 }
 
 

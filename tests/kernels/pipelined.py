@@ -41,13 +41,16 @@ TELL = Sampling(temperature=0.0, prompt_logprobs=3, embeds=True)
 
 def adapters_of(directory: Path, model_dir: str) -> list[str]:
     """Of mixed ranks and partial targets; slot n holds adapter n - 1."""
-    some, every, up = ("q_proj", "v_proj", "down_proj"), TARGETS, "up_proj"
-    if "qkv_proj" in shape_of(model_dir).projections:
-        some, every, up = ("qkv_proj", "down_proj"), sum(FUSED_GROUPS, ()), "gate_up_proj"
+    some, every, one = ("q_proj", "v_proj", "down_proj"), TARGETS, r"mlp\.up_proj"
+    projections = shape_of(model_dir).projections
+    if "qkv_proj" in projections:
+        some, every, one = ("qkv_proj", "down_proj"), sum(FUSED_GROUPS, ()), r"mlp\.gate_up_proj"
+    elif tuple(projections) == TARGETS[:4]:  # of a mixture of experts
+        some, every, one = ("q_proj", "v_proj"), TARGETS[:4], r"self_attn\.o_proj"
     settings = (
         {"rank": 4, "targets": some},
         {"rank": 24, "alpha": 30, "targets": every},
-        {"rank": 8, "rank_pattern": {rf"layers\.0\.mlp\.{up}": 17}, "targets": every},
+        {"rank": 8, "rank_pattern": {rf"layers\.0\.{one}": 17}, "targets": every},
     )
     return [
         make_adapter(directory / f"adapter-{n}", model_dir, seed=n, strength=0.15, **kind)

@@ -58,6 +58,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]},
     ),
     "phi3": ("phi3", {"pad_token_id": 2}),
+    "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    ),
     # Through transformers' own modules.
     "olmo3": ("olmo3", {"sliding_window": 9}),
 }

@@ -44,6 +44,7 @@ SCALED = {
     "attention_multiplier": 0.1,
     "logits_scaling": 2.5,
 }
+QWEN3_MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
@@ -88,6 +89,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "phi3": ("phi3", {"pad_token_id": 2}),
     "phi3-window": ("phi3", {"pad_token_id": 2, "sliding_window": 20}),
+    "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "qwen3-moe": ("qwen3_moe", QWEN3_MOE),
+    "qwen3-moe-normalized-tied": (
+        "qwen3_moe",
+        {**QWEN3_MOE, "norm_topk_prob": True, "tie_word_embeddings": True},
+    ),
 }
 
 
@@ -206,7 +213,7 @@ def generate(
     raise AssertionError("unreachable")
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2-window", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2-window", "qwen3", "mixtral"])
 def test_greedy_text_is_the_same_one_by_one_and_batched(name: str, tmp_path: Path) -> None:
     architecture, settings = MODELS[name]
     runner = load(make_model(tmp_path, architecture, **settings))

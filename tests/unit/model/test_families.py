@@ -22,12 +22,19 @@ from tests.quantized import SCHEMES, write_quantized
 # PEFT remarks on tied weights, and that it saves embeddings.
 pytestmark = pytest.mark.filterwarnings(r"ignore::UserWarning:peft\..*")
 TOLERANCE = 1e-4
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FUSED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 SCALED = {
     "embedding_multiplier": 3.0,
     "residual_multiplier": 0.7,
     "attention_multiplier": 0.1,
     "logits_scaling": 2.5,
+}
+MIXTRAL: dict[str, Any] = {"num_local_experts": 4}
+QWEN3_MOE: dict[str, Any] = {
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
 }
 FAMILIES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "llama": ("llama", TARGETS, {}),
@@ -47,6 +54,15 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     ),
     "phi3": ("phi3", FUSED, {"pad_token_id": 2}),
     "phi3, window": ("phi3", FUSED, {"pad_token_id": 2, "sliding_window": 8}),
+    "mixtral": ("mixtral", ATTENTION, MIXTRAL),
+    "mixtral, window": ("mixtral", ATTENTION, {**MIXTRAL, "sliding_window": 8}),
+    "qwen3_moe": ("qwen3_moe", ATTENTION, QWEN3_MOE),
+    "qwen3_moe, normalized": (
+        "qwen3_moe",
+        ATTENTION,
+        {**QWEN3_MOE, "norm_topk_prob": True, "attention_bias": True}
+        | {"use_sliding_window": True, "sliding_window": 8},
+    ),
 }
 
 
@@ -111,12 +127,23 @@ def test_a_mixed_batch_is_what_peft_computes(family: str, tmp_path: Path) -> Non
         ("phi3", {"rope_parameters": None, "partial_rotary_factor": 0.5}),
         ("phi3", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}),
         ("phi3", {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}),
+        ("mixtral", {"shared_expert": 1}),
+        ("mixtral", {"attention_bias": True}),
+        ("mixtral", {"num_local_experts": None}),  # its default is 8
+        ("mixtral", {"num_experts": 4}),
+        ("mixtral", {"num_experts_per_tok": 5}),
+        ("mixtral", {"intermediate_size": 36}),  # whose rows grouped matmuls do not take in bf16
+        ("mixtral", {"quantization_config": {"quant_method": "awq", "bits": 4}}),
+        ("qwen3_moe", {"mlp_only_layers": [1]}),
+        ("qwen3_moe", {"decoder_sparse_step": 2}),
+        ("qwen3_moe", {"moe_intermediate_size": None}),
     ],
 )
 def test_a_configuration_that_is_not_covered_runs_through_transformers(
     architecture: str, fields: dict[str, Any], tmp_path: Path
 ) -> None:
-    model_dir = make_model(tmp_path, architecture, pad_token_id=2)
+    experts = {"mixtral": MIXTRAL, "qwen3_moe": QWEN3_MOE}
+    model_dir = make_model(tmp_path, architecture, pad_token_id=2, **experts.get(architecture, {}))
     assert is_native(model_dir)
     edit_config(model_dir, **fields)
     assert not is_native(model_dir)
