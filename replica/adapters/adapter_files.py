@@ -155,13 +155,13 @@ def read_adapter(path: str, shape: Shape) -> AdapterFiles:
     except HeaderInvalid as error:
         raise refused(tensors_path, str(error)) from error
     sides = _sides(spans, shape, tensors_path)
-    pairs = {}
+    pairs, projections = {}, shape.projections
     # The order of the model's modules is the order of the image.
     for module, (layer, projection) in shape.modules.items():
         if module in sides:
             if not config.targets(module, layer):
                 raise _not_targeted(module, tensors_path, config_path)
-            sizes = shape.projections[projection]
+            sizes = projections[projection]
             pairs[layer, projection] = _pair(module, sides[module], sizes, config, tensors_path)
     vocabulary: dict[str, Pair | TensorSpan] = {}
     for module, sized in shape.vocabulary.items():

@@ -29,6 +29,8 @@ from replica.adapters.safetensors_header import (
     GIT_LFS_POINTER,
     HeaderInvalid,
     TensorSpan,
+    header_text,
+    parse_header,
     read_header,
 )
 
@@ -60,8 +62,12 @@ def foreign(directory: str, vocabulary: Collection[str]) -> bool:
     if not os.path.exists(source):
         return True
     try:
-        names = _header(source).keys()
-    except (AdapterRefused, OSError):
+        text, size = header_text(source)
+        # Most have none of these names, and what is not parsed here is parsed once less.
+        if b"\\" not in text and not any(n.encode() in text for n in (".default.", *vocabulary)):
+            return False
+        names = parse_header(text, size).keys()
+    except (HeaderInvalid, OSError):
         return False
     return any(_of_vocabulary(n, vocabulary) or _NAMED_ADAPTER.fullmatch(n) for n in names)
 

@@ -40,6 +40,11 @@ def read_header(path: str) -> dict[str, TensorSpan]:
 
     As the format demands, tensors must cover the data without gaps, overlaps or trailing bytes.
     """
+    return parse_header(*header_text(path))
+
+
+def header_text(path: str) -> tuple[bytes, int]:
+    """The header as it stands, and the bytes of the tensors' data. Raises OSError, HeaderInvalid."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(len(GIT_LFS_POINTER))
@@ -55,7 +60,11 @@ def read_header(path: str) -> dict[str, TensorSpan]:
         if length > HEADER_BYTES_MAX:
             raise HeaderInvalid(f"the header has {length} bytes, the maximum is {HEADER_BYTES_MAX}")
         file.seek(8)
-        text = file.read(length)
+        return file.read(length), size - 8 - length
+
+
+def parse_header(text: bytes, size: int) -> dict[str, TensorSpan]:
+    """Of what `header_text` returns. Raises HeaderInvalid."""
     try:
         header = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -66,10 +75,10 @@ def read_header(path: str) -> dict[str, TensorSpan]:
     spans: dict[str, TensorSpan] = {}
     ends: list[tuple[int, int, str]] = []
     for name, entry in header.items():
-        begin, end, span = _span(name, entry, 8 + length)
+        begin, end, span = _span(name, entry, 8 + len(text))
         spans[name] = span
         ends.append((begin, end, name))
-    _check_cover(sorted(ends), size - 8 - length)
+    _check_cover(sorted(ends), size)
     return spans
 
 
