@@ -73,7 +73,7 @@ def _outside(uri: str, root: str) -> str | None:
         return "is behind a link out of the allowed adapter roots" if beneath else ""
     for name in files_of(path):
         file = os.path.realpath(os.path.join(path, name))
-        if not any(_contains(each, file) for each in (top, *_blobs(top))):
+        if not _contains(top, file) and not any(_contains(each, file) for each in _blobs(top)):
             return f"has {name} as a link out of the allowed adapter roots"
     return None
 

@@ -55,16 +55,20 @@ return {redis.call('HGET', KEYS[1], 'epoch') or '', redis.call('HGET', KEYS[1], 
 """
 
 
-# KEYS as above. ARGV: the prefix, then digests. Returns epoch, sequence, [[lease, [entry of each
-# digest]]].
+# KEYS as above. ARGV: the prefix, what is in an entry of a version that failed, then digests.
+# Returns epoch, sequence, [[lease, [digest, entry, …] of those that failed there]].
 _STANDING = """
 local live = {}
 for _, incarnation in ipairs(redis.call('SMEMBERS', KEYS[2])) do
   local lease = redis.call('GET', ARGV[1] .. 'lease:' .. incarnation)
   if lease then
     local held = {}
-    for i = 2, #ARGV do
-      held[i - 1] = redis.call('HGET', ARGV[1] .. 'residency:' .. incarnation, ARGV[i])
+    for i = 3, #ARGV do
+      local entry = redis.call('HGET', ARGV[1] .. 'residency:' .. incarnation, ARGV[i])
+      if entry and string.find(entry, ARGV[2], 1, true) then
+        held[#held + 1] = ARGV[i]
+        held[#held + 1] = entry
+      end
     end
     live[#live + 1] = {lease, held}
   end
@@ -125,6 +129,10 @@ def encode_acknowledgement(incarnation: str, catalog: Stamp, failed: bool) -> st
 def encode_residency(entry: AdapterState) -> str:
     record = {"tier": entry.tier.value, "bytes": entry.bytes, "since": entry.since_s}
     return json.dumps(record | {"reason": entry.reason}, separators=(",", ":"))
+
+
+_FAILED = f'"tier":"{Tier.FAILED.value}"'
+"""In what `encode_residency` makes of one that failed. In a reason, quotes have a backslash."""
 
 
 def _decode_residency(digest: str, record: Mapping[str, Any]) -> AdapterState:
@@ -196,22 +204,21 @@ class Registry:
     ) -> tuple[tuple[str, int], dict[str, Standing]]:
         """((epoch, sequence), by replica id the standing of its newest incarnation)."""
         found: dict[str, Standing] = {}
-        args = [self._root, *digests]
+        args = [self._root, _FAILED, *digests]
         epoch, sequence, live = await call(self._standing(keys=self._keys, args=args))
         for text, held in live:
             try:
                 lease = _decode_lease(json.loads(text))
                 entries = {
                     digest: _decode_residency(digest, json.loads(record))
-                    for digest, record in zip(digests, held, strict=True)
-                    if record
+                    for digest, record in zip(held[::2], held[1::2], strict=True)
                 }
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 log.warning("ignoring a replica's record, which cannot be read (%s)", error)
                 continue
             before = found.get(lease.replica_id)
             if before is None or newest([before[0], lease]) == [lease]:
-                failed = {d: e.reason or "" for d, e in entries.items() if e.tier is Tier.FAILED}
+                failed = {digest: entry.reason or "" for digest, entry in entries.items()}
                 found[lease.replica_id] = lease, failed
         return (epoch, int(sequence)), found
 

@@ -20,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.adapter_paths import CONFIG_FILE, MLX_FILE, PICKLE_FILE, TENSORS_FILE
-from cluster.errors import AdapterRefused
 from cluster.file_copies import open_regular
 from replica.adapters.adapter_config import only_vocabulary, read_config, refused, saves, short
 from replica.adapters.pickled import rewrite

@@ -44,7 +44,7 @@ def read_header(path: str) -> dict[str, TensorSpan]:
 
 
 def header_text(path: str) -> tuple[bytes, int]:
-    """The header as it stands, and the bytes of the tensors' data. Raises OSError, HeaderInvalid."""
+    """The header as it stands, and how many bytes follow. Raises OSError, HeaderInvalid."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(len(GIT_LFS_POINTER))

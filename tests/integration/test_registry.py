@@ -256,6 +256,20 @@ async def test_of_two_incarnations_the_newer_counts(shared_redis: str, running: 
     }
 
 
+async def test_a_standing_has_what_failed_of_what_is_asked(
+    shared_redis: str, running: Fleet
+) -> None:
+    replica = Replica()
+    for digest in ("asked", "other"):
+        replica.held[digest] = AdapterState(digest, Tier.FAILED, 0, 1.0, 'no "file"')
+    replica.held["well"] = AdapterState("well", Tier.HOST, 0, 1.0, '"tier":"failed"')
+    publisher = running.publish(shared_redis, replica)
+    await until(lambda: len(publisher.published) == 3)
+    registry = Registry(running.clients[0], running.name)
+    _, standing = await registry.standing(["asked", "well", "unknown"])
+    assert standing["r1"][1] == {"asked": 'no "file"'}
+
+
 async def test_a_lost_message_is_noticed_at_the_next_report(
     shared_redis: str, running: Fleet
 ) -> None:
