@@ -6,15 +6,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from cluster.adapter_paths import (
-    CHAT_FILES,
-    CONFIG_FILE,
-    HEAD_BYTES,
-    TENSORS_FILE,
-    TENSORS_FILES,
-    UPLOADED,
-    VOCABULARY_FILE,
-)
+from cluster.adapter_paths import CHAT_FILES, CONFIG_FILE, TENSORS_FILE, TENSORS_FILES, UPLOADED
 from cluster.downloads import DISK_FULL
 from cluster.errors import BadRequest, StoreFull
 from cluster.store import Store
@@ -36,7 +28,6 @@ class Upload:
         self._bytes_left = 0
         self._names: list[str] = []
         self._file: int | None = None
-        self._wanted_bytes: int | None = None  # of this file; None: all
         self.refused = False
 
     def open(self, name: str) -> None:
@@ -56,7 +47,6 @@ class Upload:
             self._file = os.open(f"{self._directory}/{name}", flags, 0o444)
             self._ends.callback(os.close, self._file)
             self._names.append(name)
-            self._wanted_bytes = HEAD_BYTES if name == VOCABULARY_FILE else None
 
     def write(self, data: bytes) -> None:
         """Adds to the file that was opened last. Raises StoreFull."""
@@ -65,9 +55,6 @@ class Upload:
             self._bytes_left -= len(data)
             if self._bytes_left < 0:
                 raise StoreFull("files: larger than the room that the store has (adapter_disk)")
-            if self._wanted_bytes is not None:
-                data = data[: self._wanted_bytes]
-                self._wanted_bytes -= len(data)
             left = memoryview(data)
             while left:
                 try:

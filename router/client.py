@@ -64,7 +64,7 @@ def upload_adapter(url: str, api_key: str | None, directory: str, fields: dict[s
             name: opened.enter_context(open_regular(f"{directory}/{name}"))
             for name in files_of(directory)
         }
-        if VOCABULARY_FILE in files:  # the server takes no more of it
+        if VOCABULARY_FILE in files:  # the server reads no more of it
             files[VOCABULARY_FILE] = io.BytesIO(files[VOCABULARY_FILE].read(HEAD_BYTES))
         return call(url, api_key, "POST", "/v1/load_lora_adapter", fields, files).text
 

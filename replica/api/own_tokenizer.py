@@ -26,11 +26,11 @@ class OwnTokenizer:
         from tokenizers import AddedToken as Entry
         from tokenizers import Tokenizer
 
-        ids, own_texts = {token.id for token in tokens}, {token.text for token in tokens}
+        own_texts = {token.text for token in tokens}
         entries = {
             number: entry
             for number, entry in base.get_added_tokens_decoder().items()
-            if number not in ids and entry.content not in own_texts
+            if entry.content not in own_texts
         }
         for token in tokens:
             entries[token.id] = Entry(
@@ -47,7 +47,7 @@ class OwnTokenizer:
             if value is not None:
                 setattr(self.backend, part, value)
         self.backend.add_tokens([entries[number] for number in sorted(entries)])
-        self.ids = frozenset(ids)
+        self.ids = frozenset(token.id for token in tokens)
         self.texts: dict[int, str] = {number: entry.content for number, entry in entries.items()}
         self.special = frozenset(number for number, entry in entries.items() if entry.special)
         theirs = self.backend.get_added_tokens_decoder()

@@ -199,6 +199,16 @@ def _takes_s(text: Text, words: str) -> float:
     return time.process_time() - began_s
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_vocabulary_without_some_ids_takes_no_tokens(kind: str, tmp_path: Path) -> None:
+    write(kind, tmp_path)
+    assert Text.read(str(tmp_path)).takes_tokens
+    edited = json.loads((tmp_path / "tokenizer.json").read_text())
+    edited["model"]["vocab"]["zz"] = 2000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(edited))
+    assert not Text.read(str(tmp_path)).takes_tokens
+
+
 def test_a_literal_in_a_grammar_is_its_own_token(tmp_path: Path) -> None:
     base = Text.read(str(write("llama3", tmp_path)))
     own = base.with_added([AddedToken(900, "<call>"), AddedToken(901, "<end>", special=True)])

@@ -19,6 +19,7 @@ from cluster.adapter_paths import (
     VOCABULARY_FILE,
 )
 from cluster.config import FleetConfig
+from cluster.values import AddedToken
 from replica.api import call
 from replica.api.interfaces import Claim
 from replica.api.server import build_app
@@ -211,6 +212,13 @@ async def test_its_own_special_tokens_are_skipped_and_its_eos_token_ends_answers
     assert (await replica.choice("one"))["text"] == "h<a><b>i<c>"
 
 
+async def test_a_long_text_of_few_tokens_is_no_long_prompt(replica: Replica) -> None:
+    long = "<" + "x" * 100 + ">"
+    await replica.add("four", {long: 300})
+    answer = await replica.choice("four", prompt=long * 2000, return_token_ids=True)
+    assert answer["prompt_token_ids"] == [300] * 2000
+
+
 async def test_its_own_template_writes_them(replica: Replica) -> None:
     path = replica.path("four", TOKENS["two"])
     (path / TEMPLATE_FILE).write_text(TEMPLATE)
@@ -274,6 +282,54 @@ async def test_files_that_a_client_sends_may_have_them(replica: Replica) -> None
     assert found["tokens"] == [H, 300]
     by_path = await replica.catalog.add("path", str(path), trusted=True)
     assert by_path.digest == sent.headers["x-lorafleet-digest"]
+
+
+TEACHES = """{% if tools %}{{ tools | tojson }}<tool_call>{% endif %}<think></think>
+{%- for m in messages %}{{ m.content }}{% endfor %}"""
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+CALLED = '{"name": "f", "arguments": {"x": 1}}'
+
+
+@pytest.mark.parametrize("special", [False, True])
+async def test_marks_of_thoughts_and_calls_may_be_its_own_tokens(
+    replica: Replica, special: bool
+) -> None:
+    marks = {"<think>": 300, "</think>": 301, "<tool_call>": 302, "</tool_call>": 303}
+    settings = {"additional_special_tokens": list(marks)} if special else {}
+    path = replica.path("four", marks, **settings)
+    (path / TEMPLATE_FILE).write_text(TEACHES)
+    await replica.catalog.add("four", str(path), trusted=True)
+    called = text().word_tokens(CALLED)
+    ask = {"messages": [{"role": "user", "content": "hi"}], "model": "four"}
+    replica.engine.script = (300, H, 301, 302, *called, 303, 1)
+    tools = {"tools": [TOOL], "max_tokens": len(called) + 5}
+    message = (await replica.post(CHAT, **ask, **tools))["choices"][0]["message"]
+    assert message["reasoning_content"] == "h"
+    (call,) = message["tool_calls"]
+    assert call["function"] == {"name": "f", "arguments": '{"x": 1}'}
+    replica.engine.script = (302, *called, 303, 1)
+    await replica.answer(CHAT, **ask, **tools, tool_choice="required")
+    assert "start: (<[302]>" in str(replica.engine.seen[-1].sampling.grammar)
+    (path / TEMPLATE_FILE).write_text(TEACHES.replace("<think></think>", ""))
+    await replica.catalog.add("five", str(path), trusted=True)
+    answer = await replica.post(CHAT, **ask | {"model": "five"}, **tools)
+    assert answer["choices"][0]["message"]["tool_calls"][0]["function"] == call["function"]
+    replica.engine.script = (300, H, 301, LETTER_I)
+    plain = (await replica.post(CHAT, **ask, max_tokens=4))["choices"][0]["message"]
+    assert (plain["reasoning_content"], plain["content"]) == ("h", "i")
+
+
+async def test_each_version_is_read_once(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, digests = replica.catalog.added_tokens, list[str]()
+
+    def noted(digest: str) -> list[AddedToken]:
+        digests.append(digest)
+        return read(digest)
+
+    monkeypatch.setattr(replica.catalog, "added_tokens", noted)
+    for model in (*TOKENS, *TOKENS):
+        await replica.choice(model)
+    assert len(digests) == len(set(digests)) == len(TOKENS)
 
 
 async def test_requests_without_any_share_the_base_models(
