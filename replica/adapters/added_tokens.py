@@ -18,6 +18,8 @@ from replica.adapters.json_files import member_at_start, read_object, read_start
 
 TOKENS_MAX = 1024
 CHARACTERS_MAX = 32 * 2**10  # of all texts
+# Most have all their added tokens in as much of `tokenizer.json`.
+_FEW_BYTES = 64 * 2**10
 MEMBER = "added_tokens_decoder"
 _NAMED_MAX = 3
 _ID_DIGITS_MAX = 10
@@ -149,10 +151,14 @@ def _file(directory: str) -> list[tuple[Any, Any]]:
 
 
 def _vocabulary(directory: str) -> list[tuple[Any, Any]]:
-    raw = (read_start(directory, VOCABULARY_FILE) or b"")[:HEAD_BYTES]
-    given = member_at_start(raw.decode(errors="replace"), "added_tokens")
-    entries = given if isinstance(given, list) else []
-    return [(entry.get("id"), entry) for entry in entries if isinstance(entry, dict)]
+    for count in (_FEW_BYTES, HEAD_BYTES):
+        raw = read_start(directory, VOCABULARY_FILE, count) or b""
+        given = member_at_start(raw.decode(errors="replace"), "added_tokens")
+        if isinstance(given, list):
+            return [(entry.get("id"), entry) for entry in given if isinstance(entry, dict)]
+        if len(raw) < count:
+            break
+    return []
 
 
 def _named(settings: Mapping[str, Any]) -> frozenset[str]:

@@ -8,6 +8,7 @@ The result depends on the files and the base model alone, so every replica gets 
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,8 @@ def tidy_chat(
     before as it is. directory: of copies. with_tokens: False: without added tokens. Raises
     AdapterRefused, or OSError.
     """
+    if not _has_any(directory):
+        return NO_CHAT
     chat = NO_CHAT if base is None else _chat(directory, base, shape, with_tokens)
     if chat.text and read_start(directory, TOKENIZER_FILE) != chat.text:
         new = Path(directory, ".new")
@@ -126,6 +129,8 @@ def read_added_tokens(directory: str) -> list[AddedToken]:
 
 def remarks(path: str, base: BaseText, vocabulary: int) -> list[str]:
     """What is not used, for whoever adds the adapter. vocabulary: the model's number of tokens."""
+    if not _has_any(path):
+        return []
     settings = read_object(path, TOKENIZER_FILE)
     found, tokens = [], read_added(path, settings)
     if _template(path, settings) is None and settings.get("chat_template"):
@@ -137,6 +142,11 @@ def remarks(path: str, base: BaseText, vocabulary: int) -> list[str]:
             f"Its eos_token is not used: {short(eos_text)} is no token of the base model's."
         )
     return found + added_remarks(path, settings, tokens, vocabulary)
+
+
+def _has_any(directory: str) -> bool:
+    """False for most adapters."""
+    return any(os.path.lexists(f"{directory}/{name}") for name in CHAT_FILES)
 
 
 def _template(directory: str, settings: Mapping[str, Any]) -> str | None:

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 from cluster.file_copies import open_regular
@@ -11,11 +10,11 @@ BYTES_MAX = 4 * 2**20
 _BLANKS = re.compile(r"[ \t\n\r]*")
 
 
-def read_start(directory: str, name: str) -> bytes | None:
-    """The first `BYTES_MAX` + 1 bytes. None if there is no such file, or none that can be read."""
+def read_start(directory: str, name: str, count: int = BYTES_MAX + 1) -> bytes | None:
+    """The first `count` bytes. None if there is no such file, or none that can be read."""
     try:
-        with open_regular(str(Path(directory, name))) as file:
-            return file.read(BYTES_MAX + 1)
+        with open_regular(f"{directory}/{name}") as file:
+            return file.read(count)
     except (OSError, ValueError):
         return None
 
