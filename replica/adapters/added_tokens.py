@@ -132,7 +132,9 @@ def _is_piece(token: AddedToken, base: BaseVocabulary) -> bool:
 
 
 def _pads(token: AddedToken, settings: Mapping[str, Any], vocab: int) -> bool:
-    return token.id >= vocab and token.text == content_of(settings.get("pad_token"))
+    """True if it pads, beyond the vocabulary, and does nothing else."""
+    pad, bos, eos = (content_of(settings.get(f"{name}_token")) for name in ("pad", "bos", "eos"))
+    return token.id >= vocab and token.text == pad and pad not in (bos, eos)
 
 
 def content_of(value: Any) -> str | None:

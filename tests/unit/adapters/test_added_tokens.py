@@ -209,6 +209,10 @@ def test_a_padding_token_beyond_the_vocabulary_is_only_told(add: Add) -> None:
         ]
     version, remarks = add({TOKENIZER_FILE: {"pad_token": "[PAD]"}, ADDED_FILE: {"[PAD]": 319}})
     assert version.added_tokens and remarks == []
+    for other in ("eos_token", "bos_token"):  # it does more than to pad
+        with pytest.raises(AdapterRefused, match=r"'\[PAD\]' \(320\) beyond"):
+            names = {"pad_token": "[PAD]", other: "[PAD]"}
+            add({TOKENIZER_FILE: names, ADDED_FILE: {"[PAD]": 320}})
 
 
 def test_a_vocabulary_before_the_tokens_is_told(add: Add) -> None:
