@@ -13,7 +13,10 @@ import pytest
 from tokenizers import AddedToken as Entry
 from transformers import AutoTokenizer
 
+from cluster.adapter_paths import TOKENIZER_FILE
 from cluster.values import AddedToken
+from replica.adapters.added_tokens import own_tokens, read_added
+from replica.adapters.json_files import read_object
 from replica.api.text import Text
 from tests.toy_tokenizers import BASE_ADDED, KINDS, write
 
@@ -108,6 +111,21 @@ async def test_ids_and_texts_are_those_of_transformers(
     shuffled = rng.choices([*range(len(expected)), *theirs], k=600)
     at_once = own.decode([ours.get(token, token) for token in shuffled], skip_special_tokens=False)
     assert at_once == expected.decode(shuffled)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_so_are_those_of_a_directory_that_transformers_wrote(
+    kind: str, tmp_path: Path, seed: int
+) -> None:
+    expected, own = made(write(kind, tmp_path / "base"), tmp_path / "own")
+    settings = read_object(str(tmp_path / "own"), TOKENIZER_FILE)
+    base = Text.read(str(tmp_path / "base"))
+    tokens = own_tokens(read_added(str(tmp_path / "own"), settings), settings, base, 2000)
+    assert {replace(token, id=0) for token in tokens} == set(OWN)
+    found = base.with_added(tokens)
+    for words in texts(random.Random(seed), 50):
+        assert list(await found.encode(words)) == expected(words).input_ids
+        assert await found.encode(words) == await own.encode(words)
 
 
 def renamed(path: Path, target: Path, old: str, new: str) -> Any:
