@@ -14,7 +14,10 @@ PICKLE_FILE, MLX_FILE = "adapter_model.bin", "adapters.safetensors"
 TENSORS_FILES = (TENSORS_FILE, PICKLE_FILE, MLX_FILE)
 # Of its chats, and not every adapter has them. A store keeps the second alone, with what is used.
 TEMPLATE_FILE, TOKENIZER_FILE = "chat_template.jinja", "tokenizer_config.json"
-CHAT_FILES = (TEMPLATE_FILE, TOKENIZER_FILE)
+ADDED_FILE, VOCABULARY_FILE = "added_tokens.json", "tokenizer.json"
+CHAT_FILES = (TEMPLATE_FILE, TOKENIZER_FILE, ADDED_FILE, VOCABULARY_FILE)
+# Of a `tokenizer.json` no more is copied: added tokens come first, megabytes of vocabulary after.
+HEAD_BYTES = 2 * 2**20
 # Begins the URL of what a client sent: the digest follows.
 UPLOADED = "upload://"
 

@@ -20,7 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from cluster.adapter_paths import CHAT_FILES, CONFIG_FILE, TENSORS_FILES, UPLOADED
+from cluster.adapter_paths import (
+    CHAT_FILES,
+    CONFIG_FILE,
+    HEAD_BYTES,
+    TENSORS_FILES,
+    UPLOADED,
+    VOCABULARY_FILE,
+)
 from cluster.errors import AdapterFailed, AdapterMissing, AdapterRefused, StoreFull
 
 if TYPE_CHECKING:
@@ -182,6 +189,9 @@ class _Files:
             size = files.size(path) or 0
         except (FileNotFoundError, PermissionError) as error:  # as of `_NOT_THERE`
             raise _NotFound(str(error)) from error
+        if name == VOCABULARY_FILE:
+            Path(target, name).write_bytes(files.cat_file(path, 0, min(size, HEAD_BYTES)))
+            return
         if size > bytes_max:
             raise _too_large(self._uri, size, bytes_max)
         files.get_file(path, f"{target}/{name}")
@@ -258,13 +268,17 @@ class _Web:
             else:
                 tag.unlink(missing_ok=True)
             with open(path, "ab" if answer.status_code == 206 else "wb") as file:
-                _write(answer, file, uri, bytes_max)
+                head = path.endswith(f"/{VOCABULARY_FILE}")
+                _write(answer, file, uri, bytes_max, HEAD_BYTES if head else None)
 
 
-def _write(answer: "httpx.Response", file: BinaryIO, uri: str, bytes_max: int) -> None:
+def _write(
+    answer: "httpx.Response", file: BinaryIO, uri: str, bytes_max: int, head: int | None
+) -> None:
+    """head: no more than this is wanted of the file."""
     size = file.seek(0, os.SEEK_END)
     announced = size + int(answer.headers.get("content-length") or 0)
-    if announced > bytes_max:
+    if head is None and announced > bytes_max:
         raise _too_large(uri, announced, bytes_max)
     left, late_s = _PROGRESS_BYTES, time.monotonic() + _PROGRESS_S
     for piece in answer.iter_raw():
@@ -277,6 +291,9 @@ def _write(answer: "httpx.Response", file: BinaryIO, uri: str, bytes_max: int) -
         if size > bytes_max:
             raise _too_large(uri, size, bytes_max)
         file.write(piece)
+        if head is not None and size >= head:
+            file.truncate(head)
+            return
 
 
 @contextlib.contextmanager

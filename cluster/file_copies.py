@@ -7,6 +7,8 @@ import shutil
 import stat
 from typing import BinaryIO
 
+from cluster.adapter_paths import HEAD_BYTES
+
 # The ioctl that makes a file share its extents with another until either is written to
 # (linux/fs.h). Btrfs and XFS have it; ext4 and overlayfs do not.
 _FICLONE = 0x40049409
@@ -37,6 +39,12 @@ def copy_file(source: str, target: str) -> None:
     with open_regular(source) as old, open(target, "xb", buffering=0, opener=_read_only) as new:
         if not _reflink(old, new) and not _copy_in_kernel(old, new):
             shutil.copyfileobj(old, new, 2**20)
+
+
+def copy_head(source: str, target: str) -> None:
+    """Copies the first HEAD_BYTES as `copy_file` does all."""
+    with open_regular(source) as old, open(target, "xb", opener=_read_only) as new:
+        new.write(old.read(HEAD_BYTES))
 
 
 def _read_only(path: str, flags: int) -> int:

@@ -11,10 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
-from cluster.adapter_paths import TOKENIZER_FILE, UPLOADED, files_of, is_url, local_path
+from cluster.adapter_paths import (
+    TOKENIZER_FILE,
+    UPLOADED,
+    VOCABULARY_FILE,
+    files_of,
+    is_url,
+    local_path,
+)
 from cluster.downloads import DISK_FULL, DISK_REFUSES, Peers, alone, download, no_peers, sweep
 from cluster.errors import AdapterFailed, AdapterRefused, StoreFull
-from cluster.file_copies import copy_file
+from cluster.file_copies import copy_file, copy_head
 from cluster.holds import Holds
 
 _INCOMING = ".incoming-"
@@ -52,6 +59,7 @@ class Store(Generic[Info]):
     Those that were held last stay longest.
 
     inspect: checks the files in a directory, which it may rewrite, or raises AdapterRefused.
+    inspect_earlier: does so as earlier releases did; None: as `inspect`.
     capacity: bytes of all versions. None: half of the directory's file system. peers: other
     replicas, which may have what was uploaded.
     """
@@ -62,9 +70,11 @@ class Store(Generic[Info]):
         inspect: Callable[[str], Info],
         capacity: int | None = None,
         peers: Peers = no_peers,
+        inspect_earlier: Callable[[str], Info] | None = None,
     ) -> None:
         self._directory = os.path.abspath(directory)
         self._inspect = inspect
+        self._inspect_earlier = inspect_earlier
         self._capacity = 0 if capacity is None else capacity
         self._sized = capacity is not None
         self._peers = peers
@@ -149,8 +159,10 @@ class Store(Generic[Info]):
             if partial and self._hold_present(uri, digest):
                 return  # another process or thread has downloaded it meanwhile
             found = self._checked_copy(uri, new, partial).digest
+            # Replicas of earlier releases added it without tokens, or without the whole file.
             if found != digest and os.path.exists(f"{new}/{TOKENIZER_FILE}"):
-                # Replicas of earlier releases added it without.
+                found = self._inspected(new, uri, self._inspect_earlier).digest
+            if found != digest and os.path.exists(f"{new}/{TOKENIZER_FILE}"):
                 os.unlink(f"{new}/{TOKENIZER_FILE}")
                 found = self._inspected(new, uri).digest
             if found != digest:
@@ -246,10 +258,12 @@ class Store(Generic[Info]):
             self._copy(where, new, partial)
         return self._inspected(new, where)
 
-    def _inspected(self, path: str, shown: str) -> Info:
+    def _inspected(
+        self, path: str, shown: str, inspect: Callable[[str], Info] | None = None
+    ) -> Info:
         """shown: what a refusal calls the path."""
         try:
-            return self._inspect(path)
+            return (inspect or self._inspect)(path)
         except AdapterRefused as error:
             message = error.message.replace(path, shown)
             raise AdapterRefused(message, field=error.field) from None
@@ -265,7 +279,8 @@ class Store(Generic[Info]):
             if size > self._capacity:
                 raise self._full(where, size, 0)
             for name in files_of(where):
-                copy_file(f"{where}/{name}", f"{new}/{name}")
+                copy = copy_head if name == VOCABULARY_FILE else copy_file
+                copy(f"{where}/{name}", f"{new}/{name}")
             changed = _stamps(where) != before
         except OSError as error:
             if error.errno in DISK_REFUSES:

@@ -16,6 +16,22 @@ class Tier(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class AddedToken:
+    """A text that is one token wherever it occurs, with the options of `tokenizers`.
+
+    normalized: it is looked for in the normalized text.
+    """
+
+    id: int
+    text: str
+    special: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+    normalized: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Version:
     """One immutable content of an adapter.
 
@@ -29,6 +45,7 @@ class Version:
     weight: its share of the batch, relative to other adapters, with `fair_share`.
     template: True if it has a chat template of its own, which is among its files.
     eos_token: ends its answers too, beside the base model's tokens.
+    added_tokens: True if it has tokens that the base model's tokenizer lacks, among its files.
     """
 
     name: str
@@ -41,6 +58,7 @@ class Version:
     invocation: tuple[int, ...] = ()
     template: bool = False
     eos_token: int | None = None
+    added_tokens: bool = False
 
 
 VERSION_FIELDS = tuple(field.name for field in fields(Version))

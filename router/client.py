@@ -1,13 +1,14 @@
 """Asks a running fleet, or a replica alone, over HTTP."""
 
 import contextlib
+import io
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
 import httpx
 
-from cluster.adapter_paths import files_of
+from cluster.adapter_paths import HEAD_BYTES, VOCABULARY_FILE, files_of
 from cluster.errors import FleetError
 from cluster.file_copies import open_regular
 from replica.serving.keys import operator_key
@@ -59,10 +60,12 @@ def call(
 def upload_adapter(url: str, api_key: str | None, directory: str, fields: dict[str, Any]) -> str:
     """Sends an adapter's files. Returns what the server says. Raises FleetError."""
     with contextlib.ExitStack() as opened:
-        files = {
+        files: dict[str, BinaryIO] = {
             name: opened.enter_context(open_regular(f"{directory}/{name}"))
             for name in files_of(directory)
         }
+        if VOCABULARY_FILE in files:  # the server reads no more of it
+            files[VOCABULARY_FILE] = io.BytesIO(files[VOCABULARY_FILE].read(HEAD_BYTES))
         return call(url, api_key, "POST", "/v1/load_lora_adapter", fields, files).text
 
 

@@ -1,6 +1,7 @@
 """Checks that an adapter can be served: path rules, files, shapes and sizes."""
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterable, Iterator
 
@@ -9,10 +10,16 @@ from cluster.config import FleetConfig
 from cluster.downloads import Peers, no_peers
 from cluster.errors import AdapterRefused
 from cluster.store import Store
-from cluster.values import Version
+from cluster.values import AddedToken, Version
 from replica.adapters.adapter_config import other_base, short
 from replica.adapters.adapter_files import AdapterInfo, inspect, read_adapter
-from replica.adapters.chat_files import BaseText, read_template, remarks, tidy_chat
+from replica.adapters.chat_files import (
+    BaseText,
+    read_added_tokens,
+    read_template,
+    remarks,
+    tidy_chat,
+)
 from replica.adapters.foreign_files import foreign, rewrite_foreign
 from replica.adapters.found_files import check_present
 from replica.model.memory import DTYPE_BYTES, divide
@@ -40,15 +47,21 @@ class Validation:
         self._part_parameters: dict[str, int] = {}  # by digest
         self._arena_bytes = divide(config.engine, self._part, self._weight_bytes).arena_bytes
         self.store: Store[AdapterInfo] = Store(
-            f"{config.directory}/adapters", self._inspect, config.adapter_disk, peers
+            f"{config.directory}/adapters",
+            self._inspect,
+            config.adapter_disk,
+            peers,
+            functools.partial(self._inspect, with_tokens=False),
         )
 
-    def _inspect(self, path: str) -> AdapterInfo:
-        """path: of copies, which are rewritten if they have another form than PEFT's."""
+    def _inspect(self, path: str, *, with_tokens: bool = True) -> AdapterInfo:
+        """path: of copies, which are rewritten if they have another form than PEFT's. with_tokens:
+        False: added tokens are left out.
+        """
         engine, vocabulary = self._config.engine, self._shape.vocabulary
         if foreign(path, vocabulary):
             rewrite_foreign(path, engine.model, vocabulary)
-        chat = tidy_chat(path, self._text, self._shape)
+        chat = tidy_chat(path, self._text, self._shape, with_tokens=with_tokens)
         info = inspect(path, self._shape, engine.rank_max, engine.dtype, chat)
         if info.dora and engine.tensor_parallel > 1:
             raise AdapterRefused(
@@ -89,7 +102,7 @@ class Validation:
             self.store.release(info.digest)
             raise AdapterRefused(f"lora_path: {path!r} {reason}", field="lora_path")
         found = info.digest, uri, info.rank, info.parameters
-        chat = info.chat.template, info.chat.eos_token
+        chat = info.chat.template, info.chat.eos_token, info.chat.added_tokens
         return Version(name, *found, pinned, weight, info.invocation, *chat)
 
     def _why_not(self, info: AdapterInfo) -> str | None:
@@ -101,6 +114,8 @@ class Validation:
                 f"{self._arena_bytes} "
                 f"({'adapter_memory' if engine.device_memory is None else 'device_memory'})"
             )
+        if info.chat.refusal is not None:
+            return info.chat.refusal
         if not info.chat.template or self._text is None:
             return None
         wrong = self._text.template_error(self.chat_template(info.digest))
@@ -109,6 +124,10 @@ class Validation:
     def chat_template(self, digest: str) -> str:
         """The own one of a version that is held. Blocking. Raises AdapterFailed."""
         return read_template(self.store.path(digest))
+
+    def added_tokens(self, digest: str) -> list[AddedToken]:
+        """Those of a version that is held and has some. Blocking. Raises AdapterFailed."""
+        return read_added_tokens(self.store.path(digest))
 
     def remarks(self, version: Version) -> list[str]:
         """What its directory has that is not used, and another base model. Of a URL, nothing is

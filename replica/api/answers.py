@@ -16,7 +16,6 @@ from replica.api.completion import Call, run
 from replica.api.interfaces import Engine
 from replica.api.metrics import Metrics, Watch
 from replica.api.response_encoder import Answer, ResponseEncoder, Usage, likeliest
-from replica.api.text import Text
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +30,8 @@ class Sent:
 
 
 class Answers:
-    def __init__(self, engine: Engine, text: Text, attempts: Attempts, metrics: Metrics) -> None:
-        self._engine, self._text = engine, text
-        self._attempts, self._metrics = attempts, metrics
+    def __init__(self, engine: Engine, attempts: Attempts, metrics: Metrics) -> None:
+        self._engine, self._attempts, self._metrics = engine, attempts, metrics
 
     async def give(
         self,
@@ -76,7 +74,7 @@ class Answers:
     ) -> None:
         usage = Usage(call.prompt_tokens)
         answers = [Answer() for _ in range(call.choices)]
-        async with aclosing(run(self._engine, self._text, call)) as pieces:
+        async with aclosing(run(self._engine, call)) as pieces:
             async for piece in pieces:
                 usage.add(piece)
                 watch.piece(piece)
@@ -102,7 +100,7 @@ class Answers:
         usage = Usage(call.prompt_tokens)
         started = False
         try:
-            async with aclosing(run(self._engine, self._text, call)) as pieces:
+            async with aclosing(run(self._engine, call)) as pieces:
                 async for piece in pieces:
                     if not started:
                         started = True

@@ -5,6 +5,7 @@ import uuid
 from collections.abc import AsyncIterator, Set
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import TypeVar
 
 from cluster.errors import BadRequest, ContextLengthExceeded, ModelNotFound
 from replica.api.completion import Call
@@ -25,9 +26,11 @@ from replica.api.structured import checked
 from replica.api.text import INLINE_CHARACTERS, OwnTemplate, Text
 from replica.api.tools import ToolFormat, ToolUse, format_of, read_tools
 
+T = TypeVar("T")
+
 # OpenAI's default of `max_tokens` for /v1/completions.
 COMPLETION_TOKENS = 16
-# Adapters' chat templates in memory, of at most 128 KiB each.
+# Adapters' chat templates in memory, of at most 128 KiB each, and tokenizers with tokens of theirs.
 TEMPLATES_KEPT = 256
 
 
@@ -62,15 +65,18 @@ class CallReader:
         self._sampling = sampling
         self._tool_format = tool_format
         self._base_names = base_names
-        self._templates: dict[str, str] = {}  # by digest, the adapters' own
+        # By digest, the adapters' own.
+        self._templates: dict[str, str] = {}
+        self._texts: dict[str, Text] = {}
 
     async def chat(self, request: ChatRequest) -> Call:
         async with self.claim(request.model, request.lora_path) as (model, claim):
+            text = await self.text(claim)
             own = await self.own_template(claim)
-            template = self._text.chat_template if own is None else own.text
-            tools = read_tools(request, self._tool_format or format_of(template), self._text)
+            template = text.chat_template if own is None else own.text
+            tools = read_tools(request, self._tool_format or format_of(template), text)
             resume = bool(request.continue_final_message)
-            rendered = await self._text.render(
+            rendered = await text.render(
                 read_messages(request),
                 own,
                 add_generation_prompt=not resume and request.add_generation_prompt is not False,
@@ -81,17 +87,17 @@ class CallReader:
             requested = request.max_completion_tokens or request.max_tokens
             # The template writes the special tokens, so the tokenizer adds none unless asked to.
             special = bool(request.add_special_tokens)
-            prompt = await self._encode(rendered, special, request, requested or 1)
+            prompt = await self._encode(text, rendered, special, request, requested or 1)
             top = (request.top_logprobs or 0) if request.logprobs else None
             call = await self._call(
-                request, "chatcmpl", model, claim, (prompt,), requested, None, top
+                request, "chatcmpl", model, claim, text, (prompt,), requested, None, top
             )
             if tools is not None:
                 call = await self._with_tools(call, tools)
             splits = reasons(template) and request.separate_reasoning is not False
             # An answer that must follow a grammar cannot think.
             if splits and call.sampling.grammar is None:
-                hidden = call.skip_special_tokens and not self._text.is_special(BEGIN)
+                hidden = call.skip_special_tokens and not text.is_special(BEGIN)
                 begun = rendered.rstrip().endswith(BEGIN)
                 call = replace(call, thinks=begun, skip_special_tokens=hidden)
             return call
@@ -106,10 +112,20 @@ class CallReader:
         text = self._templates.get(digest)
         if text is None:
             text = await asyncio.to_thread(self._adapters.chat_template, digest)
-            while len(self._templates) >= TEMPLATES_KEPT:
-                del self._templates[next(iter(self._templates))]
-            self._templates[digest] = text
+            _keep(self._templates, digest, text)
         return OwnTemplate(claim.version.name, text)
+
+    async def text(self, claim: Claim | None) -> Text:
+        """That of the claimed version; None: the base model's. Raises AdapterFailed."""
+        if claim is None or not claim.version.added_tokens:
+            return self._text
+        digest = claim.version.digest
+        text = self._texts.get(digest)
+        if text is None:
+            tokens = await asyncio.to_thread(self._adapters.added_tokens, digest)
+            text = await asyncio.to_thread(self._text.with_added, tokens)
+            _keep(self._texts, digest, text)
+        return text
 
     async def _with_tools(self, call: Call, tools: ToolUse) -> Call:
         sampling = call.sampling
@@ -121,7 +137,7 @@ class CallReader:
                 )
             grammar = await asyncio.to_thread(checked, "tools", tools.grammar)
             sampling = replace(sampling, grammar=grammar)
-        hidden = call.skip_special_tokens and not self._text.is_special(tools.format.mark)
+        hidden = call.skip_special_tokens and not call.text.is_special(tools.format.mark)
         return replace(call, sampling=sampling, tools=tools, skip_special_tokens=hidden)
 
     async def completion(
@@ -132,6 +148,7 @@ class CallReader:
     ) -> Call:
         """default: of `max_tokens`."""
         async with self.claim(request.model, request.lora_path) as (model, claim):
+            text = await self.text(claim)
             special = request.add_special_tokens is not False
             # The engine generates one token at least; `prompt_only` drops it.
             requested = 1 if request.max_tokens == 0 else request.max_tokens
@@ -142,7 +159,7 @@ class CallReader:
             many = sum(len(each) for each in given if isinstance(each, str)) > INLINE_CHARACTERS
             for prompt in given:
                 if isinstance(prompt, str):
-                    tokens = await self._encode(prompt, special, request, room, many)
+                    tokens = await self._encode(text, prompt, special, request, room, many)
                 else:
                     tokens = self._truncated(tuple(prompt), request, room)
                     self._sampling.check(tokens, "prompt")
@@ -152,12 +169,13 @@ class CallReader:
                 if isinstance(prompt, str) and request.truncate_prompt_tokens is None:
                     echoes.append(prompt)
                 else:
-                    echoes.append(await self._text.decode_long(tokens))
+                    echoes.append(await text.decode_long(tokens))
             call = await self._call(
                 request,
                 "cmpl",
                 model,
                 claim,
+                text,
                 tuple(prompts),
                 requested,
                 default,
@@ -170,20 +188,21 @@ class CallReader:
 
     async def _encode(
         self,
-        text: str,
+        text: Text,
+        words: str,
         special: bool,
         request: GenerationRequest,
         room: int,
         among_many: bool = False,
     ) -> tuple[int, ...]:
         """room: tokens that a truncated prompt leaves for the answer."""
-        tokens_min, field = self._text.tokens_min(text), request.prompt_field
+        tokens_min, field = text.tokens_min(words), request.prompt_field
         # Refuse it before the cost of tokenizing it.
         if tokens_min > self._tokens_max and request.truncate_prompt_tokens is None:
             raise ContextLengthExceeded(
                 f"{field}: at least {tokens_min} tokens, over the {self._limit}", field=field
             )
-        tokens = await self._text.encode(text, add_special_tokens=special, among_many=among_many)
+        tokens = await text.encode(words, add_special_tokens=special, among_many=among_many)
         return self._truncated(tokens, request, room)
 
     def _truncated(
@@ -229,6 +248,7 @@ class CallReader:
         kind: str,
         model: str,
         claim: Claim | None,
+        text: Text,
         prompts: tuple[tuple[int, ...], ...],
         requested: int | None,
         default: int | None,
@@ -255,7 +275,7 @@ class CallReader:
             default = min(default or self._tokens_max, self._sampling.defaults.max_tokens)
         max_tokens = self._max_tokens(request, longest, requested, default)
         check_characters("stop", sum(map(len, request.stop)))
-        sampling = await self._sampling.read(request, max_tokens, logprobs)
+        sampling = await self._sampling.read(text, request, max_tokens, logprobs)
         eos_token = None if claim is None else claim.version.eos_token
         if eos_token is not None and not sampling.ignore_eos:
             sampling = replace(sampling, stop_tokens=sampling.stop_tokens | {eos_token})
@@ -270,6 +290,7 @@ class CallReader:
             n=n,
             kept=None if best_of is None else request.n or 1,
             sampling=sampling,
+            text=text,
             stops=tuple(request.stop),
             include_stop=bool(request.include_stop_str_in_output),
             skip_special_tokens=request.skip_special_tokens is not False,
@@ -297,6 +318,13 @@ class CallReader:
                 field=request.prompt_field,
             )
         return requested
+
+
+def _keep(kept: dict[str, T], digest: str, value: T) -> None:
+    """In place of the oldest, if there are many."""
+    while len(kept) >= TEMPLATES_KEPT:
+        del kept[next(iter(kept))]
+    kept[digest] = value
 
 
 def _check_prompt_logprobs(top: int | None, tokens: int) -> None:

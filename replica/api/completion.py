@@ -38,6 +38,7 @@ class Call:
     claim: keeps the adapter's version until the engine has the requests of all choices.
     deadline_s: on the event loop's clock; the answer is of no use later.
     salt: cached prefixes are shared with this salt only.
+    text: converts between its text and tokens.
     """
 
     id: str
@@ -45,6 +46,7 @@ class Call:
     digest: str | None
     prompts: tuple[tuple[int, ...], ...]
     sampling: Sampling
+    text: Text
     n: int = 1
     stops: tuple[str, ...] = ()
     include_stop: bool = False
@@ -116,12 +118,12 @@ class Piece:
     thought: str = ""
 
 
-async def run(engine: Engine, text: Text, call: Call) -> AsyncGenerator[Piece, None]:
+async def run(engine: Engine, call: Call) -> AsyncGenerator[Piece, None]:
     """Yields the pieces of all choices in order of arrival, until the call's deadline.
 
     Raises DeadlineExceeded, and what `_run` raises. The engine drops the requests then.
     """
-    async with aclosing(_run(engine, text, call)) as pieces:
+    async with aclosing(_run(engine, call)) as pieces:
         if call.deadline_s is None:
             async for piece in pieces:
                 yield piece
@@ -136,7 +138,7 @@ async def run(engine: Engine, text: Text, call: Call) -> AsyncGenerator[Piece, N
             raise DeadlineExceeded("the deadline passed before the answer was complete") from error
 
 
-async def _run(engine: Engine, text: Text, call: Call) -> AsyncGenerator[Piece, None]:
+async def _run(engine: Engine, call: Call) -> AsyncGenerator[Piece, None]:
     """Raises the first choice's FleetError and cancels the other choices. Closing the generator
     early cancels all of the call's requests in the engine. Releases the call's claim once all its
     requests are on their way to the engine: a callback runs after what was scheduled before it, and
@@ -146,14 +148,14 @@ async def _run(engine: Engine, text: Text, call: Call) -> AsyncGenerator[Piece, 
     loop = asyncio.get_running_loop()
     if call.choices == 1:
         loop.call_soon(call.release)
-        async with aclosing(_choice(engine, text, call, 0)) as pieces:
+        async with aclosing(_choice(engine, call, 0)) as pieces:
             async for piece in pieces:
                 yield piece
         return
     queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
     at_once = asyncio.Semaphore(CHOICES_MAX)
     tasks = [
-        asyncio.create_task(_forward(queue, _choice(engine, text, call, index), at_once))
+        asyncio.create_task(_forward(queue, _choice(engine, call, index), at_once))
         for index in range(call.choices)
     ]
     if call.choices <= CHOICES_MAX:
@@ -190,11 +192,9 @@ async def _forward(
         queue.put_nowait(None)
 
 
-async def _choice(
-    engine: Engine, text: Text, call: Call, index: int
-) -> AsyncGenerator[Piece, None]:
-    request = call.request(index)
-    detokenizer = text.detokenizer(request.prompt, skip_special_tokens=call.skip_special_tokens)
+async def _choice(engine: Engine, call: Call, index: int) -> AsyncGenerator[Piece, None]:
+    request, skip = call.request(index), call.skip_special_tokens
+    detokenizer = call.text.detokenizer(request.prompt, skip_special_tokens=skip)
     writer = _Writer(call, index, detokenizer)
     async with aclosing(engine.generate(request)) as deltas:
         async for delta in deltas:

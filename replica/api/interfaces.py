@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from cluster.config import EngineConfig
 from cluster.uploads import Upload
-from cluster.values import AdapterState, LoadReport, Version
+from cluster.values import AdapterState, AddedToken, LoadReport, Version
 from replica.scheduling.request import Delta, NewRequest
 from replica.scheduling.timeline import TimelineEvent
 
@@ -110,6 +110,9 @@ class Adapters(Protocol):
 
     def chat_template(self, digest: str) -> str:
         """The own one of a version that is claimed and has one. Blocking. Raises AdapterFailed."""
+
+    def added_tokens(self, digest: str) -> list[AddedToken]:
+        """Those of a version that is claimed and has some. Blocking. Raises AdapterFailed."""
 
     def versions(self) -> list[Version]:
         """All versions, sorted by name."""

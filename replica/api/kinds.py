@@ -18,7 +18,6 @@ from replica.api.response_encoder import (
 )
 from replica.api.responses import ResponsesEncoder, ResponsesRequest
 from replica.api.sglang import NEW_TOKENS, GenerateEncoder, GenerateRequest
-from replica.api.text import Text
 from replica.scheduling.request import Sampling
 
 Prepared = tuple[Call, Callable[[Call], ResponseEncoder]]
@@ -26,18 +25,18 @@ Prepared = tuple[Call, Callable[[Call], ResponseEncoder]]
 
 
 class Kinds:
-    def __init__(self, reader: CallReader, text: Text) -> None:
-        self._reader, self._text = reader, text
+    def __init__(self, reader: CallReader) -> None:
+        self._reader = reader
 
     async def chat(self, request: ChatRequest) -> Prepared:
         options = ResponseOptions.of(request, bool(request.logprobs))
         call = await self._reader.chat(request)
-        return call, lambda call: ChatEncoder(call, options, self._text)
+        return call, lambda call: ChatEncoder(call, options)
 
     async def completion(self, request: CompletionRequest) -> Prepared:
         options = ResponseOptions.of(request, request.logprobs is not None)
         call = await self._reader.completion(request)
-        return call, lambda call: CompletionEncoder(call.given, options, self._text)
+        return call, lambda call: CompletionEncoder(call.given, options)
 
     async def response(self, request: ResponsesRequest) -> Prepared:
         call = await self._reader.chat(request.as_chat())
@@ -52,7 +51,7 @@ class Kinds:
         except BaseException:
             call.release()
             raise
-        return call, lambda call: GenerateEncoder(call, request, self._text)
+        return call, lambda call: GenerateEncoder(call, request)
 
     async def embeddings(self, request: EmbeddingsRequest) -> Prepared:
         with _named({"prompt": "input", "n": "input"}):

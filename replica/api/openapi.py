@@ -63,6 +63,7 @@ _RUN: Errors = (
     AdapterFailed,
     DeadlineExceeded,
 )
+_TEXTS: Errors = (*_KEYED, *_BODY, ModelNotFound, AdapterFailed)
 _CHANGE: Errors = (
     *_KEYED,
     *_BODY,
@@ -118,8 +119,8 @@ OPERATIONS: Mapping[str, Operation] = {
     "/v1/unload_lora_adapter": _UNLOAD,
     "/load_lora_adapter": _LOAD,
     "/unload_lora_adapter": _UNLOAD,
-    "/tokenize": Operation("The tokens of a text.", (*_KEYED, *_BODY), TokenizeRequest),
-    "/detokenize": Operation("The text of tokens.", (*_KEYED, *_BODY), DetokenizeRequest),
+    "/tokenize": Operation("The tokens of a text.", _TEXTS, TokenizeRequest),
+    "/detokenize": Operation("The text of tokens.", _TEXTS, DetokenizeRequest),
     "/generate": Operation("SGLang's own endpoint.", _RUN, GenerateRequest, _RUNS),
     **dict.fromkeys(
         ("/model_info", "/get_model_info"), Operation("The model, in SGLang's words.", _KEYED)

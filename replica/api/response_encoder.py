@@ -139,8 +139,8 @@ class _Frame:
 
 
 class ChatEncoder:
-    def __init__(self, call: Call, options: ResponseOptions, text: Text) -> None:
-        self._call, self._options, self._text = call, options, text
+    def __init__(self, call: Call, options: ResponseOptions) -> None:
+        self._call, self._options, self._text = call, options, call.text
         self._frame = _Frame(call, options, "chat.completion.chunk")
         self._started: set[int] = set()
         self._called: Counter[int] = Counter()  # tools, by choice
@@ -246,8 +246,8 @@ class ChatEncoder:
 
 
 class CompletionEncoder:
-    def __init__(self, call: Call, options: ResponseOptions, text: Text) -> None:
-        self._call, self._options, self._text = call, options, text
+    def __init__(self, call: Call, options: ResponseOptions) -> None:
+        self._call, self._options, self._text = call, options, call.text
         self._frame = _Frame(call, options, "text_completion")
         self._started: set[int] = set()
         self._offsets = [len(echo) for echo in call.echoes for _ in range(call.n)]

@@ -65,15 +65,14 @@ def read_defaults(model_dir: str) -> SamplingDefaults:
 class SamplingReader:
     """Checks token ids against the vocabulary, and tokenizes bad words."""
 
-    def __init__(self, text: Text, vocab: int, defaults: SamplingDefaults) -> None:
-        self._text = text
+    def __init__(self, vocab: int, defaults: SamplingDefaults) -> None:
         self._vocab = vocab
         self.defaults = defaults
 
     async def read(
-        self, request: GenerationRequest, max_tokens: int, logprobs: int | None
+        self, text: Text, request: GenerationRequest, max_tokens: int, logprobs: int | None
     ) -> Sampling:
-        """Raises BadRequest naming the field."""
+        """text: the request's. Raises BadRequest naming the field."""
         stop_tokens = request.stop_token_ids or []
         self.check(stop_tokens, "stop_token_ids")
         allowed = request.allowed_token_ids
@@ -103,7 +102,7 @@ class SamplingReader:
             frequency_penalty=request.frequency_penalty or 0.0,
             logit_bias=self._biases(request.logit_bias or {}),
             allowed_tokens=None if allowed is None else tuple(sorted(set(allowed))),
-            bad_words=self._bad_words(request.bad_words or []),
+            bad_words=_bad_words(text, request.bad_words or []),
             grammar=await grammar_of(request),
             prompt_logprobs=max((n for n in asked if n is not None), default=None),
         )
@@ -130,19 +129,20 @@ class SamplingReader:
             biases.append((token, min(max(bias, -_BIAS_MAX), _BIAS_MAX)))
         return tuple(biases)
 
-    def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """The tokens of each word, at the start of a text and, if they differ, after a space."""
-        found = []
-        check_characters("bad_words", sum(len(word) + 1 for word in words))
-        for i, word in enumerate(words):
-            bare, spaced = (self._text.word_tokens(s + word.lstrip()) for s in ("", " "))
-            if not bare:
-                raise BadRequest(f"bad_words[{i}]: {shown(word)} has no tokens", field="bad_words")
-            found.append(bare)
-            # As in vLLM: not where the space is a token of its own before the same word.
-            if len(spaced) == len(bare) and spaced[0] != bare[0]:
-                found.append(spaced)
-        return tuple(found)
+
+def _bad_words(text: Text, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """The tokens of each word, at the start of a text and, if they differ, after a space."""
+    found = []
+    check_characters("bad_words", sum(len(word) + 1 for word in words))
+    for i, word in enumerate(words):
+        bare, spaced = (text.word_tokens(s + word.lstrip()) for s in ("", " "))
+        if not bare:
+            raise BadRequest(f"bad_words[{i}]: {shown(word)} has no tokens", field="bad_words")
+        found.append(bare)
+        # As in vLLM: not where the space is a token of its own before the same word.
+        if len(spaced) == len(bare) and spaced[0] != bare[0]:
+            found.append(spaced)
+    return tuple(found)
 
 
 def check_characters(field: str, characters: int) -> None:

@@ -118,7 +118,6 @@ class Server:
     ) -> None:
         self._engine = engine
         self._adapters = adapters
-        self._text = text
         self._config = config
         kv_tokens = engine.report().capacity_pages * engine.config.page_tokens
         reader = CallReader(
@@ -127,7 +126,7 @@ class Server:
             config.base,
             config.context,
             kv_tokens,
-            SamplingReader(text, config.vocab, config.defaults),
+            SamplingReader(config.vocab, config.defaults),
             config.tool_format,
             config.base_names,
         )
@@ -138,7 +137,7 @@ class Server:
             "tp_size": engine.config.tensor_parallel,
         }
         cards = ModelCards(adapters, config.base, config.base_names, config.context, sizes)
-        kinds = Kinds(reader, text)
+        kinds = Kinds(reader)
         self._front: ASGIApp = self._serve
         if config.request_log is not None:
             self._front = RequestLog(config.request_log, config.replica_id).around(self._front)
@@ -158,7 +157,7 @@ class Server:
         self._metrics = Metrics(config.base, self._snapshot)
         holds = engine.config.batch_rows_max + engine.config.queue_max
         attempts = Attempts(suspects, config.elsewhere_bytes, holds)
-        self._answers = Answers(engine, text, attempts, self._metrics)
+        self._answers = Answers(engine, attempts, self._metrics)
         bodies = Bodies(config.body_bytes_max, config.strict_fields, self._until_cut)
         self._bodies = bodies
         changes = AdapterRoutes(
@@ -170,7 +169,7 @@ class Server:
             self._access,
         )
         fleet = FleetRoutes(engine, self._metrics, self._access, config.replica_id, others)
-        texts = TextRoutes(text, reader, config.context, config.vocab, bodies)
+        texts = TextRoutes(reader, config.context, config.vocab, bodies)
         self._v1 = Router(
             [
                 Route("/chat/completions", self._runs(ChatRequest, kinds.chat), methods=["POST"]),

@@ -22,7 +22,6 @@ from replica.api.openai_protocol import (
     validated,
 )
 from replica.api.response_encoder import DONE, Answer, Usage
-from replica.api.text import Text
 from replica.scheduling.request import Finish, TokenLogprobs
 
 NEW_TOKENS = 128
@@ -151,8 +150,8 @@ class GenerateRequest(BaseModel):
 class GenerateEncoder:
     """Implements `ResponseEncoder`: each part of a stream has the whole text so far."""
 
-    def __init__(self, call: Call, request: GenerateRequest, text: Text) -> None:
-        self._call, self._request, self._text = call, request, text
+    def __init__(self, call: Call, request: GenerateRequest) -> None:
+        self._call, self._request, self._text = call, request, call.text
         self._began_s = time.monotonic()
         self._answers = [Answer() for _ in range(call.choices)]
 

@@ -1,6 +1,7 @@
 """Converts between text and tokens: tokenizer, chat template, detokenizer."""
 
 import asyncio
+import copy
 import inspect
 import re
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,8 @@ import orjson
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from cluster.errors import BadRequest, ModelUnsupported
+from cluster.values import AddedToken
+from replica.api.own_tokenizer import OwnTokenizer
 from replica.api.template_process import TemplateOverrun, TemplateProcess
 from replica.model.shape import read_json
 from replica.model.tokenizer import read_tokenizer
@@ -38,11 +41,14 @@ class OwnTemplate:
 
 
 class Text:
-    """The model's tokenizer and chat template. All requests share one."""
+    """The model's tokenizer and chat template. All requests share one, but for those of adapters
+    that add tokens.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
+        self._own: OwnTokenizer | None = None  # the backend is its
         added = self._backend.get_added_tokens_decoder()
         self._added: dict[int, str] = {token: entry.content for token, entry in added.items()}
         self.special = frozenset(token for token, entry in added.items() if entry.special)
@@ -50,6 +56,7 @@ class Text:
         self._template_reserved = _named_parameters(tokenizer.apply_chat_template)
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self._token_characters_max = max(map(len, vocabulary), default=1)
+        self.takes_tokens = len(set(vocabulary.values())) > max(vocabulary.values(), default=0)
         self._templates = TemplateProcess()
 
     @classmethod
@@ -65,35 +72,51 @@ class Text:
         _check_template(tokenizer, model_dir)
         return cls(tokenizer)
 
+    def with_added(self, tokens: Sequence[AddedToken]) -> "Text":
+        """For the requests of an adapter that adds these."""
+        text, own = copy.copy(self), OwnTokenizer(self._backend, tokens)
+        text._own, text._backend = own, own.backend
+        text._added, text.special = own.texts, own.special
+        lengths = [len(token.text) for token in tokens]
+        text._token_characters_max = max(self._token_characters_max, *lengths)
+        return text
+
     async def encode(
         self, text: str, *, add_special_tokens: bool = True, among_many: bool = False
     ) -> tuple[int, ...]:
         """among_many: of a request whose texts are long together."""
+        special = add_special_tokens and self._own is None
         if len(text) <= INLINE_CHARACTERS and not among_many:
-            encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+            encoding = self._backend.encode(text, add_special_tokens=special)
         else:
             # The batch call releases the GIL; `encode` holds it.
             (encoding,) = await asyncio.to_thread(
-                self._backend.encode_batch, [text], add_special_tokens=add_special_tokens
+                self._backend.encode_batch, [text], add_special_tokens=special
             )
+        if self._own is not None:
+            return self._own.encoded(encoding.ids, add_special_tokens)
         return tuple(encoding.ids)
 
     def word_tokens(self, text: str) -> tuple[int, ...]:
         """The tokens of a short text, without special tokens."""
-        return tuple(self._backend.encode(text, add_special_tokens=False).ids)
+        ids = self._backend.encode(text, add_special_tokens=False).ids
+        return tuple(ids) if self._own is None else self._own.encoded(ids, False)
 
     def literal(self, text: str) -> str:
-        """A fixed text in a Lark grammar: as its one special token if it is one."""
-        token = self._special_token(text)
-        return orjson.dumps(text).decode() if token is None else f"<[{token}]>"
+        """A fixed text in a Lark grammar: as its one special token if it is one. The grammar's
+        tokenizer is the base model's and has no text for an adapter's own token either.
+        """
+        token, own = self._added_token(text), () if self._own is None else self._own.ids
+        if token in self.special or token in own:
+            return f"<[{token}]>"
+        return orjson.dumps(text).decode()
 
     def is_special(self, text: str) -> bool:
         """True if this text is one special token."""
-        return self._special_token(text) is not None
+        return self._added_token(text) in self.special
 
-    def _special_token(self, text: str) -> int | None:
-        found = (t for t, content in self._added.items() if content == text and t in self.special)
-        return next(found, None)
+    def _added_token(self, text: str) -> int | None:
+        return next((token for token, own in self._added.items() if own == text), None)
 
     @property
     def chat_template(self) -> str | None:
@@ -111,7 +134,20 @@ class Text:
         text: str | None = self._tokenizer.special_tokens_map.get("eos_token")
         return text
 
+    def added_text(self, token: int) -> str | None:
+        """None if it is none of the added tokens."""
+        return self._added.get(token)
+
+    def piece(self, token: int) -> str | None:
+        """A token as the vocabulary writes it. None for an id outside of it."""
+        if self._own is not None:
+            token = next(iter(self._own.decodable([token])), -1)
+        piece: str | None = None if token < 0 else self._backend.id_to_token(token)
+        return piece
+
     def token_id(self, text: str) -> int | None:
+        """Of the base model's tokenizer."""
+        assert self._own is None
         try:
             token: int | None = self._backend.token_to_id(text)
         except UnicodeEncodeError:  # adapters' files may have half a character
@@ -132,6 +168,8 @@ class Text:
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         if skip_special_tokens:
             tokens = [token for token in tokens if token not in self.special]
+        if self._own is not None:
+            tokens = self._own.decodable(tokens)
         if len(tokens) <= INLINE_TOKENS:
             return str(self._backend.decode(tokens, skip_special_tokens=False))
         # The batch call releases the GIL; `decode` holds it.
@@ -148,7 +186,7 @@ class Text:
         """A token's bytes, possibly part of a character. b"" for an id outside the vocabulary."""
         if token in self._added:
             return self._added[token].encode()
-        piece: str | None = self._backend.id_to_token(token)
+        piece = self.piece(token)
         if piece is None:
             return b""
         if self._bytes is not None:

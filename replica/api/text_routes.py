@@ -1,7 +1,8 @@
 """POST /tokenize and /detokenize, as vLLM has them."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
@@ -12,6 +13,7 @@ from cluster.errors import BadRequest, ContextLengthExceeded
 from replica.api import asgi
 from replica.api.bodies import Bodies
 from replica.api.call import CallReader
+from replica.api.interfaces import Claim
 from replica.api.openai_protocol import MESSAGES_MAX, ChatRequest, read_messages, validated
 from replica.api.text import Text
 
@@ -36,49 +38,47 @@ class DetokenizeRequest(BaseModel):
 class TextRoutes:
     """context: in tokens."""
 
-    def __init__(
-        self, text: Text, reader: CallReader, context: int, vocab: int, bodies: Bodies
-    ) -> None:
-        self._text, self._reader = text, reader
-        self._context, self._vocab, self._bodies = context, vocab, bodies
+    def __init__(self, reader: CallReader, context: int, vocab: int, bodies: Bodies) -> None:
+        self._reader, self._context, self._vocab, self._bodies = reader, context, vocab, bodies
 
     async def tokenize(self, http: Request) -> Response:
         request, _ = await self._bodies.read(TokenizeRequest, http)
         if (request.prompt is None) == (request.messages is None):
             raise BadRequest("prompt: either prompt or messages is required", field="prompt")
-        text, special, field = request.prompt, request.add_special_tokens is not False, "prompt"
-        if text is None:
-            field = "messages"
-            chat = validated(ChatRequest, {"messages": request.messages})
-            text = await self._render(chat, request)
-            special = bool(request.add_special_tokens)
+        words, special, field = request.prompt, request.add_special_tokens is not False, "prompt"
+        async with self._claimed(request.model) as (text, claim):
+            if words is None:
+                field = "messages"
+                words = await self._rendered(request, text, claim)
+                special = bool(request.add_special_tokens)
         characters_max = _CHARACTERS_PER_TOKEN_MAX * self._context
-        if len(text) > characters_max:
+        if len(words) > characters_max:
             raise ContextLengthExceeded(
-                f"{field}: {len(text)} characters, over the limit of {characters_max}, "
+                f"{field}: {len(words)} characters, over the limit of {characters_max}, "
                 f"{_CHARACTERS_PER_TOKEN_MAX} for each token of the context",
                 field=field,
             )
-        tokens = await self._text.encode(text, add_special_tokens=special)
+        tokens = await text.encode(words, add_special_tokens=special)
         names = None
         if request.return_token_strs:
-            names = await asyncio.to_thread(self._names, tokens)
+            names = await asyncio.to_thread(_names, text, tokens)
         body = {"count": len(tokens), "max_model_len": self._context, "tokens": tokens}
         return asgi.JsonResponse({**body, "token_strs": names})
 
-    async def _render(self, chat: ChatRequest, request: TokenizeRequest) -> str:
-        async with self._reader.claim(request.model) as (_, claim):
-            rendered = await self._text.render(
-                read_messages(chat),
-                await self._reader.own_template(claim),
-                add_generation_prompt=request.add_generation_prompt,
-            )
+    @asynccontextmanager
+    async def _claimed(self, model: str | None) -> AsyncIterator[tuple[Text, Claim | None]]:
+        async with self._reader.claim(model) as (_, claim):
+            yield await self._reader.text(claim), claim
         if claim is not None:
             claim.release()
-        return rendered
 
-    def _names(self, tokens: Sequence[int]) -> list[str]:
-        return [self._text.token_bytes(token).decode(errors="replace") for token in tokens]
+    async def _rendered(self, request: TokenizeRequest, text: Text, claim: Claim | None) -> str:
+        chat = validated(ChatRequest, {"messages": request.messages})
+        return await text.render(
+            read_messages(chat),
+            await self._reader.own_template(claim),
+            add_generation_prompt=request.add_generation_prompt,
+        )
 
     async def detokenize(self, http: Request) -> Response:
         request, _ = await self._bodies.read(DetokenizeRequest, http)
@@ -88,5 +88,11 @@ class TextRoutes:
             raise BadRequest(
                 f"tokens: {wrong} is not between 0 and {self._vocab - 1}", field="tokens"
             )
-        prompt = await self._text.decode_long(request.tokens, skip_special_tokens=False)
+        async with self._claimed(request.model) as (text, _):
+            pass
+        prompt = await text.decode_long(request.tokens, skip_special_tokens=False)
         return asgi.JsonResponse({"prompt": prompt})
+
+
+def _names(text: Text, tokens: Sequence[int]) -> list[str]:
+    return [text.token_bytes(token).decode(errors="replace") for token in tokens]

@@ -11,7 +11,7 @@ from typing import Any
 from cluster.config import FleetConfig
 from cluster.errors import ConfigError, FleetError
 from cluster.uploads import Upload
-from cluster.values import Tier, Version
+from cluster.values import AddedToken, Tier, Version
 from cluster.versions import Book, merged
 from replica.adapters.chat_files import BaseText
 from replica.adapters.validation import Validation
@@ -81,6 +81,9 @@ class LocalCatalog:
 
     def chat_template(self, digest: str) -> str:
         return self._validation.chat_template(digest)
+
+    def added_tokens(self, digest: str) -> list[AddedToken]:
+        return self._validation.added_tokens(digest)
 
     def versions(self) -> list[Version]:
         return self._book.by_name()

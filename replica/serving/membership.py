@@ -36,7 +36,7 @@ from cluster.recovery import Stamp
 from cluster.redis_client import check_reachable, connect
 from cluster.registry import Lease, Registry, newest
 from cluster.uploads import Upload
-from cluster.values import AdapterState, Version
+from cluster.values import AdapterState, AddedToken, Version
 from cluster.versions import is_name
 from replica.adapters.chat_files import BaseText
 from replica.adapters.validation import Validation
@@ -196,6 +196,9 @@ class Membership:
 
     def chat_template(self, digest: str) -> str:
         return self._validation.chat_template(digest)
+
+    def added_tokens(self, digest: str) -> list[AddedToken]:
+        return self._validation.added_tokens(digest)
 
     def versions(self) -> list[Version]:
         return self._catalog.book.by_name()

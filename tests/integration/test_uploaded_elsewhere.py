@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cluster.adapter_paths import CONFIG_FILE, TEMPLATE_FILE, TENSORS_FILE, files_of
+from cluster.adapter_paths import ADDED_FILE, CONFIG_FILE, TEMPLATE_FILE, TENSORS_FILE, files_of
 from cluster.config import FleetConfig
 from cluster.downloads import PEER_PATH
 from cluster.errors import AdapterFailed
@@ -19,7 +19,7 @@ from cluster.registry import Registry
 from replica.api.access import Rules
 from replica.api.server import build_app
 from replica.serving.membership import Membership
-from tests.serving import CONFIG, live, text
+from tests.serving import BASE, CONFIG, live, text
 from tests.small_files import settled_config, write_adapter, write_model_config
 from tests.stub_engine import StubEngine
 from tests.until import TIMEOUT_S, until
@@ -123,6 +123,20 @@ async def test_a_chat_template_of_its_own_comes_with_them(running: Fleet, adapte
             chat = await client.post("/v1/chat/completions", json=body, headers=ADMIN)
         assert chat.status_code == 200, chat.text
         assert text().decode(c.engine.seen[-1].prompt, skip_special_tokens=False) == prompt
+
+
+async def test_tokens_of_its_own_come_with_them(running: Fleet, adapter: Path) -> None:
+    (adapter / ADDED_FILE).write_text('{"<mine>": 5, "<|user|>": 3}')
+    a, b = await running.node("a"), await running.node("b")
+    answer = await a.post("mine", adapter)
+    assert answer.headers["x-lorafleet-applied"] == "a, b"
+    await a.membership.stop()
+    for node in (b, await running.node("c")):
+        async with httpx.AsyncClient(base_url=node.url, timeout=TIMEOUT_S) as client:
+            for model, tokens in (("mine", [5]), (BASE, list(text().word_tokens("<mine>")))):
+                body = {"model": model, "prompt": "<mine>"}
+                cut = await client.post("/tokenize", json=body, headers=ADMIN)
+                assert cut.json()["tokens"] == tokens
 
 
 async def test_a_restart_finds_the_files_in_the_store(running: Fleet, adapter: Path) -> None:

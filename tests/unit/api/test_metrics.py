@@ -11,7 +11,7 @@ from cluster.values import LoadReport
 from replica.api.completion import Call, Piece
 from replica.api.metrics import Metrics, Snapshot
 from replica.scheduling.request import Finish, Sampling
-from tests.serving import ADAPTER, app_with, client_of
+from tests.serving import ADAPTER, app_with, client_of, text
 from tests.stub_engine import StubEngine
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -35,7 +35,7 @@ def metrics() -> Metrics:
 
 
 def call(model: str, prompt: int = 7, n: int = 1) -> Call:
-    return Call("c", model, None, (tuple(range(prompt)),), Sampling(), n=n)
+    return Call("c", model, None, (tuple(range(prompt)),), Sampling(), text(), n=n)
 
 
 async def nothing() -> None:

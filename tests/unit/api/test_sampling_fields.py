@@ -22,7 +22,7 @@ from tests.stub_engine import StubEngine
 async def read(defaults: SamplingDefaults = OPENAI_DEFAULTS, **fields: Any) -> Sampling:
     body = json.dumps({"model": "tiny", "prompt": "a", **fields}).encode()
     request = parsed(CompletionRequest, body)[0]
-    return await SamplingReader(text(), CONFIG.vocab, defaults).read(request, 16, None)
+    return await SamplingReader(CONFIG.vocab, defaults).read(text(), request, 16, None)
 
 
 async def test_each_field_arrives() -> None:

@@ -16,7 +16,14 @@ import httpx
 import pytest
 
 from cluster import downloads
-from cluster.adapter_paths import CHAT_FILES, CONFIG_FILE, TEMPLATE_FILE, TENSORS_FILE
+from cluster.adapter_paths import (
+    CHAT_FILES,
+    CONFIG_FILE,
+    HEAD_BYTES,
+    TEMPLATE_FILE,
+    TENSORS_FILE,
+    VOCABULARY_FILE,
+)
 from cluster.downloads import alone, sweep
 from cluster.errors import AdapterFailed, AdapterMissing, AdapterRefused, StoreFull
 from cluster.store import Store
@@ -164,6 +171,27 @@ def test_the_chat_files_come_too_if_there_are_any(tmp_path: Path, site: Site) ->
     kept = store.fetch([site.url], store.add(site.url).digest)
     assert set(os.listdir(kept)) == {CONFIG_FILE, TENSORS_FILE, TEMPLATE_FILE}
     assert Path(kept, TEMPLATE_FILE).read_bytes() == b"a template"
+
+
+def test_only_the_start_of_a_vocabulary_comes(tmp_path: Path, site: Site) -> None:
+    words = os.urandom(HEAD_BYTES)
+    for given in (words + bytes(1000), words, words[:1000]):
+        store = Store(str(tmp_path), inspect, capacity=400_000 + HEAD_BYTES)
+        site.files[f"/a/{VOCABULARY_FILE}"] = given
+        version = store.fetch([site.url], store.add(site.url).digest)
+        assert Path(version, VOCABULARY_FILE).read_bytes() == given[:HEAD_BYTES]
+        store.close()
+        store.drop_idle()
+
+
+def test_so_through_fsspec(tmp_path: Path) -> None:
+    files = {CONFIG_FILE: CONFIG, TENSORS_FILE: TENSORS, VOCABULARY_FILE: bytes(HEAD_BYTES + 1)}
+    (tmp_path / "given").mkdir()
+    for name, data in files.items():
+        (tmp_path / "given" / name).write_bytes(data)
+    store, uri = Store(str(tmp_path / "store"), inspect), f"local://{tmp_path}/given"
+    version = store.fetch([uri], store.add(uri).digest)
+    assert Path(version, VOCABULARY_FILE).read_bytes() == bytes(HEAD_BYTES)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import fsspec
 import pytest
 
 from cluster import store as store_module
-from cluster.adapter_paths import CONFIG_FILE, TENSORS_FILE
+from cluster.adapter_paths import CONFIG_FILE, HEAD_BYTES, TENSORS_FILE, VOCABULARY_FILE
 from cluster.errors import AdapterFailed, AdapterRefused, StoreFull
 from cluster.file_copies import copy_file
 from cluster.store import Store
@@ -64,6 +64,14 @@ def remote() -> Iterator[str]:
         files.pipe_file(f"/adapters/a/{name}", name.encode())
     yield "memory://adapters/a"
     files.rm("/adapters", recursive=True)
+
+
+def test_only_the_start_of_a_vocabulary_is_copied(tmp_path: Path) -> None:
+    source, store = write(tmp_path / "a"), Store(str(tmp_path / "store"), inspect)
+    Path(source, VOCABULARY_FILE).write_bytes(bytes(HEAD_BYTES) + b"more")
+    copy = Path(store.path(store.add(source).digest), VOCABULARY_FILE)
+    assert copy.read_bytes() == bytes(HEAD_BYTES)
+    assert copy.stat().st_mode & 0o222 == 0
 
 
 @pytest.mark.parametrize("form", ["{}", "{}/", "file://{}"])

@@ -98,7 +98,8 @@ async def test_tokenize_has_it_too(replica: Replica) -> None:
         answer = await replica.post("/tokenize", model=model, messages=ASK)
         assert text().decode(answer.json()["tokens"], skip_special_tokens=False) == expected
     assert (await replica.post("/tokenize", model="nobody", messages=ASK)).status_code == 404
-    assert (await replica.post("/tokenize", model="nobody", prompt="hi")).status_code == 200
+    assert (await replica.post("/tokenize", model="nobody", prompt="hi")).status_code == 404
+    assert (await replica.post("/detokenize", model="nobody", tokens=[9])).status_code == 404
     # And holds the version no longer.
     await asyncio.wait_for(replica.catalog.remove("a"), 60)
 
