@@ -113,7 +113,9 @@ class CallReader:
         if text is None:
             text = await asyncio.to_thread(self._adapters.chat_template, digest)
             _keep(self._templates, digest, text)
-        return OwnTemplate(claim.version.name, text)
+        eos_token = claim.version.eos_token
+        eos_text = None if eos_token is None else (await self.text(claim)).added_text(eos_token)
+        return OwnTemplate(claim.version.name, text, eos_text)
 
     async def text(self, claim: Claim | None) -> Text:
         """That of the claimed version; None: the base model's. Raises AdapterFailed."""

@@ -34,10 +34,13 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 @dataclass(frozen=True, slots=True)
 class OwnTemplate:
-    """The chat template that an adapter brings. adapter: its name."""
+    """The chat template that an adapter brings. adapter: its name. eos_text: its own `eos_token`'s;
+    None: the base model's.
+    """
 
     adapter: str
     text: str
+    eos_text: str | None = None
 
 
 class Text:
@@ -219,8 +222,9 @@ class Text:
     async def _render_own(
         self, own: OwnTemplate, messages: Sequence[Mapping[str, Any]], options: dict[str, Any]
     ) -> str:
+        named = self._tokenizer.special_tokens_map
         request = {
-            "special_tokens": self._tokenizer.special_tokens_map,
+            "special_tokens": named | ({"eos_token": own.eos_text} if own.eos_text else {}),
             "messages": messages,
             "options": options,
         }

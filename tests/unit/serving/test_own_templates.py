@@ -92,6 +92,13 @@ async def test_each_adapters_chats_have_its_own_template(replica: Replica, path:
         assert await replica.prompt("c", path) == PLAIN
 
 
+async def test_its_template_writes_its_own_eos_token(replica: Replica) -> None:
+    await replica.add("a", SQUARE, eos_token="<|pad|>")
+    assert await replica.prompt("a") == "[hi]<|pad|>"
+    await replica.add("b", SQUARE)
+    assert await replica.prompt("b") == "[hi]<|end|>"
+
+
 async def test_tokenize_has_it_too(replica: Replica) -> None:
     await replica.add("a", SQUARE)
     for model, expected in (("a", "[hi]<|end|>"), (BASE, PLAIN), (None, PLAIN)):
@@ -145,7 +152,7 @@ async def test_files_that_a_client_sends_may_have_a_template(replica: Replica) -
         wrong = await client.post("/v1/load_lora_adapter", data={"lora_name": "bad"}, files=files)
     assert wrong.status_code == 400
     assert "has a chat template that cannot be used: line 3: " in wrong.json()["error"]["message"]
-    assert await replica.prompt("sent") == "[hi]<|end|>"
+    assert await replica.prompt("sent") == "[hi]<|pad|>"
     (version,) = replica.catalog.versions()
     assert version.eos_token == PAD
     by_path = await replica.catalog.add("path", str(path), trusted=True)
