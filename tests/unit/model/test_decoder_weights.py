@@ -89,6 +89,14 @@ def test_no_tensors_at_all(tmp_path: Path) -> None:
         load(model_dir)
 
 
+def test_weights_in_another_form(tmp_path: Path) -> None:
+    model_dir = make_model(tmp_path)
+    (tmp_path / TENSORS).rename(tmp_path / "pytorch_model-00001-of-00002.bin")
+    words = r"no model\.safetensors, but pytorch_model-00001-of-00002\.bin; load it with transf"
+    with pytest.raises(ModelUnsupported, match=words):
+        load(model_dir)
+
+
 def test_a_missing_shard(tmp_path: Path) -> None:
     model_dir = make_model(tmp_path, shard_bytes=50_000)
     shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
