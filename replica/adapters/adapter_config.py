@@ -38,6 +38,7 @@ _WITHOUT_EFFECT = frozenset((
 # fmt: on
 # Initializations that change the base weights.
 _BASE_CHANGING = ("pissa", "corda", "olora", "loftq", "lora_ga")
+_HINTS = {"target_parameters": ": a mixture's experts and routers take no adapter"}
 # Biases that were trained are tensors, and refused as such.
 _BIASES = ("none", "all", "lora_only")
 _WORD = re.compile(r"\w+", re.ASCII)
@@ -210,7 +211,8 @@ def _check_features(config: Mapping[str, Any], path: str) -> None:
         if name in _HONOURED or name in _WITHOUT_EFFECT:
             continue
         if value and not (name == "bias" and value in _BIASES):
-            raise refused(path, f"{name} = {short(value)} is not supported")
+            hint = _HINTS.get(name, "")
+            raise refused(path, f"{name} = {short(value)} is not supported{hint}")
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(_BASE_CHANGING):
         raise refused(
