@@ -229,7 +229,8 @@ def read_windows(config: Mapping[str, Any], where: str) -> tuple[int | None, ...
     used = mistral or config.get("use_sliding_window")
     if used and config.get("sliding_window", 4096) is not None:  # null: no window
         window = integer(config, "sliding_window", where, 4096)
-    if mistral or config["model_type"] == "qwen3_moe":
+    # transformers takes a Mistral with `layer_types` for a Ministral.
+    if (mistral and not config.get("layer_types")) or config["model_type"] == "qwen3_moe":
         return (window,) * layers
     first = config.get("max_window_layers", 28)
     if window is not None and not is_integer(first):

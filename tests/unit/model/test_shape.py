@@ -90,6 +90,11 @@ def test_eos_of_both_files(
             | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
             (8, None, 8),
         ),
+        (
+            {"model_type": "mistral", "sliding_window": 9}
+            | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+            (None, 9, None),
+        ),
     ],
 )
 def test_sliding_windows(
