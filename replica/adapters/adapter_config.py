@@ -38,6 +38,7 @@ _WITHOUT_EFFECT = frozenset((
 # fmt: on
 # Initializations that change the base weights.
 _BASE_CHANGING = ("pissa", "corda", "olora", "loftq", "lora_ga")
+_HINTS = {"target_parameters": ": a mixture's experts and routers take no adapter"}
 # Biases that were trained are tensors, and refused as such.
 _BIASES = ("none", "all", "lora_only")
 _WORD = re.compile(r"\w+", re.ASCII)
@@ -127,21 +128,28 @@ class AdapterConfig:
         return (
             self._targets(module)
             and not self._excludes(module)
-            and (self._layers is None or layer in self._layers)
-            and (
-                not self._layer_words
-                or any(f".{word}.{layer}." in f".{module}" for word in self._layer_words)
-            )
+            and (self._lists(module) or self._transforms(module, layer))
+        )
+
+    def _lists(self, module: str) -> bool:
+        """True if `target_modules` has its whole path. PEFT asks for no layer then."""
+        listed = self._config.get("target_modules")
+        return isinstance(listed, list) and module in listed
+
+    def _transforms(self, module: str, layer: int) -> bool:
+        words = self._layer_words
+        return (self._layers is None or layer in self._layers) and (
+            not words or any(f".{word}.{layer}." in f".{module}" for word in words)
         )
 
     def targets_vocabulary(self, module: str) -> bool:
         """`targets` for the embedding or the head, to which all-linear does not extend."""
         if str(self._config.get("target_modules")).lower() == "all-linear":
             return False
-        if self._layers is not None:
-            return False
         return any(
-            self._targets(each) and not self._excludes(each)
+            self._targets(each)
+            and not self._excludes(each)
+            and (self._layers is None or self._lists(each))
             for each in _alike(self._config, module, self._vocabulary)
         )
 
@@ -203,7 +211,8 @@ def _check_features(config: Mapping[str, Any], path: str) -> None:
         if name in _HONOURED or name in _WITHOUT_EFFECT:
             continue
         if value and not (name == "bias" and value in _BIASES):
-            raise refused(path, f"{name} = {short(value)} is not supported")
+            hint = _HINTS.get(name, "")
+            raise refused(path, f"{name} = {short(value)} is not supported{hint}")
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(_BASE_CHANGING):
         raise refused(

@@ -31,6 +31,7 @@ _TENSOR_NAME = re.compile(
     r"(lora_(?P<side>[AB])\.weight|lora_embedding_(?P<table>[AB])|(?P<whole>weight)"
     r"|(?P<magnitude>lora_magnitude_vector)(\.weight)?)"
 )
+_OF_EXPERTS = re.compile(r"\.(experts|block_sparse_moe|mlp\.(gate|router))\.")
 _LAYER = re.compile(r"\.(0|[1-9]\d{0,5})\.")
 
 
@@ -323,6 +324,11 @@ def _why_unknown(name: str, modules: Mapping[str, object], layers: int) -> str:
         match = _TENSOR_NAME.fullmatch(prefix + name)
         if match is not None and match["module"] in modules:
             return f": lacks PEFT's prefix {PREFIX!r}; save it with PeftModel.save_pretrained"
+    match = _TENSOR_NAME.fullmatch(f"{PREFIX}model.{name.removeprefix(PREFIX)}")
+    if match is not None and match["module"] in modules:
+        return f": trained on the model without its head; its prefix must be '{PREFIX}model.'"
+    if _OF_EXPERTS.search(name):
+        return " is not supported: a mixture's experts and routers take no adapter"
     layer = _LAYER.search(name)
     if layer is not None and int(layer[1]) >= layers:
         return f": the model has only {layers} layers"

@@ -33,7 +33,9 @@ from replica.adapters.safetensors_header import (
     read_header,
 )
 
-_NAMED_ADAPTER = re.compile(r"(.*\.lora_[AB])\.default\.weight")
+_NAMED_ADAPTER = re.compile(
+    r"(.*\.lora_(?:[AB]|embedding_[AB]|magnitude_vector))\.default(\.weight)?"
+)
 _WEIGHT = re.compile(r"base_model\.model\.(?P<module>.+?)(?P<base>\.base_layer)?\.weight")
 _MLX_NAME = re.compile(r"(?P<module>.+)\.lora_(?P<side>[ab])")
 _COMPARED_ELEMENTS = 2**20
@@ -172,7 +174,7 @@ def _tidy(directory: str, model: str, vocabulary: Collection[str]) -> None:
                     "in modules_to_save alone",
                 )
             kept.add(module)
-        peft = f"{named[1]}.weight" if named is not None else name
+        peft = named[1] + (named[2] or "") if named is not None else name
         if peft in tensors:
             raise refused(source, f"tensor {short(peft)} is there twice")
         tensors[peft] = _Tensor(span)

@@ -19,8 +19,9 @@ ROPE_NUMBERS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
 }
+_ORIGINAL_CONTEXT = "original_max_position_embeddings"
 ROPE_OPTIONAL = (
-    "original_max_position_embeddings",
+    _ORIGINAL_CONTEXT,
     "attention_factor",
     "beta_fast",
     "beta_slow",
@@ -228,7 +229,8 @@ def read_windows(config: Mapping[str, Any], where: str) -> tuple[int | None, ...
     used = mistral or config.get("use_sliding_window")
     if used and config.get("sliding_window", 4096) is not None:  # null: no window
         window = integer(config, "sliding_window", where, 4096)
-    if mistral or config["model_type"] == "qwen3_moe":
+    # transformers takes a Mistral with `layer_types` for a Ministral.
+    if (mistral and not config.get("layer_types")) or config["model_type"] == "qwen3_moe":
         return (window,) * layers
     first = config.get("max_window_layers", 28)
     if window is not None and not is_integer(first):
@@ -254,10 +256,13 @@ def read_rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     if config["model_type"] == "gemma3_text":
         return _gemma3_rope(config, "full_attention", where)
     # transformers 5 writes `rope_parameters`; earlier ones write `rope_scaling` and `rope_theta`.
-    name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    # Of both, it reads `rope_scaling`.
+    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     given = config.get(name) or {}
     if not isinstance(given, Mapping):
         raise wrong(where, name, given, "a mapping")
+    if (original := config.get(_ORIGINAL_CONTEXT)) is not None:
+        given = {**given, _ORIGINAL_CONTEXT: original}  # computed with, whatever is inside
     partial = given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
         raise ModelUnsupported(

@@ -67,7 +67,9 @@ class StoredCheckpoint:
     def _open(self) -> Iterator[tuple[safe_open, list[str]]]:
         for name in _file_names(self._path):
             if not (self._path / name).is_file():
-                raise ModelUnsupported(f"{self._path}: no {name}", field="model")
+                raise ModelUnsupported(
+                    f"{self._path}: no {name}{_instead(self._path)}", field="model"
+                )
             try:
                 file = self._files.enter_context(safe_open(self._path / name, framework="pt"))
             except SafetensorError as error:
@@ -201,6 +203,15 @@ class StoredCheckpoint:
         for name in [name for name in self._where if name.endswith(".bias")]:
             if not self._where[name].get_tensor(name).any():  # type: ignore[no-untyped-call]
                 self.skip(name)
+
+
+def _instead(path: Path) -> str:
+    """Weights in another form that are there, and what to do."""
+    found = sorted(each.name for each in path.glob("*") if each.suffix in (".bin", ".pt", ".pth"))
+    weights = [name for name in found if name.startswith(("pytorch_model", "consolidated"))]
+    if not weights:
+        return ""
+    return f", but {weights[0]}; load it with transformers and save it with save_pretrained"
 
 
 def is_whole(part: tuple[slice, ...]) -> bool:

@@ -130,15 +130,18 @@ def _weights(
 ) -> Weights:
     size = (shape.vocab, shape.hidden)
     rows = slice(None) if ranks is None else ranks.vocab_rows(shape.vocab)
-    embeddings = source.take("model.embed_tokens.weight", size)
+    # Where both names share a tensor, a checkpoint may have it under either.
+    embedding = "model.embed_tokens.weight"
+    only_head = shape.tied_embeddings and not source.holds(embedding)
+    stored = "lm_head.weight" if only_head and source.holds("lm_head.weight") else embedding
+    embeddings = source.take(stored, size)
     layers = tuple(_layer(source, shape, layer, linear, ranks) for layer in range(shape.layers))
     norm = _norm(source, shape, "model.norm", shape.hidden)
-    head: Linear
-    if shape.tied_embeddings:
-        head = linear(embeddings[rows])
-        source.skip("lm_head.weight")
-    else:
-        head = linear(source.take("lm_head.weight", size, (rows,)))
+    tied = shape.tied_embeddings and not source.holds("lm_head.weight")
+    own = embeddings[rows] if tied else source.take("lm_head.weight", size, (rows,))
+    if shape.tied_embeddings and torch.equal(own, embeddings[rows]):
+        own = embeddings[rows]  # else it was trained, and transformers does not tie it either
+    head: Linear = linear(own)
     if ranks is not None:
         head = ranks.whole_head(head, shape.vocab)
     return Weights(embeddings, layers, norm, head, ranks)

@@ -15,7 +15,7 @@ from cluster.adapter_paths import CONFIG_FILE, MLX_FILE, PICKLE_FILE, TENSORS_FI
 from cluster.config import FleetConfig
 from cluster.errors import AdapterRefused
 from replica.adapters import pickled
-from replica.adapters.foreign_files import foreign
+from replica.adapters.foreign_files import foreign, rewrite_foreign
 from replica.adapters.image import Image, read_image
 from replica.adapters.validation import Validation
 from replica.model.shape import read_shape
@@ -194,6 +194,26 @@ def test_what_mlx_lm_writes(dtype: torch.dtype, add: Add, adapter: Path, saved: 
 def test_names_with_the_adapters_name(add: Add, adapter: Path, saved: Path) -> None:
     rename(adapter, lambda name: name.replace(".weight", ".default.weight"))
     check_same(add, adapter, saved)
+
+
+@pytest.mark.parametrize(
+    ("settings", "end"),
+    [
+        ({"use_dora": True, "targets": ["q_proj"]}, "lora_magnitude_vector"),
+        ({"targets": ["embed_tokens"]}, "lora_embedding_A"),
+    ],
+)
+def test_other_tensors_with_the_adapters_name(
+    settings: dict[str, Any], end: str, model: str, tmp_path: Path
+) -> None:
+    saving = {"save_embedding_layers": False}
+    adapter = Path(make_adapter(tmp_path / "adapter", model, saving=saving, **settings))
+    wanted = load_file(adapter / TENSORS_FILE).keys()
+    rename(adapter, lambda name: name.replace(end, f"{end}.default"))
+    vocabulary = read_shape(model).vocabulary
+    assert foreign(str(adapter), vocabulary)
+    rewrite_foreign(str(adapter), model, vocabulary)
+    assert load_file(adapter / TENSORS_FILE).keys() == wanted
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,22 @@ def test_copies_that_are_equal_take_nothing(tmp_path: Path) -> None:
     assert read_image(kept, shape, torch.float32).layout.vocabulary == ()
 
 
+def test_a_module_that_is_listed_by_its_path_is_in_no_layer(tmp_path: Path) -> None:
+    model_dir = make_model(tmp_path / "model")
+    shape = read_shape(model_dir)
+    targets = ("q_proj", "model.layers.2.mlp.up_proj", "lm_head")
+    path = make_adapter(tmp_path / "a", model_dir, targets=targets, layers_to_transform=[0])
+    files = read_adapter(as_kept(path, model_dir, shape), shape)
+    assert [*files.pairs, *files.vocabulary] == [(0, "q_proj"), (2, "up_proj"), "lm_head"]
+    path = make_adapter(tmp_path / "b", model_dir, targets=("embed_tokens",))
+    kept = as_kept(path, model_dir, shape)
+    edit_config(kept, CONFIG_FILE, layers_to_transform=[0])
+    with pytest.raises(AdapterRefused, match=r"embed_tokens in .* does not target it"):
+        read_adapter(kept, shape)
+    edit_config(kept, CONFIG_FILE, target_modules=["model.embed_tokens"])
+    assert [*read_adapter(kept, shape).vocabulary] == ["model.embed_tokens"]
+
+
 def test_all_linear_leaves_embedding_and_head_alone(tmp_path: Path) -> None:
     model_dir = make_model(tmp_path / "model")
     shape = read_shape(model_dir)

@@ -6,18 +6,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from cluster.errors import ModelUnsupported
 from replica.model.shape import read_shape
-from replica.model.weights import linear, load_weights
+from replica.model.weights import Weights, _PlainMatmul, linear, load_weights
 from tests.models import edit_config, edit_tensors, make_model
+from tests.packed import by_transformers
 
 TENSORS = "model.safetensors"
 
 
-def load(model_dir: str) -> None:
-    load_weights(model_dir, read_shape(model_dir), torch.float32, torch.device("cpu"))
+def load(model_dir: str) -> Weights:
+    return load_weights(model_dir, read_shape(model_dir), torch.float32, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -50,16 +52,48 @@ def test_a_tensor_that_would_not_be_applied(tmp_path: Path) -> None:
         load(model_dir)
 
 
-def test_a_head_beside_tied_embeddings_is_left_alone(tmp_path: Path) -> None:
+def test_a_head_that_differs_from_tied_embeddings_is_used_as_by_transformers(
+    tmp_path: Path,
+) -> None:
     model_dir = make_model(tmp_path)
     edit_config(model_dir, tie_word_embeddings=True)
-    load(model_dir)
+    head = load_file(tmp_path / TENSORS)["lm_head.weight"]
+    assert torch.equal(by_transformers(model_dir, None).lm_head.weight, head)
+    assert torch.equal(load(model_dir).head(torch.eye(64)), head.T)
+
+
+def test_a_copy_of_tied_embeddings_takes_no_memory(tmp_path: Path) -> None:
+    model_dir = make_model(tmp_path, tie_word_embeddings=True)
+    tensors = load_file(tmp_path / TENSORS)
+    copy = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": copy}, tmp_path / TENSORS)
+    weights = load(model_dir)
+    assert isinstance(weights.head, _PlainMatmul)
+    assert weights.head.weight.data_ptr() == weights.embeddings.data_ptr()
+
+
+def test_tied_embeddings_that_are_stored_as_the_head(tmp_path: Path) -> None:
+    model_dir = make_model(tmp_path, tie_word_embeddings=True)
+    tensors = load_file(tmp_path / TENSORS)
+    shared = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors | {"lm_head.weight": shared}, tmp_path / TENSORS)
+    weights = load(model_dir)
+    assert torch.equal(weights.embeddings, shared)
+    assert torch.equal(weights.head(torch.eye(64)), shared.T)
 
 
 def test_no_tensors_at_all(tmp_path: Path) -> None:
     model_dir = make_model(tmp_path)
     (tmp_path / TENSORS).unlink()
     with pytest.raises(ModelUnsupported, match=r"no model\.safetensors"):
+        load(model_dir)
+
+
+def test_weights_in_another_form(tmp_path: Path) -> None:
+    model_dir = make_model(tmp_path)
+    (tmp_path / TENSORS).rename(tmp_path / "pytorch_model-00001-of-00002.bin")
+    words = r"no model\.safetensors, but pytorch_model-00001-of-00002\.bin; load it with transf"
+    with pytest.raises(ModelUnsupported, match=words):
         load(model_dir)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from cluster.errors import ModelUnsupported
 from replica.model.shape import GROUPS, PROJECTIONS, ModelShape, read_shape
@@ -89,6 +90,11 @@ def test_eos_of_both_files(
             | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
             (8, None, 8),
         ),
+        (
+            {"model_type": "mistral", "sliding_window": 9}
+            | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+            (None, 9, None),
+        ),
     ],
 )
 def test_sliding_windows(
@@ -118,6 +124,21 @@ def test_rope_in_both_spellings(tmp_path: Path) -> None:
     assert read(tmp_path, rope_parameters=new).rope == new
     assert read(tmp_path, rope_scaling=old, rope_theta=5e5).rope == new
     assert read(tmp_path).rope == {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def test_rope_is_read_in_transformers_order(tmp_path: Path) -> None:
+    plain = {"rope_type": "default", "rope_theta": 5e5}
+    yarn = {"rope_type": "yarn", "factor": 16.0, "rope_theta": 5e5}
+    original = "original_max_position_embeddings"
+    for fields in (
+        {"rope_parameters": plain, "rope_scaling": yarn | {original: 32}},
+        {"rope_scaling": yarn, original: 32},
+        {"rope_parameters": yarn | {original: 64}, original: 32},
+    ):
+        shape = read(tmp_path, **fields)
+        config = AutoConfig.from_pretrained(tmp_path)
+        config.standardize_rope_params()  # as it does for each table
+        assert shape.rope == config.rope_parameters, fields
 
 
 @pytest.mark.parametrize(
