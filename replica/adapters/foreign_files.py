@@ -65,7 +65,7 @@ def foreign(directory: str, vocabulary: Collection[str]) -> bool:
     try:
         text, size = header_text(source)
         # Most have none of these names, and what is not parsed here is parsed once less.
-        if b"\\" not in text and not any(n.encode() in text for n in (".default.", *vocabulary)):
+        if b"\\" not in text and not any(n.encode() in text for n in (".default", *vocabulary)):
             return False
         names = parse_header(text, size).keys()
     except (HeaderInvalid, OSError):
