@@ -1,6 +1,7 @@
 """Where an adapter is added from: a path or a URL (s3://, hf:// …), and which ones are allowed."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -18,6 +19,7 @@ ADDED_FILE, VOCABULARY_FILE = "added_tokens.json", "tokenizer.json"
 CHAT_FILES = (TEMPLATE_FILE, TOKENIZER_FILE, ADDED_FILE, VOCABULARY_FILE)
 # Of a `tokenizer.json` no more is copied: added tokens come first, megabytes of vocabulary after.
 HEAD_BYTES = 2 * 2**20
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 # Begins the URL of what a client sent: the digest follows.
 UPLOADED = "upload://"
 
@@ -58,7 +60,8 @@ def check_allowed(uri: str, roots: Sequence[str]) -> None:
         links.append(reason)
     what = next(filter(None, links), "is outside the allowed adapter roots")
     none = "" if roots else " (none is configured: --adapter-root)"
-    raise BadRequest(f"lora_path: {uri!r} {what}{none}", field="lora_path")
+    hub = f"; of the Hub it is hf://{uri}" if _HUB_ID.fullmatch(uri) else ""
+    raise BadRequest(f"lora_path: {uri!r} {what}{none}{hub}", field="lora_path")
 
 
 def _outside(uri: str, root: str) -> str | None:

@@ -19,6 +19,7 @@ ROPE_NUMBERS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
 }
+_SILU = "silu"
 _ORIGINAL_CONTEXT = "original_max_position_embeddings"
 ROPE_OPTIONAL = (
     _ORIGINAL_CONTEXT,
@@ -123,6 +124,21 @@ def check_fields(config: Mapping[str, Any], where: str) -> None:
         raise ModelUnsupported(f"{where}: no {name!r}", field="model")
 
 
+def is_elsewhere(config: Mapping[str, Any]) -> bool:
+    """True if a family outside `PARTLY` sets what our decoder lacks and transformers' code has:
+    another activation, a partial rotation, or `longrope`.
+    """
+    given = config.get("rope_scaling") or config.get("rope_parameters")
+    rope = given if isinstance(given, Mapping) else {}
+    partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    activation = config.get("hidden_act", _SILU)
+    return (
+        partial != 1.0
+        or (rope.get("rope_type") or rope.get("type")) == "longrope"
+        or (isinstance(activation, str) and activation != _SILU)
+    )
+
+
 def read_options(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Fields of a `ModelShape` in which the family differs from Llama."""
     match config["model_type"]:
@@ -194,7 +210,7 @@ def _cap(config: Mapping[str, Any], name: str, where: str) -> float | None:
 
 def read_activation(config: Mapping[str, Any], where: str) -> str:
     """As in `ModelShape`."""
-    name, supported, meant = "hidden_act", "silu", "silu"
+    name, supported, meant = "hidden_act", _SILU, _SILU
     if config["model_type"] in GEMMAS:
         name, supported, meant = "hidden_activation", "gelu_pytorch_tanh", "gelu_tanh"
     given = config.get(name, supported)
@@ -272,6 +288,15 @@ def read_rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     supported = ("default",) if config["model_type"] == "phi3" else ROPE_TYPES
     theta = config.get("rope_theta", 1e6 if config["model_type"] == "mixtral" else 1e4)
     return _rope(given, theta, supported, where, f"{where}: {name}")
+
+
+def stretched_context(rope: Mapping[str, Any]) -> int:
+    """Positions that `yarn` stretches to, which `max_position_embeddings` need not say; 0: it says
+    so alone.
+    """
+    if rope["rope_type"] != "yarn" or not rope.get(_ORIGINAL_CONTEXT):
+        return 0
+    return int(rope[_ORIGINAL_CONTEXT] * rope["factor"])
 
 
 def _gemma3_rope(config: Mapping[str, Any], kind: str, where: str) -> dict[str, Any]:

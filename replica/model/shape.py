@@ -17,10 +17,12 @@ from replica.model.families import (
     Mixture,
     check_fields,
     inner_name,
+    is_elsewhere,
     read_activation,
     read_options,
     read_rope,
     read_windows,
+    stretched_context,
 )
 from replica.model.quantization import Quantization, read_quantization
 
@@ -306,12 +308,12 @@ def read_shape(model_dir: str) -> ModelShape:
 
 
 def is_covered(config: Mapping[str, Any]) -> bool:
-    """False for a configuration of a family in `PARTLY` that runs through transformers.
+    """False for a configuration of our own families that runs through transformers.
 
     config: content of `config.json`, of an architecture in `ARCHITECTURES`.
     """
     if config["model_type"] not in PARTLY:
-        return True
+        return not is_elsewhere(config)
     try:
         _shape(config, frozenset(), "")
     except ModelUnsupported:
@@ -339,6 +341,7 @@ def _shape(config: Mapping[str, Any], eos_tokens: frozenset[int], where: str) ->
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     if dtype not in DTYPES:
         raise ModelUnsupported(f"{where}: dtype {dtype!r} is not supported", field="model")
+    context, rope = integer(config, "max_position_embeddings", where), read_rope(config, where)
     return ModelShape(
         architecture=architecture,
         layers=integer(config, "num_hidden_layers", where),
@@ -348,7 +351,7 @@ def _shape(config: Mapping[str, Any], eos_tokens: frozenset[int], where: str) ->
         head_dim=head_dim,
         intermediate=integer(config, inner_name(config), where),
         vocab=integer(config, "vocab_size", where),
-        context=integer(config, "max_position_embeddings", where),
+        context=max(context, stretched_context(rope)),
         eos_tokens=eos_tokens,
         dtype=dtype,
         norm_eps=number(config, "rms_norm_eps", where, 1e-6),
@@ -358,7 +361,7 @@ def _shape(config: Mapping[str, Any], eos_tokens: frozenset[int], where: str) ->
         mlp_bias=architecture in ("llama", "granite") and bool(config.get("mlp_bias", False)),
         qk_norm=architecture in ("qwen3", "gemma3_text", "qwen3_moe"),
         windows=read_windows(config, where),
-        rope=read_rope(config, where),
+        rope=rope,
         activation=read_activation(config, where),
         **{"softmax_scale": head_dim**-0.5} | read_options(config, where),
     )

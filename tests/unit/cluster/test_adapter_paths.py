@@ -90,6 +90,14 @@ def test_a_snapshot_of_the_hubs_cache_links_to_its_blobs(tmp_path: Path) -> None
         check_allowed(str(repository / "blobs"), [str(snapshot)])
 
 
+def test_a_hub_id_is_told_how_it_is_written(root: Path) -> None:
+    with pytest.raises(BadRequest, match=r"; of the Hub it is hf://acme/french-v1\.0$"):
+        check_allowed("acme/french-v1.0", [str(root)])
+    for uri in ("acme/french/v1", "../french", "./french", "/etc/passwd"):
+        with pytest.raises(BadRequest, match=r"roots$"):
+            check_allowed(uri, [str(root)])
+
+
 def test_without_roots_nothing_is_allowed(root: Path) -> None:
     with pytest.raises(BadRequest, match="none is configured"):
         check_allowed(str(root / "a"), [])

@@ -113,6 +113,10 @@ def test_a_mixed_batch_is_what_peft_computes(family: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("architecture", "fields"),
     [
+        ("llama", {"hidden_act": "gelu"}),
+        ("mistral", {"rope_parameters": {"rope_type": "longrope"}}),
+        ("qwen2", {"rope_scaling": {"type": "longrope"}}),
+        ("qwen3", {"partial_rotary_factor": 0.5}),
         ("granite", {"some_new_flag": True}),
         ("granite", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}),
         ("granite", {"hidden_act": "gelu"}),
@@ -155,10 +159,23 @@ def test_what_is_off_is_no_unknown_feature(tmp_path: Path) -> None:
     assert is_native(model_dir)
 
 
-def test_a_partly_rotated_model_is_served_through_transformers(tmp_path: Path) -> None:
-    model_dir = make_model(
-        tmp_path, "phi3", pad_token_id=2, rope_parameters={"partial_rotary_factor": 0.5}
-    )
+LONGROPE = {"rope_type": "longrope", "factor": 2.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields"),
+    [
+        ("phi3", {"pad_token_id": 2, "rope_parameters": {"partial_rotary_factor": 0.5}}),
+        ("llama", {"hidden_act": "gelu"}),
+        ("qwen2", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
+        ("mistral", {"rope_parameters": LONGROPE}),
+    ],
+)
+def test_it_is_served_so(architecture: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    if fields.get("rope_parameters") is LONGROPE:
+        factors = [1.0] * 8
+        fields = {"rope_parameters": LONGROPE | {"short_factor": factors, "long_factor": factors}}
+    model_dir = make_model(tmp_path, architecture, **fields)
     shape = shape_of(model_dir)
     assert isinstance(shape, TransformersShape)
     (text,) = prompts(40)

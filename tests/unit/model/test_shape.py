@@ -142,6 +142,21 @@ def test_rope_is_read_in_transformers_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("rope", "context"),
+    [
+        ({"type": "yarn", "original_max_position_embeddings": 256}, 1024),
+        ({"type": "yarn", "original_max_position_embeddings": 64}, 512),
+        ({"type": "yarn"}, 512),
+        ({"type": "linear", "original_max_position_embeddings": 256}, 512),
+    ],
+)
+def test_yarn_stretches_the_context(rope: dict[str, Any], context: int, tmp_path: Path) -> None:
+    """Qwen2.5's model card says to add it and nothing else."""
+    shape = read(tmp_path, rope_scaling=rope | {"factor": 4.0}, max_position_embeddings=512)
+    assert shape.context == context
+
+
+@pytest.mark.parametrize(
     ("fields", "named"),
     [
         ({"model_type": "gpt2"}, "gpt2"),
