@@ -444,7 +444,7 @@ def test_an_add_looks_at_no_other_version_while_there_is_room(
     first, *others = adapters(tmp_path, 3)
     Store(str(tmp_path / "store"), inspect, 30).add(first)
     store = Store(str(tmp_path / "store"), inspect, 30)
-    monkeypatch.setattr(store, "_versions", None)
+    monkeypatch.setattr(store._directory, "_versions", None)
     for path in others:
         store.add(path)
     with pytest.raises(TypeError):
