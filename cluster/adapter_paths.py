@@ -60,8 +60,9 @@ def check_allowed(uri: str, roots: Sequence[str]) -> None:
         links.append(reason)
     what = next(filter(None, links), "is outside the allowed adapter roots")
     none = "" if roots else " (none is configured: --adapter-root)"
-    hub = f"; of the Hub it is hf://{uri}" if _HUB_ID.fullmatch(uri) else ""
-    raise BadRequest(f"lora_path: {uri!r} {what}{none}{hub}", field="lora_path")
+    plain = "; give an absolute path" if not (is_url(uri) or uri.startswith(("/", "file:"))) else ""
+    hub = f", or hf://{uri} if it is on the Hub" if plain and _HUB_ID.fullmatch(uri) else ""
+    raise BadRequest(f"lora_path: {uri!r} {what}{none}{plain}{hub}", field="lora_path")
 
 
 def _outside(uri: str, root: str) -> str | None:

@@ -70,13 +70,15 @@ def keys(fleet: str) -> list[str]:
     return [prefix(fleet) + "catalog:state", prefix(fleet) + "catalog"]
 
 
-def found(url: str, fleet: str) -> None:
+def found(url: str, fleet: str, *, configured: Iterable[str] | None = None) -> None:
     """Declares that no replica of the fleet is alive, so that nobody waits for one to speak.
 
-    Blocking. Raises what Redis raises.
+    configured: names that the flags set. Those that earlier flags set, and these do not, go. None:
+    all stay. Blocking. Raises what Redis raises.
     """
+    args = [] if configured is None else ["configured", *configured]
     with connect_blocking(url) as client:
-        client.register_script(FOUND)(keys=keys(fleet))
+        client.register_script(FOUND)(keys=keys(fleet), args=args)
 
 
 class Catalog:

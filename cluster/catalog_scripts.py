@@ -166,7 +166,24 @@ publish(generation, sequence, {})
 """
 )
 
-FOUND = _HEAD + "if not settled then settle(0, 0) end"
+# ARGV: nothing, or 'configured' and the names that flags set: what earlier flags set goes.
+FOUND = (
+    _HEAD
+    + """
+local configured = {}
+for i = 2, #ARGV do configured[ARGV[i]] = true end
+if ARGV[1] == 'configured' then
+  local records = redis.call('HGETALL', KEYS[2])
+  for i = 1, #records, 2 do
+    if not configured[records[i]] and (decoded(records[i + 1]).run or '') ~= '' then
+      redis.call('HDEL', KEYS[2], records[i])
+    end
+  end
+  held = redis.call('HLEN', KEYS[2])
+end
+if settled then redis.call('HSET', KEYS[1], 'count', held) else settle(0, 0) end
+"""
+)
 
 # ARGV: name, record, name, record ... of removals to forget.
 FORGET = (

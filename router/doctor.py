@@ -1,5 +1,6 @@
 """`lorafleet doctor`: looks at what a fleet needs of this machine, and says what to do about it."""
 
+import functools
 import importlib.metadata
 import resource
 import shutil
@@ -10,9 +11,11 @@ from enum import StrEnum
 from pathlib import Path
 
 from cluster.config import FleetConfig
-from cluster.errors import FleetError
+from cluster.errors import ConfigError, FleetError
 from cluster.redis_client import check_reachable
 from cluster.redis_server import find_redis_server
+from replica.adapters.chat_files import BaseText, why_no_chat
+from replica.api.text import Text
 from replica.engine.node import read_node
 from replica.engine.sizing import chosen_dtype, shown, weight_bytes
 from replica.model.checkpoint import shape_of
@@ -69,10 +72,15 @@ def _model(settings: FleetConfig) -> Findings:
 
 
 def _adapters(settings: FleetConfig) -> Findings:
-    good = 0
+    good, engine = 0, settings.engine
     for name, path in settings.adapters.items():
         try:
-            check_adapter(name, path, settings.engine)
+            check_adapter(name, path, engine)
+            wrong = None
+            if "://" not in path:
+                wrong = why_no_chat(path, _text(engine.model), shape_of(engine.model))
+            if wrong is not None:
+                raise ConfigError(f"--adapter {name}={path} {wrong}")
             good += 1
         except FleetError as error:
             yield _failed("adapters", error.message, _STEPS["adapters"])
@@ -170,6 +178,12 @@ def _memory(settings: FleetConfig) -> Findings:
         yield _failed("memory", f"{text} a replica", _STEPS["memory"])
     else:
         yield _ok("memory", text)
+
+
+@functools.cache
+def _text(model_dir: str) -> BaseText:
+    """It imports transformers, which takes seconds."""
+    return Text.read(model_dir)
 
 
 def gpus() -> list[str]:

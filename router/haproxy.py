@@ -45,6 +45,10 @@ _NO_PATH = (
     '{"error":{"message":"the path should begin with /",'
     '"type":"invalid_request_error","param":null,"code":"invalid_value"}}'
 )
+_NOBODY = (
+    '{"error":{"message":"the fleet is starting or stopping: send the request again",'
+    '"type":"server_error","param":null,"code":"unavailable"}}'
+)
 _MARK = "# hardened\n"
 
 
@@ -89,7 +93,8 @@ if {{ req.hdr(upgrade) -m str -i websocket }}
     http-request return status 400 content-type application/json string '{_NO_PATH}' \
 unless {{ path -m beg / }}
     # Serve's own proxy answers in the place of replicas that have left: to be sent again.
-    http-response set-status 503 if {{ status 404 }} !{{ res.hdr(x-lorafleet-replica) -m found }}
+    http-response return status 503 content-type application/json hdr retry-after 1 \
+string '{_NOBODY}' if {{ status 404 }} !{{ res.hdr(x-lorafleet-replica) -m found }}
     http-request del-header x-request-id if {{ req.fhdr_cnt(x-request-id) gt 1 }}
     http-request del-header x-request-id unless {{ req.fhdr(x-request-id) -m reg {_REQUEST_ID} }}
     # A router refuses it as HTTP, and nobody would be asked. Then the body alone names the model.
@@ -117,7 +122,10 @@ unless {{ path -m beg / }}
             rf"\g<name>{bind}\n" + frontend,
         ),
         # Until HAProxy knows the application, clients get what they send again.
-        (r"^(backend default_backend\n +http-request return status) 404", r"\1 503"),
+        (
+            r"^(backend default_backend\n +http-request return status) 404 .*",
+            rf"\1 503 content-type application/json hdr retry-after 1 string '{_NOBODY}'",
+        ),
     ):
         config, count = re.subn(pattern, replacement, config, flags=re.MULTILINE)
         assert count == 1, f"HAProxy's configuration has {pattern!r} {count} times instead of once"

@@ -24,7 +24,7 @@ from cluster.redis_client import check_reachable
 from cluster.redis_server import RedisServer
 from replica.engine.node import read_node
 from replica.engine.sizing import described, settled, share
-from replica.model.checkpoint import shape_of
+from replica.model.checkpoint import identity, shape_of
 from replica.serving.keys import ADMIN_KEYS, API_KEYS, OPERATOR_KEY, OperatorKey
 from replica.serving.settings import with_rank_expected
 from router import environment, haproxy
@@ -101,6 +101,11 @@ class LocalFleet:
             from ray import serve
 
             if ray.is_initialized() and self._ready:
+                self.say(
+                    "lorafleet: stopping: what runs may end, for "
+                    f"{self.config.drain_s:g} s at most; asked again, it ends at once",
+                    aside=True,
+                )
                 with contextlib.suppress(Exception):
                     # If Serve fails to shut down, `ray.shutdown` still ends its processes.
                     _finish_streams(self.config.drain_s)
@@ -175,9 +180,14 @@ class LocalFleet:
             ) from error
 
     def _start_redis(self) -> str:
+        """Its data outlives the fleet. So that no adapter of another base model is served, each
+        base model has a catalog of its own.
+        """
+        name = f"{self.config.name}-{identity(self.config.engine.model)}"
+        self.config = dataclasses.replace(self.config, name=name)
         self._redis = RedisServer(self.config.directory)
         self._redis.start()
-        found(self._redis.url, self.config.name)
+        found(self._redis.url, name, configured=self.config.adapters)
         return self._redis.url
 
     def _variables(self) -> dict[str, str]:

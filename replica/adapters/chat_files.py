@@ -111,6 +111,17 @@ def _chat(directory: str, base: BaseText, shape: Shape, with_tokens: bool) -> Ch
     return Chat("chat_template" in settings, eos_token, bool(tokens), text, refusal)
 
 
+def why_no_chat(directory: str, base: BaseText, shape: Shape) -> str | None:
+    """Why an adapter with these chat files cannot be served. Changes none. Blocking. Raises
+    AdapterRefused, or AdapterFailed.
+    """
+    chat = _chat(directory, base, shape, with_tokens=True)
+    if chat.refusal is not None or not chat.template:
+        return chat.refusal
+    wrong = base.template_error(json.loads(chat.text)["chat_template"])
+    return None if wrong is None else f"has a chat template that cannot be used: {wrong}"
+
+
 def read_template(directory: str) -> str:
     """Of a version that has one. Raises AdapterFailed."""
     template = _template(directory, read_object(directory, TOKENIZER_FILE))

@@ -110,12 +110,20 @@ class Metrics:
             "From the engine's receipt of a request to its first row, loads included.",
             _WHOLE_S,
         )
+        self.prefill_s = histogram(
+            "vllm:request_prefill_time_seconds", "From the first row to the first token.", _WHOLE_S
+        )
         self.decode_s = histogram(
             "vllm:request_decode_time_seconds", "From the first token to the last.", _WHOLE_S
         )
         self.prompt_tokens = histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
         self.output_tokens = histogram(
             "vllm:request_generation_tokens", "Tokens of an answer.", _TOKENS
+        )
+        self.longest = histogram(
+            "vllm:request_max_num_generation_tokens",
+            "Tokens of the longest of a request's answers.",
+            _TOKENS,
         )
         self.prompted = counter("vllm:prompt_tokens", "Prompt tokens.")
         self.generated = counter("vllm:generation_tokens", "Generated tokens.")
@@ -201,6 +209,8 @@ class Watch:
         self._cached_tokens = max(self._cached_tokens, piece.cached_tokens)
         metrics.first_s.labels(model).observe(now_s - self._received_s)
         metrics.queue_s.labels(model).observe(piece.queued_s)
+        prefill_s = now_s - self._received_s - piece.queued_s
+        metrics.prefill_s.labels(model).observe(max(prefill_s, 0.0))
         metrics.prompt_tokens.labels(model).observe(prompt)
         metrics.prompted.labels(model).inc(prompt)
         metrics.looked_up.labels(model).inc(prompt)
@@ -217,6 +227,8 @@ class Watch:
         metrics.ended.labels(model, reason).inc()
         self._finishes[index] = reason
         self._open.remove(index)
+        if not self._open:
+            metrics.longest.labels(model).observe(max(self._tokens.values()))
 
 
 class _State(Collector):

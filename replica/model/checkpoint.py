@@ -1,6 +1,7 @@
 """The shape of any model's checkpoint, for processes that do without torch."""
 
 import functools
+import hashlib
 import pickle
 import subprocess
 import sys
@@ -32,6 +33,16 @@ def read_shape_here(model_dir: str) -> Shape:
     from replica.model.module_walk import walk
 
     return walk(model_dir)
+
+
+def identity(model_dir: str) -> str:
+    """Hex digits that differ between base models which cannot have each other's adapters: by
+    family, layers, linear modules and vocabulary. Raises ModelUnsupported.
+    """
+    family = read_json(Path(model_dir) / "config.json").get("model_type")
+    shape = shape_of(model_dir)
+    told = family, shape.layers, sorted(shape.projections.items()), shape.vocab
+    return hashlib.blake2b(repr(told).encode(), digest_size=4).hexdigest()
 
 
 @functools.cache

@@ -383,6 +383,25 @@ async def test_an_error_never_shows_the_password() -> None:
     assert "very-secret" not in json.dumps([caught.value.message, repr(caught.value.__cause__)])
 
 
+async def test_a_start_forgets_what_earlier_flags_set_and_its_own_do_not(
+    shared_redis: str, fleet: str
+) -> None:
+    found(shared_redis, fleet)
+    async with connect(shared_redis) as client:
+        first = Catalog(client, fleet, "base", lease_s=LEASE_S)
+        await first.resync()
+        await first.put_all([version("dropped"), version("kept")], run="one")
+        await first.put(version("added"))
+        await first.put(version("dropped", "d2"), load_inplace=True)
+        found(shared_redis, fleet)
+        assert len((await first.read())[1]) == 3
+        found(shared_redis, fleet, configured=["kept", "new"])
+        again = Catalog(client, fleet, "base", lease_s=LEASE_S)
+        await again.resync()
+        assert [v.name for v in again.book.by_name()] == ["added", "kept"]
+        assert again.settles_in_s is None
+
+
 async def test_fleets_of_two_names_share_a_redis(shared_redis: str, fleet: str) -> None:
     async with connect(shared_redis) as client:
         names = (fleet + "-1", fleet + "-2")

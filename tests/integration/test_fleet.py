@@ -377,18 +377,20 @@ async def test_ctrl_c_lets_a_stream_end_and_leaves_nothing(running: Fleet) -> No
     ):
         lines = stream.aiter_lines()
         await anext(lines)
-        stopping = asyncio.create_task(asyncio.to_thread(running.stop, signal.SIGINT))
+        ending = asyncio.create_task(asyncio.to_thread(running.stop, signal.SIGINT))
         rest = [line async for line in lines if line]
         assert rest[-1] == "data: [DONE]"
-    status, took_s, left = await stopping
+    status, took_s, left = await ending
     assert (status, left) == (0, [])
     assert took_s < 30  # Serve's default drain time
     lines = running.output().splitlines()  # on a busy machine some come again, with the time taken
-    ray, dtype, memory, replicas, ready = [w for w in lines if not re.search(r": \d+ s$", w)]
+    said = [line for line in lines if not re.search(r": \d+ s$", line)]
+    ray, dtype, memory, replicas, ready, stopping = said
     assert (ray, replicas) == ("lorafleet: starting Ray", "lorafleet: starting 2 replicas of tiny")
     assert dtype == "lorafleet: dtype: float32 on cpu"
     assert memory.startswith("lorafleet: memory: ") and "(2 of rank 8)" in memory
     assert ready == f"ready: {running.url}/v1"
+    assert stopping.startswith("lorafleet: stopping: what runs may end, for 600 s at most")
 
 
 async def test_a_second_ctrl_c_ends_at_once_and_leaves_nothing(files: Path, tmp_path: Path) -> None:
@@ -412,6 +414,10 @@ async def test_a_second_ctrl_c_ends_at_once_and_leaves_nothing(files: Path, tmp_
                     return False  # it waits for one of so many rows to end
                 except httpx.HTTPError:
                     return True
+                assert answer.status_code in (200, 503)
+                if answer.status_code == 503:
+                    code = answer.json()["error"]["code"]
+                    assert code in ("unavailable", "shutting_down"), answer.text
                 return answer.status_code == 503
 
             await until(refused)  # the first one has been heard

@@ -13,7 +13,7 @@ import pytest
 
 from replica.engine.node import read_node
 from tests.fleet import LORAFLEET, START_S, Fleet, eventually, fleet
-from tests.models import make_model
+from tests.models import make_adapter, make_model
 
 pytestmark = pytest.mark.ray
 
@@ -116,6 +116,19 @@ def test_files_of_the_current_directory_are_not_taken_for_ours(
             [LORAFLEET, "status", "--url", running.url], capture_output=True, text=True
         )
         assert shown.returncode == 0 and "0B/" in shown.stdout
+
+
+def test_another_base_model_starts_without_the_adapters_of_the_last(
+    model: str, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tmp_path / "adapter", model)
+    other = make_model(tmp_path / "other", "qwen2", head_dim=16)
+    with fleet(["--model", model, "--device", "cpu", "--adapter", f"a={adapter}"], tmp_path) as one:
+        assert one.complete("a").status_code == 200
+    with fleet(["--model", other, "--device", "cpu"], tmp_path) as two:
+        assert [entry["name"] for entry in two.adapters()["data"]] == []
+        assert two.complete("a").status_code == 404
+        assert two.complete("other").status_code == 200
 
 
 def test_gpus_that_are_not_there_are_not_waited_for(model: str, tmp_path: Path) -> None:

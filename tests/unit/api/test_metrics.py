@@ -60,9 +60,11 @@ def test_a_request_is_timed_from_its_bodys_arrival(monkeypatch: pytest.MonkeyPat
         ("vllm:request_time_per_output_token_seconds", 1, 0.4 / 3),
         ("vllm:e2e_request_latency_seconds", 1, 0.9),
         ("vllm:request_queue_time_seconds", 1, 0.25),
+        ("vllm:request_prefill_time_seconds", 1, 0.25),
         ("vllm:request_decode_time_seconds", 1, 0.4),
         ("vllm:request_prompt_tokens", 1, 7),
         ("vllm:request_generation_tokens", 1, 4),
+        ("vllm:request_max_num_generation_tokens", 1, 4),
     ):
         assert value(found, f"{name}_count", model_name="a") == count, name
         assert value(found, f"{name}_sum", model_name="a") == pytest.approx(total), name

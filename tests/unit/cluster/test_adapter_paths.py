@@ -91,9 +91,13 @@ def test_a_snapshot_of_the_hubs_cache_links_to_its_blobs(tmp_path: Path) -> None
 
 
 def test_a_hub_id_is_told_how_it_is_written(root: Path) -> None:
-    with pytest.raises(BadRequest, match=r"; of the Hub it is hf://acme/french-v1\.0$"):
+    told = r"; give an absolute path, or hf://acme/french-v1\.0 if it is on the Hub$"
+    with pytest.raises(BadRequest, match=told):
         check_allowed("acme/french-v1.0", [str(root)])
-    for uri in ("acme/french/v1", "../french", "./french", "/etc/passwd"):
+    for uri in ("acme/french/v1", "../french", "./french"):
+        with pytest.raises(BadRequest, match=r"roots; give an absolute path$"):
+            check_allowed(uri, [str(root)])
+    for uri in ("/etc/passwd", "hf://acme/french"):
         with pytest.raises(BadRequest, match=r"roots$"):
             check_allowed(uri, [str(root)])
 

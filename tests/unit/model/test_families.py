@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from replica.adapters.foreign_files import rewrite_foreign
-from replica.model.checkpoint import is_native, shape_of
+from replica.model.checkpoint import identity, is_native, shape_of
 from replica.model.launch import Asked, Row
 from replica.model.module_walk import walk
 from replica.model.shape import ModelShape, TransformersShape
@@ -151,6 +151,18 @@ def test_a_configuration_that_is_not_covered_runs_through_transformers(
     assert is_native(model_dir)
     edit_config(model_dir, **fields)
     assert not is_native(model_dir)
+
+
+def test_what_adapters_fit_makes_a_models_identity(tmp_path: Path) -> None:
+    one = make_model(tmp_path / "one", "llama")
+    again = make_model(tmp_path / "again", "llama", rms_norm_eps=1e-5)
+    others = [
+        make_model(tmp_path / "mistral", "mistral"),
+        make_model(tmp_path / "longer", "llama", num_hidden_layers=4),
+        make_model(tmp_path / "wider", "llama", vocab_size=400),
+    ]
+    assert identity(one) == identity(again)
+    assert len({identity(one), *map(identity, others)}) == 4
 
 
 def test_what_is_off_is_no_unknown_feature(tmp_path: Path) -> None:

@@ -72,6 +72,14 @@ def test_an_adapter_that_is_none_beside_one_that_is(good: FleetConfig, files: Pa
     assert about == "adapters" and text.startswith("--adapter de=")
 
 
+def test_an_adapter_whose_chat_template_is_broken(good: FleetConfig, files: Path) -> None:
+    broken = files / "broken"
+    shutil.copytree(files / "fr", broken)
+    (broken / "chat_template.jinja").write_text("{% if %}")
+    about, text = only(replace(good, adapters={**good.adapters, "de": str(broken)}))
+    assert about == "adapters" and "de=" in text and "template that cannot be used" in text
+
+
 def test_a_port_that_is_taken(good: FleetConfig) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         about, text = only(replace(good, port=taken.getsockname()[1]))

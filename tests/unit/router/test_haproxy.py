@@ -109,6 +109,14 @@ def test_a_models_name_that_no_router_accepts_is_taken_off() -> None:
     assert f"http-request del-header {MODEL_HEADER} unless {kept}" in lines()
 
 
+def test_who_finds_nobody_is_told_to_send_it_again() -> None:
+    wanted = 'return status 503 content-type application/json hdr retry-after 1 string \'{"error":{'
+    found = [line for line in lines() if wanted in line]
+    unless = "if { status 404 } !{ res.hdr(x-lorafleet-replica) -m found }"
+    assert [line.endswith(unless) for line in found] == [True, False]
+    assert not any("status 404" in line and unless not in line for line in lines())
+
+
 def test_a_configuration_is_hardened_once() -> None:
     once = hardened(WRITTEN, SETTINGS, 1000)
     assert hardened(once, SETTINGS, 1000) == once
