@@ -128,7 +128,7 @@ def is_elsewhere(config: Mapping[str, Any]) -> bool:
     """True if a family outside `PARTLY` sets what our decoder lacks and transformers' code has:
     another activation, a partial rotation, or `longrope`.
     """
-    given = config.get("rope_scaling") or config.get("rope_parameters")
+    given = config.get(_rope_field(config))
     rope = given if isinstance(given, Mapping) else {}
     partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     activation = config.get("hidden_act", _SILU)
@@ -271,9 +271,7 @@ def _by_kind(kinds: object, layers: int, window: int | None, where: str) -> tupl
 def read_rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     if config["model_type"] == "gemma3_text":
         return _gemma3_rope(config, "full_attention", where)
-    # transformers 5 writes `rope_parameters`; earlier ones write `rope_scaling` and `rope_theta`.
-    # Of both, it reads `rope_scaling`.
-    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    name = _rope_field(config)
     given = config.get(name) or {}
     if not isinstance(given, Mapping):
         raise wrong(where, name, given, "a mapping")
@@ -288,6 +286,13 @@ def read_rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     supported = ("default",) if config["model_type"] == "phi3" else ROPE_TYPES
     theta = config.get("rope_theta", 1e6 if config["model_type"] == "mixtral" else 1e4)
     return _rope(given, theta, supported, where, f"{where}: {name}")
+
+
+def _rope_field(config: Mapping[str, Any]) -> str:
+    """transformers 5 writes `rope_parameters`; earlier ones write `rope_scaling` and `rope_theta`.
+    Of both, it reads `rope_scaling`.
+    """
+    return "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
 
 
 def stretched_context(rope: Mapping[str, Any]) -> int:
