@@ -14,7 +14,7 @@ from cluster.config import FleetConfig
 from cluster.errors import ConfigError, FleetError
 from cluster.redis_client import check_reachable
 from cluster.redis_server import find_redis_server
-from replica.adapters.chat_files import BaseText, why_no_chat
+from replica.adapters.chat_files import BaseText, read_chat, why_no_chat
 from replica.api.text import Text
 from replica.engine.node import read_node
 from replica.engine.sizing import chosen_dtype, shown, weight_bytes
@@ -78,7 +78,8 @@ def _adapters(settings: FleetConfig) -> Findings:
             check_adapter(name, path, engine)
             wrong = None
             if "://" not in path:
-                wrong = why_no_chat(path, _text(engine.model), shape_of(engine.model))
+                text = _text(engine.model)
+                wrong = why_no_chat(read_chat(path, text, shape_of(engine.model)), path, text)
             if wrong is not None:
                 raise ConfigError(f"--adapter {name}={path} {wrong}")
             good += 1

@@ -76,7 +76,7 @@ def tidy_chat(
     """
     if not _has_any(directory):
         return NO_CHAT
-    chat = NO_CHAT if base is None else _chat(directory, base, shape, with_tokens)
+    chat = NO_CHAT if base is None else read_chat(directory, base, shape, with_tokens=with_tokens)
     if chat.text and read_start(directory, TOKENIZER_FILE) != chat.text:
         new = Path(directory, ".new")
         new.write_bytes(chat.text)
@@ -88,7 +88,8 @@ def tidy_chat(
     return chat
 
 
-def _chat(directory: str, base: BaseText, shape: Shape, with_tokens: bool) -> Chat:
+def read_chat(directory: str, base: BaseText, shape: Shape, *, with_tokens: bool = True) -> Chat:
+    """Changes no file. with_tokens: as in `tidy_chat`. Blocking. Raises AdapterRefused."""
     given = read_object(directory, TOKENIZER_FILE)
     settings: dict[str, Any] = {}
     template, eos_text = _template(directory, given), content_of(given.get("eos_token"))
@@ -111,14 +112,11 @@ def _chat(directory: str, base: BaseText, shape: Shape, with_tokens: bool) -> Ch
     return Chat("chat_template" in settings, eos_token, bool(tokens), text, refusal)
 
 
-def why_no_chat(directory: str, base: BaseText, shape: Shape) -> str | None:
-    """Why an adapter with these chat files cannot be served. Changes none. Blocking. Raises
-    AdapterRefused, or AdapterFailed.
-    """
-    chat = _chat(directory, base, shape, with_tokens=True)
-    if chat.refusal is not None or not chat.template:
+def why_no_chat(chat: Chat, directory: str, base: BaseText | None) -> str | None:
+    """Why an adapter whose chat files say this cannot be served. Blocking. Raises AdapterFailed."""
+    if chat.refusal is not None or not chat.template or base is None:
         return chat.refusal
-    wrong = base.template_error(json.loads(chat.text)["chat_template"])
+    wrong = base.template_error(read_template(directory))
     return None if wrong is None else f"has a chat template that cannot be used: {wrong}"
 
 

@@ -19,6 +19,7 @@ from replica.adapters.chat_files import (
     read_template,
     remarks,
     tidy_chat,
+    why_no_chat,
 )
 from replica.adapters.foreign_files import foreign, rewrite_foreign
 from replica.adapters.found_files import check_present
@@ -114,12 +115,7 @@ class Validation:
                 f"{self._arena_bytes} "
                 f"({'adapter_memory' if engine.device_memory is None else 'device_memory'})"
             )
-        if info.chat.refusal is not None:
-            return info.chat.refusal
-        if not info.chat.template or self._text is None:
-            return None
-        wrong = self._text.template_error(self.chat_template(info.digest))
-        return None if wrong is None else f"has a chat template that cannot be used: {wrong}"
+        return why_no_chat(info.chat, self.store.path(info.digest), self._text)
 
     def chat_template(self, digest: str) -> str:
         """The own one of a version that is held. Blocking. Raises AdapterFailed."""
