@@ -63,7 +63,9 @@ class Costs:
         if prompt_tokens == 0:
             self._decode_s.take_in(seconds)
         else:
-            spent_s = max(seconds - self._decode_s.value, seconds / 10)
+            # Until a decode step is measured, its prior must not make the prompt cheap.
+            decode_s = self._decode_s.value if self._decode_s.count else 0.0
+            spent_s = max(seconds - decode_s, seconds / 10)
             self._prefill_token_s.take_in(spent_s / prompt_tokens)
 
     @property

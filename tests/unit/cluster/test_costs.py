@@ -49,6 +49,12 @@ def test_a_prefill_is_what_a_step_took_beyond_a_decode() -> None:
     assert costs.prefill_s(100) == pytest.approx(0.12)
 
 
+def test_a_prompt_is_not_cheap_because_no_decode_step_was_measured() -> None:
+    costs = Costs(decode_s=0.02)
+    costs.stepped(96, 0.008)  # of 0.002 a decode step
+    assert costs.prefill_s(960) >= 0.06
+
+
 def test_nothing_is_learned_from_an_empty_image_and_nothing_becomes_free() -> None:
     costs = Costs(copy_bytes_per_s=100.0)
     costs.copied(0, Tier.DISK, 5.0)
