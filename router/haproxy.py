@@ -49,6 +49,15 @@ _NOBODY = (
     '{"error":{"message":"the fleet is starting or stopping: send the request again",'
     '"type":"server_error","param":null,"code":"unavailable"}}'
 )
+# Changes of the catalog: any replica will do, so no router is asked.
+_CHANGES = " ".join(
+    f"{prefix}/{name}"
+    for prefix in ("/v1", "")
+    for name in ("load_lora_adapter", "load_lora_adapters", "unload_lora_adapter")
+)
+_ASKS = (
+    r"^    http-request (wait-for-body|lua\.route_via_ingress_request_router) .*if METH_POST .*$"
+)
 _MARK = "# hardened\n"
 
 
@@ -111,6 +120,8 @@ string '{_NOBODY}' if {{ status 404 }} !{{ res.hdr(x-lorafleet-replica) -m found
 """
     # Timeouts of clients that Serve sets.
     config = re.sub(r"(?m)^    timeout (client|http-request|http-keep-alive) \d+s\n", "", config)
+    # Absent until Serve has started a router.
+    config = re.sub(f"(?m){_ASKS}", rf"\g<0> !{{ path {_CHANGES} }}", config)
     for pattern, replacement in (
         (r"^(    stats socket \S+) mode 666 level admin", r"\1 mode 600 level admin"),
         (r"^    maxconn \d+$", f"    maxconn {connections}"),
