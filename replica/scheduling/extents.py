@@ -57,13 +57,19 @@ class Extents:
         down.
         """
         gone = frozenset(gone)
-        end = hole = start = 0
+        going = sorted([self._spans[digest] for digest in gone])
+        left = self.used - sum([size for _, size in going])  # that stays and is not passed yet
+        end = hole = start = passed = 0
         for span in sorted((*self._spans[d], d) for d in immovable if d not in gone):
             index = bisect_left(self._ordered, span)
-            end += self._bytes(start, index, gone)
-            hole = max(hole, span[0] - end)
+            between = sum([size for _, size, _ in self._ordered[start:index]])
+            while passed < len(going) and going[passed] < span:
+                between -= going[passed][1]
+                passed += 1
+            hole = max(hole, span[0] - end - between)
+            left -= between + span[1]
             end, start = span[0] + span[1], index + 1
-        return end + self._bytes(start, len(self._ordered), gone), hole
+        return end + left, hole
 
     def hole(self, size: int) -> int | None:
         """Offset of the first hole that fits; None if there is none."""
@@ -114,9 +120,6 @@ class Extents:
         assert end <= self.capacity
         assert self.used == sum(size for _, size in self._spans.values())
         assert self._ordered == self._sorted()
-
-    def _bytes(self, start: int, stop: int, gone: frozenset[str]) -> int:
-        return sum([size for _, size, digest in self._ordered[start:stop] if digest not in gone])
 
     def _sorted(self) -> list[tuple[int, int, str]]:
         return sorted((*span, digest) for digest, span in self._spans.items())

@@ -45,6 +45,7 @@ def check_requests(
         assert request.computed <= held * pages.page_tokens
         assert bool(request.pages and request.host_pages) == (request.copying is not None)
         assert request.pages or phase is not Phase.RUNNING, "a row runs without its pages"
+        _check_closer_looks(request, pages.page_tokens)
     holders = [*requests.values(), *in_flight.deferred_free]
     pages.check(r.pages for r in holders)
     page_copies.check(holders)
@@ -55,3 +56,17 @@ def check_requests(
         assert adapter.held == sum(r.adapter_key == digest for r in in_flight.deferred_free)
         starves = adapter.wanted and adapter.tier is not Tier.DEVICE
         assert not starves or adapter.starved_s is not None
+
+
+def _check_closer_looks(request: Request, page_tokens: int) -> None:
+    """`decodes_until` and `quiet_until` spare none that is needed."""
+    until, quiet = request.decodes_until, request.quiet_until
+    assert request.phase is Phase.RUNNING or not (until or quiet)
+    if until:
+        assert request.copying is None and not request.stepwise
+        assert len(request.prompt) < request.tokens == request.computed + 1
+        assert until <= min(len(request.pages) * page_tokens, request.tokens_max - 1)
+    if quiet:
+        assert request.lost < len(request.prompt) + len(request.output)
+        assert quiet < (request.published + 1) * page_tokens
+        assert quiet <= request.tokens_max - 2

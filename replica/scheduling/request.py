@@ -213,6 +213,9 @@ class Request:
     prefix: what the prefix cache had for it when it last found too few pages.
     slot: its adapter's, while it runs.
     base_tokens: how many at the start of its prompt the base model computes (`activation.py`).
+    decodes_until: a row of this many tokens is a decode row, and needs no page. quiet_until: up to
+    this many tokens, one that commits fills no page, and its token is not the last by length. Both
+    spare a step the closer look, and are 0 if it takes one.
     stepwise: a row is planned only once its last token is known, since a grammar decides what may
     follow it.
 
@@ -248,6 +251,8 @@ class Request:
     stepwise: bool = False
     salt: str | None = None
     base_tokens: int = 0
+    decodes_until: int = 0
+    quiet_until: int = 0
 
     def __post_init__(self) -> None:
         self.tokens = len(self.prompt) + len(self.output)
@@ -289,3 +294,4 @@ class Request:
     def become(self, phase: Phase) -> None:
         assert phase in TRANSITIONS[self.phase], f"{self.id}: {self.phase} cannot become {phase}"
         self.phase = phase
+        self.decodes_until = self.quiet_until = 0

@@ -16,6 +16,8 @@ row only.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import repeat
+from typing import Any
 
 from cluster.costs import Costs
 from cluster.errors import AdapterFailed, FleetError
@@ -263,12 +265,21 @@ class Scheduler:
         if not plan.rows:
             return []
         self.in_flight.commit(plan)
-        deltas = []
+        deltas: list[tuple[Any, ...]] = []
         page_tokens, running, share = self.pages.page_tokens, Phase.RUNNING, self.share.on
-        make = tuple.__new__
         computed = recomputed = 0
         for (request, start, end, _, sample), choice in zip(plan.rows, chosen, strict=True):
             computed += end - start
+            if end <= request.quiet_until:
+                assert choice is not None
+                token, logprobs, finite, allowed = choice
+                if finite and allowed and token not in request.stops:
+                    if share:
+                        self.share.served(request.adapter_key, end - start, sample)
+                    request.output.append(token)
+                    reported = () if logprobs is None else (logprobs,)
+                    deltas.append((request.id, (token,), reported, None, None, 0, 0.0, None))
+                    continue
             if start < request.lost:
                 recomputed += min(end, request.lost) - start
             if request.phase is not running:
@@ -299,14 +310,16 @@ class Scheduler:
             elif end + 1 >= request.tokens_max:
                 finish = Finish.LENGTH
             reported = () if logprobs is None else (logprobs,)
-            given = (request.id, (token,), reported, finish, None, cached, queued_s, None)
-            deltas.append(make(Delta, given))
+            deltas.append((request.id, (token,), reported, finish, None, cached, queued_s, None))
             if finish is not None:
                 self.growth.ended(len(output))
                 self._end(request, Phase.FINISHED, now_s)
+            elif request.phase is running:
+                page_end = (request.published + 1) * page_tokens
+                request.quiet_until = min(page_end - 1, request.tokens_max - 2)
         self.growth.computed(computed - recomputed, recomputed)
         self._release()
-        return deltas
+        return list(map(tuple.__new__, repeat(Delta), deltas))
 
     def check(self) -> None:
         """Check the invariants. Raises AssertionError."""
@@ -332,27 +345,39 @@ class Scheduler:
 
         This and `commit` run once a row and step, so they are written for speed.
         """
-        rows, begun = [], []
-        page_tokens, number = self.pages.page_tokens, self.in_flight.number
-        make = tuple.__new__
+        rows: list[tuple[Any, ...]] = []
+        begun: list[Request] = []
+        number = self.in_flight.number
         for request in list(self.running_set.running.values()):
             tokens = request.tokens
-            if request.copying is not None:
-                continue  # it has returned, but its pages have not yet
-            if request.computed != tokens - 1 or tokens <= len(request.prompt):
-                begun.append(request)
+            if tokens > request.decodes_until and not self._may_decode(request, begun, now_s):
                 continue
-            if tokens >= request.tokens_max:
-                continue  # the step in flight yields its last token
-            if request.stepwise and tokens > len(request.prompt) + len(request.output):
-                continue  # what may come next depends on the token in flight
-            if tokens > len(request.pages) * page_tokens and (
-                request.phase is not Phase.RUNNING or not self.running_set.grow(request, now_s)
-            ):
-                continue  # it lost its pages to an older row
-            rows.append(make(Work, (request, tokens - 1, tokens, request.slot, True)))
+            rows.append((request, tokens - 1, tokens, request.slot, True))
             request.computed, request.tokens, request.step = tokens, tokens + 1, number
-        return rows, [request for request in begun if request.phase is Phase.RUNNING]
+        made = list(map(tuple.__new__, repeat(Work), rows))
+        return made, [request for request in begun if request.phase is Phase.RUNNING]
+
+    def _may_decode(self, request: Request, begun: list[Request], now_s: float) -> bool:
+        """begun: it is added if its prompt is in progress."""
+        tokens = request.tokens
+        if request.copying is not None:
+            return False  # it has returned, but its pages have not yet
+        if request.computed != tokens - 1 or tokens <= len(request.prompt):
+            begun.append(request)
+            return False
+        if tokens >= request.tokens_max:
+            return False  # the step in flight yields its last token
+        if request.stepwise and tokens > len(request.prompt) + len(request.output):
+            return False  # what may come next depends on the token in flight
+        page_tokens = self.pages.page_tokens
+        if tokens > len(request.pages) * page_tokens and (
+            request.phase is not Phase.RUNNING or not self.running_set.grow(request, now_s)
+        ):
+            return False  # it lost its pages to an older row
+        if not request.stepwise:
+            until = len(request.pages) * page_tokens
+            request.decodes_until = min(until, request.tokens_max - 1)
+        return True
 
     def _admit(
         self, request: Request, before: Sequence[ArenaChange], now_s: float

@@ -202,11 +202,11 @@ def _shortest(candidates: list[str], enough: Callable[[list[str]], bool]) -> lis
     """The first candidates that are enough, less those that a later one makes redundant.
 
     All are enough, and none is not. A larger set is enough if a smaller one is, so bisection finds
-    how many.
+    how many. It begins with few, since an image mostly needs the place of one or two.
     """
     few, many = 0, len(candidates)
     while many - few > 1:
-        middle = (few + many) // 2
+        middle = min(2 * few + 1, (few + many) // 2)
         if enough(candidates[:middle]):
             many = middle
         else:

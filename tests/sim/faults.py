@@ -38,6 +38,70 @@ FAULTS = (
     # Scheduler, running set, loads
     _fault(
         "scheduler",
+        "a row that left the batch is not looked at again",
+        "scheduling/request",
+        "        self.decodes_until = self.quiet_until = 0\n",
+        "",
+    ),
+    _fault(
+        "scheduler",
+        "a row decodes past its last token without a look",
+        "scheduling/scheduler",
+        "request.decodes_until = min(until, request.tokens_max - 1)",
+        "request.decodes_until = until",
+    ),
+    _fault(
+        "scheduler",
+        "a row decodes without a look beyond its pages",
+        "scheduling/scheduler",
+        "until = len(request.pages) * page_tokens",
+        "until = (len(request.pages) + 1) * page_tokens",
+    ),
+    _fault(
+        "scheduler",
+        "a row with a grammar decodes without a look",
+        "scheduling/scheduler",
+        "        if not request.stepwise:\n            until",
+        "        if True:\n            until",
+    ),
+    _fault(
+        "scheduler",
+        "a token that fills a page commits without a look",
+        "scheduling/scheduler",
+        "min(page_end - 1, request.tokens_max - 2)",
+        "min(page_end, request.tokens_max - 2)",
+    ),
+    _fault(
+        "scheduler",
+        "the last token by length commits without a look",
+        "scheduling/scheduler",
+        "min(page_end - 1, request.tokens_max - 2)",
+        "min(page_end - 1, request.tokens_max - 1)",
+    ),
+    _fault(
+        "scheduler",
+        "a stop token commits without a look",
+        "scheduling/scheduler",
+        "if finite and allowed and token not in request.stops:",
+        "if finite and allowed:",
+    ),
+    _fault(
+        "scheduler",
+        "a token that is not allowed commits without a look",
+        "scheduling/scheduler",
+        "if finite and allowed and token not in request.stops:",
+        "if token not in request.stops:",
+    ),
+    _fault(
+        "scheduler",
+        "tokens that commit without a look count for no share",
+        "scheduling/scheduler",
+        "                    if share:\n"
+        "                        self.share.served(request.adapter_key, end - start, sample)\n",
+        "",
+    ),
+    _fault(
+        "scheduler",
         "a request that cannot run stops the scan",
         "scheduling/admission_order",
         "not (admitted or self._switches.skip)",
@@ -503,8 +567,8 @@ FAULTS = (
         "in flight",
         "a row that ends by length in flight is planned again",
         "scheduling/scheduler",
-        "            if tokens >= request.tokens_max:\n                continue",
-        "            if False:\n                continue",
+        "        if tokens >= request.tokens_max:\n            return False",
+        "        if False:\n            return False",
     ),
     _fault(
         "in flight",
@@ -517,11 +581,11 @@ FAULTS = (
         "in flight",
         "an ended request frees its pages at the first commit, not the last",
         "scheduling/scheduler",
-        "        self.in_flight.commit(plan)\n        deltas = []",
+        "        self.in_flight.commit(plan)\n        deltas: list",
         "        self.in_flight.commit(plan)\n"
         "        for request in self.in_flight.deferred_free:\n"
         "            request.step = 0\n"
-        "        deltas = []",
+        "        deltas: list",
     ),
     _fault(
         "in flight",
@@ -1041,8 +1105,8 @@ FAULTS = (
         "page copies",
         "a returned row decodes before its pages are back",
         "scheduling/scheduler",
-        "            if request.copying is not None:\n"
-        "                continue  # it has returned, but its pages have not yet\n",
+        "        if request.copying is not None:\n"
+        "            return False  # it has returned, but its pages have not yet\n",
         "",
     ),
     _fault(

@@ -286,6 +286,7 @@ def test_a_victim_that_ends_soon_is_waited_for_instead_of_parked() -> None:
     request = core.running_set.running["x"]
     request.sampling = new("x", max_tokens=len(run(core)[0].rows) + 4).sampling
     request.tokens_max = len(request.prompt) + request.sampling.max_tokens
+    request.decodes_until = request.quiet_until = 0  # they followed from the bound before
     assert request.remaining <= 4
     core.add(new("s", "c"), 0.0)
     core.add(new("more", "a"), 0.0)

@@ -6,7 +6,14 @@ from collections.abc import Callable
 import pytest
 
 from cluster.costs import Costs
-from cluster.errors import AdapterFailed, BadRequest, LogitsNotFinite, ModelNotFound, QueueFull
+from cluster.errors import (
+    AdapterFailed,
+    BadRequest,
+    FleetError,
+    LogitsNotFinite,
+    ModelNotFound,
+    QueueFull,
+)
 from cluster.values import Tier
 from replica.scheduling import victims
 from replica.scheduling.adapter_cache import AdapterCache
@@ -117,15 +124,24 @@ def test_rows_carry_the_slot_of_their_own_version() -> None:
     assert {w.request.id: w.slot for w in plan.rows} == {"x": slots["a"], "y": slots["b"], "z": 0}
 
 
-def test_a_row_whose_logits_are_not_finite_fails_and_the_others_go_on() -> None:
+@pytest.mark.parametrize("steps_before", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [(Sampled(7, finite=False), LogitsNotFinite), (Sampled(7, allowed=False), BadRequest)],
+)
+def test_a_row_that_yields_no_token_fails_and_the_others_go_on(
+    bad: Sampled, error: type[FleetError], steps_before: int
+) -> None:
     core = scheduler()
     for name in ("before", "bad", "after"):
-        core.add(new(name, max_tokens=2), 0.0)
+        core.add(new(name, max_tokens=2 + steps_before), 0.0)
+    for _ in range(steps_before):
+        run(core)
     plan = core.step(0.0)
-    chosen = [Sampled(7, finite=work.request.id != "bad") for work in plan.rows]
+    chosen = [bad if work.request.id == "bad" else Sampled(7) for work in plan.rows]
     deltas = {delta.request_id: delta for delta in core.commit(plan, chosen, 0.0)}
     core.check()
-    assert isinstance(deltas["bad"].error, LogitsNotFinite) and deltas["bad"].tokens == ()
+    assert isinstance(deltas["bad"].error, error) and deltas["bad"].tokens == ()
     assert (deltas["before"].tokens, deltas["after"].tokens) == ((7,), (7,))
     plan, _ = run(core)
     assert ran(plan) == ["before", "after"]

@@ -86,6 +86,15 @@ def test_a_prompt_counts_by_its_tokens() -> None:
     assert share.of("a") == 100.0 and share.of("b") == 3.0
 
 
+def test_each_token_of_an_output_counts() -> None:
+    share = Share(on=True)
+    core = scheduler(share=share)
+    begin(core, new("x", "a", prompt=4, max_tokens=30))
+    while core.has_work:
+        run(core)
+    assert share.of("a") == (4 + 29) + 30 * 2.0, "tokens computed, and twice those chosen"
+
+
 def test_a_new_adapter_starts_at_the_lowest_counter_present() -> None:
     share = Share(on=True)
     share.enter("a")
