@@ -49,15 +49,14 @@ _NOBODY = (
     '{"error":{"message":"the fleet is starting or stopping: send the request again",'
     '"type":"server_error","param":null,"code":"unavailable"}}'
 )
-# Changes of the catalog: any replica will do, so no router is asked.
+# Changes of the catalog: any replica will do, so no router is asked. HAProxy still waits for the
+# body: it can send again only what it has.
 _CHANGES = " ".join(
     f"{prefix}/{name}"
     for prefix in ("/v1", "")
     for name in ("load_lora_adapter", "load_lora_adapters", "unload_lora_adapter")
 )
-_ASKS = (
-    r"^    http-request (wait-for-body|lua\.route_via_ingress_request_router) .*if METH_POST .*$"
-)
+_ASKS = r"^    http-request lua\.route_via_ingress_request_router if METH_POST .*$"
 _MARK = "# hardened\n"
 
 

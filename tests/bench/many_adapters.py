@@ -25,6 +25,7 @@ import torch
 import yaml
 
 from replica.model.shape import read_shape
+from tests.bench import processor
 from tests.bench.toys import toy_adapter
 from tests.fleet import LORAFLEET, Fleet, fleet
 from tests.models import make_model
@@ -45,6 +46,7 @@ def main() -> None:
         options = ["--model", model, "--replicas", "2", "--device", "cpu"]
         with fleet([*options, "--adapter-root", str(root / "adapters")], root) as running:
             measure(running, root, paths, arguments.adapters, known)
+    print(processor.shown())
 
 
 def measure(running: Fleet, root: Path, paths: dict[str, str], count: int, known: int) -> None:

@@ -31,7 +31,7 @@ from replica.scheduling.scheduler import Scheduler
 from replica.scheduling.share import Share
 from replica.scheduling.timeline import Event
 from replica.scheduling.turns import Sharing
-from tests.bench import cliffs
+from tests.bench import cliffs, processor
 
 STEP_S = 0.01
 LOAD_STEPS = 5
@@ -169,6 +169,8 @@ def main() -> None:
     calm_collector()
     for name, figures in cliffs.rows(options.only):
         show(name, figures, options.json)
+    if not options.json:
+        print(processor.shown())
 
 
 def show(name: str, figures: Mapping[str, float], as_json: bool) -> None:
