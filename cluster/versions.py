@@ -77,7 +77,8 @@ def _scripts(name: str) -> set[str]:
 
 def taken(name: str) -> BadRequest:
     return BadRequest(
-        f"lora_name: {name!r} is already loaded; set load_inplace to replace it",
+        f"lora_name: {name!r} is already loaded; set load_inplace to replace it "
+        "(--replace on the command line)",
         field="lora_name",
     )
 

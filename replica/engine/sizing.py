@@ -26,7 +26,7 @@ from cluster.config import EngineConfig
 from cluster.errors import ConfigError
 from replica.engine.node import Node
 from replica.model.memory import DTYPE_BYTES, batch_pages, divide, kv_page_bytes
-from replica.model.shape import ModelShape, Shape
+from replica.model.shape import ModelShape, Shape, TransformersShape
 from replica.scheduling.assembly import Division
 
 _RANK_EXPECTED = 64
@@ -222,8 +222,8 @@ def _itemized(taken: Iterable[tuple[str, int]]) -> str:
 
 
 def described(asked: EngineConfig, made: EngineConfig, whole: Shape) -> list[str]:
-    """The choices of an engine as lines for its log: dtype, dequantized weights, memory, and a
-    reduced context.
+    """The choices of an engine as lines for its log: dtype, dequantized weights, memory, another
+    decoder than ours, and a reduced context.
     """
     part = whole.divided(made.tensor_parallel)
     why = ""
@@ -238,6 +238,8 @@ def described(asked: EngineConfig, made: EngineConfig, whole: Shape) -> list[str
         f"memory: {sizes}, host tier {shown(made.host_memory or 0)}, "
         f"host's KV pages {shown(made.host_kv_memory or 0)}",
     ]
+    if isinstance(whole, TransformersShape):
+        lines.append("decoder: the modules of transformers, since ours has not all of this model")
     if made.context_tokens_max != asked.context_tokens_max:
         lines.append(
             f"context: {made.context_tokens_max} tokens of the model's {whole.context}: a longer "

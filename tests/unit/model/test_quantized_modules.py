@@ -13,6 +13,7 @@ from cluster.config import EngineConfig
 from cluster.errors import ModelUnsupported
 from replica.engine.sizing import described, weight_bytes
 from replica.model.module_walk import walk
+from replica.model.shape import read_shape
 from tests.models import edit_config, make_adapter, make_model
 from tests.packed import DECODED, VOCAB, load, prompts, reference, run
 from tests.quantized import SCHEMES, change_tensors, write_quantized
@@ -97,6 +98,14 @@ def test_sizes_are_those_of_the_dequantized_weights(tmp_path: Path) -> None:
     held = sum(each.numel() * 4 for each in load(plain, walk(plain)).model.modules.parameters())
     assert weight_bytes(config, shape) == held
     assert "weights: dequantized from gptq (4 bits)" in described(config, config, shape)[1]
+
+
+def test_that_transformers_runs_the_model_is_told(tmp_path: Path) -> None:
+    _, plain = written(tmp_path, "gptq", "mixtral", **MIXTRAL)
+    config = EngineConfig(model=plain, dtype="float32", device="cpu")
+    own = [line for line in described(config, config, read_shape(plain)) if "decoder" in line]
+    theirs = [line for line in described(config, config, walk(plain)) if "decoder" in line]
+    assert own == [] and "transformers" in theirs[0]
 
 
 @pytest.mark.parametrize(
