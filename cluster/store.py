@@ -193,10 +193,10 @@ class Store(Generic[Info]):
             return
         try:
             before = _stamps(where)
-            size = sum(size for _, size, _ in before)
+            size = sum(size for _, _, size, _ in before)
             if size > self._directory.capacity:
                 raise self._directory.full(where, size, 0)
-            for name in files_of(where):
+            for name, *_ in before:
                 copy = copy_head if name == VOCABULARY_FILE else copy_file
                 copy(f"{where}/{name}", f"{new}/{name}")
             changed = _stamps(where) != before
@@ -221,14 +221,14 @@ class Store(Generic[Info]):
         return self._directory.hold_present(uri, digest)
 
 
-def stamps(uri: str) -> list[tuple[int, int, int]]:
+def stamps(uri: str) -> list[tuple[str, int, int, int]]:
     """Differ if the files of a path have changed. Empty if they are not there, and for a URL."""
     with contextlib.suppress(OSError, ValueError):
         return [] if is_url(uri) else _stamps(local_path(uri))
     return []
 
 
-def _stamps(directory: str) -> list[tuple[int, int, int]]:
-    """(inode, bytes, time of the last change) of each file."""
-    found = [os.stat(f"{directory}/{name}") for name in files_of(directory)]
-    return [(entry.st_ino, entry.st_size, entry.st_mtime_ns) for entry in found]
+def _stamps(directory: str) -> list[tuple[str, int, int, int]]:
+    """(name, inode, bytes, time of the last change) of each file."""
+    found = ((name, os.stat(f"{directory}/{name}")) for name in files_of(directory))
+    return [(name, entry.st_ino, entry.st_size, entry.st_mtime_ns) for name, entry in found]

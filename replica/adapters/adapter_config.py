@@ -72,14 +72,24 @@ def _last_part(name: str) -> str:
 
 def read_config(path: str) -> dict[str, Any]:
     """path: of the file. Raises AdapterRefused or OSError."""
+    return parse_config(config_text(path), path)
+
+
+def config_text(path: str) -> bytes:
+    """The file as it stands. Raises AdapterRefused or OSError."""
     with open_regular(path) as file:
-        text = file.read(CONFIG_BYTES_MAX + 1)
+        text: bytes = file.read(CONFIG_BYTES_MAX + 1)
     if len(text) > CONFIG_BYTES_MAX:
         raise refused(path, f"larger than {CONFIG_BYTES_MAX} bytes")
     if text.startswith(GIT_LFS_POINTER):
         raise refused(path, "a Git LFS pointer: run `git lfs pull` there")
     if not text:
         raise refused(path, "empty; copy or download it again")
+    return text
+
+
+def parse_config(text: bytes, path: str) -> dict[str, Any]:
+    """Of what `config_text` returns. Raises AdapterRefused."""
     try:
         config = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -8,18 +8,29 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 from cluster.adapter_paths import CONFIG_FILE, TENSORS_FILE
 from cluster.errors import AdapterRefused
 from cluster.file_copies import open_regular
-from replica.adapters.adapter_config import AdapterConfig, read_config, refused, short
+from replica.adapters.adapter_config import (
+    AdapterConfig,
+    config_text,
+    parse_config,
+    refused,
+    short,
+)
 from replica.adapters.chat_files import NO_CHAT, Chat
 from replica.adapters.finite import first_not_finite
 from replica.adapters.found_files import check_present
-from replica.adapters.safetensors_header import HeaderInvalid, TensorSpan, read_header
+from replica.adapters.safetensors_header import (
+    HeaderInvalid,
+    TensorSpan,
+    header_text,
+    parse_header,
+)
 from replica.model.shape import Shape, VocabularyModule
 
 DTYPES = ("F32", "F16", "BF16")
@@ -33,6 +44,11 @@ _TENSOR_NAME = re.compile(
 )
 _OF_EXPERTS = re.compile(r"\.(experts|block_sparse_moe|mlp\.(gate|router))\.")
 _LAYER = re.compile(r"\.(0|[1-9]\d{0,5})\.")
+
+# Adapters of one recipe have one configuration and one header, whose check takes milliseconds for a
+# large model: the last ones are known by both texts and the length of the data.
+_KNOWN_MAX = 16
+_Texts = tuple[bytes, bytes, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +132,9 @@ class AdapterFiles:
         )
 
 
+_known: dict[_Texts, tuple[Shape, AdapterFiles]] = {}  # the oldest first
+
+
 def inspect(
     path: str, shape: Shape, rank_max: int, dtype: str = "float32", chat: Chat = NO_CHAT
 ) -> AdapterInfo:
@@ -149,12 +168,37 @@ def read_adapter(path: str, shape: Shape) -> AdapterFiles:
     check_present(path)
     config_path, tensors_path = str(Path(path, CONFIG_FILE)), str(Path(path, TENSORS_FILE))
     try:
-        config = AdapterConfig(read_config(config_path), config_path, shape.vocabulary)
-        spans = read_header(tensors_path)
+        texts = config_text(config_path), *header_text(tensors_path)
+        known = _known.get(texts)
+        if known is None or known[0] is not shape:
+            config = AdapterConfig(
+                parse_config(texts[0], config_path), config_path, shape.vocabulary
+            )
+            spans = parse_header(*texts[1:])
+            known = shape, _checked(config, spans, shape, config_path, tensors_path)
+            _remember(texts, known)
     except OSError as error:
         raise refused(path, str(error)) from error
     except HeaderInvalid as error:
         raise refused(tensors_path, str(error)) from error
+    return replace(known[1], tensors_path=tensors_path)
+
+
+def _remember(texts: _Texts, known: tuple[Shape, AdapterFiles]) -> None:
+    """Any thread may call it."""
+    _known[texts] = known
+    for oldest in list(_known)[:-_KNOWN_MAX]:
+        _known.pop(oldest, None)
+
+
+def _checked(
+    config: AdapterConfig,
+    spans: Mapping[str, TensorSpan],
+    shape: Shape,
+    config_path: str,
+    tensors_path: str,
+) -> AdapterFiles:
+    """Raises AdapterRefused. The paths are for its message."""
     sides = _sides(spans, shape, tensors_path)
     pairs, projections = {}, shape.projections
     # The order of the model's modules is the order of the image.
@@ -187,7 +231,7 @@ def read_adapter(path: str, shape: Shape) -> AdapterFiles:
             vocabulary[module] = _pair(module, own, sizes, config, tensors_path)
     if config.invocation:
         _check_activated(config, config_path, vocabulary, shape.vocab)
-    return AdapterFiles(tensors_path, config.canonical, pairs, vocabulary, spans, config.invocation)
+    return AdapterFiles("", config.canonical, pairs, vocabulary, spans, config.invocation)
 
 
 def _check_activated(

@@ -1,5 +1,6 @@
 """Which PEFT files are accepted, and that all others are refused by name."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from cluster.adapter_paths import CONFIG_FILE, TENSORS_FILE
 from cluster.errors import AdapterFailed, AdapterRefused
-from replica.adapters.adapter_files import inspect, read_adapter
+from replica.adapters import adapter_files
+from replica.adapters.adapter_files import AdapterFiles, inspect, read_adapter
 from replica.adapters.image import read_image
 from replica.adapters.safetensors_header import HEADER_BYTES_MAX
 from replica.model.shape import ModelShape, read_shape
@@ -75,6 +77,45 @@ def test_the_digest_names_the_content_alone(adapter: Path, shape: ModelShape) ->
         adapter, TENSORS_FILE, **{"layers.0.self_attn.q_proj.lora_A.weight": torch.ones(8, 64)}
     )
     assert digest() not in (first, second)
+
+
+def test_adapters_of_one_recipe_are_checked_once_each_under_its_own_path(
+    adapter: Path, shape: ModelShape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[str] = []
+    check = adapter_files._checked
+
+    def counted(*args: Any) -> AdapterFiles:
+        checked.append(args[-1])
+        return check(*args)
+
+    monkeypatch.setattr(adapter_files, "_checked", counted)
+    monkeypatch.setattr(adapter_files, "_known", {})
+    twin = Path(shutil.copytree(adapter, tmp_path / "twin"))
+    first, second = (read_adapter(str(each), shape) for each in (adapter, twin))
+    assert first.pairs is second.pairs and len(checked) == 1
+    assert second.tensors_path == str(twin / TENSORS_FILE)
+    edit_config(twin, CONFIG_FILE, lora_alpha=17)
+    assert read_adapter(str(twin), shape).pairs != first.pairs
+    edit_tensors(
+        twin, TENSORS_FILE, **{"layers.0.self_attn.q_proj.lora_A.weight": torch.ones(9, 64)}
+    )
+    for _ in range(2):
+        assert str(twin) in refusal(twin, shape)
+    assert str(adapter) not in refusal(twin, shape)
+
+
+def test_what_is_known_is_bounded_and_of_one_model(
+    adapter: Path, shape: ModelShape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter_files, "_known", {})
+    for alpha in range(1, 40):
+        edit_config(adapter, CONFIG_FILE, lora_alpha=alpha)
+        read_adapter(str(adapter), shape)
+    assert len(adapter_files._known) == adapter_files._KNOWN_MAX
+    assert f'"lora_alpha": {alpha}'.encode() in list(adapter_files._known)[-1][0]
+    other = dataclasses.replace(shape, layers=1)
+    assert "layers.1." in refusal(adapter, other)
 
 
 def test_the_order_of_patterns_decides(adapter: Path, shape: ModelShape) -> None:
