@@ -8,10 +8,10 @@ The next plan may be made before this one has committed (`in_flight.py`).
               │                           v    │
               └── pages dropped ──────── parked
 
-Decode rows go first, then prompts in progress, then new requests; `prefill.py` divides the tokens
-among prompts. A request that cannot run (its adapter is loading, or it finds no pages) does not
-stop the scan, unless `on_miss` is "block". Base requests need no adapter: they wait for pages and a
-row only.
+Decode rows go first (`decode.py`), then prompts in progress, then new requests; `prefill.py`
+divides the tokens among prompts. A request that cannot run (its adapter is loading, or it finds no
+pages) does not stop the scan, unless `on_miss` is "block". Base requests need no adapter: they wait
+for pages and a row only.
 """
 
 from collections import Counter
@@ -27,6 +27,7 @@ from replica.scheduling.adapter import ArenaChange, Evict
 from replica.scheduling.adapter_cache import AdapterCache
 from replica.scheduling.admission import Limits, accepted, check_admissible, check_queue, no_token
 from replica.scheduling.admission_order import AdmissionOrder
+from replica.scheduling.decode import Decode
 from replica.scheduling.drainer import Drainer
 from replica.scheduling.growth import Growth
 from replica.scheduling.in_flight import InFlight
@@ -109,6 +110,7 @@ class Scheduler:
             self.drainer,
             self.share,
         )
+        self._decode = Decode(self.running_set, pages, self.in_flight)
         self._prefill = Prefill(limits.step_tokens_max, self.switches.skip)
         self.arrivals: Counter[Tier] = Counter()  # by the adapter's tier at arrival
         self._requests: dict[str, Request] = {}
@@ -220,7 +222,7 @@ class Scheduler:
             changes, ending = self.loads.plan(first, closed, now_s)
             arena_changes += changes
             closed = closed | ending
-        rows, begun = self._decodes(now_s)
+        rows, begun = self._decode.rows(now_s)
         arena_changes += self.running_set.take_changes()
         tokens_max = self.limits.step_tokens_max
         tokens = tokens_max - len(rows)
@@ -339,45 +341,6 @@ class Scheduler:
         slots: dict[str | None, int | None] = {None: 0}
         slots |= {a.digest: a.slot for a in self.adapter_cache.adapters.values()}
         self.in_flight.check(self.pages.page_tokens, slots)
-
-    def _decodes(self, now_s: float) -> tuple[list[Work], list[Request]]:
-        """Decode rows, oldest request first; and the requests whose prompt is in progress.
-
-        This and `commit` run once a row and step, so they are written for speed.
-        """
-        rows: list[tuple[Any, ...]] = []
-        begun: list[Request] = []
-        number = self.in_flight.number
-        for request in list(self.running_set.running.values()):
-            tokens = request.tokens
-            if tokens > request.decodes_until and not self._may_decode(request, begun, now_s):
-                continue
-            rows.append((request, tokens - 1, tokens, request.slot, True))
-            request.computed, request.tokens, request.step = tokens, tokens + 1, number
-        made = list(map(tuple.__new__, repeat(Work), rows))
-        return made, [request for request in begun if request.phase is Phase.RUNNING]
-
-    def _may_decode(self, request: Request, begun: list[Request], now_s: float) -> bool:
-        """begun: it is added if its prompt is in progress."""
-        tokens = request.tokens
-        if request.copying is not None:
-            return False  # it has returned, but its pages have not yet
-        if request.computed != tokens - 1 or tokens <= len(request.prompt):
-            begun.append(request)
-            return False
-        if tokens >= request.tokens_max:
-            return False  # the step in flight yields its last token
-        if request.stepwise and tokens > len(request.prompt) + len(request.output):
-            return False  # what may come next depends on the token in flight
-        page_tokens = self.pages.page_tokens
-        if tokens > len(request.pages) * page_tokens and (
-            request.phase is not Phase.RUNNING or not self.running_set.grow(request, now_s)
-        ):
-            return False  # it lost its pages to an older row
-        if not request.stepwise:
-            until = len(request.pages) * page_tokens
-            request.decodes_until = min(until, request.tokens_max - 1)
-        return True
 
     def _admit(
         self, request: Request, before: Sequence[ArenaChange], now_s: float

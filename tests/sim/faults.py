@@ -46,21 +46,21 @@ FAULTS = (
     _fault(
         "scheduler",
         "a row decodes past its last token without a look",
-        "scheduling/scheduler",
+        "scheduling/decode",
         "request.decodes_until = min(until, request.tokens_max - 1)",
         "request.decodes_until = until",
     ),
     _fault(
         "scheduler",
         "a row decodes without a look beyond its pages",
-        "scheduling/scheduler",
+        "scheduling/decode",
         "until = len(request.pages) * page_tokens",
         "until = (len(request.pages) + 1) * page_tokens",
     ),
     _fault(
         "scheduler",
         "a row with a grammar decodes without a look",
-        "scheduling/scheduler",
+        "scheduling/decode",
         "        if not request.stepwise:\n            until",
         "        if True:\n            until",
     ),
@@ -145,7 +145,7 @@ FAULTS = (
     _fault(
         "scheduler",
         "a row takes its next page one token late",
-        "scheduling/scheduler",
+        "scheduling/decode",
         "if tokens > len(request.pages) * page_tokens and (",
         "if tokens - 1 > len(request.pages) * page_tokens and (",
     ),
@@ -566,7 +566,7 @@ FAULTS = (
     _fault(
         "in flight",
         "a row that ends by length in flight is planned again",
-        "scheduling/scheduler",
+        "scheduling/decode",
         "        if tokens >= request.tokens_max:\n            return False",
         "        if False:\n            return False",
     ),
@@ -1104,7 +1104,7 @@ FAULTS = (
     _fault(
         "page copies",
         "a returned row decodes before its pages are back",
-        "scheduling/scheduler",
+        "scheduling/decode",
         "        if request.copying is not None:\n"
         "            return False  # it has returned, but its pages have not yet\n",
         "",
