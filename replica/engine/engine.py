@@ -31,7 +31,7 @@ from replica.scheduling.adapter import Load
 from replica.scheduling.assembly import assemble
 from replica.scheduling.loads import BASE_KEY
 from replica.scheduling.plan import Plan, Work
-from replica.scheduling.request import Delta, NewRequest
+from replica.scheduling.request import Delta, NewRequest, Outputs
 from replica.scheduling.timeline import Event, TimelineEvent
 
 
@@ -146,37 +146,37 @@ class Engine:
         """True while a request or a batch has not ended. It may be waiting for a load."""
         return self.scheduler.has_work
 
-    def step(self) -> list[Delta]:
+    def step(self) -> Outputs:
         """Runs at most one batch. Returns at once if nothing can run."""
         self._finish_loads()
         self._finish_page_copies()
         self._clear_slots()  # before the plan gives one of them to another adapter
         start_s = time.monotonic()
         plan = self.scheduler.step(start_s)
-        deltas = list(plan.failed)
+        outputs = Outputs(list(plan.failed))
         self.idle, self.wake_s = not plan.rows and not self._in_flight, plan.wake_s
         step_s = self._allowed_s(plan)
         self._expect(start_s + step_s + sum(each.allowed_s for each in self._in_flight))
         if plan.waits:
-            deltas += self._commit()
-        deltas += self._apply_arena_changes(plan)
+            outputs += self._commit()
+        outputs.deltas += self._apply_arena_changes(plan)
         for copy in plan.page_copies:
             self.runner.copy_pages(copy)
             self.idle = False  # it may have ended already
         plan, broken = self._with_masks(plan)
-        deltas += broken
+        outputs.deltas += broken
         if plan.waits or broken or not self.config.overlap:
             plan = self.scheduler.without_ended(plan)
         if plan.rows:
             self._launch(plan, start_s, step_s)
         if self._in_flight and (len(self._in_flight) == self.depth or not plan.rows):
-            deltas += self._commit()
+            outputs += self._commit()
         self._clear_slots()
         self._release_dropped()
-        for delta in deltas:
+        for delta in outputs.deltas:
             if delta.last:
                 self._forget_request(delta.request_id)
-        return deltas
+        return outputs
 
     def timeline(self, request_id: str) -> list[TimelineEvent]:
         """What happened to the request and when, in monotonic seconds."""
@@ -256,14 +256,14 @@ class Engine:
         rows = [self._row(work, index) for work in plan.rows]
         self._in_flight.append(_Launched(plan, self.runner.launch(rows), start_s, allowed_s))
 
-    def _commit(self) -> list[Delta]:
+    def _commit(self) -> Outputs:
         """Reads the tokens of the oldest batch in flight."""
         launched = self._in_flight.popleft()
         sampled = launched.ticket.results()
         now_s = time.monotonic()
-        deltas = self.scheduler.commit(launched.plan, sampled, now_s)
+        outputs = self.scheduler.commit(launched.plan, sampled, now_s)
         self._prompts.take(launched.plan.rows, launched.ticket.prompts())
-        deltas = self._prompts.join(deltas)
+        outputs.deltas = self._prompts.join(outputs.deltas)
         for request, _, _, _, sample in launched.plan.rows:
             if request.stepwise and sample and not request.ended:
                 self._grammars.advance(request)
@@ -271,7 +271,7 @@ class Engine:
         # A batch that was planned ahead started when the one before it ended.
         self._record_step(launched.plan, now_s - max(launched.since_s, self.committed_s))
         self.committed_s = now_s
-        return deltas
+        return outputs
 
     def _with_masks(self, plan: Plan) -> tuple[Plan, list[Delta]]:
         """The plan less the rows whose masks are late, and the errors of broken grammars."""

@@ -55,7 +55,7 @@ class Server:
             message = Message()
             if self._receive(message):
                 return
-            message.deltas += self._engine.step()
+            message.outputs += self._engine.step()
             message.residency = self._engine.changes()
             if self._engine.idle or self._engine.committed_s >= self._next_report_s:
                 self._report(message)
@@ -95,7 +95,7 @@ class Server:
                 try:
                     self._engine.add(request)
                 except FleetError as error:
-                    message.deltas.append(Delta(request.id, error=error))
+                    message.outputs.deltas.append(Delta(request.id, error=error))
             case Cancel(request_id):
                 self._engine.cancel(request_id)
             case Register(call, version, path):

@@ -258,7 +258,7 @@ class EngineLink:
                     self._entries.pop(entry.digest, None)
                 else:
                     self._entries[entry.digest] = entry
-            for delta in message.deltas:
+            for delta in message.outputs:
                 stream = self._streams.get(delta.request_id)
                 if stream is None:
                     continue  # cancelled while the delta was in the pipe

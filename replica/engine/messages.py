@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from cluster.errors import FleetError
 from cluster.values import AdapterState, LoadReport, Version
-from replica.scheduling.request import Delta, NewRequest
+from replica.scheduling.request import NewRequest, Outputs
 from replica.scheduling.timeline import TimelineEvent
 
 
@@ -57,10 +57,10 @@ Result = FleetError | list[TimelineEvent] | None
 class Message:
     """What the engine sends after a step. done: finished calls, each with its result or error."""
 
-    deltas: list[Delta] = field(default_factory=list)
+    outputs: Outputs = field(default_factory=Outputs)
     residency: list[AdapterState] = field(default_factory=list)
     report: LoadReport | None = None
     done: list[tuple[int, Result]] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.deltas or self.residency or self.report or self.done)
+        return bool(self.outputs or self.residency or self.report or self.done)

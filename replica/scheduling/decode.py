@@ -1,8 +1,5 @@
 """Which rows of the batch decode in a step: all whose prompt is done, as far as they have pages."""
 
-from itertools import repeat
-from typing import Any
-
 from replica.scheduling.in_flight import InFlight
 from replica.scheduling.pages import Pages
 from replica.scheduling.plan import Work
@@ -23,17 +20,17 @@ class Decode:
 
         This and `Scheduler.commit` run once a row and step, so they are written for speed.
         """
-        rows: list[tuple[Any, ...]] = []
+        decoding: list[Request] = []
         begun: list[Request] = []
-        number = self._in_flight.number
+        number, make = self._in_flight.number, tuple.__new__
         for request in list(self._running_set.running.values()):
             tokens = request.tokens
             if tokens > request.decodes_until and not self._may_decode(request, begun, now_s):
                 continue
-            rows.append((request, tokens - 1, tokens, request.slot, True))
+            decoding.append(request)
             request.computed, request.tokens, request.step = tokens, tokens + 1, number
-        made = list(map(tuple.__new__, repeat(Work), rows))
-        return made, [request for request in begun if request.phase is Phase.RUNNING]
+        rows = [make(Work, (r, r.computed - 1, r.computed, r.slot, True)) for r in decoding]
+        return rows, [request for request in begun if request.phase is Phase.RUNNING]
 
     def _may_decode(self, request: Request, begun: list[Request], now_s: float) -> bool:
         """begun: it is added if its prompt is in progress."""

@@ -72,7 +72,7 @@ class PageDemand:
         return self._suffice
 
     def _is_met(self) -> bool:
-        waiting, left = self._waiting, self._pages.free - self.peak
+        waiting, left = self._waiting, self._pages.free
         host = self._copies.host
         if host is not None:
             left += min(host.free, self._pages.capacity - (host.capacity - host.free))
@@ -80,6 +80,7 @@ class PageDemand:
         begun = sum(len(request.prompt) for request in self._kept.parked.values())
         if waiting.prompt_tokens - begun > left * self._pages.page_tokens:
             return False
+        left -= self.peak
         if self._pages.needed(waiting.tokens_max) + len(waiting) <= left:
             return True
         for request in waiting:

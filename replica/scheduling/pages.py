@@ -66,11 +66,12 @@ class Pages:
         self._unused: OrderedDict[int, None] = (
             OrderedDict()
         )  # cached without a holder, oldest first
-        self._holders: dict[int, int] = {}
         self._known: dict[Key, int] = {}
-        self._keys: dict[int, Key] = {}
-        self._links: dict[int, int] = {}
         self._next_link = 0
+        # By page: how many hold it; its key and link, or None and -1 if it is not published.
+        self._holders = [0] * capacity
+        self._keys: list[Key | None] = [None] * capacity
+        self._links = [-1] * capacity
 
     @property
     def capacity(self) -> int:
@@ -106,16 +107,15 @@ class Pages:
     def give_back(self, pages: Iterable[int]) -> None:
         """Raises AssertionError for a page that is not held, and then changes nothing."""
         pages = list(pages)
-        distinct = set(pages)
-        assert len(distinct) == len(pages) and distinct <= self._holders.keys(), pages
+        assert len(set(pages)) == len(pages) and all(self._holders[page] for page in pages), pages
         # The end of a prefix is less useful than its beginning, so it is forgotten first.
+        holders, keys, unused = self._holders, self._keys, self._unused
         for page in reversed(pages):
-            self._holders[page] -= 1
-            if self._holders[page]:
+            holders[page] -= 1
+            if holders[page]:
                 continue
-            del self._holders[page]
-            if page in self._keys:
-                self._unused[page] = None
+            if keys[page] is not None:
+                unused[page] = None
             else:
                 heapq.heappush(self._free, -page)
 
@@ -132,7 +132,7 @@ class Pages:
             heapq.heappush(self._free, -self._forget_oldest())
         renamed = {}
         for page in range(self.first, first):
-            if page in self._holders or page in self._unused:
+            if self._holders[page] or page in self._unused:
                 renamed[page] = -heapq.heappop(self._free)
         for page, target in renamed.items():
             self._rename(page, target)
@@ -177,7 +177,7 @@ class Pages:
             links.append(link)
         for page in pages:
             self._unused.pop(page, None)
-            self._holders[page] = self._holders.get(page, 0) + 1
+            self._holders[page] += 1
         return Prefix(tuple(pages), tuple(links), link)
 
     def still_longest(
@@ -187,7 +187,7 @@ class Pages:
 
         following: tokens of the first page after it; empty if that may not be matched.
         """
-        if prefix.links != tuple(map(self._links.get, prefix.pages)):
+        if prefix.links != tuple(map(self._links.__getitem__, prefix.pages)):
             return False
         key = _key(prefix.link, following, len(prefix.pages), fork)
         return not following or key not in self._known
@@ -214,12 +214,12 @@ class Pages:
 
         index: of the page among those of the request that `fork` is of.
         """
-        assert page in self._holders and len(tokens) == self.page_tokens
+        assert self._holders[page] and len(tokens) == self.page_tokens
         if not self.caches:
             return link
         key = _key(link, tokens, index, fork)
         known = self._known.setdefault(key, page)
-        if known == page and page not in self._keys:
+        if known == page and self._keys[page] is None:
             self._keys[page] = key
             self._links[page] = self._next_link
             self._next_link += 1
@@ -231,8 +231,9 @@ class Pages:
         for pages in holders:
             for page in pages:
                 counts[page] = counts.get(page, 0) + 1
-        assert counts == self._holders, "pages leaked, or are used without being taken"
-        assert all(n == 1 or page in self._keys for page, n in counts.items()), (
+        held = {page: count for page, count in enumerate(self._holders) if count}
+        assert counts == held, "pages leaked, or are used without being taken"
+        assert all(n == 1 or self._keys[page] is not None for page, n in counts.items()), (
             "an unpublished page has two holders"
         )
         free = [-page for page in self._free]
@@ -241,25 +242,28 @@ class Pages:
         assert min([*self._unused, *counts], default=self.total) >= self.first, (
             "a page that was given up is in use"
         )
-        assert {page: key for key, page in self._known.items()} == self._keys
-        assert self._links.keys() == self._keys.keys()
-        assert not self._keys.keys() & set(free)
+        published = {page: key for page, key in enumerate(self._keys) if key is not None}
+        assert {page: key for key, page in self._known.items()} == published
+        assert {page for page, link in enumerate(self._links) if link >= 0} == published.keys()
+        assert not published.keys() & set(free)
 
     def _forget_oldest(self) -> int:
         """The page whose prefix is forgotten."""
         page, _ = self._unused.popitem(last=False)
-        del self._known[self._keys.pop(page)]
-        del self._links[page]
+        key = self._keys[page]
+        assert key is not None
+        del self._known[key]
+        self._keys[page], self._links[page] = None, -1
         return page
 
     def _rename(self, page: int, target: int) -> None:
         """The caller updates its position in `_unused`."""
-        if page in self._holders:
-            self._holders[target] = self._holders.pop(page)
-        if page in self._keys:
-            key = self._keys[target] = self._keys.pop(page)
+        self._holders[target], self._holders[page] = self._holders[page], 0
+        key = self._keys[target] = self._keys[page]
+        self._links[target] = self._links[page]
+        if key is not None:
             self._known[key] = target
-            self._links[target] = self._links.pop(page)
+            self._keys[page], self._links[page] = None, -1
 
 
 def _key(link: Root | int, tokens: Sequence[int], index: int, fork: Fork | None) -> Key:

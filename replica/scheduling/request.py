@@ -17,10 +17,10 @@ its last token after it left the batch. These three are final: a request reaches
 them, once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from cluster.errors import FleetError
 from replica.scheduling.pages import Fork, Prefix, Root
@@ -171,7 +171,6 @@ class Sampled(NamedTuple):
 class Delta(NamedTuple):
     """What one step yields for one request. The last delta has `finish` or `error`.
 
-    A tuple for speed: one is made for each row and step.
     logprobs: one per token if the request asked for them, else empty.
     cached_tokens: prompt tokens found in the prefix cache; set on the first delta.
     queued_s: from the request's arrival to its first row; set on the first delta.
@@ -190,6 +189,32 @@ class Delta(NamedTuple):
     @property
     def last(self) -> bool:
         return self.finish is not None or self.error is not None
+
+
+@dataclass(slots=True)
+class Outputs:
+    """What a step yields. Iterates over all of it as deltas.
+
+    tokens: (request id, token), of the rows that yield nothing else. These are nearly all, so they
+    stay small until they are where their readers are. They come before the deltas, of which one may
+    be a request's last.
+    """
+
+    deltas: list[Delta] = field(default_factory=list)
+    tokens: list[tuple[str, int]] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Delta]:
+        for request_id, token in self.tokens:
+            yield Delta(request_id, (token,))
+        yield from self.deltas
+
+    def __iadd__(self, more: Self) -> Self:
+        self.deltas += more.deltas
+        self.tokens += more.tokens
+        return self
+
+    def __bool__(self) -> bool:
+        return bool(self.deltas or self.tokens)
 
 
 @dataclass(slots=True)

@@ -141,7 +141,8 @@ class RunningSet:
         at last `request` itself. False if it gave up its pages, or waits until those of another are
         in host memory.
         """
-        while self._pages.needed(request.tokens) > len(request.pages):
+        size = self._pages.page_tokens
+        while request.tokens > len(request.pages) * size:
             page = self._pages.take(1) or self._supply.take(1, now_s, drop=True)
             if page is not None:
                 request.pages += page
@@ -309,6 +310,15 @@ class RunningSet:
 
         It spares `_give_pages` from matching a prefix, only to give it back.
         """
+        needed = self.demand.beside(request)
+        if request.host_pages:
+            needed += self._pages.needed(request.tokens)
+        else:
+            needed += self._growth.of(request) + self._kept.owed_before(request)
+        missing = needed - self._pages.free
+        left = self.saved.from_request_for_adapter(request)
+        if missing + left + self.saved.from_request(request, now_s) <= 0:
+            return None  # it needs no prefix to fit
         matched = unheld = 0
         if request.prefix is None:
             fork = request.fork(self._pages.page_tokens)
@@ -318,13 +328,7 @@ class RunningSet:
             return None
         else:
             matched, unheld = len(request.prefix.pages), self._pages.unheld(request.prefix)
-        needed = self.demand.beside(request) - matched
-        if request.host_pages:
-            needed += self._pages.needed(request.tokens)
-        else:
-            needed += self._growth.of(request) + self._kept.owed_before(request)
-        missing = needed - (self._pages.free - unheld)
-        left = self.saved.from_request_for_adapter(request)
+        missing += unheld - matched
         if missing <= 0:
             may_fit = missing + left + self.saved.from_request(request, now_s) <= 0
         else:

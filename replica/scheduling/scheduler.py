@@ -16,8 +16,6 @@ for pages and a row only.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import repeat
-from typing import Any
 
 from cluster.costs import Costs
 from cluster.errors import AdapterFailed, FleetError
@@ -38,7 +36,16 @@ from replica.scheduling.pages import Pages
 from replica.scheduling.plan import Plan, Work, unplan
 from replica.scheduling.prefill import Prefill
 from replica.scheduling.prefill_groups import hold_until
-from replica.scheduling.request import ENDED, Delta, Finish, NewRequest, Phase, Request, Sampled
+from replica.scheduling.request import (
+    ENDED,
+    Delta,
+    Finish,
+    NewRequest,
+    Outputs,
+    Phase,
+    Request,
+    Sampled,
+)
 from replica.scheduling.running_set import RunningSet
 from replica.scheduling.saved_pages import SavedPages
 from replica.scheduling.share import Share
@@ -262,12 +269,13 @@ class Scheduler:
         """The plan less the rows whose request has ended, or left the batch, since."""
         return self.without(plan, lambda work: work.request.phase is not Phase.RUNNING)
 
-    def commit(self, plan: Plan, chosen: Sequence[Sampled | None], now_s: float) -> list[Delta]:
+    def commit(self, plan: Plan, chosen: Sequence[Sampled | None], now_s: float) -> Outputs:
         """chosen: one for each row of the plan; None if the row did not sample."""
+        outputs = Outputs()
         if not plan.rows:
-            return []
+            return outputs
         self.in_flight.commit(plan)
-        deltas: list[tuple[Any, ...]] = []
+        deltas, tokens = outputs.deltas, outputs.tokens
         page_tokens, running, share = self.pages.page_tokens, Phase.RUNNING, self.share.on
         computed = recomputed = 0
         for (request, start, end, _, sample), choice in zip(plan.rows, chosen, strict=True):
@@ -275,12 +283,11 @@ class Scheduler:
             if end <= request.quiet_until:
                 assert choice is not None
                 token, logprobs, finite, allowed = choice
-                if finite and allowed and token not in request.stops:
+                if logprobs is None and finite and allowed and token not in request.stops:
                     if share:
                         self.share.served(request.adapter_key, end - start, sample)
                     request.output.append(token)
-                    reported = () if logprobs is None else (logprobs,)
-                    deltas.append((request.id, (token,), reported, None, None, 0, 0.0, None))
+                    tokens.append((request.id, token))
                     continue
             if start < request.lost:
                 recomputed += min(end, request.lost) - start
@@ -312,7 +319,7 @@ class Scheduler:
             elif end + 1 >= request.tokens_max:
                 finish = Finish.LENGTH
             reported = () if logprobs is None else (logprobs,)
-            deltas.append((request.id, (token,), reported, finish, None, cached, queued_s, None))
+            deltas.append(Delta(request.id, (token,), reported, finish, None, cached, queued_s))
             if finish is not None:
                 self.growth.ended(len(output))
                 self._end(request, Phase.FINISHED, now_s)
@@ -321,7 +328,7 @@ class Scheduler:
                 request.quiet_until = min(page_end - 1, request.tokens_max - 2)
         self.growth.computed(computed - recomputed, recomputed)
         self._release()
-        return list(map(tuple.__new__, repeat(Delta), deltas))
+        return outputs
 
     def check(self) -> None:
         """Check the invariants. Raises AssertionError."""

@@ -31,7 +31,7 @@ class Timelines:
         self.counts: Counter[Event] = Counter()
         self._requests_max = requests_max
         self._events_max = events_max
-        self._lines: OrderedDict[str, list[TimelineEvent]] = OrderedDict()
+        self._lines: OrderedDict[str, list[tuple[float, Event, str]]] = OrderedDict()
 
     def note(self, request_id: str, at_s: float, event: Event, detail: str = "") -> None:
         self.counts[event] += 1
@@ -43,8 +43,8 @@ class Timelines:
         if len(line) == self._events_max:
             # Keep the start and the latest events; the middle of a long timeline repeats itself.
             del line[self._events_max // 2]
-        line.append(TimelineEvent(at_s, event, detail))
+        line.append((at_s, event, detail))
 
     def timeline(self, request_id: str) -> list[TimelineEvent]:
         """Empty if the request is unknown or too old."""
-        return list(self._lines.get(request_id, ()))
+        return list(map(TimelineEvent._make, self._lines.get(request_id, ())))

@@ -5,11 +5,13 @@ so that the sizes stay as stated. A tenth of the requests name the base model; h
 name one of the hottest adapters, which are as many as the places. A load lasts 5 steps, and a step
 10 ms of virtual time. Measures `step` (makes the plan) and `commit` (takes in the tokens) in
 microseconds of CPU time of this thread, with the garbage collector set as in the engine's process.
-The goal for both is 500 µs at the stated size. Then come the cliffs (`cliffs.py`), in milliseconds.
+The goal for both is 500 µs at the stated size. `sent` is the time to pickle what a step yields for
+the server's process. Then come the cliffs (`cliffs.py`), in milliseconds.
 """
 
 import argparse
 import json
+import pickle
 import random
 import statistics
 import time
@@ -115,8 +117,8 @@ class Bench:
             digest = None if drawn < 0.1 else self.rng.choice(some)
             self.core.add(NewRequest(name, prompt, sampling, digest), self.steps * STEP_S)
 
-    def step(self) -> tuple[float, float]:
-        """CPU seconds that `step` and `commit` took."""
+    def step(self) -> tuple[float, float, float]:
+        """CPU seconds that `step`, `commit` and sending took."""
         self.fill()
         now_s = self.steps * STEP_S
         while self.copies and self.copies[0][0] <= self.steps:
@@ -126,8 +128,11 @@ class Bench:
         planned_s = time.thread_time()
         chosen = [Sampled(7) if work.sample else None for work in plan.rows]
         chosen_s = time.thread_time()
-        self.core.commit(plan, chosen, now_s)
-        took_s = planned_s - start_s, time.thread_time() - chosen_s
+        outputs = self.core.commit(plan, chosen, now_s)
+        committed_s = time.thread_time()
+        pickle.dumps(outputs, pickle.HIGHEST_PROTOCOL)
+        sent_s = time.thread_time() - committed_s
+        took_s = planned_s - start_s, committed_s - chosen_s, sent_s
         loads = [change.load for change in plan.arena_changes if change.load is not None]
         self.copies += [(self.steps + LOAD_STEPS, load) for load in loads]
         self.steps += 1
@@ -144,14 +149,16 @@ def measure(size: Size, steps: int, seed: int = 0) -> dict[str, float]:
     for _ in range(steps):
         took.append(bench.step())
         rows.append(bench.rows)
-    both_us = sorted((step_s + commit_s) * 1e6 for step_s, commit_s in took)
+    steps_s, commits_s, sends_s = zip(*took, strict=True)
+    both_us = sorted((a + b) * 1e6 for a, b in zip(steps_s, commits_s, strict=True))
     return {
         "rows": statistics.median(rows),
         "waiting": len(bench.core.waiting),
-        "step_us": round(statistics.median(step_s for step_s, _ in took) * 1e6, 1),
-        "commit_us": round(statistics.median(commit_s for _, commit_s in took) * 1e6, 1),
+        "step_us": round(statistics.median(steps_s) * 1e6, 1),
+        "commit_us": round(statistics.median(commits_s) * 1e6, 1),
         "both_us": round(statistics.median(both_us), 1),
         "both_p99_us": round(both_us[int(steps * 0.99)], 1),
+        "sent_us": round(statistics.median(sends_s) * 1e6, 1),
         "parked": bench.core.timelines.counts[Event.PARKED],
         "loads": bench.core.timelines.counts[Event.LOAD_STARTED],
     }

@@ -82,15 +82,22 @@ FAULTS = (
         "scheduler",
         "a stop token commits without a look",
         "scheduling/scheduler",
-        "if finite and allowed and token not in request.stops:",
-        "if finite and allowed:",
+        "if logprobs is None and finite and allowed and token not in request.stops:",
+        "if logprobs is None and finite and allowed:",
     ),
     _fault(
         "scheduler",
         "a token that is not allowed commits without a look",
         "scheduling/scheduler",
+        "if logprobs is None and finite and allowed and token not in request.stops:",
+        "if logprobs is None and token not in request.stops:",
+    ),
+    _fault(
+        "scheduler",
+        "a token that commits without a look loses its log-probabilities",
+        "scheduling/scheduler",
+        "if logprobs is None and finite and allowed and token not in request.stops:",
         "if finite and allowed and token not in request.stops:",
-        "if token not in request.stops:",
     ),
     _fault(
         "scheduler",
@@ -416,8 +423,8 @@ FAULTS = (
         "pages",
         "a matched page is not held",
         "scheduling/pages",
-        "            self._holders[page] = self._holders.get(page, 0) + 1",
-        "            self._holders.setdefault(page, 1)",
+        "            self._holders[page] += 1",
+        "            self._holders[page] = 1",
     ),
     _fault(
         "pages",
@@ -430,15 +437,15 @@ FAULTS = (
         "pages",
         "a page with a second holder is freed",
         "scheduling/pages",
-        "            if self._holders[page]:\n                continue\n",
+        "            if holders[page]:\n                continue\n",
         "",
     ),
     _fault(
         "pages",
         "a reused page keeps its old key",
         "scheduling/pages",
-        "        del self._known[self._keys.pop(page)]\n",
-        "        self._keys.pop(page)\n",
+        "        del self._known[key]\n",
+        "",
     ),
     _fault(
         "pages",
@@ -466,7 +473,7 @@ FAULTS = (
         "budget",
         "the arena grows over pages that rows hold",
         "scheduling/pages",
-        "            if page in self._holders or page in self._unused:",
+        "            if self._holders[page] or page in self._unused:",
         "            if page in self._unused:",
     ),
     _fault(
@@ -581,11 +588,11 @@ FAULTS = (
         "in flight",
         "an ended request frees its pages at the first commit, not the last",
         "scheduling/scheduler",
-        "        self.in_flight.commit(plan)\n        deltas: list",
+        "        self.in_flight.commit(plan)\n        deltas, tokens =",
         "        self.in_flight.commit(plan)\n"
         "        for request in self.in_flight.deferred_free:\n"
         "            request.step = 0\n"
-        "        deltas: list",
+        "        deltas, tokens =",
     ),
     _fault(
         "in flight",
@@ -1298,8 +1305,8 @@ FAULTS = (
         "pages",
         "an earlier match stays the longest though its pages were filled again",
         "scheduling/pages",
-        "if prefix.links != tuple(map(self._links.get, prefix.pages)):",
-        "if None in map(self._links.get, prefix.pages):",
+        "if prefix.links != tuple(map(self._links.__getitem__, prefix.pages)):",
+        "if -1 in map(self._links.__getitem__, prefix.pages):",
     ),
     _fault(
         "pages",

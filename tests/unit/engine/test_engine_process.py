@@ -13,7 +13,7 @@ from replica.engine.engine import Engine
 from replica.engine.engine_process import _REPORT_S, Server
 from replica.engine.messages import Hangup, Message, Wake
 from replica.engine.pulse import Pulse
-from replica.scheduling.request import Delta
+from replica.scheduling.request import Outputs
 
 
 class SteppedEngine:
@@ -25,14 +25,14 @@ class SteppedEngine:
         self.committed_s, self.taken = 100.0, 0
         self._step_s, self._steps, self._ended = step_s, steps, ended
 
-    def step(self) -> list[Delta]:
+    def step(self) -> Outputs:
         self.taken += 1
         if self.taken > 1:
             self.idle = False
             self.committed_s += self._step_s
         if self.taken == self._steps:
             self._ended()
-        return []
+        return Outputs()
 
     def changes(self) -> list[Any]:
         return []

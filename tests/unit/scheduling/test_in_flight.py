@@ -19,9 +19,9 @@ def ahead(core: Scheduler, now_s: float = 0.0) -> Plan:
 
 
 def commit(core: Scheduler, plan: Plan, token: int = 7, now_s: float = 0.0) -> list[Delta]:
-    deltas = core.commit(plan, [Sampled(token) if w.sample else None for w in plan.rows], now_s)
+    outputs = core.commit(plan, [Sampled(token) if w.sample else None for w in plan.rows], now_s)
     core.check()
-    return deltas
+    return list(outputs)
 
 
 def spans(plan: Plan) -> list[tuple[str, int, int]]:

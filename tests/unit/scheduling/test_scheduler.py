@@ -21,7 +21,15 @@ from replica.scheduling.admission import Limits
 from replica.scheduling.extents import Extents
 from replica.scheduling.pages import Pages
 from replica.scheduling.plan import Plan
-from replica.scheduling.request import Delta, Finish, NewRequest, Sampled, Sampling
+from replica.scheduling.request import (
+    Delta,
+    Finish,
+    NewRequest,
+    Outputs,
+    Sampled,
+    Sampling,
+    TokenLogprobs,
+)
 from replica.scheduling.scheduler import Scheduler
 
 EOS = 2
@@ -146,6 +154,25 @@ def test_a_row_that_yields_no_token_fails_and_the_others_go_on(
     plan, _ = run(core)
     assert ran(plan) == ["before", "after"]
     assert not core.has_work and core.pages.free == 64
+
+
+def test_every_token_brings_its_log_probabilities() -> None:
+    core = scheduler()
+    core.add(new("r", max_tokens=4, logprobs=1), 0.0)
+    told = []
+    while core.has_work:
+        plan = core.step(0.0)
+        (delta,) = core.commit(plan, [Sampled(7, TokenLogprobs(7, -float(len(told)), ()))], 0.0)
+        told += [entry.logprob for entry in delta.logprobs]
+    assert told == [0.0, -1.0, -2.0, -3.0]
+
+
+def test_tokens_come_before_what_may_end_their_requests() -> None:
+    outputs = Outputs([Delta("a", error=BadRequest("no token"))], [("a", 7), ("b", 8)])
+    outputs += Outputs([Delta("c", (9,))], [("b", 9)])
+    told = [(delta.request_id, delta.tokens, delta.last) for delta in outputs]
+    assert told[:3] == [("a", (7,), False), ("b", (8,), False), ("b", (9,), False)]
+    assert told[3:] == [("a", (), True), ("c", (9,), False)]
 
 
 def test_a_prompt_that_finds_no_pages_does_not_block_a_shorter_one() -> None:
