@@ -3,15 +3,19 @@
 from collections.abc import Mapping
 
 from replica.scheduling.growth import Growth
+from replica.scheduling.in_flight import InFlight
 from replica.scheduling.kept_pages import KeptPages
 from replica.scheduling.page_copies import PageCopies
 from replica.scheduling.pages import Pages
 from replica.scheduling.request import Request
 from replica.scheduling.waiting import Waiting
 
+# Pages that the estimate of a row's need may be above the need.
+_ROUNDING = 2
+
 
 class PageDemand:
-    """running: rows of the batch."""
+    """running: rows of the batch. in_flight: ended requests that still hold pages."""
 
     def __init__(
         self,
@@ -21,6 +25,7 @@ class PageDemand:
         kept: KeptPages,
         waiting: Waiting,
         running: Mapping[str, Request],
+        in_flight: InFlight,
     ) -> None:
         self._pages = pages
         self._copies = copies
@@ -28,6 +33,8 @@ class PageDemand:
         self._kept = kept
         self._waiting = waiting
         self._running = running
+        self._in_flight = in_flight
+        self._most = 0  # pages of the running rows at their very ends
         self._peak: int | None = None  # as of this step
         self._suffice: bool | None = None
 
@@ -38,8 +45,27 @@ class PageDemand:
         """Rows left the batch, or their pages the device."""
         self._peak = None
 
+    def entered(self, request: Request) -> None:
+        """It has a row."""
+        self._most += self._most_of(request)
+
+    def left(self, request: Request) -> None:
+        """It has no row any more."""
+        self._most -= self._most_of(request)
+
+    def fits_whole(self, request: Request, spare: int) -> bool:
+        """True if it and all rows fit even if each grows to its very end, and `spare` more pages.
+
+        Then nothing must be left free for growth, which takes no look at each row. False while rows
+        are parked, as if they did not fit.
+        """
+        if self._kept.parked:
+            return False
+        most = self._most + self._most_of(request) + self._ended
+        return most + spare <= self._pages.capacity
+
     def admitted(self, request: Request) -> None:
-        """It has a row and pages."""
+        """It has pages for a row."""
         if self._peak is not None:
             self._peak += max(self._growth.of(request), 0)
 
@@ -70,6 +96,21 @@ class PageDemand:
         if self._suffice is None:
             self._suffice = self._is_met()
         return self._suffice
+
+    def check(self) -> None:
+        running = self._running.values()
+        assert self._most == sum(map(self._most_of, running))
+        if not self._kept.parked and self._most + self._ended <= self._pages.capacity:
+            assert self._growth.peak(running, ()) <= self._pages.free, "not all rows fit"
+
+    @property
+    def _ended(self) -> int:
+        """Pages that ended requests still hold."""
+        return sum(len(request.pages) for request in self._in_flight.deferred_free)
+
+    def _most_of(self, request: Request) -> int:
+        """As `Growth.peak` rounds it up, or more."""
+        return self._pages.needed(request.tokens_max) + _ROUNDING
 
     def _is_met(self) -> bool:
         waiting, left = self._waiting, self._pages.free

@@ -64,7 +64,9 @@ class RunningSet:
         self._kept = KeptPages(
             parked_pages_max, pages, copies, in_flight, growth, timelines, self.placed
         )
-        self.demand = PageDemand(pages, copies, growth, self._kept, waiting, self.running)
+        self.demand = PageDemand(
+            pages, copies, growth, self._kept, waiting, self.running, in_flight
+        )
         self._supply = PageSupply(pages, adapter_cache, self._kept, self.running)
         self._failed_tries = 0  # requests that found no pages in this step
         self._sent_away = False  # parked rows were asked to make pages in this step
@@ -131,6 +133,7 @@ class RunningSet:
             request.admitted_s = now_s
         request.become(Phase.RUNNING)
         enter(self.running, request)
+        self.demand.entered(request)
         self._timelines.note(request.id, now_s, Event.RESUMED if resumed else Event.RUNNING)
         return True
 
@@ -264,6 +267,7 @@ class RunningSet:
             assert list(rows) == sorted(rows, key=lambda r: r.priority), "priority lost"
         assert len(self.running) <= self.rows_max
         self._kept.check()
+        self.demand.check()
 
     def _give_pages(self, request: Request, now_s: float, alone: bool) -> bool:
         resumes = bool(request.pages)  # the pages it will need are already left free
@@ -280,7 +284,7 @@ class RunningSet:
         saved = self.saved.from_request(request, now_s)
         kept = 0 if alone else self.saved.from_request_for_adapter(request)
         grown = 0
-        if not (alone or resumes):
+        if not (alone or resumes or self.demand.fits_whole(request, saved + kept)):
             grown = self.demand.beside(request)
             if not returns:
                 grown += max(self._growth.of(request) - count, 0) + self._kept.owed_before(request)
@@ -310,15 +314,10 @@ class RunningSet:
 
         It spares `_give_pages` from matching a prefix, only to give it back.
         """
-        needed = self.demand.beside(request)
-        if request.host_pages:
-            needed += self._pages.needed(request.tokens)
-        else:
-            needed += self._growth.of(request) + self._kept.owed_before(request)
-        missing = needed - self._pages.free
         left = self.saved.from_request_for_adapter(request)
-        if missing + left + self.saved.from_request(request, now_s) <= 0:
-            return None  # it needs no prefix to fit
+        saved = self.saved.from_request(request, now_s)
+        if self.demand.fits_whole(request, left + saved):
+            return None
         matched = unheld = 0
         if request.prefix is None:
             fork = request.fork(self._pages.page_tokens)
@@ -328,9 +327,14 @@ class RunningSet:
             return None
         else:
             matched, unheld = len(request.prefix.pages), self._pages.unheld(request.prefix)
-        missing += unheld - matched
+        needed = self.demand.beside(request) - matched
+        if request.host_pages:
+            needed += self._pages.needed(request.tokens)
+        else:
+            needed += self._growth.of(request) + self._kept.owed_before(request)
+        missing = needed - (self._pages.free - unheld)
         if missing <= 0:
-            may_fit = missing + left + self.saved.from_request(request, now_s) <= 0
+            may_fit = missing + left + saved <= 0
         else:
             may_fit = self._supply.may_yield(missing)
         if may_fit:
@@ -375,6 +379,7 @@ class RunningSet:
 
     def _leave_batch(self, request: Request, now_s: float) -> None:
         del self.running[request.id]
+        self.demand.left(request)
         if request.adapter_key is not None:
             self._adapter_cache.release(request.adapter_key, now_s)
 

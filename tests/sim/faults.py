@@ -188,8 +188,8 @@ FAULTS = (
         "scheduler",
         "no pages are saved for an overdue request",
         "scheduling/running_set",
-        "saved = self.saved.from_request(request, now_s)",
-        "saved = 0",
+        "saved = self.saved.from_request(request, now_s)\n        kept",
+        "saved = 0\n        kept",
     ),
     _fault(
         "scheduler",
@@ -467,6 +467,41 @@ FAULTS = (
         "scheduling/pages",
         "        if count > self.free:\n            return None\n",
         "        if count > self.free:\n            count = self.free\n",
+    ),
+    _fault(
+        "pages",
+        "a row fits whole beside ended ones, though these still hold pages",
+        "scheduling/page_demand",
+        "self._most_of(request) + self._ended\n",
+        "self._most_of(request)\n",
+    ),
+    _fault(
+        "pages",
+        "a row fits whole beside parked ones that will need pages",
+        "scheduling/page_demand",
+        "        if self._kept.parked:\n            return False\n",
+        "",
+    ),
+    _fault(
+        "pages",
+        "a row fits whole though pages are saved for another",
+        "scheduling/page_demand",
+        "return most + spare <= ",
+        "return most <= ",
+    ),
+    _fault(
+        "pages",
+        "a row fits whole if its prompt fits",
+        "scheduling/page_demand",
+        "self._pages.needed(request.tokens_max) + _ROUNDING",
+        "self._pages.needed(request.tokens) + _ROUNDING",
+    ),
+    _fault(
+        "pages",
+        "rows that left count among those that fit whole",
+        "scheduling/page_demand",
+        "self._most -= self._most_of(request)",
+        "pass",
     ),
     # One memory for adapters and pages
     _fault(
