@@ -10,7 +10,7 @@ from replica.scheduling.pages import Pages
 from replica.scheduling.request import Request
 from replica.scheduling.waiting import Waiting
 
-# Pages that the estimate of a row's need may be above the need.
+# `Growth.peak` may estimate so many pages more than a row can need.
 _ROUNDING = 2
 
 
@@ -34,7 +34,7 @@ class PageDemand:
         self._waiting = waiting
         self._running = running
         self._in_flight = in_flight
-        self._most = 0  # pages of the running rows at their very ends
+        self._most = 0  # `_most_of` all running rows
         self._peak: int | None = None  # as of this step
         self._suffice: bool | None = None
 
@@ -109,7 +109,7 @@ class PageDemand:
         return sum(len(request.pages) for request in self._in_flight.deferred_free)
 
     def _most_of(self, request: Request) -> int:
-        """As `Growth.peak` rounds it up, or more."""
+        """Pages at its very end."""
         return self._pages.needed(request.tokens_max) + _ROUNDING
 
     def _is_met(self) -> bool:
