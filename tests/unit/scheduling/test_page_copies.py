@@ -420,6 +420,20 @@ def test_a_prefix_that_is_sooner_computed_stays() -> None:
     assert core.page_copies.back == 0
 
 
+def test_the_devices_prefix_counts_if_it_is_longer_than_the_hosts() -> None:
+    core = saved()
+    for _ in range(20):
+        core.costs.pages_copied(1, 0.1)
+    known = new("known", "a", prompt=70, max_tokens=2)
+    longer = dataclasses.replace(known, id="longer", prompt=(*known.prompt, *range(30)))
+    core.add(longer, 0.0)
+    end(core)
+    assert known_on_host(core, longer) == 4, "so much was copied while copies were fast"
+    request = core.add(dataclasses.replace(longer, id="again"), 0.0)
+    end(core)
+    assert request.cached == 96 and core.page_copies.back == 0
+
+
 def test_rows_take_the_place_of_prefixes_in_host_memory() -> None:
     core = saved(pages=5, context=96, host_pages=5)
     known = new("known", "a", prompt=70)
