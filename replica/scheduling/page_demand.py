@@ -15,7 +15,7 @@ _ROUNDING = 2
 
 
 class PageDemand:
-    """running: rows of the batch. in_flight: ended requests that still hold pages."""
+    """running: rows of the batch. in_flight: has the ended requests that still hold pages."""
 
     def __init__(
         self,
