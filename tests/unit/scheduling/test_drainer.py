@@ -143,6 +143,26 @@ def test_an_adapter_that_starves_for_pages_drains_no_other() -> None:
     assert not core.drainer.drains
 
 
+def test_a_pinned_adapter_in_use_is_not_drained_though_it_ends_first() -> None:
+    core = scheduler(sharing=DRAIN, pinned="p", sizes={"p": 40, "a": 40, "c": 40})
+    begin(core, new("x", "p", max_tokens=30), new("y", "a", max_tokens=60))
+    core.add(new("s", "c"), 0.0)
+    run(core, 1.0)
+    assert list(core.drainer.drains) == ["a"]
+
+
+def test_a_pinned_adapter_in_use_is_not_parked() -> None:
+    core = scheduler(sharing=PARK, pinned="p", sizes={"p": 40, "a": 40, "c": 40})
+    begin(core, new("x", "p", max_tokens=90), new("y", "a", max_tokens=60))
+    for number in range(3):
+        core.add(new(f"s{number}", "c", max_tokens=60), 0.0)
+    for step in range(40):
+        run(core, 1.0 + step * 0.05)
+        if core.running_set.parked:
+            break
+    assert list(core.running_set.parked) == ["y"]
+
+
 def test_idle_pinned_adapters_hold_places_and_are_never_drained() -> None:
     core = scheduler(sharing=DRAIN, pinned="p", sizes={"p": 40, "a": 40, "c": 40})
     begin(core, new("x", "a", max_tokens=60))
